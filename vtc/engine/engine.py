@@ -1,0 +1,622 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine: hooks on one model instance that carry out a method, and their exact removal.
+
+A forward passes these stations, each a method of `Engine`:
+
+    get_image_features   vision signals are tapped; pixels are reduced
+    base model           what kind of forward is this?
+    get_placeholder_mask where are the vision tokens?
+    language model       sequence stage; masks and positions of a compressed cache
+    decoder layers       layers stage; masks and positions of the layers after a prune
+    language model, out  hidden states back at full length; the cache learns what it holds
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_masks_for_generate,
+    create_sliding_window_causal_mask,
+)
+
+from ..families import Backbone, Family
+from ..methods.base import Method, Rows
+from . import taps
+from .forward import (
+    Decisions,
+    Forward,
+    ImageSignals,
+    ImageSpan,
+    prune_between_layers,
+    rows_of,
+    select_in_sequence,
+)
+from .layout import Layout, gather_last, gather_tokens
+from .ledger import Ledger, attach, ledger_of
+from .report import Prefill, Report, Stopwatch
+
+
+class Override:
+    """Shadows a method of one instance; `remove` brings the instance back as it was.
+
+    An object and not a closure, so that copies and pickles of the model take it along.
+    """
+
+    def __init__(self, target: Any, name: str, replacement: Callable[..., Any]) -> None:
+        self.target, self.name, self.replacement = target, name, replacement
+        self.original = getattr(target, name, None)
+        self.previous = vars(target).get(name)
+        setattr(target, name, self)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.original or self.replacement)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.replacement(self.original, *args, **kwargs)
+
+    def remove(self) -> None:
+        delattr(self.target, self.name)
+        if self.previous is not None:
+            setattr(self.target, self.name, self.previous)
+
+
+class Engine:
+    """Carries out `method` on the model of `backbone`."""
+
+    def __init__(self, family: Family, backbone: Backbone, method: Method) -> None:
+        self.family, self.backbone, self.method = family, backbone, method
+        self.report = Report(backbone.model.config)
+        self.num_layers = len(backbone.layers)
+        self.pixels = [m for m in method.parts if "pixels" in m.stages]
+        self.sequence = [m for m in method.parts if "sequence" in m.stages]
+        self.pruners: dict[int, list[tuple[int, Method]]] = {}
+        self.tapped: dict[int, set[Rows]] = {}
+        self.tower_layers: set[int] = set()
+        self._plan()
+        self.first_layers = (0, *sorted(self.pruners))
+        self.group_of = [
+            max(g for g, first in enumerate(self.first_layers) if first <= layer)
+            for layer in range(self.num_layers)
+        ]
+        # Installed things
+        self.handles: list[Any] = []
+        self.overrides: list[Override] = []
+        self.row_taps: dict[int, taps.Tap] = {}
+        self.tower_taps: dict[int, taps.Tap] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        """Start with nothing under way."""
+        self.forward: Forward | None = None
+        self.labels: Tensor | None = None
+        self.signals: Any = WeakTensorKeyDictionary()
+        self.vision_clock = Stopwatch()
+        self.frozen: tuple[Decisions, list[int]] | None = None
+        self.generating = False
+        self.handled = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        for name in ("forward", "labels", "signals", "vision_clock", "frozen"):
+            del state[name]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def _plan(self) -> None:
+        """Read from the method where it acts, and refuse what this model cannot do."""
+        kind = type(self.backbone.model).__name__
+        for stage in self.method.stages:
+            if stage not in self.family.stages:
+                raise ValueError(
+                    f"method: {self.method} acts in the stage {stage!r}, which the family "
+                    f"{self.family.name} has not; it has {', '.join(self.family.stages)}"
+                )
+        if len(self.pixels) > 1 or (self.pixels and self.method.parts[0] is not self.pixels[0]):
+            raise ValueError(
+                f"method: in {self.method} a reduction of pixels must come first, and once"
+            )
+        for number, method in enumerate(self.method.parts):
+            if method.needs & {"cls_attention", "keys"} and "sequence" in method.stages:
+                count = len(self.family.tower_attention(self.backbone))
+                if not -count <= method.vision_layer < count:
+                    raise ValueError(
+                        f"{method.name}: vision layer {method.vision_layer} of {kind}, whose tower "
+                        f"has {count}"
+                    )
+                self.tower_layers.add(method.vision_layer)
+            if "layers" not in method.stages:
+                continue
+            for layer in method.prune_layers(self.num_layers):
+                if not 1 <= layer < self.num_layers:
+                    raise ValueError(
+                        f"{method.name}: cannot act before decoder layer {layer} of {kind}; accepted "
+                        f"are 1 to {self.num_layers - 1}"
+                    )
+                self.pruners.setdefault(layer, []).append((number, method))
+            for layer, rows in method.taps(self.num_layers).items():
+                if not 0 <= layer < self.num_layers:
+                    raise ValueError(
+                        f"{method.name}: decoder layer {layer} of {kind} has no attention to read; "
+                        f"accepted are 0 to {self.num_layers - 1}"
+                    )
+                self.tapped.setdefault(layer, set()).add(rows)
+
+    # ---- on and off ---------------------------------------------------------------------------
+    def install(self) -> None:
+        b = self.backbone
+        flash = "flash" in (b.decoder.config._attn_implementation or "")
+        self.overrides = [
+            Override(b.base, "get_image_features", self._get_image_features),
+            Override(b.base, "get_placeholder_mask", self._get_placeholder_mask),
+        ]
+        if hasattr(b.model, "generate"):
+            self.overrides += [
+                Override(b.model, "generate", self._generate),
+                Override(b.model, "create_masks_for_generate", self._create_masks),
+            ]
+        if b.model is not b.base:
+            self.handles.append(b.model.register_forward_pre_hook(self._enter, with_kwargs=True))
+        self.handles += [
+            b.base.register_forward_pre_hook(self._enter_base, with_kwargs=True),
+            b.base.register_forward_hook(self._leave_base),
+            b.language_model.register_forward_pre_hook(
+                self._enter_language_model, with_kwargs=True
+            ),
+            b.language_model.register_forward_hook(self._leave_language_model),
+        ]
+        for i, layer in enumerate(b.layers):
+            if flash or i in self.tapped or self.group_of[i] > 0:
+                hook = functools.partial(self._enter_layer, i, flash)
+                self.handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        for i in self.tapped:
+            self.row_taps[i] = taps.install(b.layers[i].self_attn)  # type: ignore[arg-type]
+        if self.tower_layers:
+            attention = self.family.tower_attention(b)
+            for i in {layer % len(attention) for layer in self.tower_layers}:
+                self.tower_taps[i] = taps.install(attention[i])
+
+    def uninstall(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        for override in reversed(self.overrides):
+            override.remove()
+        for tap in (*self.row_taps.values(), *self.tower_taps.values()):
+            tap.remove()
+        self.handles, self.overrides, self.row_taps, self.tower_taps = [], [], {}, {}
+        self._forget()
+
+    # ---- generate -----------------------------------------------------------------------------
+    def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        own = self.backbone.model.generation_config
+        given = kwargs.get("generation_config") or own
+        chunk = kwargs.get("prefill_chunk_size", getattr(given, "prefill_chunk_size", None))
+        if chunk is not None:
+            raise ValueError(
+                f"prefill_chunk_size: a patched model takes the prompt in one piece, got {chunk}; "
+                "give None, or unpatch"
+            )
+        before, self.generating, self.frozen = self.handled, True, None
+        try:
+            out = original(*args, **kwargs)
+        finally:
+            self.generating, self.frozen, self.forward = False, None, None
+        images = any(kwargs.get(k) is not None for k in ("pixel_values", "mm_encoder_outputs"))
+        if images and self.handled == before:
+            raise RuntimeError(_UNHANDLED.format(model=type(self.backbone.model).__name__))
+        return out
+
+    def _create_masks(self, original: Callable[..., Any] | None, **kwargs: Any) -> Any:
+        """Static caches get 4-D masks ahead of the forward, sized for the full sequence. A
+        compressed one needs the 2-D mask, so that the forward can build what fits."""
+        if kwargs.get("is_first_iteration") or ledger_of(kwargs.get("past_key_values")) is not None:
+            return kwargs.get("attention_mask")
+        return (original or create_masks_for_generate)(**kwargs)
+
+    # ---- vision -------------------------------------------------------------------------------
+    def _get_image_features(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if args:
+            kwargs = {**inspect.signature(original).bind_partial(*args).arguments, **kwargs}
+        device = next(self.backbone.base.parameters()).device
+        has_cls = bool(self.tower_taps) and self.family.has_cls(self.backbone)
+        for tap in self.tower_taps.values():
+            taps.listen_tower(tap, has_cls, self.vision_clock)
+        started = self.vision_clock.start(device)
+        sizes_in: list[Any] | None = None
+        sizes_out: list[Any] = []
+        try:
+            if self.pixels:
+                pixels = kwargs.pop("pixel_values")
+                out, sizes_in, sizes_out = self.family.downsampled_features(
+                    self.backbone, original, pixels, self.pixels[0], kwargs
+                )
+            else:
+                out = original(**kwargs)
+        finally:
+            self.vision_clock.stop(started, device)
+            for tap in self.tower_taps.values():
+                tap.armed = None
+        image_sizes = kwargs.get("image_sizes")
+        found = []
+        for i, features in enumerate(out.pooler_output):
+            kept = None
+            if sizes_in is not None and sizes_in[i] != sizes_out[i]:
+                features, kept = _spread(features, sizes_in[i], sizes_out[i])
+            size = None if image_sizes is None else tuple(int(x) for x in image_sizes[i])
+            self.signals[features] = ImageSignals(
+                grid=self.family.grid(self.backbone, len(features), size),  # type: ignore[arg-type]
+                kept=kept,
+                tower=self._tower_signals(i, len(features) if kept is None else len(kept)),
+            )
+            found.append(features)
+        out.pooler_output = found
+        for tap in self.tower_taps.values():
+            tap.captured = []
+        if self.forward is not None:
+            self.forward.features = found
+        return out
+
+    def _tower_signals(self, image: int, n: int) -> dict[int, tuple[Tensor, Tensor]]:
+        signals = {}
+        for layer in self.tower_layers:
+            count = len(self.family.tower_attention(self.backbone))
+            attention, keys = self.tower_taps[layer % count].captured[image]
+            prefix = len(attention) - n
+            if prefix not in (0, 1):
+                raise RuntimeError(
+                    f"the vision tower has {len(attention)} tokens for {n} vision tokens: its "
+                    f"attention does not map onto them, and {self.method} needs it"
+                )
+            signals[layer] = (attention[prefix:], keys[prefix:])
+        return signals
+
+    def _get_placeholder_mask(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        out = original(*args, **kwargs)
+        if self.forward is not None:
+            for mask in out if isinstance(out, tuple) else (out,):
+                if mask is not None:
+                    mask = mask[..., 0] if mask.dim() == 3 else mask
+                    seen = self.forward.vision
+                    self.forward.vision = mask if seen is None else seen | mask
+        return out
+
+    # ---- base model ---------------------------------------------------------------------------
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.labels = kwargs.get("labels")
+
+    def _enter_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        labels, self.labels = self.labels, None
+        encoded = kwargs.get("mm_encoder_outputs") or {}
+        given = [encoded.get("image"), encoded.get("video")]
+        given += [kwargs.get(name) for name in ("pixel_values", "pixel_values_videos")]
+        images = any(value is not None for value in given) or (
+            len(args) > 1 and args[1] is not None and args[1].is_floating_point()
+        )
+        cache = kwargs.get("past_key_values")
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is None and not images and (cache is None or int(cache.get_seq_length()) == 0):
+            raise ValueError(
+                "inputs_embeds: a patched model cannot tell vision tokens from text in embeddings; "
+                "pass input_ids with pixel_values, inputs_embeds with pixel_values, or unpatch"
+            )
+        self.forward = Forward(images_seen=images, labels=labels)
+        if encoded.get("image") is not None:
+            self.forward.features = list(encoded["image"].pooler_output)
+
+    def _leave_base(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        forward, self.forward = self.forward, None
+        if forward is not None and forward.images_seen and forward.phase != "prefill":
+            raise RuntimeError(_UNHANDLED.format(model=type(self.backbone.model).__name__))
+
+    # ---- language model -----------------------------------------------------------------------
+    def _enter_language_model(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        forward = self.forward
+        if forward is None or kwargs.get("inputs_embeds") is None:
+            return None
+        ledger = ledger_of(kwargs.get("past_key_values"))
+        if forward.vision is not None and bool(forward.vision.any()):
+            forward.lm_started = forward.lm.start(kwargs["inputs_embeds"].device)
+            self._compress(forward, kwargs)
+        elif ledger is not None:
+            self._continue(forward, ledger, kwargs)
+        else:
+            return None
+        return args, kwargs
+
+    def _compress(self, forward: Forward, kwargs: dict[str, Any]) -> None:
+        """Prefill with images: run the sequence stage and hand on what is left."""
+        embeds, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
+        rows, length = embeds.shape[:2]
+        ledger = ledger_of(cache)
+        plain = ledger is None
+        past = ledger.logical if ledger else int(cache.get_seq_length()) if cache is not None else 0
+        past_valid, valid = _split_mask(kwargs.get("attention_mask"), past, rows, length)
+        forward.valid = valid if valid is not None else _ones(embeds, length)
+        forward.ledger = ledger or Ledger.fresh(self.first_layers, past, past_valid)
+        if tuple(g.first_layer for g in forward.ledger.groups) != self.first_layers:
+            raise ValueError(
+                "past_key_values: this cache was compressed by a method that acts at other layers; "
+                "start with a new cache after patching anew"
+            )
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(past, past + length, device=embeds.device)[None]
+        forward.positions = positions.expand(rows, -1)
+        forward.past_shift = [group.shift for group in forward.ledger.groups]
+        forward.gap = torch.zeros_like(forward.valid)
+        forward.spans = self._spans(forward)
+        forward.describe_prompt()
+        self._freeze(forward, cache)
+        forward.phase = "prefill"
+        self.handled += 1
+
+        with forward.selector.measure(embeds.device):
+            new_embeds, keep = select_in_sequence(forward, self.sequence, embeds)
+            # Pixels that were never encoded leave with the convention of the method that cut them.
+            for span in forward.spans if self.pixels else ():
+                if span.signals.kept is not None and self.pixels[0].positions == "contiguous":
+                    gone = torch.ones(len(span.index), dtype=torch.bool, device=keep.device)
+                    gone[span.signals.kept.to(keep.device)] = False
+                    forward.gap[span.sample, span.index[gone]] = True
+            forward.layout = Layout.whole(forward.valid)
+            if not torch.equal(keep, forward.valid):
+                forward.layout, place = forward.layout.compact(keep)
+                new_embeds = gather_tokens(new_embeds, place)
+                new_embeds = new_embeds.masked_fill(~forward.layout.valid[..., None], 0)
+                for name, value in kwargs.items():
+                    if isinstance(value, Tensor) and value.shape == (rows, length):
+                        if name not in ("attention_mask", "position_ids"):
+                            kwargs[name] = value.gather(1, place)
+            forward.count_tokens(0)
+        kwargs["inputs_embeds"] = new_embeds
+        self._open_group(forward, 0)
+        if plain and new_embeds.shape[1] == length and not forward.ledger.groups[0].diverged:
+            return  # nothing left: the model makes its own masks and positions
+        group = forward.ledger.groups[0]
+        # Always a mask: without one, gaps in the positions would be taken for packed sequences.
+        mask = group.valid if group.valid is not None else _ones(new_embeds, group.length)
+        kwargs["attention_mask"] = mask.long()
+        kwargs["position_ids"] = self._positions(forward, 0)
+
+    def _continue(self, forward: Forward, ledger: Ledger, kwargs: dict[str, Any]) -> None:
+        """New tokens on a compressed cache: translate mask and positions."""
+        embeds = kwargs["inputs_embeds"]
+        rows, count = embeds.shape[:2]
+        past = ledger.logical
+        _, valid = _split_mask(kwargs.get("attention_mask"), past, rows, count)
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(past, past + count, device=embeds.device)[None]
+        forward.positions = positions.expand(rows, -1)
+        for group in ledger.groups:
+            group.extend(valid, count)
+        ledger.logical += count
+        ledger.croppable += count
+        forward.ledger, forward.phase = ledger, "decode"
+        first = ledger.groups[0]
+        kwargs["attention_mask"] = None if first.valid is None else first.valid.long()
+        kwargs["position_ids"] = self._positions(forward, 0)
+
+    def _leave_language_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        forward = self.forward
+        if forward is None or forward.phase != "prefill":
+            return
+        hidden = output.last_hidden_state
+        length = forward.valid.shape[1]
+        if forward.layout.index.shape[1] != length or not torch.equal(
+            forward.layout.valid, forward.valid
+        ):
+            place = forward.layout.nearest(length).to(hidden.device)
+            output.last_hidden_state = gather_tokens(hidden, place)
+        forward.lm.stop(forward.lm_started, hidden.device)
+        ledger, cache = forward.ledger, getattr(output, "past_key_values", None)
+        ledger.logical += length
+        ledger.croppable = 0
+        if cache is not None and any(group.diverged for group in ledger.groups):
+            attach(cache, ledger)
+        if not forward.replay:
+            clock, self.vision_clock = self.vision_clock, Stopwatch()
+            samples = forward.samples(self.num_layers)
+            self.report.prefills.append(Prefill(samples, clock, forward.selector, forward.lm))
+
+    # ---- decoder layers -----------------------------------------------------------------------
+    def _enter_layer(
+        self, layer: int, flash: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        forward = self.forward
+        if forward is None or forward.phase == "plain":
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if forward.phase == "prefill":
+            if layer in self.pruners:
+                hidden = self._prune(forward, layer, hidden)
+                if args:
+                    args = (hidden, *args[1:])
+                else:
+                    kwargs["hidden_states"] = hidden
+            if layer in self.tapped:
+                self._tap_rows(forward, layer)
+        if forward.ledger.groups[self.group_of[layer]].diverged:
+            self._adapt_layer(forward, layer, hidden, kwargs)
+            if flash:
+                # Flash attention would take gapped positions for packed sequences; rotation is
+                # done by then, so the layer can do without them.
+                kwargs["position_ids"] = None
+        return args, kwargs
+
+    def _prune(self, forward: Forward, layer: int, hidden: Tensor) -> Tensor:
+        with forward.selector.measure(hidden.device):
+            for number, method in self.pruners[layer]:
+                hidden, keep = prune_between_layers(
+                    forward, number, method, layer, self.num_layers, hidden
+                )
+                if torch.equal(keep, forward.layout.valid):
+                    continue
+                forward.layout, place = forward.layout.compact(keep)
+                hidden = gather_tokens(hidden, place.to(hidden.device))
+                pads = ~forward.layout.valid[..., None].to(hidden.device)
+                hidden = hidden.masked_fill(pads, 0)
+            forward.count_tokens(layer)
+        self._open_group(forward, self.group_of[layer])
+        return hidden
+
+    def _tap_rows(self, forward: Forward, layer: int) -> None:
+        """Ask the attention of decoder layer `layer` for the rows that methods read."""
+        with forward.selector.measure(forward.valid.device):
+            rows = rows_of(forward, self.tapped[layer])
+            wide = [nn.utils.rnn.pad_sequence(per_sample, batch_first=True) for per_sample in rows.values()]
+            group = forward.ledger.groups[self.group_of[layer]]
+            past = group.length - forward.layout.index.shape[1]
+            forward.memo.setdefault("past", {})[layer] = past
+        tap = self.row_taps[layer]
+        taps.listen_rows(tap, torch.cat(wide, dim=1), group.valid, past, forward.selector)
+        forward.attention[layer] = (forward.layout, rows, tap.captured)
+
+    def _adapt_layer(
+        self, forward: Forward, layer: int, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> None:
+        """Give a layer the mask and positions of what its group holds."""
+        number = self.group_of[layer]
+        if number == 0:
+            return
+        group = forward.ledger.groups[number]
+        kind = self.family.layer_type(self.backbone, layer)
+        cache = kwargs.get("past_key_values")
+        if (number, kind) not in forward.memo:
+            build = create_sliding_window_causal_mask if kind != "full_attention" else create_causal_mask
+            mask = group.valid
+            if mask is None and cache is None:
+                mask = _ones(hidden, group.length)
+            forward.memo[number, kind] = build(
+                config=self.backbone.decoder.config,
+                inputs_embeds=hidden,
+                attention_mask=mask,
+                past_key_values=cache,
+                layer_idx=layer,
+            )
+        kwargs["attention_mask"] = forward.memo[number, kind]
+        if number not in forward.memo:
+            positions = self._positions(forward, number).to(hidden.device)
+            rotation = self.family.rotary(self.backbone, layer, hidden, positions)
+            forward.memo[number] = positions, rotation
+        kwargs["position_ids"], kwargs["position_embeddings"] = forward.memo[number]
+
+    # ---- bookkeeping --------------------------------------------------------------------------
+    def _open_group(self, forward: Forward, number: int) -> None:
+        """Write into the ledger what layer group `number` holds of this forward."""
+        group, layout = forward.ledger.groups[number], forward.layout
+        whole = layout.index.shape[1] == forward.valid.shape[1]
+        if not (whole and torch.equal(layout.valid, forward.valid)):
+            group.diverged = True
+        group.extend(layout.valid, layout.index.shape[1])
+        total = forward.gap.sum(1, keepdim=True)
+        if bool(total.any()):
+            group.shift = total if group.shift is None else group.shift + total
+
+    def _positions(self, forward: Forward, number: int) -> Tensor:
+        """(b, k) rotary positions of this forward's tokens in layer group `number`."""
+        if forward.phase == "decode":
+            shift = forward.ledger.groups[number].shift
+            return forward.positions if shift is None else forward.positions - shift
+        index = forward.layout.index
+        positions = gather_last(forward.positions, index)
+        positions = positions - gather_last(forward.gap.cumsum(1), index)
+        shift = forward.past_shift[number]
+        positions = positions if shift is None else positions - shift
+        return positions.clamp_min(0)
+
+    def _freeze(self, forward: Forward, cache: Any) -> None:
+        """Without a cache, `generate` feeds the prompt again at every step: what was chosen at the
+        first one holds, as it does with a cache."""
+        if not self.generating or cache is not None:
+            return
+        if self.frozen is None:
+            self.frozen = forward.decisions, forward.prompt_length
+        else:
+            forward.decisions, forward.prompt_length = self.frozen
+            forward.replay = True
+
+    def _spans(self, forward: Forward) -> list[ImageSpan]:
+        """The images of this forward, in order, by sample."""
+        assert forward.vision is not None
+        sample, place = forward.vision.expand_as(forward.valid).nonzero(as_tuple=True)
+        sizes = [len(f) for f in forward.features or ()]
+        if sum(sizes) != len(place):
+            raise RuntimeError(
+                f"{len(place)} vision tokens in the prompt, but {sum(sizes)} vision features in "
+                f"{len(sizes)} images: vtc cannot tell which image a token belongs to"
+            )
+        spans, seen = [], [0] * len(forward.valid)
+        start = 0
+        for features, size in zip(forward.features or (), sizes, strict=True):
+            b = int(sample[start])
+            signals = self.signals.get(features)
+            if signals is None:
+                if self.tower_layers or self.pixels:
+                    raise ValueError(
+                        f"mm_encoder_outputs: {self.method} reads the vision tower, and these "
+                        "features did not come from get_image_features of the patched model"
+                    )
+                signals = ImageSignals(self.family.grid(self.backbone, size, None))
+            spans.append(ImageSpan(b, seen[b], place[start : start + size], signals))
+            seen[b] += 1
+            start += size
+        return spans
+
+
+_UNHANDLED = (
+    "{model} was given images, but none of its vision tokens reached vtc: this way of calling it is "
+    "not covered, and its result would have been that of the uncompressed model"
+)
+
+
+def _ones(like: Tensor, length: int) -> Tensor:
+    return torch.ones(like.shape[0], length, dtype=torch.bool, device=like.device)
+
+
+def _split_mask(
+    mask: Any, past: int, rows: int, length: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """The 2-D mask of the past and of the new tokens, `None` for all valid."""
+    if mask is None:
+        return None, None
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        got = f"a tensor of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask)
+        raise ValueError(f"attention_mask: a patched model takes a mask of shape (batch, tokens), got {got}")
+    if mask.shape != (rows, past + length):
+        raise ValueError(
+            f"attention_mask: expected shape {(rows, past + length)} for {past} cached and {length} "
+            f"new tokens, got {tuple(mask.shape)}"
+        )
+    mask = mask.bool()
+    return mask[:, :past], mask[:, past:]
+
+
+def _spread(
+    features: Tensor, size: tuple[int, int], reduced: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Put features (r * c, d) at the nearest places of a full grid.
+
+    Returns:
+        (rows * columns, d) with zeros elsewhere, and the (r * c,) places that are filled.
+    """
+    (rows, columns), (r, c) = size, reduced
+    row = ((torch.arange(r) + 0.5) * rows / r).long()
+    column = ((torch.arange(c) + 0.5) * columns / c).long()
+    kept = (row[:, None] * columns + column).flatten().to(features.device)
+    full = features.new_zeros(rows * columns, features.shape[1])
+    full[kept] = features
+    return full, kept

@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state of one forward under a patch, and the choices made in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..methods.base import LayerState, Method, Rows, Selection, VisionTokens
+from .layout import Layout
+from .ledger import Ledger
+from .report import ImageTokens, Sample, Stopwatch
+
+
+@dataclass(frozen=True)
+class ImageSignals:
+    """What the vision side left for one image.
+
+    Attributes:
+        grid: (n, 3) positions of all its tokens.
+        kept: (k,) places filled by a run on fewer pixels, or `None` if all are.
+        tower: for each tower layer read, attention (k,) and keys (k, d_k) of the tokens that are
+            filled.
+    """
+
+    grid: Tensor
+    kept: Tensor | None = None
+    tower: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ImageSpan:
+    """One image of one sample: its ordinal there, its (n,) places in the sequence, its signals."""
+
+    sample: int
+    ordinal: int
+    index: Tensor
+    signals: ImageSignals
+
+
+Decisions = dict[tuple[Any, ...], Selection | None]
+"""Selections already made, by (method, row, image or layer)."""
+
+
+@dataclass
+class Forward:
+    """One call of the model.
+
+    Attributes:
+        images_seen: pixels or vision features were passed in.
+        features: (n, d) per image, as they are scattered into the sequence.
+        vision: (b, s) bool, placeholders that hold vision features.
+        phase: "plain" leaves the model alone; "prefill" compresses; "decode" continues a
+            compressed cache.
+    """
+
+    images_seen: bool = False
+    labels: Tensor | None = None
+    features: list[Tensor] | None = None
+    vision: Tensor | None = None
+    phase: str = "plain"
+
+    # Set at prefill. `valid`, `gap`, `image` and `text` are (b, s) over the whole sequence.
+    valid: Tensor = field(default_factory=lambda: torch.empty(0))
+    gap: Tensor = field(default_factory=lambda: torch.empty(0))
+    image: Tensor = field(default_factory=lambda: torch.empty(0))
+    text: Tensor = field(default_factory=lambda: torch.empty(0))
+    prompt_length: list[int] = field(default_factory=list)
+    spans: list[ImageSpan] = field(default_factory=list)
+    layout: Layout = None  # type: ignore[assignment]
+    decisions: Decisions = field(default_factory=dict)
+    replay: bool = False
+    counts: dict[int, list[list[int]]] = field(default_factory=dict)
+    attention: dict[int, tuple[Layout, dict[Rows, list[Tensor]], list[Tensor]]] = field(
+        default_factory=dict
+    )
+
+    # Set whenever a compressed cache is written.
+    ledger: Ledger = None  # type: ignore[assignment]
+    past_shift: list[Tensor | None] = field(default_factory=list)
+    positions: Tensor = field(default_factory=lambda: torch.empty(0))
+    memo: dict[Any, Any] = field(default_factory=dict)
+
+    selector: Stopwatch = field(default_factory=Stopwatch)
+    lm: Stopwatch = field(default_factory=Stopwatch)
+    lm_started: Any = None
+
+    def describe_prompt(self) -> None:
+        """Derive `image`, `text` and `prompt_length` from spans, mask and labels."""
+        rows, length = self.valid.shape
+        self.image = torch.full((rows, length), -1, device=self.valid.device)
+        for span in self.spans:
+            self.image[span.sample, span.index] = span.ordinal
+        place = torch.arange(length, device=self.valid.device)
+        end = self.valid.new_full((rows,), length, dtype=torch.long)
+        if self.labels is not None:
+            # The answer being scored is not part of the prompt: `generate` would not have seen it.
+            answered = self.labels.to(self.valid.device) != -100
+            first = torch.where(answered, place, length).min(dim=1).values
+            end = torch.minimum(end, first)
+        is_vision = self.image >= 0
+        started = is_vision.cumsum(1) > 0
+        self.text = ~is_vision & self.valid & started & (place < end[:, None])
+        self.prompt_length = end.tolist()
+
+    def count_tokens(self, layer: int) -> None:
+        """Note how many tokens of each image decoder layer `layer` and those after it process."""
+        image = self.image.gather(1, self.layout.index).masked_fill(~self.layout.valid, -1)
+        self.counts[layer] = [
+            [int((image[b] == span.ordinal).sum()) for span in self.spans if span.sample == b]
+            for b in range(image.shape[0])
+        ]
+
+    def samples(self, num_layers: int) -> list[Sample]:
+        """The report of this prefill."""
+        totals: dict[int, list[int]] = {}
+        for span in self.spans:
+            totals.setdefault(span.sample, []).append(len(span.index))
+        vision = (self.image >= 0).sum(1).tolist()
+        text = [int(n) - v for n, v in zip(self.valid.sum(1).tolist(), vision, strict=True)]
+        found = []
+        for b in range(self.valid.shape[0]):
+            images = []
+            for i, original in enumerate(totals.get(b, [])):
+                now, per_layer = original, []
+                for layer in range(num_layers):
+                    if layer in self.counts:
+                        now = self.counts[layer][b][i]
+                    per_layer.append(now)
+                images.append(ImageTokens(original, tuple(per_layer)))
+            found.append(Sample(text[b], tuple(images)))
+        return found
+
+
+def checked(method: Method, selection: Any, n: int) -> Selection:
+    """`selection` if it is one over `n` tokens, else an error that names the method."""
+    if not isinstance(selection, Selection):
+        raise TypeError(f"{method.name}: expected a Selection, got {type(selection).__name__}")
+    indices, features = selection.indices, selection.features
+    if indices.dim() != 1 or indices.dtype != torch.long:
+        raise ValueError(
+            f"{method.name}: indices must be whole numbers of shape (k,), "
+            f"got {indices.dtype} {tuple(indices.shape)}"
+        )
+    if len(indices) and (
+        int(indices[0]) < 0 or int(indices[-1]) >= n or not bool((indices.diff() > 0).all())
+    ):
+        raise ValueError(f"{method.name}: indices must ascend within [0, {n}), got {indices.tolist()}")
+    if features is not None and len(features) != len(indices):
+        raise ValueError(
+            f"{method.name}: {len(features)} features for {len(indices)} indices; they must match"
+        )
+    return selection
+
+
+def select_in_sequence(forward: Forward, methods: list[Method], embeds: Tensor) -> tuple[Tensor, Tensor]:
+    """Run the sequence-stage methods on every image.
+
+    Args:
+        embeds: (b, s, d) what would enter the language model.
+
+    Returns:
+        embeds with merged contents in place, and (b, s) bool of the tokens that stay. Tokens that
+        leave through a method with contiguous positions are marked in `forward.gap`.
+    """
+    keep = forward.valid.clone()
+    for span in forward.spans:
+        b, signals = span.sample, span.signals
+        current = torch.arange(len(span.index), device=embeds.device)
+        if signals.kept is not None:
+            current = signals.kept.to(embeds.device)
+        features = embeds[b, span.index[current]]
+        alive = torch.arange(len(current), device=embeds.device)
+        replaced = False
+        for number, method in enumerate(methods):
+            key = (number, b, span.ordinal)
+            if forward.replay:
+                selection = forward.decisions[key]
+            else:
+                cls_attention = keys = None
+                if method.needs & {"cls_attention", "keys"}:
+                    attention, all_keys = signals.tower[method.vision_layer]
+                    if "cls_attention" in method.needs:
+                        cls_attention = attention.to(embeds.device)[alive]
+                    if "keys" in method.needs:
+                        keys = all_keys.to(embeds.device)[alive]
+                tokens = VisionTokens(
+                    features=features,
+                    grid=signals.grid.to(embeds.device)[current],
+                    image=span.ordinal,
+                    text=embeds[b, forward.text[b]] if "text" in method.needs else None,
+                    cls_attention=cls_attention,
+                    keys=keys,
+                )
+                selection = checked(method, method.select(tokens), len(tokens))
+                forward.decisions[key] = selection
+            assert selection is not None
+            chosen = selection.indices.to(embeds.device)
+            if method.positions == "contiguous":
+                forward.gap[b, span.index[current]] = True
+                forward.gap[b, span.index[current[chosen]]] = False
+            features = features[chosen]
+            if selection.features is not None:
+                features, replaced = selection.features.to(embeds), True
+            current, alive = current[chosen], alive[chosen]
+        keep[b, span.index] = False
+        keep[b, span.index[current]] = True
+        if replaced:
+            embeds = embeds.clone()
+            embeds[b, span.index[current]] = features
+    return embeds, keep
+
+
+def prune_between_layers(
+    forward: Forward, number: int, method: Method, layer: int, num_layers: int, hidden: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Run one layers-stage method on every sample before decoder layer `layer`.
+
+    Args:
+        hidden: (b, k, d) hidden states in the current layout.
+
+    Returns:
+        hidden with merged contents in place, and (b, k) bool of the tokens that stay.
+    """
+    layout = forward.layout
+    keep = layout.valid.clone()
+    wanted = method.taps(num_layers)
+    for b in range(hidden.shape[0]):
+        places = layout.valid[b].nonzero().squeeze(1)
+        index = layout.index[b, places]
+        image = forward.image[b, index]
+        n = int((image >= 0).sum())
+        if n == 0:
+            continue
+        key = ("layers", number, layer, b)
+        if forward.replay:
+            selection = forward.decisions[key]
+        else:
+            state = LayerState(
+                layer=layer,
+                num_layers=num_layers,
+                hidden=hidden[b, places.to(hidden.device)],
+                image=image.to(hidden.device),
+                text=forward.text[b, index].to(hidden.device),
+                prompt_length=int((index < forward.prompt_length[b]).sum()),
+                original=tuple(len(s.index) for s in forward.spans if s.sample == b),
+                attention={
+                    tapped: _attention_rows(forward, tapped, rows, b, index).to(hidden.device)
+                    for tapped, rows in wanted.items()
+                },
+            )
+            selection = method.prune(state)
+            if selection is not None:
+                selection = checked(method, selection, n)
+            forward.decisions[key] = selection
+        if selection is None:
+            continue
+        vision = places[image >= 0]
+        chosen = selection.indices.to(vision.device)
+        keep[b, vision] = False
+        keep[b, vision[chosen]] = True
+        if selection.features is not None:
+            hidden = hidden.clone()
+            hidden[b, vision[chosen].to(hidden.device)] = selection.features.to(hidden)
+        if method.positions == "contiguous":
+            gone = torch.ones_like(vision, dtype=torch.bool)
+            gone[chosen] = False
+            forward.gap[b, layout.index[b, vision[gone]]] = True
+    return hidden, keep
+
+
+def rows_of(forward: Forward, kinds: set[Rows]) -> dict[Rows, list[Tensor]]:
+    """For each kind of rows and each sample, their places in the current layout."""
+    layout = forward.layout
+    found: dict[Rows, list[Tensor]] = {}
+    for kind in sorted(kinds):
+        found[kind] = []
+        for b, end in enumerate(forward.prompt_length):
+            if kind == "text":
+                wanted = forward.text[b, layout.index[b]] & layout.valid[b]
+                found[kind].append(wanted.nonzero().squeeze(1))
+            else:
+                inside = layout.valid[b] & (layout.index[b] < end)
+                found[kind].append(inside.nonzero().squeeze(1)[-1:])
+    return found
+
+
+def _attention_rows(forward: Forward, layer: int, kind: Rows, b: int, index: Tensor) -> Tensor:
+    """(r, s) attention of sample `b` at tapped layer `layer`, over the tokens at `index`."""
+    layout, rows, held_rows = forward.attention[layer]
+    start = 0
+    for name, per_sample in rows.items():
+        width = max(len(places) for places in per_sample)
+        if name == kind:
+            break
+        start += width
+    captured = held_rows[0][b, start : start + len(rows[kind][b])]
+    # Columns of this forward follow those of the cache; what a static cache has room for comes last.
+    width = layout.index.shape[1]
+    held = captured.shape[-1] - width
+    first = min(forward.memo["past"][layer], held)
+    captured = captured[:, first : first + width]
+    whole = captured.new_zeros(len(captured), forward.valid.shape[1])
+    valid = layout.valid[b].to(captured.device)
+    whole[:, layout.index[b].to(captured.device)[valid]] = captured[:, valid]
+    return whole[:, index.to(captured.device)]

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tokens of a forward a run of decoder layers holds, as rectangular batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tokens that are held, row by row, padded on the left to the longest row.
+
+    Attributes:
+        index: (b, k) place of each token in the sequence that entered the forward; 0 at padding.
+        valid: (b, k) bool, False at padding.
+    """
+
+    index: Tensor
+    valid: Tensor
+
+    @classmethod
+    def whole(cls, valid: Tensor) -> Layout:
+        """The layout of an untouched sequence with this (b, s) mask."""
+        index = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
+        return cls(index, valid)
+
+    def compact(self, keep: Tensor) -> tuple[Layout, Tensor]:
+        """Keep some tokens and close the gaps.
+
+        Args:
+            keep: (b, k) bool over this layout's places.
+
+        Returns:
+            The new layout (b, k'), and the (b, k') places of its tokens in this layout.
+        """
+        keep = keep & self.valid
+        width = int(keep.sum(1).max())
+        place = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
+        # Tokens that go sort before all others, so the last `width` places are left-padded rows.
+        place = torch.where(keep, place, -1).sort(dim=1).values[:, keep.shape[1] - width :]
+        valid = place >= 0
+        place = place.clamp_min(0)
+        index = self.index.gather(1, place).masked_fill(~valid, 0)
+        return Layout(index, valid), place
+
+    def nearest(self, length: int) -> Tensor:
+        """(b, length) for each place of the full sequence, the place here of the last token held
+        at or before it (the first token held where there is none)."""
+        rows, width = self.index.shape
+        held = torch.zeros(rows, length, dtype=torch.long, device=self.index.device)
+        held.scatter_add_(1, self.index, self.valid.long())
+        pads = width - self.valid.sum(1, keepdim=True)
+        return (held.cumsum(1) - 1).clamp_min(0) + pads.clamp_max(width - 1)
+
+
+def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """Pick (b, k) places out of x (b, s, d) or (b, s)."""
+    if x.dim() == 2:
+        return x.gather(1, index)
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def gather_last(x: Tensor, index: Tensor) -> Tensor:
+    """Pick (b, k) places on the last axis of x (b, s) or (c, b, s)."""
+    if x.dim() == 3:
+        index = index[None].expand(x.shape[0], -1, -1)
+    return x.gather(-1, index)

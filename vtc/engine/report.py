@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a patch did: tokens in and out per image and layer, and the time it took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+
+class Stopwatch:
+    """Adds up the milliseconds of measured stretches; on a GPU with events, without a stop."""
+
+    def __init__(self) -> None:
+        self._host_ms = 0.0
+        self._events: list[tuple[Any, Any]] = []
+
+    def reset(self) -> None:
+        self._host_ms = 0.0
+        self._events.clear()
+
+    def start(self, device: torch.device) -> Any:
+        if device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            return event
+        return time.perf_counter()
+
+    def stop(self, started: Any, device: torch.device) -> None:
+        if device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._events.append((started, event))
+        else:
+            self._host_ms += (time.perf_counter() - started) * 1e3
+
+    @contextmanager
+    def measure(self, device: torch.device) -> Iterator[None]:
+        started = self.start(device)
+        try:
+            yield
+        finally:
+            self.stop(started, device)
+
+    @property
+    def ms(self) -> float:
+        for first, last in self._events:
+            last.synchronize()
+            self._host_ms += first.elapsed_time(last)
+        self._events.clear()
+        return self._host_ms
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Events belong to a device and a process; copies and pickles carry the sum.
+        return {"_host_ms": self.ms, "_events": []}
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """One image: its vision tokens before compression, and those each decoder layer processed."""
+
+    original: int
+    per_layer: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row of a batch at prefill."""
+
+    text_tokens: int
+    images: tuple[ImageTokens, ...]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens (text and vision) that each decoder layer processed."""
+        return tuple(
+            self.text_tokens + sum(counts)
+            for counts in zip(*(image.per_layer for image in self.images), strict=True)
+        )
+
+
+@dataclass
+class Prefill:
+    """One forward with images. Times are of the whole batch, in milliseconds.
+
+    `lm_ms` is the language model without the selector; `selector_ms` includes the attention rows
+    computed for it; `vision_ms` is the tower and the projector.
+    """
+
+    samples: list[Sample]
+    vision: Stopwatch = field(repr=False)
+    selector: Stopwatch = field(repr=False)
+    lm: Stopwatch = field(repr=False)
+
+    @property
+    def vision_ms(self) -> float:
+        return self.vision.ms
+
+    @property
+    def selector_ms(self) -> float:
+        return self.selector.ms
+
+    @property
+    def lm_ms(self) -> float:
+        return max(self.lm.ms - self.selector.ms, 0.0)
+
+
+class Report:
+    """All prefills since the patch was made, or since `reset`.
+
+    Token figures are means over images, times means over prefills, FLOPs and bytes means over
+    samples. They are `nan` before the first image.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+        self.prefills: list[Prefill] = []
+
+    def reset(self) -> None:
+        self.prefills.clear()
+
+    @property
+    def samples(self) -> list[Sample]:
+        return [sample for prefill in self.prefills for sample in prefill.samples]
+
+    @property
+    def images(self) -> list[ImageTokens]:
+        return [image for sample in self.samples for image in sample.images]
+
+    @property
+    def tokens_in(self) -> float:
+        """Vision tokens of an image before compression."""
+        return _mean([image.original for image in self.images])
+
+    @property
+    def tokens_out(self) -> float:
+        """Vision tokens of an image that enter the first decoder layer."""
+        return _mean([image.per_layer[0] for image in self.images])
+
+    @property
+    def tokens_per_layer(self) -> list[float]:
+        """Vision tokens of an image that each decoder layer processes."""
+        return [_mean(list(c)) for c in zip(*(i.per_layer for i in self.images), strict=True)]
+
+    @property
+    def equivalent_tokens(self) -> float:
+        """Vision tokens of an image, averaged over the decoder layers."""
+        return _mean(self.tokens_per_layer)
+
+    @property
+    def vision_ms(self) -> float:
+        return _mean([prefill.vision_ms for prefill in self.prefills])
+
+    @property
+    def selector_ms(self) -> float:
+        return _mean([prefill.selector_ms for prefill in self.prefills])
+
+    @property
+    def lm_ms(self) -> float:
+        return _mean([prefill.lm_ms for prefill in self.prefills])
+
+    @property
+    def flops(self) -> dict[str, float]:
+        """Of one sample's prefill: "vision", "projector" and "lm"; see `vtc.cost`."""
+        from ..cost import prefill_flops
+
+        costs = [
+            asdict(prefill_flops(self._config, s.lengths, len(s.images)))
+            for s in self.samples
+            if s.images
+        ]
+        return {part: _mean([cost[part] for cost in costs]) for part in ("vision", "projector", "lm")}
+
+    @property
+    def kv_bytes(self) -> float:
+        """Of one sample's cache after prefill, at the model's own precision."""
+        from ..cost import kv_bytes
+
+        return _mean([kv_bytes(self._config, s.lengths) for s in self.samples if s.images])
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures, ready for JSON."""
+        return {
+            "prefills": len(self.prefills),
+            "images": len(self.images),
+            "tokens_in": self.tokens_in,
+            "tokens_out": self.tokens_out,
+            "tokens_per_layer": self.tokens_per_layer,
+            "equivalent_tokens": self.equivalent_tokens,
+            "vision_ms": self.vision_ms,
+            "selector_ms": self.selector_ms,
+            "lm_ms": self.lm_ms,
+            "flops": self.flops,
+            "kv_bytes": self.kv_bytes,
+        }
+
+    def __str__(self) -> str:
+        if not self.images:
+            return "no image seen yet"
+        return (
+            f"{len(self.images)} images in {len(self.prefills)} prefills: "
+            f"{self.tokens_in:.0f} vision tokens in, {self.tokens_out:.1f} into the first layer, "
+            f"{self.equivalent_tokens:.1f} on average over the layers; "
+            f"selector {self.selector_ms:.1f} ms, language model {self.lm_ms:.1f} ms a prefill"
+        )
+
+
+def _mean(values: list[Any]) -> float:
+    return float(sum(values)) / len(values) if values else float("nan")

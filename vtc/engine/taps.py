@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention probabilities of a few query rows, without eager attention.
+
+A tapped attention module gets a private copy of its config that names our attention function. It
+computes the rows asked for, then hands over to the implementation the module had: outputs,
+masks and all other modules stay as they were.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from .report import Stopwatch
+
+TAP = "vtc_tap"
+
+
+@dataclass
+class Tap:
+    """A tap on one attention module.
+
+    Attributes:
+        module: the attention module.
+        implementation: the attention implementation it had.
+        listen: called with query (b, h, q, d), key (b, h_kv, k, d), mask and scaling while armed.
+    """
+
+    module: nn.Module
+    implementation: str
+    config: Any
+    armed: Callable[..., None] | None = None
+    captured: list[Any] = field(default_factory=list)
+
+    def remove(self) -> None:
+        self.module.config = self.config
+        del self.module._vtc_tap
+
+
+def install(module: nn.Module) -> Tap:
+    """Tap `module`, an attention module of transformers with a `config`."""
+    config = module.config
+    implementation = config._attn_implementation
+    tap = Tap(module, implementation, config)
+    private = copy.copy(config)
+    private._attn_implementation_internal = TAP
+    module.config = private
+    module._vtc_tap = tap
+    return tap
+
+
+def _default_attention(module: nn.Module) -> Callable[..., Any]:
+    for cls in type(module).__mro__:
+        found = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+        if found is not None:
+            return found
+    raise TypeError(f"{type(module).__name__}: its file defines no eager_attention_forward")
+
+
+def _tapped_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    tap: Tap = module._vtc_tap
+    if tap.armed is not None:
+        tap.armed(query, key, attention_mask, kwargs.get("scaling"), kwargs.get("softcap"))
+    if tap.implementation == "eager":
+        attend = _default_attention(module)
+    else:
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            tap.implementation, _default_attention(module)
+        )
+    return attend(module, query, key, value, attention_mask, **kwargs)
+
+
+# A name of its own in the table of implementations: no existing entry is touched.
+AttentionInterface.register(TAP, _tapped_attention)
+
+
+def row_attention(
+    query: Tensor,
+    key: Tensor,
+    allowed: Tensor | None,
+    bias: Tensor | None,
+    scaling: float | None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention probabilities of some query rows, averaged over heads, in fp32.
+
+    Args:
+        query: (b, h, r, d) the rows, rotated.
+        key: (b, h_kv, k, d), rotated; h is a multiple of h_kv.
+        allowed: (b or 1, 1, r, k) bool, or `None` for all.
+        bias: additive mask of that shape, or `None`.
+        scaling: factor on the logits; `d ** -0.5` if `None`.
+
+    Returns:
+        (b, r, k) fp32.
+    """
+    b, h, r, d = query.shape
+    h_kv = key.shape[1]
+    grouped = query.reshape(b, h_kv, (h // h_kv) * r, d)
+    logits = (grouped @ key.transpose(-1, -2)).view(b, h, r, -1).float()
+    logits = logits * (d**-0.5 if scaling is None else scaling)
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    if bias is not None:
+        logits = logits + bias.float()
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, float("-inf"))
+    return torch.nan_to_num(logits.softmax(-1)).mean(1)
+
+
+def listen_rows(
+    tap: Tap, rows: Tensor, visible: Tensor | None, past: int, clock: Stopwatch
+) -> None:
+    """Arm `tap` for the rows (b, r) of a causal decoder layer; the result goes to `captured`.
+
+    Args:
+        rows: places in this forward's sequence; rows that pad may hold any place.
+        visible: (b, k) bool, the keys that are not padding, or `None`.
+        past: keys that come from the cache.
+    """
+
+    def capture(
+        query: Tensor, key: Tensor, mask: Any, scaling: float | None, softcap: float | None
+    ) -> None:
+        with clock.measure(query.device):
+            b, h, q, d = query.shape
+            # A static cache returns its whole length: what lies past the present is masked.
+            places = rows.to(query.device)
+            picked = query.gather(2, places[:, None, :, None].expand(-1, h, -1, d))
+            allowed = bias = None
+            if isinstance(mask, Tensor) and mask.dim() == 4:
+                at = places[:, None, :, None].expand(-1, 1, -1, mask.shape[-1])
+                cut = mask[:, :1].expand(b, -1, -1, -1).gather(2, at)
+                allowed, bias = (cut, None) if cut.dtype == torch.bool else (None, cut)
+            else:
+                place = torch.arange(key.shape[2], device=query.device)
+                allowed = place[None, None, None] <= (places + past)[:, None, :, None]
+                if visible is not None:
+                    allowed = allowed & visible.to(query.device)[:, None, None]
+            tap.captured.append(row_attention(picked, key, allowed, bias, scaling, softcap))
+        tap.armed = None
+
+    tap.captured = []
+    tap.armed = capture
+
+
+def listen_tower(tap: Tap, has_cls: bool, clock: Stopwatch) -> None:
+    """Arm `tap` in a vision tower: per image, attention (n,) and keys (n, h * d) go to `captured`.
+
+    The attention is [CLS]'s row where the tower has one, else what each token receives from all.
+    """
+
+    def capture(
+        query: Tensor, key: Tensor, mask: Any, scaling: float | None, softcap: float | None
+    ) -> None:
+        with clock.measure(query.device):
+            keys = key.transpose(1, 2).flatten(2)
+            for i in range(query.shape[0]):
+                rows = query[i : i + 1, :, :1] if has_cls else query[i : i + 1]
+                received = row_attention(rows, key[i : i + 1], None, None, scaling, softcap)
+                tap.captured.append((received[0].mean(0), keys[i]))
+
+    tap.captured = []
+    tap.armed = capture

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One file per family that needs code; `find` picks the family of a model."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+from torch import nn
+
+from .base import Backbone, Family, UnsupportedModelError
+from .llava import Llava
+
+FAMILIES: tuple[Family, ...] = (Llava(),)
+GENERIC = Family()
+
+
+@dataclass(frozen=True)
+class FamilyInfo:
+    """What `vtc.models()` tells of a family."""
+
+    name: str
+    model_types: tuple[str, ...]
+    stages: tuple[str, ...]
+    tested: bool
+
+
+def models() -> list[FamilyInfo]:
+    """The supported families; "generic" stands for any other model of the common shape."""
+    tested = [FamilyInfo(f.name, f.model_types, f.stages, True) for f in FAMILIES]
+    return [*tested, FamilyInfo(GENERIC.name, (), GENERIC.stages, False)]
+
+
+def find(model: nn.Module) -> tuple[Family, Backbone]:
+    """The family of `model` and where its parts are.
+
+    Warns:
+        UserWarning: the family is unknown but has the common shape; says what was assumed.
+
+    Raises:
+        UnsupportedModelError: not a VLM, or of a shape that vtc does not cover.
+    """
+    supported = ", ".join(kind for f in FAMILIES for kind in f.model_types)
+    config = getattr(model, "config", None)
+    if not isinstance(model, nn.Module) or config is None:
+        raise UnsupportedModelError(
+            f"model: expected a vision-language model of transformers, got {type(model).__name__}; "
+            f"supported are {supported}, and others of the same shape"
+        )
+    kind = getattr(config, "model_type", None)
+    if not hasattr(config, "vision_config") and not hasattr(model, "get_image_features"):
+        raise UnsupportedModelError(
+            f"model: {type(model).__name__} ({kind}) has no vision; supported are {supported}, and "
+            "other vision-language models of the same shape"
+        )
+    family = next((f for f in FAMILIES if kind in f.model_types), GENERIC)
+    try:
+        backbone = family.backbone(model)
+        family.check(backbone)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{error}. Supported are {supported}") from None
+    if family is GENERIC:
+        warnings.warn(
+            f"{type(model).__name__} ({kind}) is not a family that vtc is tested on. Assumed: vision "
+            "features replace placeholder tokens one by one, a square grid of patches an image, "
+            "causal attention and one-dimensional rotary positions. Compare its outputs at keep=1.0",
+            stacklevel=4,
+        )
+    return family, backbone
+
+
+__all__ = ["FAMILIES", "Backbone", "Family", "FamilyInfo", "UnsupportedModelError", "find", "models"]

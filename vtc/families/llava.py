@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LLaVA-1.5 and models of its shape: one image, one grid of patches, a two-layer projector."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from .base import Family
+
+
+class Llava(Family):
+    """`LlavaForConditionalGeneration`: CLIP, SigLIP or Pixtral tower, any causal decoder."""
+
+    name: ClassVar[str] = "llava"
+    model_types: ClassVar[tuple[str, ...]] = ("llava",)

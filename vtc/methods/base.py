@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract of a compression method, and the registry that finds methods by name.
+
+A method is one dataclass in one file. Its fields are its settings; it overrides `select` to act
+on the vision tokens before the language model, `prune` to act between decoder layers, or both.
+It sees tensors of one sample at a time, without padding, and never a model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+Positions = Literal["original", "contiguous"]
+Rows = Literal["last", "text"]
+"""Query rows whose attention a method may ask for: the prompt's last token, or all of its text
+after the first vision token."""
+
+
+@dataclass(frozen=True)
+class VisionTokens:
+    """The vision tokens of one image (or clip), as the language model would receive them.
+
+    Attributes:
+        features: (n, d) embeddings after the projector, in sequence order.
+        grid: (n, 3) whole numbers, the (frame, row, column) of each token.
+        image: ordinal of this image within its sample, from 0.
+        text: (m, d) embeddings of the prompt's text after the first image. Only if asked for.
+        cls_attention: (n,) attention of [CLS] to each token in the vision tower, averaged over
+            heads; for towers without [CLS], the attention each token receives, averaged over
+            heads and queries. Only if asked for.
+        keys: (n, d_k) keys of the vision tower's attention, heads concatenated. Only if asked for.
+        crop: (n,) whole numbers, the tile each token belongs to (0 is the thumbnail), or `None`
+            where an image is not tiled.
+    """
+
+    features: Tensor
+    grid: Tensor
+    image: int = 0
+    text: Tensor | None = None
+    cls_attention: Tensor | None = None
+    keys: Tensor | None = None
+    crop: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.features.shape[0]
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """One sample on its way between two decoder layers, without padding.
+
+    Attributes:
+        layer: 0-based index of the decoder layer about to run.
+        num_layers: decoder layers in all.
+        hidden: (s, d) hidden states entering the layer.
+        image: (s,) ordinal of the image each token belongs to, -1 for text.
+        text: (s,) bool, the prompt's text after the first vision token.
+        prompt_length: tokens of the prompt; any after them are an answer being scored.
+        original: vision tokens of each image before any compression.
+        attention: for each layer asked for by `taps`, (r, s) attention probabilities of the rows
+            asked for, softmax over all keys in fp32, averaged over heads.
+    """
+
+    layer: int
+    num_layers: int
+    hidden: Tensor
+    image: Tensor
+    text: Tensor
+    prompt_length: int
+    original: tuple[int, ...]
+    attention: Mapping[int, Tensor]
+
+    @property
+    def vision(self) -> Tensor:
+        """(n,) indices of the vision tokens in the sequence."""
+        return (self.image >= 0).nonzero().squeeze(1)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which tokens stay, in ascending order, and what they hold.
+
+    Attributes:
+        indices: (k,) ascending whole numbers into the tokens that the method was given: the
+            image's tokens in `select`, the sample's vision tokens (all images) in `prune`.
+        features: (k, d) new contents where tokens were merged or replaced, else `None`.
+    """
+
+    indices: Tensor
+    features: Tensor | None = None
+
+
+class Method:
+    """Base of all methods: a dataclass whose fields are its settings.
+
+    Class attributes:
+        name: what `vtc.patch(model, name)` finds it by.
+        title, paper, year: for `vtc methods`.
+        trained: whether it needs trained weights.
+        needs: signals of `VisionTokens` that `select` reads, out of "cls_attention", "keys", "text".
+        vision_layer: layer of the vision tower these are read from, negative from the last.
+
+    A subclass sets `positions`, its default position convention: "original" keeps the rotary
+    position each surviving token had in the full sequence; "contiguous" closes the gaps.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    year: ClassVar[int | None] = None
+    trained: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset()
+    vision_layer: ClassVar[int] = -1
+
+    positions: Positions = "original"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        name = cls.__dict__.get("name")
+        if name is None:
+            return
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+            raise ValueError(f"{cls.__name__}.name must be lower-case letters and digits, got {name!r}")
+        known = _REGISTRY.get(name)
+        if known is not None and known.__qualname__ != cls.__qualname__:
+            raise ValueError(f"a method named {name!r} exists already: {known.__qualname__}")
+        _REGISTRY[name] = cls
+
+    # ---- what a method implements -------------------------------------------------------------
+    def select(self, tokens: VisionTokens) -> Selection:
+        """Sequence stage: choose among the vision tokens of one image."""
+        raise TypeError(f"{type(self).__name__} does not act in the sequence stage")
+
+    def prune(self, state: LayerState) -> Selection | None:
+        """Layers stage: choose among the vision tokens of one sample, or `None` to keep all."""
+        raise TypeError(f"{type(self).__name__} does not act between layers")
+
+    def prune_layers(self, num_layers: int) -> tuple[int, ...]:
+        """0-based decoder layers before which `prune` is called, ascending."""
+        return ()
+
+    def taps(self, num_layers: int) -> dict[int, Rows]:
+        """0-based decoder layers whose attention `prune` reads, and which query rows of it."""
+        return {}
+
+    # ---- what every method has ----------------------------------------------------------------
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages in which this method acts, out of "pixels", "sequence" and "layers"."""
+        found = []
+        if type(self).select is not Method.select:
+            found.append("sequence")
+        if type(self).prune is not Method.prune:
+            found.append("layers")
+        return tuple(found)
+
+    @property
+    def parts(self) -> tuple[Method, ...]:
+        """The methods that this one is composed of, itself if it is simple."""
+        return (self,)
+
+    def __or__(self, other: Method) -> Compose:
+        if not isinstance(other, Method):
+            return NotImplemented
+        return Compose(self.parts + other.parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name and settings, ready for JSON; `from_dict` is the inverse."""
+        return {"method": self.name, **dataclasses.asdict(self)}  # type: ignore[call-overload]
+
+    def __str__(self) -> str:
+        settings = ", ".join(f"{k}={v!r}" for k, v in self.to_dict().items() if k != "method")
+        return f"{self.name}({settings})"
+
+
+@dataclass(frozen=True)
+class Compose(Method):
+    """Methods applied one after the other: each acts on what the one before it left."""
+
+    methods: tuple[Method, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.methods:
+            raise ValueError("methods: at least one method is needed, got none")
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(stage for m in self.methods for stage in m.stages))
+
+    @property
+    def parts(self) -> tuple[Method, ...]:
+        return self.methods
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"method": "compose", "methods": [m.to_dict() for m in self.methods]}
+
+    def __str__(self) -> str:
+        return " | ".join(str(m) for m in self.methods)
+
+
+_REGISTRY: dict[str, type[Method]] = {}
+
+
+def methods() -> dict[str, type[Method]]:
+    """All registered methods by name, in alphabetical order."""
+    return dict(sorted(_REGISTRY.items()))
+
+
+def _accepted_fields(cls: type[Method]) -> Iterator[str]:
+    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if f.init:
+            yield f.name
+
+
+def make(method: str | Method | Mapping[str, Any], **settings: Any) -> Method:
+    """Turn a name with settings, a dictionary from `to_dict`, or a method into a method.
+
+    Raises:
+        ValueError: unknown name, or a setting the method refuses.
+        TypeError: a setting the method does not have, or settings beside a finished method.
+    """
+    if isinstance(method, Mapping):
+        spec = dict(method)
+        name = spec.pop("method", None)
+        if name == "compose":
+            return Compose(tuple(make(m) for m in spec["methods"]))
+        return make(name, **spec, **settings)
+    if isinstance(method, Method):
+        if settings:
+            given = ", ".join(settings)
+            raise TypeError(
+                f"settings ({given}) go with a method's name; {method} is a finished method: "
+                "give them to its constructor"
+            )
+        return method
+    if not isinstance(method, str):
+        raise TypeError(
+            f"method: expected a name, a method or a composition of methods, got {type(method).__name__}"
+        )
+    cls = _REGISTRY.get(method.lower())
+    if cls is None:
+        raise ValueError(f"method: unknown name {method!r}; known are {', '.join(methods())}")
+    accepted = list(_accepted_fields(cls))
+    unknown = [key for key in settings if key not in accepted]
+    if unknown:
+        raise TypeError(
+            f"{method}: unknown setting {unknown[0]!r}; accepted are {', '.join(accepted) or 'none'}"
+        )
+    return cls(**settings)
+
+
+# ---- validation shared by methods -----------------------------------------------------------------
+def check_keep(keep: float | int) -> None:
+    """Refuse a `keep` that is neither a fraction in (0, 1] nor a positive whole number.
+
+    `1.0` means all tokens; `1` means one token.
+    """
+    if isinstance(keep, bool) or not isinstance(keep, (int, float)):
+        raise TypeError(f"keep: expected a fraction or a whole number of tokens, got {keep!r}")
+    if isinstance(keep, int) and keep < 1:
+        raise ValueError(f"keep: a whole number of tokens must be at least 1, got {keep}")
+    if isinstance(keep, float) and not (math.isfinite(keep) and 0.0 < keep <= 1.0):
+        raise ValueError(
+            f"keep: a fraction must lie in (0, 1], got {keep}; "
+            "for a number of tokens give a whole number"
+        )
+
+
+def check_choice(name: str, value: Any, accepted: tuple[Any, ...]) -> None:
+    """Refuse a `value` outside `accepted`, naming the setting."""
+    if value not in accepted:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, accepted))}, got {value!r}")
+
+
+def check_layer(name: str, value: int | None, lowest: int = 0) -> None:
+    """Refuse a layer that is not a whole number of at least `lowest` (or `None`)."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+        raise ValueError(f"{name}: expected a whole number of at least {lowest}, got {value!r}")
+
+
+def budget(keep: float | int, n: int) -> int:
+    """Tokens to keep out of `n`: a fraction is rounded (at least 1), a whole number is capped at n."""
+    wanted = max(1, round(keep * n)) if isinstance(keep, float) else keep
+    return min(wanted, n)

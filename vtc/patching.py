@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`patch` binds a method to one model instance, `unpatch` brings the model back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from .engine.engine import Engine
+from .engine.report import Report
+from .families import find
+from .methods.base import Method, make
+
+
+class Patch:
+    """A method bound to a model; a context manager that unpatches at its end.
+
+    Attributes:
+        model: the patched model.
+        method: the method.
+    """
+
+    def __init__(self, model: nn.Module, engine: Engine) -> None:
+        self.model, self._engine = model, engine
+
+    @property
+    def method(self) -> Method:
+        return self._engine.method
+
+    @property
+    def report(self) -> Report:
+        """Tokens, times, FLOPs and bytes of all prefills since patching."""
+        return self._engine.report
+
+    @property
+    def active(self) -> bool:
+        """Whether the model is patched by this patch now."""
+        return _patch_of(self.model) is self
+
+    def unpatch(self) -> None:
+        """Bring the model back bit for bit; does nothing if that was done already."""
+        if self.active:
+            unpatch(self.model)
+
+    @contextmanager
+    def disable(self) -> Iterator[nn.Module]:
+        """The plain model for the length of a `with` block."""
+        if not self.active:
+            raise RuntimeError("this patch is not on its model any more")
+        self._engine.uninstall()
+        try:
+            yield self.model
+        finally:
+            self._engine.install()
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.unpatch()
+
+    def __repr__(self) -> str:
+        state = "" if self.active else ", removed"
+        return f"Patch({type(self.model).__name__}, {self.method}{state})"
+
+
+def patch(model: nn.Module, method: str | Method | dict[str, Any], **settings: Any) -> Patch:
+    """Compress the vision tokens of `model` from now on.
+
+    Only this instance changes: no class, no global function, no weights. A second call replaces
+    the first. `model.generate(...)` and `model(...)` are called as before.
+
+    Args:
+        model: a vision-language model of transformers, bare or inside a wrapper that has
+            `get_base_model` (peft).
+        method: a name (`vtc.methods()` lists them), a method, several joined with `|`, or what
+            `Method.to_dict` returned.
+        settings: the method's fields, if it was named: `keep=0.1`.
+
+    Returns:
+        The patch, with its report; also a context manager.
+
+    Raises:
+        ValueError, TypeError: unknown method or setting, or a value out of range.
+        UnsupportedModelError: not a vision-language model, or of an unknown shape.
+
+    Example:
+        >>> vtc.patch(model, "todre", keep=0.1)
+        >>> model.generate(**inputs, max_new_tokens=20)
+        >>> vtc.unpatch(model)
+    """
+    chosen = make(method, **settings)
+    inner = _unwrapped(model)
+    family, backbone = find(inner)
+    engine = Engine(family, backbone, chosen)  # all checks are done by here
+    if _patch_of(inner) is not None:
+        unpatch(inner)
+    engine.install()
+    made = Patch(inner, engine)
+    vars(inner)["_vtc_patch"] = made
+    return made
+
+
+def unpatch(model: nn.Module) -> None:
+    """Bring `model` back bit for bit to what it was before `patch`; does nothing if it is not
+    patched."""
+    inner = _unwrapped(model)
+    found = _patch_of(inner)
+    if found is not None:
+        found._engine.uninstall()
+        del vars(inner)["_vtc_patch"]
+
+
+def _patch_of(model: nn.Module) -> Patch | None:
+    return vars(model).get("_vtc_patch")
+
+
+def _unwrapped(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
