@@ -27,8 +27,9 @@ from transformers.masking_utils import (
     create_sliding_window_causal_mask,
 )
 
-from ..families import Backbone, Family
-from ..methods.base import Method, Rows
+from vtc.families import Backbone, Family
+from vtc.methods.base import Method, Rows
+
 from . import taps
 from .forward import (
     Decisions,
@@ -141,8 +142,8 @@ class Engine:
             for layer in method.prune_layers(self.num_layers):
                 if not 1 <= layer < self.num_layers:
                     raise ValueError(
-                        f"{method.name}: cannot act before decoder layer {layer} of {kind}; accepted "
-                        f"are 1 to {self.num_layers - 1}"
+                        f"{method.name}: cannot act before decoder layer {layer} of {kind}; "
+                        f"accepted are 1 to {self.num_layers - 1}"
                     )
                 self.pruners.setdefault(layer, []).append((number, method))
             for layer, rows in method.taps(self.num_layers).items():
@@ -181,7 +182,7 @@ class Engine:
                 hook = functools.partial(self._enter_layer, i, flash)
                 self.handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         for i in self.tapped:
-            self.row_taps[i] = taps.install(b.layers[i].self_attn)  # type: ignore[arg-type]
+            self.row_taps[i] = taps.install(b.layers[i].self_attn)
         if self.tower_layers:
             attention = self.family.tower_attention(b)
             for i in {layer % len(attention) for layer in self.tower_layers}:
@@ -377,9 +378,9 @@ class Engine:
                 new_embeds = gather_tokens(new_embeds, place)
                 new_embeds = new_embeds.masked_fill(~forward.layout.valid[..., None], 0)
                 for name, value in kwargs.items():
-                    if isinstance(value, Tensor) and value.shape == (rows, length):
-                        if name not in ("attention_mask", "position_ids"):
-                            kwargs[name] = value.gather(1, place)
+                    own = name in ("attention_mask", "position_ids")
+                    if not own and isinstance(value, Tensor) and value.shape == (rows, length):
+                        kwargs[name] = value.gather(1, place)
             forward.count_tokens(0)
         kwargs["inputs_embeds"] = new_embeds
         self._open_group(forward, 0)
@@ -434,7 +435,12 @@ class Engine:
 
     # ---- decoder layers -----------------------------------------------------------------------
     def _enter_layer(
-        self, layer: int, flash: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        layer: int,
+        flash: bool,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         forward = self.forward
         if forward is None or forward.phase == "plain":
@@ -477,7 +483,10 @@ class Engine:
         """Ask the attention of decoder layer `layer` for the rows that methods read."""
         with forward.selector.measure(forward.valid.device):
             rows = rows_of(forward, self.tapped[layer])
-            wide = [nn.utils.rnn.pad_sequence(per_sample, batch_first=True) for per_sample in rows.values()]
+            wide = [
+                nn.utils.rnn.pad_sequence(per_sample, batch_first=True)
+                for per_sample in rows.values()
+            ]
             group = forward.ledger.groups[self.group_of[layer]]
             past = group.length - forward.layout.index.shape[1]
             forward.memo.setdefault("past", {})[layer] = past
@@ -496,7 +505,11 @@ class Engine:
         kind = self.family.layer_type(self.backbone, layer)
         cache = kwargs.get("past_key_values")
         if (number, kind) not in forward.memo:
-            build = create_sliding_window_causal_mask if kind != "full_attention" else create_causal_mask
+            build = (
+                create_sliding_window_causal_mask
+                if kind != "full_attention"
+                else create_causal_mask
+            )
             mask = group.valid
             if mask is None and cache is None:
                 mask = _ones(hidden, group.length)
@@ -578,8 +591,8 @@ class Engine:
 
 
 _UNHANDLED = (
-    "{model} was given images, but none of its vision tokens reached vtc: this way of calling it is "
-    "not covered, and its result would have been that of the uncompressed model"
+    "{model} was given images, but none of its vision tokens reached vtc: this way of calling it "
+    "is not covered, and its result would have been that of the uncompressed model"
 )
 
 
@@ -595,11 +608,13 @@ def _split_mask(
         return None, None
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         got = f"a tensor of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask)
-        raise ValueError(f"attention_mask: a patched model takes a mask of shape (batch, tokens), got {got}")
+        raise ValueError(
+            f"attention_mask: a patched model takes a mask of shape (batch, tokens), got {got}"
+        )
     if mask.shape != (rows, past + length):
         raise ValueError(
-            f"attention_mask: expected shape {(rows, past + length)} for {past} cached and {length} "
-            f"new tokens, got {tuple(mask.shape)}"
+            f"attention_mask: expected shape {(rows, past + length)} for {past} cached and "
+            f"{length} new tokens, got {tuple(mask.shape)}"
         )
     mask = mask.bool()
     return mask[:, :past], mask[:, past:]

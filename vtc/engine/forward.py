@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..methods.base import LayerState, Method, Rows, Selection, VisionTokens
+from vtc.methods.base import LayerState, Method, Rows, Selection, VisionTokens
+
 from .layout import Layout
 from .ledger import Ledger
 from .report import ImageTokens, Sample, Stopwatch
@@ -148,7 +149,9 @@ def checked(method: Method, selection: Any, n: int) -> Selection:
     if len(indices) and (
         int(indices[0]) < 0 or int(indices[-1]) >= n or not bool((indices.diff() > 0).all())
     ):
-        raise ValueError(f"{method.name}: indices must ascend within [0, {n}), got {indices.tolist()}")
+        raise ValueError(
+            f"{method.name}: indices must ascend within [0, {n}), got {indices.tolist()}"
+        )
     if features is not None and len(features) != len(indices):
         raise ValueError(
             f"{method.name}: {len(features)} features for {len(indices)} indices; they must match"
@@ -156,7 +159,9 @@ def checked(method: Method, selection: Any, n: int) -> Selection:
     return selection
 
 
-def select_in_sequence(forward: Forward, methods: list[Method], embeds: Tensor) -> tuple[Tensor, Tensor]:
+def select_in_sequence(
+    forward: Forward, methods: list[Method], embeds: Tensor
+) -> tuple[Tensor, Tensor]:
     """Run the sequence-stage methods on every image.
 
     Args:
@@ -298,7 +303,7 @@ def _attention_rows(forward: Forward, layer: int, kind: Rows, b: int, index: Ten
             break
         start += width
     captured = held_rows[0][b, start : start + len(rows[kind][b])]
-    # Columns of this forward follow those of the cache; what a static cache has room for comes last.
+    # This forward's columns follow the cache's; a static cache has spare room after them.
     width = layout.index.shape[1]
     held = captured.shape[-1] - width
     first = min(forward.memo["past"][layer], held)

@@ -9,12 +9,11 @@ logical length to whoever feeds tokens, the physical one to whoever builds masks
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache as memoize
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 
 @dataclass
@@ -77,7 +76,7 @@ class Ledger:
 
     @classmethod
     def fresh(cls, first_layers: tuple[int, ...], past: int, valid: Tensor | None) -> Ledger:
-        """A ledger for a cache that holds `past` uncompressed tokens with mask `valid` (b, past)."""
+        """For a cache that holds `past` uncompressed tokens with mask `valid` (b, past)."""
         groups = [Group(first) for first in first_layers]
         for group in groups:
             group.extend(valid, past)
@@ -133,18 +132,18 @@ class CompressedCache:
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
         del self.vtc_ledger
-        self.__class__ = _plain_class(type(self))  # type: ignore[assignment]
+        self.__class__ = _plain_class(type(self))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (_plain_class(type(self)),), self.__dict__
 
 
-def _plain_class(cls: type) -> type:
+def _plain_class(cls: type) -> Any:
     return cls.__mro__[2]
 
 
-@lru_cache(maxsize=None)
-def _compressed_class(cls: type) -> type:
+@memoize
+def _compressed_class(cls: Any) -> Any:
     return type(f"Compressed{cls.__name__}", (CompressedCache, cls), {})
 
 
@@ -153,11 +152,11 @@ def _rebuild(plain: type) -> Any:
     return cls.__new__(cls)
 
 
-def attach(cache: Cache, ledger: Ledger) -> None:
+def attach(cache: Any, ledger: Ledger) -> None:
     """Give `cache` its ledger. The instance changes class; copies and pickles carry both."""
     if not isinstance(cache, CompressedCache):
         cache.__class__ = _compressed_class(type(cache))
-    cache.vtc_ledger = ledger  # type: ignore[attr-defined]
+    cache.vtc_ledger = ledger
 
 
 def ledger_of(cache: Any) -> Ledger | None:

@@ -166,19 +166,21 @@ class Report:
     @property
     def flops(self) -> dict[str, float]:
         """Of one sample's prefill: "vision", "projector" and "lm"; see `vtc.cost`."""
-        from ..cost import prefill_flops
+        from vtc.cost import prefill_flops
 
         costs = [
             asdict(prefill_flops(self._config, s.lengths, len(s.images)))
             for s in self.samples
             if s.images
         ]
-        return {part: _mean([cost[part] for cost in costs]) for part in ("vision", "projector", "lm")}
+        return {
+            part: _mean([cost[part] for cost in costs]) for part in ("vision", "projector", "lm")
+        }
 
     @property
     def kv_bytes(self) -> float:
         """Of one sample's cache after prefill, at the model's own precision."""
-        from ..cost import kv_bytes
+        from vtc.cost import kv_bytes
 
         return _mean([kv_bytes(self._config, s.lengths) for s in self.samples if s.images])
 

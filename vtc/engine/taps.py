@@ -33,7 +33,7 @@ class Tap:
         listen: called with query (b, h, q, d), key (b, h_kv, k, d), mask and scaling while armed.
     """
 
-    module: nn.Module
+    module: Any
     implementation: str
     config: Any
     armed: Callable[..., None] | None = None
@@ -44,7 +44,7 @@ class Tap:
         del self.module._vtc_tap
 
 
-def install(module: nn.Module) -> Tap:
+def install(module: Any) -> Tap:
     """Tap `module`, an attention module of transformers with a `config`."""
     config = module.config
     implementation = config._attn_implementation
@@ -65,7 +65,7 @@ def _default_attention(module: nn.Module) -> Callable[..., Any]:
 
 
 def _tapped_attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -137,7 +137,7 @@ def listen_rows(
         query: Tensor, key: Tensor, mask: Any, scaling: float | None, softcap: float | None
     ) -> None:
         with clock.measure(query.device):
-            b, h, q, d = query.shape
+            b, h, _, d = query.shape
             # A static cache returns its whole length: what lies past the present is masked.
             places = rows.to(query.device)
             picked = query.gather(2, places[:, None, :, None].expand(-1, h, -1, d))

@@ -61,12 +61,21 @@ def find(model: nn.Module) -> tuple[Family, Backbone]:
         raise UnsupportedModelError(f"{error}. Supported are {supported}") from None
     if family is GENERIC:
         warnings.warn(
-            f"{type(model).__name__} ({kind}) is not a family that vtc is tested on. Assumed: vision "
-            "features replace placeholder tokens one by one, a square grid of patches an image, "
-            "causal attention and one-dimensional rotary positions. Compare its outputs at keep=1.0",
+            f"{type(model).__name__} ({kind}) is not a family that vtc is tested on. Assumed: "
+            "vision features replace placeholder tokens one by one, a square grid of patches an "
+            "image, causal attention and one-dimensional rotary positions. Compare its outputs "
+            "with a run in which the dropped tokens are masked before you rely on it",
             stacklevel=4,
         )
     return family, backbone
 
 
-__all__ = ["FAMILIES", "Backbone", "Family", "FamilyInfo", "UnsupportedModelError", "find", "models"]
+__all__ = [
+    "FAMILIES",
+    "Backbone",
+    "Family",
+    "FamilyInfo",
+    "UnsupportedModelError",
+    "find",
+    "models",
+]
