@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.masking_utils import (
     create_causal_mask,
     create_masks_for_generate,
@@ -31,43 +30,12 @@ from vtc.families import Backbone, Family
 from vtc.methods.base import Method, Rows
 
 from . import taps
-from .forward import (
-    Decisions,
-    Forward,
-    ImageSignals,
-    ImageSpan,
-    prune_between_layers,
-    rows_of,
-    select_in_sequence,
-)
+from .forward import Decisions, Forward, prune_between_layers, rows_of, select_in_sequence
 from .layout import Layout, gather_last, gather_tokens
 from .ledger import Ledger, attach, ledger_of
-from .report import Prefill, Report, Stopwatch
-
-
-class Override:
-    """Shadows a method of one instance; `remove` brings the instance back as it was.
-
-    An object and not a closure, so that copies and pickles of the model take it along.
-    """
-
-    def __init__(self, target: Any, name: str, replacement: Callable[..., Any]) -> None:
-        self.target, self.name, self.replacement = target, name, replacement
-        self.original = getattr(target, name, None)
-        self.previous = vars(target).get(name)
-        setattr(target, name, self)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.original or self.replacement)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.replacement(self.original, *args, **kwargs)
-
-    def remove(self) -> None:
-        delattr(self.target, self.name)
-        if self.previous is not None:
-            setattr(self.target, self.name, self.previous)
+from .override import Override
+from .report import Prefill, Report
+from .vision import VisionSide
 
 
 class Engine:
@@ -77,11 +45,10 @@ class Engine:
         self.family, self.backbone, self.method = family, backbone, method
         self.report = Report(backbone.model.config)
         self.num_layers = len(backbone.layers)
-        self.pixels = [m for m in method.parts if "pixels" in m.stages]
+        self.vision = VisionSide(family, backbone, method)
         self.sequence = [m for m in method.parts if "sequence" in m.stages]
         self.pruners: dict[int, list[tuple[int, Method]]] = {}
         self.tapped: dict[int, set[Rows]] = {}
-        self.tower_layers: set[int] = set()
         self._plan()
         self.first_layers = (0, *sorted(self.pruners))
         self.group_of = [
@@ -92,22 +59,19 @@ class Engine:
         self.handles: list[Any] = []
         self.overrides: list[Override] = []
         self.row_taps: dict[int, taps.Tap] = {}
-        self.tower_taps: dict[int, taps.Tap] = {}
         self._forget()
 
     def _forget(self) -> None:
         """Start with nothing under way."""
         self.forward: Forward | None = None
         self.labels: Tensor | None = None
-        self.signals: Any = WeakTensorKeyDictionary()
-        self.vision_clock = Stopwatch()
         self.frozen: tuple[Decisions, list[int]] | None = None
         self.generating = False
         self.handled = 0
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for name in ("forward", "labels", "signals", "vision_clock", "frozen"):
+        for name in ("forward", "labels", "frozen"):
             del state[name]
         return state
 
@@ -124,19 +88,7 @@ class Engine:
                     f"method: {self.method} acts in the stage {stage!r}, which the family "
                     f"{self.family.name} has not; it has {', '.join(self.family.stages)}"
                 )
-        if len(self.pixels) > 1 or (self.pixels and self.method.parts[0] is not self.pixels[0]):
-            raise ValueError(
-                f"method: in {self.method} a reduction of pixels must come first, and once"
-            )
         for number, method in enumerate(self.method.parts):
-            if method.needs & {"cls_attention", "keys"} and "sequence" in method.stages:
-                count = len(self.family.tower_attention(self.backbone))
-                if not -count <= method.vision_layer < count:
-                    raise ValueError(
-                        f"{method.name}: vision layer {method.vision_layer} of {kind}, whose tower "
-                        f"has {count}"
-                    )
-                self.tower_layers.add(method.vision_layer)
             if "layers" not in method.stages:
                 continue
             for layer in method.prune_layers(self.num_layers):
@@ -183,19 +135,17 @@ class Engine:
                 self.handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         for i in self.tapped:
             self.row_taps[i] = taps.install(b.layers[i].self_attn)
-        if self.tower_layers:
-            attention = self.family.tower_attention(b)
-            for i in {layer % len(attention) for layer in self.tower_layers}:
-                self.tower_taps[i] = taps.install(attention[i])
+        self.vision.install()
 
     def uninstall(self) -> None:
         for handle in self.handles:
             handle.remove()
         for override in reversed(self.overrides):
             override.remove()
-        for tap in (*self.row_taps.values(), *self.tower_taps.values()):
+        self.vision.uninstall()
+        for tap in self.row_taps.values():
             tap.remove()
-        self.handles, self.overrides, self.row_taps, self.tower_taps = [], [], {}, {}
+        self.handles, self.overrides, self.row_taps = [], [], {}
         self._forget()
 
     # ---- generate -----------------------------------------------------------------------------
@@ -225,62 +175,14 @@ class Engine:
             return kwargs.get("attention_mask")
         return (original or create_masks_for_generate)(**kwargs)
 
-    # ---- vision -------------------------------------------------------------------------------
+    # ---- base model ---------------------------------------------------------------------------
     def _get_image_features(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if args:
             kwargs = {**inspect.signature(original).bind_partial(*args).arguments, **kwargs}
-        device = next(self.backbone.base.parameters()).device
-        has_cls = bool(self.tower_taps) and self.family.has_cls(self.backbone)
-        for tap in self.tower_taps.values():
-            taps.listen_tower(tap, has_cls, self.vision_clock)
-        started = self.vision_clock.start(device)
-        sizes_in: list[Any] | None = None
-        sizes_out: list[Any] = []
-        try:
-            if self.pixels:
-                pixels = kwargs.pop("pixel_values")
-                out, sizes_in, sizes_out = self.family.downsampled_features(
-                    self.backbone, original, pixels, self.pixels[0], kwargs
-                )
-            else:
-                out = original(**kwargs)
-        finally:
-            self.vision_clock.stop(started, device)
-            for tap in self.tower_taps.values():
-                tap.armed = None
-        image_sizes = kwargs.get("image_sizes")
-        found = []
-        for i, features in enumerate(out.pooler_output):
-            kept = None
-            if sizes_in is not None and sizes_in[i] != sizes_out[i]:
-                features, kept = _spread(features, sizes_in[i], sizes_out[i])
-            size = None if image_sizes is None else tuple(int(x) for x in image_sizes[i])
-            self.signals[features] = ImageSignals(
-                grid=self.family.grid(self.backbone, len(features), size),  # type: ignore[arg-type]
-                kept=kept,
-                tower=self._tower_signals(i, len(features) if kept is None else len(kept)),
-            )
-            found.append(features)
-        out.pooler_output = found
-        for tap in self.tower_taps.values():
-            tap.captured = []
+        out = self.vision.encode(original, kwargs)
         if self.forward is not None:
-            self.forward.features = found
+            self.forward.features = out.pooler_output
         return out
-
-    def _tower_signals(self, image: int, n: int) -> dict[int, tuple[Tensor, Tensor]]:
-        signals = {}
-        for layer in self.tower_layers:
-            count = len(self.family.tower_attention(self.backbone))
-            attention, keys = self.tower_taps[layer % count].captured[image]
-            prefix = len(attention) - n
-            if prefix not in (0, 1):
-                raise RuntimeError(
-                    f"the vision tower has {len(attention)} tokens for {n} vision tokens: its "
-                    f"attention does not map onto them, and {self.method} needs it"
-                )
-            signals[layer] = (attention[prefix:], keys[prefix:])
-        return signals
 
     def _get_placeholder_mask(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         out = original(*args, **kwargs)
@@ -292,7 +194,6 @@ class Engine:
                     self.forward.vision = mask if seen is None else seen | mask
         return out
 
-    # ---- base model ---------------------------------------------------------------------------
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.labels = kwargs.get("labels")
 
@@ -358,7 +259,7 @@ class Engine:
         forward.positions = positions.expand(rows, -1)
         forward.past_shift = [group.shift for group in forward.ledger.groups]
         forward.gap = torch.zeros_like(forward.valid)
-        forward.spans = self._spans(forward)
+        forward.spans = self.vision.spans(forward)
         forward.describe_prompt()
         self._freeze(forward, cache)
         forward.phase = "prefill"
@@ -366,12 +267,7 @@ class Engine:
 
         with forward.selector.measure(embeds.device):
             new_embeds, keep = select_in_sequence(forward, self.sequence, embeds)
-            # Pixels that were never encoded leave with the convention of the method that cut them.
-            for span in forward.spans if self.pixels else ():
-                if span.signals.kept is not None and self.pixels[0].positions == "contiguous":
-                    gone = torch.ones(len(span.index), dtype=torch.bool, device=keep.device)
-                    gone[span.signals.kept.to(keep.device)] = False
-                    forward.gap[span.sample, span.index[gone]] = True
+            self.vision.mark_uncoded(forward)
             forward.layout = Layout.whole(forward.valid)
             if not torch.equal(keep, forward.valid):
                 forward.layout, place = forward.layout.compact(keep)
@@ -429,8 +325,7 @@ class Engine:
         if cache is not None and any(group.diverged for group in ledger.groups):
             attach(cache, ledger)
         if not forward.replay:
-            clock, self.vision_clock = self.vision_clock, Stopwatch()
-            samples = forward.samples(self.num_layers)
+            samples, clock = forward.samples(self.num_layers), self.vision.take_clock()
             self.report.prefills.append(Prefill(samples, clock, forward.selector, forward.lm))
 
     # ---- decoder layers -----------------------------------------------------------------------
@@ -562,33 +457,6 @@ class Engine:
             forward.decisions, forward.prompt_length = self.frozen
             forward.replay = True
 
-    def _spans(self, forward: Forward) -> list[ImageSpan]:
-        """The images of this forward, in order, by sample."""
-        assert forward.vision is not None
-        sample, place = forward.vision.expand_as(forward.valid).nonzero(as_tuple=True)
-        sizes = [len(f) for f in forward.features or ()]
-        if sum(sizes) != len(place):
-            raise RuntimeError(
-                f"{len(place)} vision tokens in the prompt, but {sum(sizes)} vision features in "
-                f"{len(sizes)} images: vtc cannot tell which image a token belongs to"
-            )
-        spans, seen = [], [0] * len(forward.valid)
-        start = 0
-        for features, size in zip(forward.features or (), sizes, strict=True):
-            b = int(sample[start])
-            signals = self.signals.get(features)
-            if signals is None:
-                if self.tower_layers or self.pixels:
-                    raise ValueError(
-                        f"mm_encoder_outputs: {self.method} reads the vision tower, and these "
-                        "features did not come from get_image_features of the patched model"
-                    )
-                signals = ImageSignals(self.family.grid(self.backbone, size, None))
-            spans.append(ImageSpan(b, seen[b], place[start : start + size], signals))
-            seen[b] += 1
-            start += size
-        return spans
-
 
 _UNHANDLED = (
     "{model} was given images, but none of its vision tokens reached vtc: this way of calling it "
@@ -618,20 +486,3 @@ def _split_mask(
         )
     mask = mask.bool()
     return mask[:, :past], mask[:, past:]
-
-
-def _spread(
-    features: Tensor, size: tuple[int, int], reduced: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
-    """Put features (r * c, d) at the nearest places of a full grid.
-
-    Returns:
-        (rows * columns, d) with zeros elsewhere, and the (r * c,) places that are filled.
-    """
-    (rows, columns), (r, c) = size, reduced
-    row = ((torch.arange(r) + 0.5) * rows / r).long()
-    column = ((torch.arange(c) + 0.5) * columns / c).long()
-    kept = (row[:, None] * columns + column).flatten().to(features.device)
-    full = features.new_zeros(rows * columns, features.shape[1])
-    full[kept] = features
-    return full, kept

@@ -9,7 +9,6 @@ logical length to whoever feeds tokens, the physical one to whoever builds masks
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache as memoize
 from typing import Any
 
 import torch
@@ -142,9 +141,13 @@ def _plain_class(cls: type) -> Any:
     return cls.__mro__[2]
 
 
-@memoize
+_CLASSES: dict[Any, Any] = {}
+
+
 def _compressed_class(cls: Any) -> Any:
-    return type(f"Compressed{cls.__name__}", (CompressedCache, cls), {})
+    if cls not in _CLASSES:
+        _CLASSES[cls] = type(f"Compressed{cls.__name__}", (CompressedCache, cls), {})
+    return _CLASSES[cls]
 
 
 def _rebuild(plain: type) -> Any:

@@ -122,7 +122,7 @@ class Family:
 
     def downsampled_features(
         self, backbone: Backbone, encode: Any, pixel_values: Tensor, method: Any, kwargs: Any
-    ) -> tuple[Any, list[tuple[int, int]], list[tuple[int, int]]]:
+    ) -> tuple[Any, list[tuple[tuple[int, int], tuple[int, int]]]]:
         """Run the tower on fewer pixels.
 
         Args:
@@ -130,7 +130,7 @@ class Family:
             method: has `target_grid(rows, columns) -> (rows, columns)`.
 
         Returns:
-            What `encode` returned, and the (rows, columns) of each image before and after.
+            What `encode` returned, and for each image its (rows, columns) before and after.
         """
         if pixel_values.dim() != 4:
             raise UnsupportedModelError(
@@ -150,8 +150,7 @@ class Family:
             ).to(pixel_values.dtype)
             kwargs = {**kwargs, "interpolate_pos_encoding": True}
         out = encode(pixel_values=pixel_values, **kwargs)
-        count = pixel_values.shape[0]
-        return out, [(rows, columns)] * count, [(r, c)] * count
+        return out, [((rows, columns), (r, c))] * pixel_values.shape[0]
 
     # ---- decoder ------------------------------------------------------------------------------
     def rotary(self, backbone: Backbone, layer: int, hidden: Tensor, positions: Tensor) -> Any:
