@@ -75,15 +75,15 @@ class Stairs(Probe):
     def taps(self, num_layers: int) -> dict[int, Rows]:
         return {self.first - 1: "last", self.second - 1: "text"}
 
-    def prune(self, layer: int, state: LayerState) -> Selection | None:
+    def prune(self, state: LayerState) -> Selection | None:
         vision = state.vision
-        score = state.attention[layer - 1].sum(0)[vision]
-        if layer == self.first:
+        score = state.attention[state.layer - 1].sum(0)[vision]
+        if state.layer == self.first:
             count = _varying(state.hidden[vision], len(vision) // 2, max(1, len(vision) // 4))
         else:
             count = len(vision) // 2
         chosen = score.topk(count).indices.sort().values
-        if layer == self.first:
+        if state.layer == self.first:
             return Selection(chosen)
         contents = state.hidden[vision]
         return Selection(chosen, 0.8 * contents[chosen] + 0.2 * contents.mean(0))
@@ -99,7 +99,7 @@ class Nothing(Probe):
     def prune_layers(self, num_layers: int) -> tuple[int, ...]:
         return (num_layers // 2,)
 
-    def prune(self, layer: int, state: LayerState) -> Selection | None:
+    def prune(self, state: LayerState) -> Selection | None:
         return None
 
 
@@ -121,7 +121,7 @@ class Fixed(Probe):
     def prune_layers(self, num_layers: int) -> tuple[int, ...]:
         return () if self.layer is None else (self.layer,)
 
-    def prune(self, layer: int, state: LayerState) -> Selection | None:
+    def prune(self, state: LayerState) -> Selection | None:
         return Selection(torch.arange(0, len(state.vision), self.stride))
 
 
@@ -159,7 +159,31 @@ class Spy(Probe):
         self.notes.append((tokens, chosen))
         return chosen
 
-    def prune(self, layer: int, state: LayerState) -> Selection | None:
-        chosen = self.inner.prune(layer, state)
+    def prune(self, state: LayerState) -> Selection | None:
+        chosen = self.inner.prune(state)
         self.notes.append((state, chosen))
         return chosen
+
+
+@dataclass(frozen=True)
+class Broken(Probe):
+    """Keeps everything, and fails while `fails` holds anything."""
+
+    fails: list[bool] = field(default_factory=list)
+
+    def select(self, tokens: VisionTokens) -> Selection:
+        if self.fails:
+            raise ArithmeticError("broken on purpose")
+        return Selection(torch.arange(len(tokens)))
+
+
+@dataclass(frozen=True)
+class Answers(Probe):
+    """Answers with the indices it was told, and the first `contents` features."""
+
+    indices: tuple[int, ...] = ()
+    contents: int | None = None
+
+    def select(self, tokens: VisionTokens) -> Selection:
+        features = None if self.contents is None else tokens.features[: self.contents]
+        return Selection(torch.tensor(self.indices), features)

@@ -242,7 +242,7 @@ class Truth:
                 if not vision.any():
                     continue
                 state = self._state(part, layer, hidden[0], attention)
-                chosen = part.prune(layer, state)
+                chosen = part.prune(state)
                 self.seen.append(Seen(part, state, chosen))
                 if chosen is None:
                     continue
