@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: Apache-2.0
+"""lmms-eval's model classes with a patch on their model.
+
+`simple_X` and `chat_X` of this module are subclasses of lmms-eval's built-in classes of the name
+`X`, made when first asked for (PEP 562), for lmms-eval looks classes up with `getattr`.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from vtc.patching import Patch
+from vtc.patching import patch as vtc_patch
+from vtc.spec import parse_keep, parse_method
+
+from . import EMBEDDED
+
+__all__ = ["VtcModel", "accepted_arguments", "grey"]
+
+_GREY = (127, 127, 127)
+
+
+class _Stop(BaseException):
+    """Carries an error of `generate` through the `except Exception` of built-in classes."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def grey(value: Any) -> Any:
+    """`value` (what a task hands to a model) with every image replaced by a grey one of its size.
+
+    Raises:
+        NotImplementedError: for anything with media other than loaded images (videos, paths).
+    """
+    if isinstance(value, Image.Image):
+        return Image.new("RGB", value.size, _GREY)
+    if isinstance(value, Mapping):
+        kind = value.get("type")
+        if kind in ("video", "audio") or (
+            kind == "image" and any(isinstance(value.get(k), str) for k in ("url", "image", "path"))
+        ):
+            raise NotImplementedError(f"blind: only images in memory can be greyed, got a {kind}")
+        return {k: grey(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(grey(v) for v in value)
+    return value
+
+
+def _grey_visuals(value: Any) -> Any:
+    """`grey` for what `doc_to_visual` returns, where a bare string is the path of a video."""
+    if any(isinstance(v, str) for v in value or ()):
+        raise NotImplementedError("blind: only images in memory can be greyed, got a path")
+    return grey(value)
+
+
+class VtcModel:
+    """Mixed into a built-in class: patches its model and lets no failure pass for a wrong answer.
+
+    Args:
+        method: a method as text (`fastv:layer=3`, `todre+fastv`; see `vtc.spec`); without it the
+            model is not patched.
+        keep: for the method; a fraction, or a whole number of tokens per image.
+        blind: show the model grey images, to see what it answers without seeing.
+        settings: further settings of a single method, a dictionary or JSON.
+        report: a file to write the report (tokens, times, FLOPs) to at the end.
+        kwargs: the built-in class's. `device` is a GPU if there is one and else the CPU, and
+            `device_map` is that device, where the class takes them and they are not given.
+
+    The first five may also be written with `vtc_` before them.
+    """
+
+    # Parts of a run that `vtc eval` sets; see `VtcModel.reuse`.
+    vtc_patch: Patch | None = None
+    vtc_blind: bool = False
+    vtc_progress: Callable[[int], None] | None = None
+    vtc_keep_model: bool = False
+    _vtc_report_path: str | None = None
+
+    def __init__(
+        self,
+        method: str | None = None,
+        keep: int | float | str | None = None,
+        blind: bool = False,
+        settings: Mapping[str, Any] | str | None = None,
+        report: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        method = kwargs.pop("vtc_method", method)
+        keep = kwargs.pop("vtc_keep", keep)
+        blind = kwargs.pop("vtc_blind", blind)
+        settings = kwargs.pop("vtc_settings", settings)
+        self._vtc_report_path = kwargs.pop("vtc_report", report)
+        chosen = _method(method, keep, settings)  # before the model is loaded: loading is slow
+        accepted = accepted_arguments(type(self))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if "device" in accepted:
+            kwargs.setdefault("device", device)
+        if "device_map" in accepted:
+            # Built-in defaults ("", "auto") fail in transformers 5 or assume a GPU.
+            kwargs.setdefault("device_map", kwargs.get("device", device))
+        super().__init__(**kwargs)
+        if not isinstance(getattr(self, "model", None), torch.nn.Module):
+            raise TypeError(f"{type(self).__name__} has no PyTorch model that could be patched")
+        self.vtc_apply(chosen, blind=bool(blind))
+
+    # ---- the patch ------------------------------------------------------------------------------
+    def vtc_apply(self, method: Any, *, blind: bool = False) -> None:
+        """Patch the model with `method` (`None`: leave it plain) in place of what it had."""
+        if self.vtc_patch is not None:
+            self.vtc_patch.unpatch()
+            self.vtc_patch = None
+        self.vtc_blind = blind
+        if method is not None:
+            self.vtc_patch = vtc_patch(self.model, method)  # type: ignore[attr-defined]
+
+    def clean(self) -> None:
+        """What lmms-eval calls after a run: write the report, and drop the model (unless it is
+        to serve for another run)."""
+        if self._vtc_report_path and self.vtc_patch is not None:
+            report = {"method": self.vtc_patch.method.to_dict(), **self.vtc_patch.report.to_dict()}
+            Path(self._vtc_report_path).write_text(json.dumps(report, indent=2), "utf-8")
+        if not self.vtc_keep_model:
+            super().clean()  # type: ignore[misc]
+
+    # ---- runs -----------------------------------------------------------------------------------
+    @contextmanager
+    def _vtc_guard(self) -> Iterator[None]:
+        """While it lasts, an exception in the model's `generate` ends the run.
+
+        Built-in classes catch every `Exception` and go on with an empty answer, so that a broken
+        patch would look like a bad score.
+        """
+        model: Any = self.model  # type: ignore[attr-defined]
+        own = vars(model).get("generate")
+        original = model.generate
+        raised: list[Exception] = []
+
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            try:
+                out = original(*args, **kwargs)
+            except Exception as error:
+                raised.append(error)
+                raise _Stop(error) from error
+            if self.vtc_progress is not None:
+                self.vtc_progress(len(out))
+            return out
+
+        model.generate = generate
+        try:
+            yield
+        except _Stop:
+            pass
+        finally:
+            if own is None:
+                del model.generate
+            else:
+                model.generate = own
+        if raised:  # also where a bare `except:` held the carrier up
+            error = raised[0]
+            raise RuntimeError(f"generate failed: {type(error).__name__}: {error}") from error
+
+    def _vtc_requests(self, requests: Sequence[Any]) -> list[Any]:
+        """The requests as they are, or with the images greyed."""
+        if not self.vtc_blind:
+            return list(requests)
+        # (context, doc_to_messages, ...) of chat classes, (context, _, doc_to_visual, ...) else
+        at, how = (2, _grey_visuals) if self.is_simple else (1, grey)  # type: ignore[attr-defined]
+        out = []
+        for request in requests:
+            arguments = list(request.args)
+            original = arguments[at]
+
+            def greyed(doc: Any, *rest: Any, _original: Any = original, **kw: Any) -> Any:
+                return how(_original(doc, *rest, **kw))
+
+            arguments[at] = greyed
+            changed = copy.copy(request)
+            changed.arguments = tuple(arguments)
+            out.append(changed)
+        return out
+
+    def generate_until(self, requests: Sequence[Any]) -> list[Any]:
+        with self._vtc_guard():
+            return super().generate_until(self._vtc_requests(requests))  # type: ignore[misc]
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[Any]:
+        if self.vtc_blind:
+            raise NotImplementedError("blind: not for tasks of several rounds")
+        with self._vtc_guard():
+            return super().generate_until_multi_round(list(requests))  # type: ignore[misc]
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
+        return super().loglikelihood(self._vtc_requests(requests))  # type: ignore[misc]
+
+
+class _LlavaScores:
+    """Log-likelihoods for `llava_hf`, whose own fail in transformers 5.
+
+    (They tokenise the prompt through the processor without its images, which it refuses now.)
+    """
+
+    @torch.inference_mode()
+    def loglikelihood(self: Any, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """[(mean negative log-likelihood of a continuation, whether it is the greedy one)].
+
+        The mean loss, not a log-probability, is what lmms-eval's built-in classes return, and what
+        its multiple-choice scoring takes the least of. Greedy is judged with the logits *before*
+        each token, which the built-in forgets to shift.
+        """
+        results = []
+        for request in self._vtc_requests(requests):
+            context, target, doc_to_visual, doc_id, task, split = request.args
+            doc = self.task_dict[task][split][doc_id]
+            continuation = target if isinstance(target, str) else target(doc)
+            images = list(doc_to_visual(doc))
+            if images and "<image>" not in context:
+                context = " ".join(["<image>"] * len(images)) + f"\n{context}"
+            prompt, whole = self._vtc_texts(context, continuation)
+            options: dict[str, Any] = {"return_tensors": "pt"}
+            if images:
+                options["images"] = images
+            inputs = self._image_processor(text=[whole], **options)
+            inputs = inputs.to(self._device, self.model.dtype)
+            alone = self._image_processor(text=[prompt], **options)["input_ids"][0]
+            ids = inputs["input_ids"][0]
+            # Tokens shared from the left: where a word of the prompt and one of the answer merge
+            # into one token, that token belongs to the answer.
+            n = min(len(alone), len(ids))
+            same = (alone[:n].to(ids.device) == ids[:n]).long().cumprod(0)
+            start = int(same.sum())
+            labels = ids.clone()
+            labels[:start] = -100
+            logits = self.model(**inputs, labels=labels[None]).logits[0].float()
+            answer = ids[start:]
+            scores = logits[start - 1 : -1].log_softmax(-1)
+            loss = -scores.gather(1, answer[:, None]).mean()
+            greedy = bool((scores.argmax(-1) == answer).all())
+            results.append((float(loss), greedy))
+            if self.vtc_progress is not None:
+                self.vtc_progress(1)
+        return results
+
+    def _vtc_texts(self: Any, context: str, continuation: str) -> tuple[str, str]:
+        """Prompt, and prompt with answer, through the chat template."""
+        from lmms_eval.models.simple.llava_hf import VICUNA_CHAT_TEMPLATE
+
+        template = self.chat_template or self.tokenizer.chat_template or VICUNA_CHAT_TEMPLATE
+        messages = [
+            {"role": "user", "content": context},
+            {"role": "assistant", "content": continuation},
+        ]
+        render = self.tokenizer.apply_chat_template
+        options = {"tokenize": False, "chat_template": template}
+        return (
+            render(messages[:-1], add_generation_prompt=True, **options),
+            render(messages, add_generation_prompt=False, **options),
+        )
+
+
+class _Embedded:
+    """`llava_hf` with vtc's own model, unless another is given."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        from vtc.eval.embedded_vlm import embedded_path
+
+        kwargs.setdefault("pretrained", str(embedded_path()))
+        super().__init__(**kwargs)
+
+
+def _method(
+    method: str | None,
+    keep: int | float | str | None,
+    settings: Mapping[str, Any] | str | None,
+) -> Any:
+    if method is None:
+        if keep is not None or settings:
+            raise ValueError("method: keep and settings need a method, got none")
+        return None
+    if isinstance(keep, str):
+        keep = parse_keep(keep)
+    if isinstance(settings, str):
+        settings = json.loads(settings)
+    if settings:
+        if "+" in method:
+            raise ValueError(
+                "settings: for a composition write them in the method (todre+fastv:layer=3)"
+            )
+        method = method + "".join(f":{key}={value!r}" for key, value in settings.items())
+    return parse_method(method, keep)
+
+
+def accepted_arguments(cls: type) -> set[str]:
+    """Names of the arguments of all constructors of `cls`."""
+    names: set[str] = set()
+    for base in cls.__mro__:
+        if "__init__" in vars(base):
+            names |= set(inspect.signature(base.__init__).parameters)
+    return names
+
+
+@cache
+def _patched(kind: str, name: str) -> type:
+    """The subclass of lmms-eval's built-in class `name` ("simple" or "chat")."""
+    from lmms_eval.models import get_model_manifest
+
+    builtin = "llava_hf" if name == EMBEDDED else name
+    manifest = get_model_manifest(builtin)
+    path = manifest.simple_class_path if kind == "simple" else manifest.chat_class_path
+    if path is None:
+        raise AttributeError(f"lmms-eval has no {kind} class {builtin!r}")
+    module, _, attribute = path.rpartition(".")
+    base = getattr(importlib.import_module(module), attribute)
+    extra: tuple[type, ...] = (_Embedded,) if name == EMBEDDED else ()
+    if builtin == "llava_hf":
+        extra = (*extra, _LlavaScores)
+    bases = (*extra, VtcModel, base)
+    doc = f"lmms-eval's {builtin} ({kind}) with a patch on its model; see `VtcModel`."
+    return type(f"{kind}_{name}", bases, {"__module__": __name__, "__doc__": doc})
+
+
+def __getattr__(name: str) -> type:
+    kind, underscore, builtin = name.partition("_")
+    if kind not in ("simple", "chat") or not underscore or not builtin:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return _patched(kind, builtin)
+    except ValueError as error:  # not in lmms-eval's registry
+        raise AttributeError(str(error)) from error
