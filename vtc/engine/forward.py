@@ -132,7 +132,7 @@ class Forward:
                         now = self.counts[layer][b][i]
                     per_layer.append(now)
                 images.append(ImageTokens(original, tuple(per_layer)))
-            found.append(Sample(text[b], tuple(images)))
+            found.append(Sample(text[b], tuple(images), num_layers))
         return found
 
 
@@ -255,6 +255,7 @@ def prune_between_layers(
                 attention={
                     tapped: _attention_rows(forward, tapped, rows, b, index).to(hidden.device)
                     for tapped, rows in wanted.items()
+                    if tapped in forward.attention
                 },
             )
             selection = method.prune(state)

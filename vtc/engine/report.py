@@ -73,13 +73,14 @@ class Sample:
 
     text_tokens: int
     images: tuple[ImageTokens, ...]
+    num_layers: int
 
     @property
     def lengths(self) -> tuple[int, ...]:
         """Tokens (text and vision) that each decoder layer processed."""
         return tuple(
-            self.text_tokens + sum(counts)
-            for counts in zip(*(image.per_layer for image in self.images), strict=True)
+            self.text_tokens + sum(image.per_layer[layer] for image in self.images)
+            for layer in range(self.num_layers)
         )
 
 

@@ -64,8 +64,9 @@ class LayerState:
         text: (s,) bool, the prompt's text after the first vision token.
         prompt_length: tokens of the prompt; any after them are an answer being scored.
         original: vision tokens of each image before any compression.
-        attention: for each layer asked for by `taps`, (r, s) attention probabilities of the rows
-            asked for, softmax over all keys in fp32, averaged over heads.
+        attention: for each layer asked for by `taps` that has run, (r, s) attention probabilities
+            of the rows asked for, softmax over all keys in fp32, averaged over heads. Columns are
+            the tokens held now; what layers before dropped is left out.
     """
 
     layer: int

@@ -1,0 +1,394 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shared tensor functions against their slow twins, definitions and known bounds."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+
+import vtc
+from vtc.ops import cell_grid, farthest_first, greedy, max_sum, naive, pool_grid, top_k, unit_rows
+
+GREEDY = [
+    pytest.param(max_sum, naive.max_sum, id="max_sum"),
+    pytest.param(farthest_first, naive.farthest_first, id="farthest_first"),
+]
+quick = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+@st.composite
+def tied_tokens(draw: st.DrawFn) -> Tensor:
+    """Rows of +-1 in four dimensions: cosines are exact in fp32, so ties and copies abound."""
+    n = draw(st.integers(1, 14))
+    signs = st.lists(st.sampled_from([-1.0, 1.0]), min_size=4, max_size=4)
+    return torch.tensor(draw(st.lists(signs, min_size=n, max_size=n)))
+
+
+def gaussian(n: int, d: int, seed: int) -> Tensor:
+    """Rows without ties, in fp64, where rounding cannot swap two candidates."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, d, generator=generator, dtype=torch.float64)
+
+
+# ---- greedy selection ---------------------------------------------------------------------------
+@pytest.mark.parametrize(("fast", "slow"), GREEDY)
+@given(features=tied_tokens(), data=st.data())
+@quick
+def test_greedy_equals_twin_with_ties(fast, slow, features, data):
+    n = len(features)
+    k, pivot = data.draw(st.integers(1, n)), data.draw(st.integers(0, n - 1))
+    assert fast(features, k, pivot).tolist() == slow(features, k, pivot).tolist()
+
+
+@pytest.mark.parametrize(("fast", "slow"), GREEDY)
+@given(n=st.integers(1, 20), d=st.integers(1, 6), seed=st.integers(0, 10**6), data=st.data())
+@quick
+def test_greedy_equals_twin_without_ties(fast, slow, n, d, seed, data):
+    if d == 1:  # all cosines are +-1: ties again, exact ones
+        features = gaussian(n, 1, seed).sign()
+    else:
+        features = gaussian(n, d, seed)
+    k, pivot = data.draw(st.integers(1, n)), data.draw(st.integers(0, n - 1))
+    assert fast(features, k, pivot).tolist() == slow(features, k, pivot).tolist()
+
+
+@pytest.mark.parametrize(("fast", "slow"), GREEDY)
+def test_greedy_equals_twin_at_working_size(fast, slow):
+    features = gaussian(200, 64, 0)
+    assert fast(features, 40, 17).tolist() == slow(features, 40, 17).tolist()
+
+
+def test_each_pick_of_max_sum_attains_the_least_sum():
+    features = gaussian(40, 5, 1)
+    similarity = naive.cosines(features)
+    order = max_sum(features, 40, 3).tolist()
+    for step in range(1, 40):
+        sums = similarity[order[:step]].sum(0)
+        rest = [v for v in range(40) if v not in order[:step]]
+        assert sums[order[step]] == pytest.approx(sums[rest].min().item(), abs=1e-12)
+
+
+@pytest.mark.parametrize(("fast", "slow"), GREEDY)
+@given(seed=st.integers(0, 10**6), pivot=st.integers(0, 11))
+@quick
+def test_greedy_is_a_nested_choice_of_unique_tokens(fast, slow, seed, pivot):
+    features = gaussian(12, 4, seed)
+    whole = fast(features, 12, pivot).tolist()
+    assert whole[0] == pivot
+    assert sorted(whole) == list(range(12))
+    for k in range(1, 12):
+        assert fast(features, k, pivot).tolist() == whole[:k]
+
+
+@pytest.mark.parametrize(("fast", "slow"), GREEDY)
+@given(seed=st.integers(0, 10**6))
+@quick
+def test_greedy_ignores_row_lengths_and_follows_permutations(fast, slow, seed):
+    features = gaussian(15, 4, seed)
+    generator = torch.Generator().manual_seed(seed)
+    order = fast(features, 7, 4)
+    lengths = torch.rand(15, 1, generator=generator, dtype=torch.float64) * 100 + 0.01
+    assert torch.equal(fast(features * lengths, 7, 4), order)
+    shuffle = torch.randperm(15, generator=generator)
+    moved = (shuffle == 4).nonzero().item()
+    assert torch.equal(shuffle[fast(features[shuffle], 7, moved)], order)
+
+
+def test_max_sum_and_k_center_differ():
+    # The share of different sets among random four-dimensional tokens is about a half.
+    differ = sum(
+        set(max_sum(x, 3).tolist()) != set(farthest_first(x, 3).tolist())
+        for x in (gaussian(10, 4, seed) for seed in range(100))
+    )
+    assert 30 < differ < 70
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_k_center_covers_within_twice_the_optimum(seed):
+    features = gaussian(9, 3, seed)
+    distance = (2 - 2 * naive.cosines(features)).clamp_min(0).sqrt()  # a metric, unlike 1 - cos
+    k = 2 + seed % 3
+
+    def radius(chosen):
+        return distance[list(chosen)].amin(0).max().item()
+
+    best = min(radius(c) for c in itertools.combinations(range(9), k))
+    chosen = farthest_first(features, k, seed % 9).tolist()
+    assert radius(chosen) <= 2 * best + 1e-12
+    apart = distance[chosen][:, chosen] + torch.eye(k, dtype=torch.float64) * 10
+    assert apart.min().item() >= radius(chosen) - 1e-12
+
+
+@given(features=tied_tokens(), data=st.data())
+@quick
+def test_k_center_takes_no_copy_while_another_token_remains(features, data):
+    distinct = len({tuple(row) for row in features.tolist()})
+    chosen = farthest_first(features, data.draw(st.integers(1, distinct)))
+    assert len({tuple(row) for row in features[chosen].tolist()}) == len(chosen)
+
+
+def test_max_sum_may_take_a_copy_first():
+    # a, a copy of it, b opposite, y: after a and b the copy's sum (0.1) beats that of y (0.4).
+    a, b, y = (1.0, 0.0, 0.0), (-0.9, 0.4359, 0.0), (0.3, 0.8489, 0.4359)
+    features = torch.tensor([a, a, b, y])
+    assert max_sum(features, 4).tolist() == [0, 2, 1, 3]
+    assert farthest_first(features, 4).tolist() == [0, 2, 3, 1]
+
+
+@pytest.mark.parametrize(("fast", "slow"), GREEDY)
+def test_all_equal_tokens_give_the_lowest_indices(fast, slow):
+    assert fast(torch.ones(9, 4), 4).tolist() == [0, 1, 2, 3]
+    assert fast(torch.zeros(9, 4), 4, 2).tolist() == [2, 0, 1, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("fast", "slow"), GREEDY)
+def test_half_precision_is_summed_in_fp32(fast, slow, dtype):
+    # Sums of hundreds of cosines in half precision tie falsely; from fp32 the order is the same
+    # as for the same values given in fp32.
+    features = gaussian(400, 16, 5).to(dtype)
+    assert torch.equal(fast(features, 300), fast(features.float(), 300))
+    assert unit_rows(features).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("fast", "slow"), GREEDY)
+def test_greedy_never_waits_for_the_device(fast, slow, monkeypatch):
+    # Fake tensors have no values: reading one back, as a wait for a GPU would, raises. The one
+    # check for NaN, before the loop, is the exception.
+    monkeypatch.setattr(greedy, "unit_rows", lambda x: F.normalize(x, dim=1))
+    with FakeTensorMode():
+        assert fast(torch.randn(20, 4), 5, torch.randn(20).argmax()).shape == (5,)
+
+
+@pytest.mark.parametrize(("fast", "slow"), GREEDY)
+def test_greedy_refuses(fast, slow):
+    features = torch.randn(5, 3)
+    for k in (0, 6):
+        with pytest.raises(ValueError, match=f"k: .* 5 tokens given, got {k}"):
+            fast(features, k)
+    for pivot in (-1, 5):
+        with pytest.raises(ValueError, match=f"pivot: .* 0 to 4, got {pivot}"):
+            fast(features, 2, pivot)
+    with pytest.raises(ValueError, match="features: expected shape"):
+        fast(features[0], 1)
+    with pytest.raises(ValueError, match="NaN"):
+        fast(features.index_fill(0, torch.tensor([3]), torch.nan), 2)
+
+
+# ---- ranking ------------------------------------------------------------------------------------
+@given(scores=st.lists(st.sampled_from([-1.0, -0.0, 0.0, 0.5, 2.0]), max_size=40), data=st.data())
+@quick
+def test_top_k_equals_twin(scores, data):
+    given_scores = torch.tensor(scores)
+    k = data.draw(st.integers(0, len(scores)))
+    assert top_k(given_scores, k).tolist() == naive.top_k(given_scores, k).tolist()
+
+
+def test_top_k_is_stable_in_half_precision_at_size():
+    scores = (torch.arange(3000) % 3).to(torch.bfloat16)
+    assert top_k(scores, 1000).tolist() == list(range(2, 3000, 3))
+    assert top_k(scores, 1002).tolist()[1000:] == [1, 4]
+
+
+def test_top_k_keeps_fp64_apart():
+    # The two differ only beyond fp32.
+    assert top_k(torch.tensor([1.0, 1.0 + 1e-12], dtype=torch.float64), 1).tolist() == [1]
+
+
+def test_top_k_refuses():
+    for k in (-1, 4):
+        with pytest.raises(ValueError, match=f"k: .* 3 scores given, got {k}"):
+            top_k(torch.zeros(3), k)
+    with pytest.raises(ValueError, match="scores: expected shape"):
+        top_k(torch.zeros(3, 1), 1)
+    with pytest.raises(ValueError, match="NaN"):
+        top_k(torch.tensor([0.0, torch.nan]), 1)
+
+
+# ---- grids --------------------------------------------------------------------------------------
+def raster(rows: int, cols: int, frames: int = 1) -> Tensor:
+    return torch.cartesian_prod(torch.arange(frames), torch.arange(rows), torch.arange(cols))
+
+
+@given(rows=st.integers(1, 14), cols=st.integers(1, 14), data=st.data())
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_cell_grid_is_the_best_of_all(rows, cols, data):
+    budget = data.draw(st.integers(1, rows * cols))
+    r, c = cell_grid(rows, cols, budget)
+
+    def stretch(r, c):
+        return max(r * cols, c * rows) / min(r * cols, c * rows)
+
+    every = [(i, j) for i in range(1, rows + 1) for j in range(1, cols + 1) if i * j <= budget]
+    assert (r, c) in every
+    allowed = max(2.0, min(stretch(*size) for size in every))
+    rank = {s: (-s[0] * s[1], stretch(*s), s[0]) for s in every if stretch(*s) <= allowed}
+    assert (r, c) == min(rank, key=rank.__getitem__)
+
+
+@pytest.mark.parametrize(
+    ("grid", "budget", "expected"),
+    [
+        ((24, 24), 144, (12, 12)),
+        ((24, 24), 58, (7, 8)),
+        ((24, 24), 192, (12, 16)),
+        ((24, 24), 576, (24, 24)),
+        ((16, 32), 128, (8, 16)),
+        ((1, 20), 7, (1, 7)),
+        ((20, 1), 7, (7, 1)),
+        ((24, 24), 1, (1, 1)),
+        ((3, 3), 100, (3, 3)),
+    ],
+)
+def test_cell_grid_examples(grid, budget, expected):
+    assert cell_grid(*grid, budget) == expected
+
+
+@pytest.mark.parametrize("sizes", [(0, 3, 1), (3, 0, 1), (3, 3, 0)])
+def test_cell_grid_refuses(sizes):
+    with pytest.raises(ValueError, match="expected a whole number of at least 1, got 0"):
+        cell_grid(*sizes)
+
+
+@given(rows=st.integers(1, 9), cols=st.integers(1, 9), data=st.data())
+@quick
+def test_pooling_equals_twin_on_grids_with_holes(rows, cols, data):
+    full = raster(rows, cols)
+    there = data.draw(st.lists(st.booleans(), min_size=len(full), max_size=len(full)).filter(any))
+    grid = full[torch.tensor(there)]
+    grid[:, 1:] -= grid[:, 1:].amin(0)
+    budget = data.draw(st.integers(1, len(grid)))
+    features = gaussian(len(grid), 3, 0)
+    cells = cell_grid(*(grid[:, 1:].amax(0) + 1).tolist(), budget)
+    indices, contents = pool_grid(features, grid, budget)
+    expected_indices, expected = naive.pool_plane(features, grid[:, 1:], cells)
+    assert torch.equal(indices, expected_indices)
+    torch.testing.assert_close(contents, expected, rtol=0, atol=1e-12)
+
+
+def test_pooling_is_average_pooling_where_cells_divide_the_grid():
+    features = gaussian(8 * 12, 5, 0).float()
+    indices, contents = pool_grid(features, raster(8, 12), 24)
+    expected = F.adaptive_avg_pool2d(features.reshape(8, 12, 5).permute(2, 0, 1), (4, 6))
+    torch.testing.assert_close(contents, expected.permute(1, 2, 0).reshape(24, 5))
+    assert indices.tolist() == [2 * y * 12 + 2 * x for y in range(4) for x in range(6)]
+
+
+@given(rows=st.integers(1, 12), cols=st.integers(1, 12), data=st.data())
+@quick
+def test_interpolation_equals_twin(rows, cols, data):
+    budget = data.draw(st.integers(1, rows * cols))
+    features = gaussian(rows * cols, 3, 0).float()
+    indices, contents = pool_grid(features, raster(rows, cols), budget, "bilinear")
+    expected = naive.resize_plane(features, rows, cols, cell_grid(rows, cols, budget))
+    # Ascending places of a raster are the raster of the cells, so rows correspond.
+    assert indices.tolist() == sorted(set(indices.tolist()))
+    torch.testing.assert_close(contents, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", ["mean", "bilinear"])
+@given(frames=st.integers(1, 5), rows=st.integers(1, 6), cols=st.integers(1, 6), data=st.data())
+@quick
+def test_pooling_keeps_budget_order_and_constants(kernel, frames, rows, cols, data):
+    grid = raster(rows, cols, frames)
+    n = len(grid)
+    kept = torch.tensor(data.draw(st.lists(st.booleans(), min_size=n, max_size=n).filter(any)))
+    grid = grid[kept]
+    crop = None
+    if data.draw(st.booleans()):
+        crop = torch.tensor(
+            data.draw(st.lists(st.integers(0, 2), min_size=len(grid), max_size=len(grid)))
+        )
+    budget = data.draw(st.integers(1, len(grid)))
+    features = torch.tensor([[2.0, -3.0]]).expand(len(grid), 2)
+    indices, contents = pool_grid(features, grid, budget, kernel, crop)
+    assert 1 <= len(indices) <= budget
+    assert indices.tolist() == sorted(set(indices.tolist()))
+    assert contents.shape == (len(indices), 2)
+    torch.testing.assert_close(contents, features[: len(indices)])
+
+
+@pytest.mark.parametrize("kernel", ["mean", "bilinear"])
+def test_frames_are_pooled_apart(kernel):
+    grid, features = raster(4, 4, 3), gaussian(48, 2, 0)
+    indices, contents = pool_grid(features, grid, 12, kernel)
+    assert grid[indices, 0].tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    for frame in range(3):
+        own = grid[:, 0] == frame
+        alone, alone_contents = pool_grid(features[own], grid[own], 4, kernel)
+        mine = grid[indices, 0] == frame
+        assert torch.equal(indices[mine] - 16 * frame, alone)
+        torch.testing.assert_close(contents[mine], alone_contents)
+
+
+def test_crops_are_pooled_apart_by_their_share():
+    grid = torch.cat([raster(4, 4), raster(4, 8) + torch.tensor([0, 0, 8])])  # global columns
+    crop = torch.tensor([0] * 16 + [1] * 32)
+    features = torch.arange(48.0)[:, None]
+    indices, contents = pool_grid(features, grid, 12, crop=crop)
+    assert crop[indices].bincount().tolist() == [4, 8]
+    assert torch.equal(contents[:4], pool_grid(features[:16], grid[:16], 4)[1])
+    assert torch.equal(contents[4:], pool_grid(features[16:], grid[16:], 8)[1])
+
+
+def test_fewer_tokens_than_frames_average_neighbouring_frames():
+    grid = raster(2, 2, 6)
+    features = grid[:, :1].float()
+    indices, contents = pool_grid(features, grid, 3)
+    assert contents.squeeze(1).tolist() == [0.5, 2.5, 4.5]
+    assert grid[indices, 0].tolist() == [0, 2, 4]
+
+
+@pytest.mark.parametrize("kernel", ["mean", "bilinear"])
+def test_pooling_follows_the_grid_not_the_order_of_tokens(kernel):
+    grid, features = raster(5, 7), gaussian(35, 3, 0)
+    shuffle = torch.randperm(35, generator=torch.Generator().manual_seed(0))
+    indices, contents = pool_grid(features, grid, 9, kernel)
+    moved, moved_contents = pool_grid(features[shuffle], grid[shuffle], 9, kernel)
+    assert moved.tolist() == sorted(moved.tolist())
+    back = shuffle[moved]
+    assert torch.equal(back.sort().values, indices)  # odd sizes: no ties between anchors
+    torch.testing.assert_close(moved_contents[back.argsort()], contents, rtol=0, atol=1e-7)
+
+
+def test_pooling_sums_in_fp32_and_returns_the_given_dtype():
+    # 256 + 1 is 256 in bfloat16: a running bfloat16 sum would lose every 1.
+    features = torch.tensor([[256.0]] + [[1.0]] * 255, dtype=torch.bfloat16)
+    contents = pool_grid(features, raster(16, 16), 1)[1]
+    assert contents.dtype == torch.bfloat16
+    assert contents.item() == torch.tensor(511 / 256).bfloat16().item()
+
+
+def test_pooling_refuses():
+    features, grid = torch.zeros(6, 2), raster(2, 3)
+    for budget in (0, 7):
+        with pytest.raises(ValueError, match=f"budget: .* 6 tokens given, got {budget}"):
+            pool_grid(features, grid, budget)
+    with pytest.raises(ValueError, match="features, grid, crop: expected"):
+        pool_grid(features, grid[:5], 2)
+    with pytest.raises(ValueError, match="features, grid, crop: expected"):
+        pool_grid(features, grid, 2, crop=torch.zeros(5))
+
+
+# ---- source -------------------------------------------------------------------------------------
+def test_no_model_sizes_in_code():
+    """Token counts, grids and prompt lengths of one checkpoint have no place in a method."""
+    package = Path(vtc.__file__).parent
+    files = [*(package / "ops").glob("*.py"), *(package / "methods").glob("*.py")]
+    assert len(files) > 10
+    for file in files:
+        numbers = {
+            node.value
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Constant) and type(node.value) is int
+        }
+        assert not numbers & {24, 32, 35, 36, 196, 256, 336, 576, 611, 729, 2048, 2880}, file
