@@ -271,7 +271,7 @@ def prune_between_layers(
         if selection.features is not None:
             hidden = hidden.clone()
             hidden[b, vision[chosen].to(hidden.device)] = selection.features.to(hidden)
-        if method.positions == "contiguous":
+        if method.prune_positions == "contiguous":
             gone = torch.ones_like(vision, dtype=torch.bool)
             gone[chosen] = False
             forward.gap[b, layout.index[b, vision[gone]]] = True

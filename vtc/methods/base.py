@@ -147,6 +147,11 @@ class Method:
         """0-based decoder layers before which `prune` is called, ascending."""
         return ()
 
+    @property
+    def prune_positions(self) -> Positions:
+        """Position convention of the layers stage: that of the sequence stage, unless overridden."""
+        return self.positions
+
     def taps(self, num_layers: int) -> dict[int, Rows]:
         """0-based decoder layers whose attention `prune` reads, and which query rows of it."""
         return {}
