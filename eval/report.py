@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -14,6 +15,11 @@ from rich.text import Text
 __all__ = ["runs", "table"]
 
 _NONE = "–"
+_NOTE = """
+blind: the same images in grey. tokens, mean: vision tokens of an image averaged over the language \
+model's layers; compare methods at equal ones. prefill: the language model's, without the \
+selector; medians. FLOPs: 2 per multiply-add. Intervals are over the samples, not over the seeds \
+of methods that sample."""
 
 
 def runs(per_layer: Sequence[float]) -> str:
@@ -43,55 +49,62 @@ def _unit(cells: Sequence[Mapping[str, Any]]) -> tuple[float, str]:
 
 
 def table(results: Mapping[str, Any]) -> RenderableType:
-    """The cells of `results` (what `vtc.eval.run.run` returns) as a table 120 columns wide at most.
+    """The cells of `results` (what `vtc.eval.run.run` returns), 120 columns wide at most.
 
-    A line of explanation follows, and the errors of failed cells.
+    One block for each task, a line of explanation, and the errors of failed cells.
     """
     cells = results["cells"]
     scale, unit = _unit(cells)
-    model = results["model"]["id"]
-    drawn = Table(title=f"{model}", title_justify="left", pad_edge=False, padding=(0, 1))
-    drawn.add_column("method", overflow="fold", max_width=24)
-    drawn.add_column("keep", justify="right")
-    drawn.add_column("accuracy %\n[95 % interval]", justify="right", no_wrap=True)
-    drawn.add_column("same as\nfull %", justify="right")
-    drawn.add_column("vision tokens\nper layer (×layers)", overflow="fold", max_width=24)
-    drawn.add_column("mean\ntokens", justify="right")
-    drawn.add_column(f"LM\n{unit}", justify="right")
-    drawn.add_column("prefill\nms", justify="right")
-    drawn.add_column("selector\nms", justify="right")
+    parts: list[RenderableType] = []
     failed = []
     for task, group in groupby(cells, key=lambda c: c["task"]):
         rows = list(group)
-        counts = {c["samples"] for c in rows if c["status"] == "done"}
-        size = f", {max(counts)} samples" if counts else ""
-        drawn.add_row(Text(f"{task}{size}", style="bold"))
+        drawn = _block(f"{results['model']['id']} · {task}", rows, scale, unit)
+        parts.append(drawn)
         for cell in rows:
-            keep = _NONE if cell["keep"] is None else f"{cell['keep']:g}"
             if cell["status"] != "done":
-                failed.append(f"{task}: {cell['label']} {keep}: {cell['error']}")
-                drawn.add_row(cell["label"], keep, Text("failed", style="bold red"))
-                continue
-            tokens, flops, ms = cell["tokens"], cell["flops"], cell["ms"]
-            lm = flops["lm"] if flops else None
-            drawn.add_row(
-                cell["label"],
-                keep,
-                _score(cell),
-                _number(None if cell["loyalty"] is None else 100 * cell["loyalty"]),
-                runs(tokens["per_layer"]) if tokens else _NONE,
-                _number(tokens["equivalent"] if tokens else None),
-                _NONE if lm is None else f"{lm / scale:.3g}",
-                _number(ms["lm"] if ms else None),
-                _number(ms["selector"] if ms else None, 2),
-            )
-        drawn.add_section()
-    notes = [
-        "Blind: the same images in grey. Mean tokens: vision tokens of an image averaged over the "
-        "language model's layers; compare methods at equal ones. Prefill: the language model's, "
-        "without the selector; medians. FLOPs: 2 per multiply-add. Intervals: over the samples, "
-        "not over the seeds of sampling methods."
-    ]
-    parts: list[RenderableType] = [drawn, Text(notes[0], style="dim")]
+                failed.append(f"{task}, {_name(cell)}: {cell['error']}")
+    parts.append(Text(_NOTE, style="dim"))
     parts += [Text(f"failed: {line}", style="red") for line in failed]
     return Group(*parts)
+
+
+def _name(cell: Mapping[str, Any]) -> str:
+    return cell["label"] if cell["keep"] is None else f"{cell['label']} keep {cell['keep']:g}"
+
+
+def _block(title: str, rows: Sequence[Mapping[str, Any]], scale: float, unit: str) -> Table:
+    counts = {c["samples"] for c in rows if c["status"] == "done"}
+    size = f" · {max(counts)} samples" if counts else ""
+    drawn = Table(
+        title=title + size, title_justify="left", title_style="bold", box=SIMPLE_HEAD,
+        pad_edge=False, show_edge=False,
+    )  # fmt: skip
+    drawn.add_column("\nmethod", overflow="fold", max_width=26)
+    drawn.add_column("\nkeep", justify="right")
+    drawn.add_column("accuracy, %\n[95 % interval]", justify="right", no_wrap=True)
+    drawn.add_column("same as\nfull, %", justify="right")
+    drawn.add_column("vision tokens per\nlayer × layers", overflow="fold", max_width=24)
+    drawn.add_column("tokens,\nmean", justify="right")
+    drawn.add_column(f"LM,\n{unit}", justify="right")
+    drawn.add_column("prefill,\nms", justify="right")
+    drawn.add_column("selector,\nms", justify="right")
+    for cell in rows:
+        keep = _NONE if cell["keep"] is None else f"{cell['keep']:g}"
+        if cell["status"] != "done":
+            drawn.add_row(cell["label"], keep, Text("failed", style="bold red"))
+            continue
+        tokens, flops, ms = cell["tokens"], cell["flops"], cell["ms"]
+        lm = flops["lm"] if flops else None
+        drawn.add_row(
+            cell["label"],
+            keep,
+            _score(cell),
+            _number(None if cell["loyalty"] is None else 100 * cell["loyalty"]),
+            runs(tokens["per_layer"]) if tokens else _NONE,
+            _number(tokens["equivalent"] if tokens else None),
+            _NONE if lm is None else f"{lm / scale:.3g}",
+            _number(ms["lm"] if ms else None),
+            _number(ms["selector"] if ms else None, 2),
+        )
+    return drawn

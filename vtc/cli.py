@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: `vtc methods | models | show | suite | eval`.
+
+Heavy imports (PyTorch, transformers, lmms-eval) wait until a command needs them, so that `--help`
+and bad input answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from vtc.eval.run import Observer
+    from vtc.methods.base import Method
+
+app = typer.Typer(
+    name="vtc",
+    help="Compress the vision tokens of Hugging Face vision-language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+
+def _console() -> Console:
+    """Standard output, as it is now; 120 columns wide where that is not a terminal."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=120)
+
+
+def _fail(option: str, message: str) -> typer.BadParameter:
+    return typer.BadParameter(message, param_hint=option)
+
+
+# ---- vtc methods, vtc models --------------------------------------------------------------------
+@app.command()
+def methods() -> None:
+    """List the compression methods: stage, settings with their defaults, paper."""
+    import vtc
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for header in ("method", "what it is", "stage", "settings", "paper"):
+        table.add_column(header, overflow="fold", no_wrap=header == "method")
+    for name, cls in vtc.methods().items():
+        year = f" ({cls.year})" if cls.year else ""
+        stages, settings = _describe(cls)
+        trained = ", trained" if cls.trained else ""
+        table.add_row(name, cls.title, stages + trained, settings, f"{cls.paper}{year}")
+    console = _console()
+    console.print(table)
+    console.print(
+        "\nIn text: name, name:setting=value:setting=value, and first+second to compose. "
+        "keep is a fraction in (0, 1] or a whole number of tokens per image.",
+        style="dim",
+    )
+
+
+def _describe(cls: type[Method]) -> tuple[str, str]:
+    """(stages, settings) of a method class."""
+    try:
+        stages = ", ".join(cls().stages)
+    except TypeError:  # a setting without a default
+        stages = ""
+    settings = []
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if not field.init:
+            continue
+        default = "" if field.default is dataclasses.MISSING else f"={field.default}"
+        settings.append(f"{field.name}{default}")
+    return stages, ", ".join(settings)
+
+
+@app.command()
+def models() -> None:
+    """List the model families that vtc patches."""
+    import vtc
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for header in ("family", "model types of transformers", "stages", "tested"):
+        table.add_column(header, overflow="fold")
+    for family in vtc.models():
+        types = ", ".join(family.model_types) or "any other of the common shape, with a warning"
+        tested = "yes" if family.tested else "no"
+        table.add_row(family.name, types, ", ".join(family.stages), tested)
+    _console().print(table)
+
+
+# ---- vtc suite ----------------------------------------------------------------------------------
+@app.command()
+def suite(
+    name: Annotated[str, typer.Argument(help="vtc_scenes, vtc_photo or vtc_mosaic.")],
+    out: Annotated[Path, typer.Option(help="Folder to write to.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="Number of samples.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Generate a task of vtc's own suite: parquet and task file, for lmms-eval's --include_path."""
+    from vtc.eval.run import SUITE, write_suite
+
+    if name not in SUITE:
+        raise _fail("NAME", f"expected one of {', '.join(SUITE)}, got {name!r}")
+    _console().print(str(write_suite(name, out, limit, seed)))
+
+
+# ---- vtc eval -----------------------------------------------------------------------------------
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder, or id on the hub. Without it, the model that comes with vtc."),
+    ] = None,
+    methods: Annotated[
+        str,
+        typer.Option(help="Methods, with commas between: todre,fastv:layer=3,todre+fastv,blind."),
+    ] = "todre,fastv",
+    keep: Annotated[
+        str, typer.Option(help="Fractions or numbers of tokens per image, with commas between.")
+    ] = "0.25,0.1",
+    tasks: Annotated[
+        str,
+        typer.Option(help="vtc_scenes, vtc_photo, vtc_mosaic, or lmms-eval's: pope,mme,gqa."),
+    ] = "vtc_scenes",
+    limit: Annotated[int | None, typer.Option(help="Samples of each task.")] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder for results; finished cells are reused.")
+    ] = Path("results"),
+    batch_size: Annotated[int, typer.Option(help="For lmms-eval's class of the model.")] = 1,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1. Without it, a GPU if there is one.")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16 or float16. Without it, float32 on a CPU, else the model's own."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of sampling methods and generated tasks.")] = 0,
+    baselines: Annotated[
+        bool,
+        typer.Option(help="Add full, blind, random, pool and downsample for comparison."),
+    ] = True,
+    lmms_model: Annotated[
+        str | None, typer.Option(help="lmms-eval's class, if the model's type does not tell.")
+    ] = None,
+) -> None:
+    """Run methods on tasks through lmms-eval; print a table, write results.json and a picture.
+
+    Finished (method, keep, task) cells in --out are not run again. Exit code 1 if a cell failed,
+    2 if something given does not work.
+    """
+    from vtc.eval.run import BadInput, Settings, plan, run
+    from vtc.spec import parse_keep, split_list
+
+    try:
+        keeps = tuple(parse_keep(text) for text in split_list(keep))
+        names = tuple(split_list(methods))
+    except ValueError as error:
+        raise _fail("--keep" if "keep:" in str(error) else "--methods", str(error)) from None
+    settings = Settings(
+        out=out,
+        model=model,
+        methods=names,
+        keeps=keeps,
+        tasks=tuple(split_list(tasks)),
+        limit=limit,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        baselines=baselines,
+        lmms_model=lmms_model,
+    )
+    started = time.perf_counter()
+    try:
+        plan(settings)
+        # Progress on the error stream, so that the table alone can be piped.
+        console = Console(stderr=True, highlight=False)
+        with _progress(console) as progress:
+            results = run(settings, _observer(progress))
+    except BadInput as error:
+        raise _fail(error.option, error.message) from None
+    _present(results, settings.out, time.perf_counter() - started)
+
+
+def _progress(console: Console) -> Progress:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import TimeRemainingColumn as TimeRemaining
+
+    # lmms-eval's own output is redirected meanwhile; rich must not redirect it once more.
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemaining(),
+        console=console,
+        transient=True,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    )
+
+
+def _observer(progress: Progress) -> Observer:
+    from vtc.eval.run import Observer
+
+    class Bar(Observer):
+        def __init__(self) -> None:
+            self.bar = progress.add_task("starting", total=None)
+
+        def planned(self, total: int, cells: int, finished: int) -> None:
+            progress.update(self.bar, total=total)
+            if finished:
+                progress.console.print(f"{finished} of {cells} cells are finished already")
+
+        def stage(self, text: str) -> None:
+            progress.update(self.bar, description=text)
+
+        def advanced(self, samples: int) -> None:
+            progress.advance(self.bar, samples)
+
+        def finished(self, cell: Mapping[str, Any]) -> None:
+            for warning in cell.get("warnings", ()):
+                progress.console.print(f"{cell['label']}: {warning}", style="yellow")
+            if cell["status"] != "done":
+                progress.console.print(f"{cell['label']} failed: {cell['error']}", style="red")
+
+    return Bar()
+
+
+def _present(results: Mapping[str, Any], out: Path, seconds: float) -> None:
+    """Print the table, draw the picture; exit code 1 if a cell failed."""
+    from vtc.eval.report import table
+
+    from .plots import tradeoff
+
+    console = _console()
+    console.print(table(results))
+    written = ["results.json", "results.csv"]
+    if any(c["status"] == "done" and c["tokens"] for c in results["cells"]):
+        tradeoff(results).savefig(out / "tradeoff.png")
+        written.append("tradeoff.png")
+    console.print(f"\n{out}: {', '.join(written)} ({seconds:.0f} s)", soft_wrap=True)
+    if any(c["status"] != "done" for c in results["cells"]):
+        raise typer.Exit(1)
+
+
+# ---- vtc show -----------------------------------------------------------------------------------
+@app.command()
+def show(
+    image: Annotated[Path, typer.Argument(help="The image.")],
+    question: Annotated[str, typer.Option(help="What the model is asked.")],
+    method: Annotated[str, typer.Option(help="A method, with settings if need be.")] = "todre",
+    keep: Annotated[
+        str | None, typer.Option(help="Fraction or number of tokens; the method's own without it.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("kept.png"),
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder, or id on the hub. Without it, the model that comes with vtc."),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 24,
+) -> None:
+    """Draw which tokens of an image survive, and print the answers with all and with those."""
+    from PIL import Image, UnidentifiedImageError
+
+    from vtc.spec import parse_keep, parse_method
+
+    try:
+        amount = None if keep is None else parse_keep(keep)
+        chosen = parse_method(method, amount)
+    except (ValueError, TypeError) as error:
+        option = "--keep" if str(error).startswith("keep") else "--method"
+        raise _fail(option, str(error)) from None
+    try:
+        picture = Image.open(image).convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise _fail("IMAGE", f"{image}: {error}") from None
+    from vtc.trace import trace
+
+    try:
+        found = trace(model, picture, question, chosen, device, max_new_tokens)
+    except OSError as error:
+        raise _fail("--model", f"{model}: {str(error).splitlines()[0]}") from None
+    from .plots import kept_tokens
+
+    figure = kept_tokens(found.image, found.grid, found.kept, title=f"{chosen}   {question}")
+    try:
+        figure.savefig(out)
+    except (OSError, ValueError) as error:
+        raise _fail("--out", f"{out}: {error}") from None
+    console = _console()
+    for name, indices in found.kept.items():
+        console.print(f"{name}: {len(indices)} of {found.grid[0] * found.grid[1]} tokens")
+    console.print(f"all tokens: {found.answer_full!r}", markup=False)
+    console.print(f"compressed: {found.answer!r}", markup=False)
+    console.print(f"{out}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    app()
