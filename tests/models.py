@@ -185,7 +185,7 @@ def make_sample(tower: str, layout: Sequence[str | int], seed: int) -> Sample:
 LAYOUTS: dict[str, tuple[tuple[str | int, ...], ...]] = {
     "one": ((2, "image", 7),),
     "ragged": ((1, "image", 9), (4, "image", 3), (2, "image", 6)),
-    "images": ((2, "image", 5), (1, "image", 4, "image", 6), (3, "image", 2)),
+    "images": ((2, "image", 5), (1, "image", 4, "image", 6), (3, "image", 4)),
     "mixed": ((2, "image", 6), (11,), (1, "image", "image", 5)),
     "text": ((9,), (5,)),
     "image_last": ((3, "image"), (2, "image", 4, "image")),

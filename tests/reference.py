@@ -250,7 +250,7 @@ class Truth:
                 kept = candidates[chosen.indices]
                 gone = vision.clone()
                 gone[kept] = False
-                self._drop(gone, part.positions == "contiguous")
+                self._drop(gone, part.prune_positions == "contiguous")
                 if chosen.features is not None:
                     hidden = hidden.clone()
                     hidden[0, kept] = chosen.features.to(hidden.dtype)
