@@ -360,12 +360,15 @@ def test_pooling_follows_the_grid_not_the_order_of_tokens(kernel):
     torch.testing.assert_close(moved_contents[back.argsort()], contents, rtol=0, atol=1e-7)
 
 
-def test_pooling_sums_in_fp32_and_returns_the_given_dtype():
-    # 256 + 1 is 256 in bfloat16: a running bfloat16 sum would lose every 1.
-    features = torch.tensor([[256.0]] + [[1.0]] * 255, dtype=torch.bfloat16)
-    contents = pool_grid(features, raster(16, 16), 1)[1]
-    assert contents.dtype == torch.bfloat16
-    assert contents.item() == torch.tensor(511 / 256).bfloat16().item()
+@pytest.mark.parametrize("kernel", ["mean", "bilinear"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pooling_sums_in_fp32_and_returns_the_given_dtype(kernel, dtype):
+    # Weights such as 1/9 rounded to half precision would move results by a last place.
+    features = gaussian(81, 50, 0).to(dtype)
+    contents = pool_grid(features, raster(9, 9), 9, kernel)[1]
+    assert contents.dtype == dtype
+    wide = pool_grid(features.float(), raster(9, 9), 9, kernel)[1]
+    assert torch.equal(contents, wide.to(dtype))
 
 
 def test_pooling_refuses():

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compression methods. Importing this package registers them all."""
+
+from __future__ import annotations
+
+from vtc.methods.base import (
+    Compose,
+    LayerState,
+    Method,
+    Positions,
+    Rows,
+    Selection,
+    VisionTokens,
+    make,
+    methods,
+)
+from vtc.methods.downsample import Downsample
+from vtc.methods.fastv import FastV
+from vtc.methods.full import Full
+from vtc.methods.pool import Pool
+from vtc.methods.random import Random
+from vtc.methods.todre import ToDRE
+
+__all__ = [
+    "Compose",
+    "Downsample",
+    "FastV",
+    "Full",
+    "LayerState",
+    "Method",
+    "Pool",
+    "Positions",
+    "Random",
+    "Rows",
+    "Selection",
+    "ToDRE",
+    "VisionTokens",
+    "make",
+    "methods",
+]

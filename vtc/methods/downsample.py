@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fewer pixels, or a smaller grid of features: the baseline of VTC-Bench."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from vtc.methods.base import (
+    Method,
+    Positions,
+    Selection,
+    VisionTokens,
+    budget,
+    check_choice,
+    check_keep,
+)
+from vtc.ops import cell_grid, pool_grid
+
+
+@dataclass(frozen=True)
+class Downsample(Method):
+    """Look at a smaller image instead of choosing among the tokens of a large one.
+
+    VTC-Bench found this to beat token-pruning methods on most general benchmarks at equal numbers
+    of tokens on a model of dynamic resolution, which is why it stands beside every method here.
+    There are two ways, and they are different baselines:
+
+    - `how="pixels"` resizes the image before the vision tower, so the tower computes less too.
+      This is the baseline of VTC-Bench. The engine resizes `pixel_values` and lets the tower
+      interpolate its position embeddings, which CLIP and SigLIP towers can, but which a tower
+      trained at one size may read badly; the method names the size (`target_grid`).
+    - `how="grid"`, the default, because it works with every model: the tower sees the full image,
+      and its grid of projected features is resized, bilinearly and antialiased. The tower saves
+      nothing, and each token has seen the whole image in detail.
+
+    Budgets become grids as for `Pool`: the largest r x c <= b that keeps the aspect up to a
+    factor of 2. Grids with holes, frames and tiles are treated as there too.
+
+    Args:
+        keep: fraction of an image's (or clip's) tokens, or a whole number of tokens for each.
+        how: "grid" or "pixels".
+        positions: "original" or "contiguous".
+    """
+
+    name = "downsample"
+    title = "Down-sampling"
+
+    keep: float | int = 0.25
+    how: Literal["grid", "pixels"] = "grid"
+    positions: Positions = "original"
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        check_choice("how", self.how, ("grid", "pixels"))
+        check_choice("positions", self.positions, ("original", "contiguous"))
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """("pixels",) or ("sequence",), as `how` says."""
+        return ("pixels",) if self.how == "pixels" else ("sequence",)
+
+    def target_grid(self, rows: int, cols: int) -> tuple[int, int]:
+        """Rows and columns of tokens that an image of rows x cols tokens is to give."""
+        return cell_grid(rows, cols, budget(self.keep, rows * cols))
+
+    def select(self, tokens: VisionTokens) -> Selection:
+        """Ascending indices, (k,), and the features interpolated there, (k, d)."""
+        if self.how == "pixels":
+            raise TypeError("how: 'pixels' acts before the vision tower, not on its tokens")
+        n = len(tokens)
+        b = budget(self.keep, n)
+        if b >= n:
+            return Selection(torch.arange(n, device=tokens.features.device))
+        return Selection(*pool_grid(tokens.features, tokens.grid, b, "bilinear", tokens.crop))

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens drawn at random: the baseline that a method has to beat."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+
+from vtc.methods.base import (
+    Method,
+    Positions,
+    Selection,
+    VisionTokens,
+    budget,
+    check_choice,
+    check_keep,
+)
+
+
+@dataclass(frozen=True)
+class Random(Method):
+    """Keep tokens drawn uniformly without replacement; surprisingly strong.
+
+    The draw depends on the seed, the image's ordinal in its sample and its number of tokens, on
+    nothing else: never on what shares the batch or what ran before. All images of one size in the
+    same place of their samples hence keep the *same* places under one seed. One run is one draw
+    of places for the whole test set, so error bars come from several seeds, not from the samples.
+    Under one seed, a smaller `keep` keeps a subset of what a larger one keeps.
+
+    Args:
+        keep: fraction of an image's tokens, or a whole number of tokens per image.
+        seed: whole number of at least 0.
+        positions: "original" or "contiguous".
+    """
+
+    name = "random"
+    title = "Random tokens"
+
+    keep: float | int = 0.25
+    seed: int = 0
+    positions: Positions = "original"
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed: expected a whole number of at least 0, got {self.seed!r}")
+        check_choice("positions", self.positions, ("original", "contiguous"))
+
+    def select(self, tokens: VisionTokens) -> Selection:
+        """Ascending indices, (k,)."""
+        n = len(tokens)
+        # Hashed, because generators with neighbouring seeds can give related streams.
+        digest = hashlib.sha256(f"{self.seed},{tokens.image},{n}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        # Drawn on the CPU, so that every device keeps the same tokens.
+        drawn = torch.randperm(n, generator=generator)[: budget(self.keep, n)]
+        return Selection(drawn.sort().values.to(tokens.features.device))

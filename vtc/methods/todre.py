@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ToDRE: a diverse few before the language model, none of them in its last layers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vtc.methods.base import (
+    LayerState,
+    Method,
+    Positions,
+    Rows,
+    Selection,
+    VisionTokens,
+    budget,
+    check_choice,
+    check_keep,
+    check_layer,
+)
+from vtc.ops import farthest_first, max_sum
+
+
+@dataclass(frozen=True)
+class ToDRE(Method):
+    """Token diversity first, then task relevance.
+
+    Stage 1, before the language model: start from the pivot, the token with the most attention
+    from [CLS], and greedily add tokens that are unlike those chosen (eqs. 4-7, Algorithm 1).
+    `mode="maxsum"` (version 2 of the paper) adds the token with the smallest sum of cosines to all
+    chosen ones; `mode="kcenter"` (what version 1 names) the one whose largest cosine is smallest.
+    Max-sum may pick a duplicate of a chosen token while others remain; k-center never does. For a
+    tiled image the pivot is sought in the thumbnail only; for a clip over all frames. Towers
+    without [CLS] give the attention each token receives instead, where the paper draws the pivot
+    at random and finds it to matter little.
+
+    Stage 2, after l* decoder layers have run: if the text gives vision tokens less than `tau` of
+    its attention in layer l* (1-based; softmax over all keys, mean over heads and text rows), all
+    vision tokens are dropped for the layers after it. One check; all or none. The paper further
+    asks that the vision tokens' attention to the text be below `tau`. Under a causal mask that
+    attention is 0 towards all text after the image, so the condition always holds and is not
+    computed. "Text" is the prompt's text after the first vision token: in prompts that interleave
+    images and text, later images could see text between them, and there this stage drops where
+    the full condition might not.
+
+    Evaluated in the paper at 25 % and 10 % of the tokens. `keep=1.0` switches off both stages; a
+    whole number beyond any image's size keeps all in stage 1 and leaves stage 2 on.
+
+    Args:
+        keep: fraction of an image's tokens, or a whole number of tokens per image, in stage 1.
+        mode: "maxsum" or "kcenter".
+        second_stage: whether stage 2 acts.
+        layer: l*, decoder layers that still see vision tokens, from 1 to the number of layers less
+            one; by default 7/8 of them, rounded down. The paper counts layers from 1 and checks
+            *after* layer l*, which is *before* 0-based layer l*.
+        tau: threshold of stage 2, at least 0; 0 never drops, above 1 always drops.
+        positions: of stage 1, "contiguous" (in the paper's host the shortened sequence is numbered
+            anew) or "original". Stage 2 keeps the positions that stage 1 left; the paper is silent,
+            and so the text is rotated alike in all layers.
+    """
+
+    name = "todre"
+    title = "ToDRE: token diversity and task relevance"
+    paper = "arXiv:2505.18757"
+    year = 2025
+    needs = frozenset({"cls_attention"})
+    vision_layer = -1  # eq. 3 reads the last one
+
+    keep: float | int = 0.25
+    mode: Literal["maxsum", "kcenter"] = "maxsum"
+    second_stage: bool = True
+    layer: int | None = None
+    tau: float = 0.1
+    positions: Positions = "contiguous"
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        check_choice("mode", self.mode, ("maxsum", "kcenter"))
+        if not isinstance(self.second_stage, bool):
+            raise TypeError(f"second_stage: expected True or False, got {self.second_stage!r}")
+        check_layer("layer", self.layer, lowest=1)
+        if isinstance(self.tau, bool) or not isinstance(self.tau, (int, float)):
+            raise TypeError(f"tau: expected a number of at least 0, got {self.tau!r}")
+        if not (math.isfinite(self.tau) and self.tau >= 0):
+            raise ValueError(f"tau: expected a number of at least 0, got {self.tau!r}")
+        check_choice("positions", self.positions, ("original", "contiguous"))
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """("sequence", "layers"), without the latter if stage 2 is off."""
+        return ("sequence", "layers") if self._drops else ("sequence",)
+
+    @property
+    def _drops(self) -> bool:
+        # keep=1.0 promises the plain model bit for bit; the whole number 1 is one token.
+        return self.second_stage and not (isinstance(self.keep, float) and self.keep == 1.0)
+
+    # ---- stage 1 ------------------------------------------------------------------------------
+    def select(self, tokens: VisionTokens) -> Selection:
+        """Ascending indices, (k,).
+
+        Raises:
+            ValueError: `tokens` comes without `cls_attention`, or features are not finite.
+        """
+        n = len(tokens)
+        k = budget(self.keep, n)
+        if k >= n:
+            return Selection(torch.arange(n, device=tokens.features.device))
+        choose = max_sum if self.mode == "maxsum" else farthest_first
+        return Selection(choose(tokens.features, k, _pivot(tokens)).sort().values)
+
+    # ---- stage 2 ------------------------------------------------------------------------------
+    def prune_layers(self, num_layers: int) -> tuple[int, ...]:
+        """(l*,), or none if stage 2 is off or the model has one layer only.
+
+        Raises:
+            ValueError: `layer` leaves no layer to drop tokens for.
+        """
+        if not self._drops:
+            return ()
+        if self.layer is None:
+            return (max(1, 7 * num_layers // 8),) if num_layers > 1 else ()
+        if self.layer >= num_layers:
+            raise ValueError(
+                f"layer: expected at most {num_layers - 1} in a model of {num_layers} decoder "
+                f"layers, got {self.layer}"
+            )
+        return (self.layer,)
+
+    def taps(self, num_layers: int) -> dict[int, Rows]:
+        """The text rows of the last layer that sees the vision tokens."""
+        return {layer - 1: "text" for layer in self.prune_layers(num_layers)}
+
+    @property
+    def prune_positions(self) -> Positions:
+        """Stage 2 never numbers anew."""
+        return "original"
+
+    def prune(self, state: LayerState) -> Selection | None:
+        """No index at all if the text no longer looks at the image, else `None`.
+
+        A prompt without text after its image gives no evidence, and keeps its tokens.
+        """
+        rows = state.attention[state.layer - 1]
+        if rows.shape[0] == 0:
+            return None
+        # Rows sum to 1, so the paper's quotient of sums is the mean of the rows' vision mass.
+        text_to_vision = rows[:, state.vision].sum(1).mean()
+        if text_to_vision < self.tau:
+            return Selection(torch.empty(0, dtype=torch.long, device=rows.device))
+        return None
+
+
+def _pivot(tokens: VisionTokens) -> Tensor:
+    """0-d index of the token with the most attention from [CLS], ties to the lowest."""
+    attention = tokens.cls_attention
+    if attention is None:
+        raise ValueError("cls_attention: ToDRE's pivot needs it, got tokens without")
+    if tokens.crop is not None and (thumbnail := tokens.crop == 0).any():
+        attention = attention.masked_fill(~thumbnail, -torch.inf)
+    return attention.argmax()

@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pure tensor functions that methods share. `naive` holds the readable slow twin of each."""
+
+from __future__ import annotations
+
+from vtc.ops.greedy import farthest_first, max_sum
+from vtc.ops.pooling import Kernel, cell_grid, pool_grid
+from vtc.ops.ranking import top_k
+from vtc.ops.similarity import unit_rows
+
+__all__ = [
+    "Kernel",
+    "cell_grid",
+    "farthest_first",
+    "max_sum",
+    "pool_grid",
+    "top_k",
+    "unit_rows",
+]

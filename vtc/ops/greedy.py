@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Greedy choice of k tokens that differ from one another, by cosine similarity.
+
+Both functions keep one running value per token and update it with the similarities to the token
+just chosen: O(n k d) time and O(n d) memory, never an n x n matrix. Nothing leaves the device
+inside the loop. The order of choice is returned, so the first j of k choices are the choice of
+j; sort them to put tokens back in sequence order.
+
+Ties go to the lowest index. Equal tokens tie only as far as the matrix product gives equal rows
+equal results, which BLAS does up to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vtc.ops.similarity import unit_rows
+
+
+def max_sum(features: Tensor, k: int, pivot: int | Tensor = 0) -> Tensor:
+    """Greedy max-sum diversification (ToDRE v2, arXiv 2505.18757, eqs. 4-7, Algorithm 1).
+
+    Starts from `pivot` and adds, again and again, the token whose cosines with all tokens chosen
+    so far have the smallest sum.
+
+    Args:
+        features: (n, d) tokens; the length of a row does not matter.
+        k: how many tokens to choose, 1 <= k <= n.
+        pivot: index of the first choice; a 0-d tensor avoids waiting for the device.
+
+    Returns:
+        (k,) indices in order of choice, the pivot first.
+
+    Raises:
+        ValueError: `k` or `pivot` out of range, features that are no matrix or not finite.
+    """
+    return _greedy(features, k, pivot, torch.add)
+
+
+def farthest_first(features: Tensor, k: int, pivot: int | Tensor = 0) -> Tensor:
+    """Greedy k-center, or farthest-first traversal (Gonzalez 1985), over cosine similarity.
+
+    Starts from `pivot` and adds, again and again, the token whose largest cosine with a chosen
+    token is smallest. In a metric distance such as sqrt(2 - 2 cos), every token then lies within
+    twice the best possible covering radius of a chosen one; for 1 - cos, which is no metric, the
+    bound is four times.
+
+    Args, returns and raises as `max_sum`.
+    """
+    return _greedy(features, k, pivot, torch.maximum)
+
+
+def _greedy(
+    features: Tensor, k: int, pivot: int | Tensor, combine: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    rows = unit_rows(features)
+    n = rows.shape[0]
+    if not 1 <= k <= n:
+        raise ValueError(f"k: expected a whole number from 1 to the {n} tokens given, got {k}")
+    if isinstance(pivot, int) and not 0 <= pivot < n:
+        raise ValueError(f"pivot: expected an index from 0 to {n - 1}, got {pivot}")
+    chosen = torch.empty(k, dtype=torch.long, device=rows.device)
+    chosen[0] = pivot
+    running = rows.mv(rows.index_select(0, chosen[:1]).squeeze(0))
+    running.index_fill_(0, chosen[:1], torch.inf)
+    for step in range(1, k):
+        # argmin returns the first of several minima, which is the tie rule. Indexing with a
+        # vector of one, not with a scalar, is what keeps the index on the device.
+        index = running.argmin(0, keepdim=True)
+        chosen[step : step + 1] = index
+        # Infinity stays infinity under + and max, so a chosen token never returns.
+        running = combine(running, rows.mv(rows.index_select(0, index).squeeze(0)))
+        running.index_fill_(0, index, torch.inf)
+    return chosen

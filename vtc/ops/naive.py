@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The definitions, written to be read: slow twins that the tests hold the fast functions to.
+
+They take and return what the fast ones do, with loops over tokens and plain numbers, and choose
+by comparing (value, index) pairs.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vtc.ops.similarity import unit_rows
+
+
+def cosines(features: Tensor) -> Tensor:
+    """(n, n) cosine similarity of every pair of rows; the matrix that the fast functions avoid."""
+    rows = unit_rows(features)
+    return rows @ rows.T
+
+
+def max_sum(features: Tensor, k: int, pivot: int = 0) -> Tensor:
+    """Twin of `greedy.max_sum`: every sum is taken anew over all chosen tokens."""
+    similarity = cosines(features).tolist()
+    chosen = [pivot]
+    while len(chosen) < k:
+        rest = [v for v in range(len(similarity)) if v not in chosen]
+        chosen.append(min(rest, key=lambda v: (sum(similarity[c][v] for c in chosen), v)))
+    return torch.tensor(chosen, device=features.device)
+
+
+def farthest_first(features: Tensor, k: int, pivot: int = 0) -> Tensor:
+    """Twin of `greedy.farthest_first`: the nearest chosen token is looked for anew."""
+    similarity = cosines(features).tolist()
+    chosen = [pivot]
+    while len(chosen) < k:
+        rest = [v for v in range(len(similarity)) if v not in chosen]
+        chosen.append(min(rest, key=lambda v: (max(similarity[c][v] for c in chosen), v)))
+    return torch.tensor(chosen, device=features.device)
+
+
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """Twin of `ranking.top_k`."""
+    values = scores.tolist()
+    ranked = sorted(range(len(values)), key=lambda i: (-values[i], i))
+    return torch.tensor(ranked[:k], dtype=torch.long, device=scores.device)
+
+
+def pool_plane(features: Tensor, grid: Tensor, cells: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Twin of `pooling.pool_grid` with kernel "mean" on one plane, divided into the given cells.
+
+    Args:
+        features: (n, d) tokens.
+        grid: (n, 2) row and column of each, from 0.
+        cells: rows and columns of cells.
+    """
+    places = [(int(y), int(x)) for y, x in grid.tolist()]
+    rows = max(y for y, _ in places) + 1
+    cols = max(x for _, x in places) + 1
+    height, width = Fraction(rows, cells[0]), Fraction(cols, cells[1])
+    half = Fraction(1, 2)
+    found: dict[int, Tensor] = {}
+    for i in range(cells[0]):
+        for j in range(cells[1]):
+            inside = [
+                t
+                for t, (y, x) in enumerate(places)
+                if i * height <= y + half < (i + 1) * height
+                and j * width <= x + half < (j + 1) * width
+            ]
+            if not inside:
+                continue
+            distance = {
+                t: (places[t][0] + half - (i + half) * height) ** 2
+                + (places[t][1] + half - (j + half) * width) ** 2
+                for t in inside
+            }
+            anchor = min(inside, key=lambda t: (distance[t], t))
+            found[anchor] = features[inside].double().mean(0)
+    indices = sorted(found)
+    contents = torch.stack([found[t] for t in indices]).to(features.dtype)
+    return torch.tensor(indices, device=features.device), contents
+
+
+def resize_plane(features: Tensor, rows: int, cols: int, cells: tuple[int, int]) -> Tensor:
+    """Twin of `pooling.pool_grid` with kernel "bilinear" on one full plane in raster order."""
+    plane = features.float().reshape(1, rows, cols, -1).permute(0, 3, 1, 2)
+    small = F.interpolate(plane, size=cells, mode="bilinear", antialias=True)
+    return small.permute(0, 2, 3, 1).reshape(cells[0] * cells[1], -1).to(features.dtype)

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranking by score, the same on every device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """Indices of the k highest scores, ties to the lowest index.
+
+    `torch.topk` leaves the order of ties open, and attention in half precision ties often. Here
+    scores are compared in fp32 (fp64 if given so) by a stable sort.
+
+    Args:
+        scores: (n,) scores.
+        k: how many, 0 <= k <= n.
+
+    Returns:
+        (k,) indices, the highest score first; sort them to put tokens back in sequence order.
+
+    Raises:
+        ValueError: `k` out of range, scores that are no vector or hold NaN, which has no rank.
+    """
+    if scores.ndim != 1:
+        raise ValueError(f"scores: expected shape (n,), got {tuple(scores.shape)}")
+    if not 0 <= k <= scores.shape[0]:
+        raise ValueError(
+            f"k: expected a whole number from 0 to the {scores.shape[0]} scores given, got {k}"
+        )
+    wide = scores if scores.dtype == torch.float64 else scores.float()
+    if torch.isnan(wide).any():
+        raise ValueError("scores: NaN has no rank")
+    return torch.sort(wide, descending=True, stable=True).indices[:k]

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cosine geometry shared by methods that compare tokens with one another."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def unit_rows(features: Tensor) -> Tensor:
+    """Scale each row to length 1, so that inner products are cosines.
+
+    Half precisions are raised to fp32, because sums over hundreds of tokens drift in them; fp64
+    stays fp64. An all-zero row stays zero: its cosine with anything is 0.
+
+    Args:
+        features: (n, d) tokens.
+
+    Returns:
+        (n, d) rows of length 1, fp32 or fp64.
+
+    Raises:
+        ValueError: not a matrix, or values that are not finite (a comparison with NaN would
+            silently choose a wrong token).
+    """
+    if features.ndim != 2:
+        raise ValueError(f"features: expected shape (n, d), got {tuple(features.shape)}")
+    wide = features if features.dtype == torch.float64 else features.float()
+    if not torch.isfinite(wide).all():
+        raise ValueError("features: expected finite values, got NaN or infinity")
+    return F.normalize(wide, dim=1)
