@@ -123,7 +123,7 @@ class ToDRE(Method):
         if not self._drops:
             return ()
         if self.layer is None:
-            return (max(1, 7 * num_layers // 8),) if num_layers > 1 else ()
+            return (7 * num_layers // 8,) if num_layers > 1 else ()
         if self.layer >= num_layers:
             raise ValueError(
                 f"layer: expected at most {num_layers - 1} in a model of {num_layers} decoder "
