@@ -511,7 +511,10 @@ class _Tasks:
             if name in SUITE:
                 size = "all" if settings.limit is None else settings.limit
                 folder = settings.out / "data" / f"{name}-{size}-{settings.seed}"
-                parquet = write_suite(name, folder, settings.limit, settings.seed)
+                try:
+                    parquet = write_suite(name, folder, settings.limit, settings.seed)
+                except Exception as error:  # the photos' folder is not set, the disk is full, ...
+                    raise BadInput("--tasks", f"{name}: {error}") from error
                 self.data[name] = hashlib.sha256(parquet.read_bytes()).hexdigest()[:20]
                 folders.append(str(folder))
         foreign = [name for name in settings.tasks if name not in SUITE]

@@ -26,7 +26,8 @@ def wilson(correct: float, n: int) -> tuple[float, float]:
     p, z2 = correct / n, _Z * _Z
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = _Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # At 0 and 1 rounding must not put the proportion outside of its interval.
+    return max(0.0, min(centre - half, p)), min(1.0, max(centre + half, p))
 
 
 def interval(scores: Sequence[float], resamples: int = 2000, seed: int = 0) -> tuple[float, float]:

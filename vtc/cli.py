@@ -294,7 +294,8 @@ def show(
         raise _fail("--model", f"{model}: {str(error).splitlines()[0]}") from None
     from .plots import kept_tokens
 
-    figure = kept_tokens(found.image, found.grid, found.kept, title=f"{chosen}   {question}")
+    title = f"{method}{'' if keep is None else f', keep {keep}'}: {question}"
+    figure = kept_tokens(found.image, found.grid, found.kept, title=title)
     try:
         figure.savefig(out)
     except (OSError, ValueError) as error:

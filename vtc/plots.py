@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -200,30 +201,48 @@ def kept_tokens(
     across = min(total, 4)
     down = -(-total // across)
     height = 3.1 * image.height / image.width
-    figure = _figure(3.1 * across, (height + 0.35) * down + (0.3 if title else 0.0))
+    lines = textwrap.wrap(title or "", 42 * across)
+    figure = _figure(3.1 * across, (height + 0.35) * down + 0.25 * len(lines))
     axes = figure.subplots(down, across, squeeze=False)
-    for ax in axes.flat:
-        ax.set_axis_off()
+    for i, ax in enumerate(axes.flat):
+        ax.set_visible(i < total)
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set(color="#B0B0B0", linewidth=0.6)
     shown = image.convert("RGB")
     axes.flat[0].imshow(shown)
     axes.flat[0].set_title("image", fontsize=9, loc="left")
     for ax, (name, mask) in zip(list(axes.flat)[1:], masks.items(), strict=False):
         ax.imshow(_faded(shown, mask))
+        _outline(ax, mask, shown.width, shown.height)
         count = f"{int(mask.sum())} of {mask.size} tokens"
         ax.set_title(f"{name}: {count}" if name else count, fontsize=9, loc="left")
-    if title:
-        figure.suptitle(title, fontsize=10.5, x=0.01, ha="left")
+    if lines:
+        figure.suptitle("\n".join(lines), fontsize=10, x=0.01, ha="left")
     return figure
 
 
 def _faded(image: Image.Image, mask: np.ndarray) -> np.ndarray:
-    """(h, w, 3) the image with the cells outside `mask` nearly white, kept ones untouched."""
+    """(h, w, 3) the image with the cells outside `mask` darkened, kept ones untouched."""
     pixels = np.asarray(image, dtype=np.float32)
     h, w = pixels.shape[:2]
     rows, columns = mask.shape
-    y = np.minimum(np.arange(h) * rows // h, rows - 1)
-    x = np.minimum(np.arange(w) * columns // w, columns - 1)
+    y, x = np.arange(h) * rows // h, np.arange(w) * columns // w
     keep = mask[y][:, x][..., None]
-    grey = pixels.mean(-1, keepdims=True)
-    faded = 0.82 * 255 + 0.18 * grey
-    return np.where(keep, pixels, np.broadcast_to(faded, pixels.shape)).astype(np.uint8)
+    dark = np.array([38.0, 42.0, 51.0], dtype=np.float32)
+    return np.where(keep, pixels, 0.22 * pixels + 0.78 * dark).astype(np.uint8)
+
+
+def _outline(axes: Axes, mask: np.ndarray, width: int, height: int) -> None:
+    """A line between kept and dropped cells, so that dark pictures can be read too."""
+    from matplotlib.collections import LineCollection
+
+    rows, columns = mask.shape
+    padded = np.pad(mask, 1)
+    lines = []
+    for r, c in zip(*np.nonzero(padded[1:, 1:-1] != padded[:-1, 1:-1]), strict=True):
+        lines.append([(c, r), (c + 1, r)])
+    for r, c in zip(*np.nonzero(padded[1:-1, 1:] != padded[1:-1, :-1]), strict=True):
+        lines.append([(c, r), (c, r + 1)])
+    scale = np.array([width / columns, height / rows])
+    placed = [np.asarray(line) * scale - 0.5 for line in lines]
+    axes.add_collection(LineCollection(placed, colors="#F0E442", linewidths=0.6))

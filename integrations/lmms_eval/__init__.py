@@ -17,6 +17,7 @@ default one. `vtc eval` passes the built-in's name and gets the special prompt.
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,9 @@ __all__ = ["PREFIX", "builtin_name", "manifests"]
 PREFIX = "vtc_"
 EMBEDDED = "embedded"
 _MODULE = f"{__name__}.models"
+# AutoModelFor...from_pretrained(, LlavaFor...from_pretrained(, model_cls.from_pretrained(, but not
+# AutoProcessor.from_pretrained(, which classes for servers call as well.
+_LOADS_A_MODEL = re.compile(r"(AutoModel\w*|\w+For[A-Z]\w+|model_\w+)\.from_pretrained\(")
 
 
 def builtin_name(name: str) -> str:
@@ -43,7 +47,7 @@ def _loads_from_the_hub(model_id: str, folder: Path) -> bool:
     Told from its source, as importing a hundred modules with their dependencies is out of question.
     """
     files = [folder / kind / f"{model_id}.py" for kind in ("simple", "chat")]
-    return any(f.is_file() and ".from_pretrained(" in f.read_text("utf-8") for f in files)
+    return any(f.is_file() and _LOADS_A_MODEL.search(f.read_text("utf-8")) for f in files)
 
 
 def manifests() -> list[ModelManifest]:

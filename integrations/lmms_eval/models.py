@@ -203,7 +203,12 @@ class VtcModel:
             return super().generate_until_multi_round(list(requests))  # type: ignore[misc]
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
-        return super().loglikelihood(self._vtc_requests(requests))  # type: ignore[misc]
+        """(loss, greedy) pairs as `GenerationResult`s: lmms-eval 0.7.3 makes text of bare pairs,
+        and then cannot score them."""
+        from lmms_eval.api.instance import GenerationResult
+
+        pairs = super().loglikelihood(self._vtc_requests(requests))  # type: ignore[misc]
+        return [GenerationResult(text=pair) for pair in pairs]
 
 
 class _LlavaScores:
@@ -221,7 +226,7 @@ class _LlavaScores:
         each token, which the built-in forgets to shift.
         """
         results = []
-        for request in self._vtc_requests(requests):
+        for request in requests:
             context, target, doc_to_visual, doc_id, task, split = request.args
             doc = self.task_dict[task][split][doc_id]
             continuation = target if isinstance(target, str) else target(doc)
@@ -323,10 +328,9 @@ def _patched(kind: str, name: str) -> type:
         raise AttributeError(f"lmms-eval has no {kind} class {builtin!r}")
     module, _, attribute = path.rpartition(".")
     base = getattr(importlib.import_module(module), attribute)
-    extra: tuple[type, ...] = (_Embedded,) if name == EMBEDDED else ()
-    if builtin == "llava_hf":
-        extra = (*extra, _LlavaScores)
-    bases = (*extra, VtcModel, base)
+    before: tuple[type, ...] = (_Embedded,) if name == EMBEDDED else ()
+    after: tuple[type, ...] = (_LlavaScores,) if builtin == "llava_hf" else ()
+    bases = (*before, VtcModel, *after, base)
     doc = f"lmms-eval's {builtin} ({kind}) with a patch on its model; see `VtcModel`."
     return type(f"{kind}_{name}", bases, {"__module__": __name__, "__doc__": doc})
 
