@@ -33,6 +33,7 @@ from tests.models import (
     Sample,
     build_model,
     collate,
+    make_sample,
     pristine_model,
     samples,
     shared_model,
@@ -659,6 +660,84 @@ def test_a_prompt_may_end_with_its_image(method: str, attention: str) -> None:
     )
     vtc.unpatch(shared_model("clip+llama", attention))
     assert found < TOLERANCE
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize(
+    ("method", "attention"),
+    some_now(3, ("random", "ragged-contiguous", "stairs", "fastv-contiguous"), ATTENTIONS),
+)
+def test_without_an_attention_mask(method: str, attention: str, use_cache: bool) -> None:
+    """Gaps in positions must not be taken for packed sequences, nor shorter rows for full ones.
+
+    transformers looks for packed sequences when there is neither a mask nor a cache.
+    """
+    rows = (samples("ragged", "clip")[0],) * 2 + (make_sample("clip", (1, "image", 9), 7),)
+    batch = collate(rows)
+    assert bool(batch.pop("attention_mask").all())
+    probe = EVERY_METHOD[method]()
+    with vtc.patch(shared_model("clip+llama", attention), probe) as patch, torch.no_grad():
+        logits = patch.model(**batch, use_cache=use_cache).logits
+    for i, row in enumerate(rows):
+        truth = Truth(pristine_model("clip+llama"), probe, row)
+        assert difference(logits[i], truth.logits()[0]) < TOLERANCE
+
+
+@pytest.mark.parametrize("method", ["random-contiguous", "ragged", "fastv", "stairs-contiguous"])
+def test_looking_up_the_prompt(method: str) -> None:
+    """Assisted decoding feeds several guessed tokens at once and crops the cache afterwards."""
+    row = samples("images", "clip")[1]
+    batch = collate([row])
+    truth = truths(method, "clip+llama", "images")[1]
+    with vtc.patch(shared_model("clip+llama", "sdpa"), EVERY_METHOD[method]()) as patch:
+        output = generate(patch.model, batch, prompt_lookup_num_tokens=3, max_new_tokens=12)
+    produced = output.sequences[:, len(row.input_ids) :]
+    assert produced.shape[1] == 12
+    assert_greedy(truth.step_logits(produced)[0], produced[0])
+
+
+@pytest.mark.parametrize("method", ["ragged", "merge", "stairs", "fastv"])
+def test_several_answers_to_each_prompt(method: str) -> None:
+    rows = samples("mixed", "clip")
+    batch = collate(rows)
+    width = batch["input_ids"].shape[1]
+    with vtc.patch(shared_model("clip+llama", "sdpa"), EVERY_METHOD[method]()) as patch:
+        output = generate(patch.model, batch, do_sample=True, top_k=0, num_return_sequences=2)
+    logits = steps_of(output)
+    for i in range(2 * len(rows)):
+        truth = truths(method, "clip+llama", "mixed")[i // 2]
+        assert held_to(truth, logits[i], output.sequences[i, width:]) < TOLERANCE
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize(
+    "probe",
+    [
+        Fixed(),
+        Fixed(positions="contiguous"),
+        Fixed(layer=3),
+        Fixed(layer=3, positions="contiguous"),
+        Fixed() | Fixed(layer=5, stride=2, positions="contiguous"),
+    ],
+    ids=str,
+)
+def test_another_image_in_the_second_turn(probe: Method, attention: str) -> None:
+    """Strides that divide an image choose the same in two turns as in one prompt of both."""
+    first = make_sample("clip", (2, "image", 5), 1)
+    second = make_sample("clip", (3, "image", 4), 2)
+    with vtc.patch(shared_model("clip+llama", attention), probe) as patch:
+        begun = generate(patch.model, collate([first]))
+        ids = torch.cat((begun.sequences, second.input_ids[None]), dim=1)
+        output = generate(
+            patch.model,
+            {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+            pixel_values=second.pixel_values,
+            past_key_values=begun.past_key_values,
+        )
+    pixels = torch.cat((first.pixel_values, second.pixel_values))
+    truth = Truth(pristine_model("clip+llama"), probe, Sample(ids[0], pixels))
+    produced = output.sequences[0, ids.shape[1] :]
+    assert held_to(truth, steps_of(output)[0], produced) < TOLERANCE
 
 
 def test_logits_to_keep_counts_from_the_end_of_the_full_length() -> None:
