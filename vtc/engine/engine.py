@@ -163,7 +163,7 @@ class Engine:
             out = original(*args, **kwargs)
         finally:
             self.generating, self.frozen, self.forward = False, None, None
-        images = any(kwargs.get(k) is not None for k in ("pixel_values", "mm_encoder_outputs"))
+        images = kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs")
         if images and self.handled == before:
             raise RuntimeError(_UNHANDLED.format(model=type(self.backbone.model).__name__))
         return out
@@ -248,11 +248,7 @@ class Engine:
         past_valid, valid = _split_mask(kwargs.get("attention_mask"), past, rows, length)
         forward.valid = valid if valid is not None else _ones(embeds, length)
         forward.ledger = ledger or Ledger.fresh(self.first_layers, past, past_valid)
-        if tuple(g.first_layer for g in forward.ledger.groups) != self.first_layers:
-            raise ValueError(
-                "past_key_values: this cache was compressed by a method that acts at other layers; "
-                "start with a new cache after patching anew"
-            )
+        self._check_groups(forward.ledger)
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = torch.arange(past, past + length, device=embeds.device)[None]
@@ -292,6 +288,7 @@ class Engine:
         """New tokens on a compressed cache: translate mask and positions."""
         embeds = kwargs["inputs_embeds"]
         rows, count = embeds.shape[:2]
+        self._check_groups(ledger)
         past = ledger.logical
         _, valid = _split_mask(kwargs.get("attention_mask"), past, rows, count)
         positions = kwargs.get("position_ids")
@@ -326,7 +323,7 @@ class Engine:
             attach(cache, ledger)
         if not forward.replay:
             samples, clock = forward.samples(self.num_layers), self.vision.take_clock()
-            self.report.prefills.append(Prefill(samples, clock, forward.selector, forward.lm))
+            self.report.add(Prefill(samples, clock, forward.selector, forward.lm))
 
     # ---- decoder layers -----------------------------------------------------------------------
     def _enter_layer(
@@ -423,6 +420,13 @@ class Engine:
         kwargs["position_ids"], kwargs["position_embeddings"] = forward.memo[number]
 
     # ---- bookkeeping --------------------------------------------------------------------------
+    def _check_groups(self, ledger: Ledger) -> None:
+        if tuple(group.first_layer for group in ledger.groups) != self.first_layers:
+            raise ValueError(
+                "past_key_values: this cache was compressed by a method that acts at other layers "
+                f"than {self.method}; start with a new cache after patching anew"
+            )
+
     def _open_group(self, forward: Forward, number: int) -> None:
         """Write into the ledger what layer group `number` holds of this forward."""
         group, layout = forward.ledger.groups[number], forward.layout

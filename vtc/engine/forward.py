@@ -101,7 +101,9 @@ class Forward:
             # The answer being scored is not part of the prompt: `generate` would not have seen it.
             answered = self.labels.to(self.valid.device) != -100
             first = torch.where(answered, place, length).min(dim=1).values
-            end = torch.minimum(end, first)
+            # Every image belongs to it, even where labels were left on all tokens.
+            shown = torch.where(self.image >= 0, place + 1, 0).max(dim=1).values
+            end = torch.maximum(first, shown)
         is_vision = self.image >= 0
         started = is_vision.cumsum(1) > 0
         self.text = ~is_vision & self.valid & started & (place < end[:, None])
@@ -122,18 +124,21 @@ class Forward:
             totals.setdefault(span.sample, []).append(len(span.index))
         vision = (self.image >= 0).sum(1).tolist()
         text = [int(n) - v for n, v in zip(self.valid.sum(1).tolist(), vision, strict=True)]
-        found = []
-        for b in range(self.valid.shape[0]):
-            images = []
-            for i, original in enumerate(totals.get(b, [])):
-                now, per_layer = original, []
-                for layer in range(num_layers):
-                    if layer in self.counts:
-                        now = self.counts[layer][b][i]
-                    per_layer.append(now)
-                images.append(ImageTokens(original, tuple(per_layer)))
-            found.append(Sample(text[b], tuple(images), num_layers))
-        return found
+        return [
+            Sample(
+                text[b],
+                tuple(
+                    ImageTokens(
+                        original,
+                        tuple((layer, rows[b][i]) for layer, rows in sorted(self.counts.items())),
+                        num_layers,
+                    )
+                    for i, original in enumerate(totals.get(b, []))
+                ),
+                num_layers,
+            )
+            for b in range(self.valid.shape[0])
+        ]
 
 
 def checked(method: Method, selection: Any, n: int) -> Selection:

@@ -94,6 +94,22 @@ class CompressedCache:
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.vtc_ledger.logical
 
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        held = self.layers[layer_idx].get_seq_length() if layer_idx < len(self.layers) else 0
+        # A tensor belongs to a static cache, and reading it would stop a GPU.
+        if layer_idx == 0 and isinstance(held, int):
+            group = self.vtc_ledger.groups[0]
+            if held + key_states.shape[-2] != group.length:
+                raise RuntimeError(
+                    "past_key_values: this cache holds compressed vision tokens, and the model "
+                    "that writes to it is not patched; go on with the patched model, or start "
+                    "with a new cache"
+                )
+        write = super().update  # type: ignore[misc]
+        return write(key_states, value_states, layer_idx, *args, **kwargs)
+
     def get_query_offset(self, layer_idx: int = 0) -> Any:
         return self.layers[layer_idx].get_seq_length() if layer_idx < len(self.layers) else 0
 

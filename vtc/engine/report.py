@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -46,12 +47,16 @@ class Stopwatch:
         finally:
             self.stop(started, device)
 
-    @property
-    def ms(self) -> float:
+    def settle(self) -> None:
+        """Turn events into milliseconds; waits for those that are not over."""
         for first, last in self._events:
             last.synchronize()
             self._host_ms += first.elapsed_time(last)
         self._events.clear()
+
+    @property
+    def ms(self) -> float:
+        self.settle()
         return self._host_ms
 
     def __getstate__(self) -> dict[str, Any]:
@@ -61,10 +66,27 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """One image: its vision tokens before compression, and those each decoder layer processed."""
+    """One image.
+
+    Attributes:
+        original: its vision tokens before compression.
+        steps: (layer, count) pairs: from decoder layer `layer` on, `count` tokens are left.
+        num_layers: decoder layers in all.
+    """
 
     original: int
-    per_layer: tuple[int, ...]
+    steps: tuple[tuple[int, int], ...]
+    num_layers: int
+
+    @property
+    def per_layer(self) -> tuple[int, ...]:
+        """Vision tokens that each decoder layer processed."""
+        ends = [layer for layer, _ in self.steps[1:]] + [self.num_layers]
+        return tuple(
+            count
+            for (start, count), end in zip(self.steps, ends, strict=True)
+            for _ in range(start, end)
+        )
 
 
 @dataclass(frozen=True)
@@ -111,7 +133,7 @@ class Prefill:
 
 
 class Report:
-    """All prefills since the patch was made, or since `reset`.
+    """All prefills since the patch was made, or since `reset`; the last 100,000 if there are more.
 
     Token figures are means over images, times means over prefills, FLOPs and bytes means over
     samples. They are `nan` before the first image.
@@ -119,10 +141,24 @@ class Report:
 
     def __init__(self, config: Any) -> None:
         self._config = config
-        self.prefills: list[Prefill] = []
+        self._prefills: deque[Prefill] = deque(maxlen=100_000)
 
     def reset(self) -> None:
-        self.prefills.clear()
+        self._prefills.clear()
+
+    def add(self, prefill: Prefill) -> None:
+        """Note one more prefill."""
+        if self._prefills:
+            # Its events are over by now; a server must not hold on to them.
+            last = self._prefills[-1]
+            for clock in (last.vision, last.selector, last.lm):
+                clock.settle()
+        self._prefills.append(prefill)
+
+    @property
+    def prefills(self) -> list[Prefill]:
+        """One entry a forward with images, oldest first."""
+        return list(self._prefills)
 
     @property
     def samples(self) -> list[Sample]:
