@@ -8,6 +8,7 @@ and bad input answer at once.
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -183,8 +184,9 @@ def evaluate(
     started = time.perf_counter()
     try:
         plan(settings)
-        # Progress on the error stream, so that the table alone can be piped.
-        console = Console(stderr=True, highlight=False)
+        # Progress on the error stream, so that the table alone can be piped; on the stream itself,
+        # as `sys.stderr` is redirected while lmms-eval talks.
+        console = Console(file=sys.stderr, highlight=False)
         with _progress(console) as progress:
             results = run(settings, _observer(progress))
     except BadInput as error:

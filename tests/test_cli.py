@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: what it prints, what it writes, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import vtc
+from tests.evalkit import QUESTION, SIDE, TOKENS, picture, save_model, write_rows
+from vtc import plots
+from vtc.cli import app
+from vtc.spec import parse_keep, parse_method, split_list, takes_keep
+from vtc.trace import trace
+
+ROOT = Path(vtc.__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def cli():
+    def invoke(*arguments: object):
+        # A wide terminal, so that messages are not broken at words that a test looks for.
+        return CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"}).invoke(
+            app, [str(a) for a in arguments]
+        )
+
+    return invoke
+
+
+# ---- vtc methods, vtc models --------------------------------------------------------------------
+def test_methods_lists_every_method_with_its_settings(cli):
+    result = cli("methods")
+    assert result.exit_code == 0
+    for name, cls in vtc.methods().items():
+        assert name in result.output
+        assert cls.title.split()[0] in result.output
+    assert "keep=0.5, layer=2" in result.output
+
+
+def test_models_lists_every_family(cli):
+    result = cli("models")
+    assert result.exit_code == 0
+    for family in vtc.models():
+        assert family.name in result.output
+
+
+# ---- vtc eval -----------------------------------------------------------------------------------
+def test_eval_prints_a_table_and_writes_results(cli, folder, tmp_path, monkeypatch):
+    pytest.importorskip("lmms_eval")
+
+    def build_suite(name, out_dir, limit=None, seed=0):
+        return write_rows(Path(out_dir) / "built.parquet", ["w1"] * limit)
+
+    monkeypatch.setattr("vtc.eval.suite.build_suite", build_suite)
+    arguments = (
+        "eval", "--model", folder, "--methods", "fastv:layer=3", "--keep", "4", "--limit", "2",
+        "--out", tmp_path,
+    )  # fmt: skip
+    result = cli(*arguments)
+    assert result.exit_code == 0, result.output
+    for wanted in ("full", "blind", "random", "pool", "downsample", "fastv:layer=3", "36×3 4×5"):
+        assert wanted in result.output
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [c["status"] for c in results["cells"]] == ["done"] * 6
+    assert Image.open(tmp_path / "tradeoff.png").width > 500
+    again = cli(*arguments)
+    assert "6 of 6 cells are finished already" in again.output
+    # A cell that fails: said in the table, and by the exit code.
+    bad = cli(*arguments, "--methods", "fastv:layer=99")
+    assert bad.exit_code == 1
+    assert "fastv:layer=99" in bad.output
+    assert "failed" in bad.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option", "message"),
+    [
+        (("--methods", "fastvv"), "--methods", "unknown name 'fastvv'"),
+        (("--methods", "todre:depth=1"), "--methods", "unknown setting 'depth'"),
+        (("--methods", "fastv:layer=(1"), "--methods", "brackets"),
+        (("--keep", "1.5"), "--keep", "a fraction in (0, 1]"),
+        (("--keep", "half"), "--keep", "half"),
+        (("--limit", "0"), "--limit", "at least 1"),
+        (("--dtype", "int8"), "--dtype", "bfloat16"),
+        (("--model", "./nowhere"), "--model", "no folder ./nowhere"),
+        (("--device", "tpu9"), "--device", "cuda"),
+    ],
+)
+def test_eval_refuses_bad_input_by_name(cli, tmp_path, arguments, option, message):
+    pytest.importorskip("lmms_eval")
+    result = cli("eval", "--out", tmp_path, *arguments)
+    assert result.exit_code == 2
+    assert f"Invalid value for {option}" in result.output
+    assert message in result.output
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_suite_refuses_other_tasks(cli, tmp_path):
+    result = cli("suite", "pope", "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "vtc_scenes, vtc_photo, vtc_mosaic" in result.output
+
+
+# ---- vtc show -----------------------------------------------------------------------------------
+def test_show_draws_and_answers(cli, folder, tmp_path):
+    picture(0).save(tmp_path / "image.png")
+    out = tmp_path / "kept.png"
+    result = cli(
+        "show", tmp_path / "image.png", "--question", QUESTION, "--method", "random+fastv:keep=4",
+        "--keep", "0.5", "--model", folder, "--out", out,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert f"into the language model: {TOKENS // 2} of {TOKENS} tokens" in result.output
+    assert f"before layer 2: 4 of {TOKENS} tokens" in result.output
+    assert Image.open(out).width > 500
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (("--method", "nothing"), "--method"),
+        (("--keep", "0"), "--keep"),
+        (("--method", "full", "--keep", "0.5"), "--keep"),
+        (("--model", "./nowhere"), "--model"),
+    ],
+)
+def test_show_refuses_bad_input_by_name(cli, tmp_path, arguments, option):
+    picture(0).save(tmp_path / "image.png")
+    result = cli("show", tmp_path / "image.png", "--question", "why", *arguments)
+    assert result.exit_code == 2
+    assert f"Invalid value for {option}" in result.output
+
+
+def test_show_refuses_what_is_no_picture(cli, tmp_path):
+    (tmp_path / "image.png").write_text("text")
+    for name in ("image.png", "absent.png"):
+        result = cli("show", tmp_path / name, "--question", "why")
+        assert result.exit_code == 2
+        assert "IMAGE" in result.output
+
+
+def test_a_trace_is_of_the_tokens_the_method_chose(folder):
+    method = vtc.make("random", keep=10, seed=3)
+    found = trace(str(folder), picture(1), QUESTION, method, "cpu", 4)
+    drawn = _random_places(10, seed=3)
+    assert found.grid == (6, 6)
+    assert found.kept == {"into the language model": drawn}
+    assert found.answer != found.answer_full
+    # The picture that is drawn on is what the tower was shown: here the whole picture.
+    shown = np.asarray(found.image, dtype=int)
+    assert found.image.size == (SIDE, SIDE)
+    assert np.abs(shown - np.asarray(picture(1), dtype=int)).max() <= 1
+
+
+def _random_places(keep: int, seed: int) -> list[int]:
+    """What `Random` keeps of an image's tokens, asked directly."""
+    import torch
+
+    from vtc.methods.base import VisionTokens
+
+    rows, columns = torch.meshgrid(torch.arange(6), torch.arange(6), indexing="ij")
+    grid = torch.stack([torch.zeros(36, dtype=torch.long), rows.flatten(), columns.flatten()], 1)
+    tokens = VisionTokens(features=torch.zeros(36, 4), grid=grid)
+    return vtc.make("random", keep=keep, seed=seed).select(tokens).indices.tolist()
+
+
+def test_a_trace_follows_a_composition(folder):
+    method = vtc.make("random", keep=12) | vtc.make("random", keep=5) | vtc.make("fastv", keep=2)
+    found = trace(str(folder), picture(1), QUESTION, method, "cpu", 4)
+    first, last = found.kept.values()
+    assert list(found.kept) == ["into the language model", "before layer 2"]
+    assert (len(first), len(last)) == (5, 2)
+    assert set(last) < set(first) < set(_random_places(12, seed=0))
+
+
+# ---- methods as text ----------------------------------------------------------------------------
+def test_lists_are_split_outside_of_brackets():
+    assert split_list("a:x=[1,2], b ,,c:y=(3,4)") == ["a:x=[1,2]", "b", "c:y=(3,4)"]
+    for text in ("a[", "a]", "a](["):
+        with pytest.raises(ValueError, match="brackets"):
+            split_list(text)
+
+
+def test_keep_is_a_fraction_or_a_number():
+    kept = [parse_keep(text) for text in ("0.25", "1.0", "1", "64")]
+    assert kept == [0.25, 1.0, 1, 64]
+    assert [type(k) for k in kept] == [float, float, int, int]
+    for text in ("0", "-3", "0.0", "1.5", "nan", "many", ""):
+        with pytest.raises(ValueError, match="keep"):
+            parse_keep(text)
+
+
+def test_methods_as_text():
+    method = parse_method("fastv:layer=3:positions=contiguous", 0.3)
+    assert method == vtc.make("fastv", layer=3, positions="contiguous", keep=0.3)
+    assert parse_method("random:keep=5", seed=4) == vtc.make("random", keep=5, seed=4)
+    assert takes_keep("random")
+    assert not takes_keep("random:keep=5")
+    assert not takes_keep("full")
+    assert takes_keep("random:keep=5+fastv")
+    with pytest.raises(TypeError, match="keep"):
+        parse_method("full", keep=0.5)
+
+
+# ---- pictures -----------------------------------------------------------------------------------
+def _drawn_cell(label, keep, tokens, score):
+    return {
+        "task": "t", "label": label, "keep": keep, "status": "done", "metric": "exact_match",
+        "score": score, "interval": [score - 0.1, score + 0.1], "tokens": {"equivalent": tokens},
+    }  # fmt: skip
+
+
+def test_the_tradeoff_has_a_line_for_each_method():
+    cells = [
+        _drawn_cell("full", None, 576, 0.8), _drawn_cell("blind", None, 576, 0.3),
+        _drawn_cell("todre", 0.25, 144, 0.7), _drawn_cell("todre", 0.1, 58, 0.6),
+        _drawn_cell("random", 0.1, 58, 0.5),
+        {"task": "t", "label": "fastv", "keep": 0.1, "status": "failed", "error": "no"},
+    ]  # fmt: skip
+    figure = plots.tradeoff({"cells": cells})
+    (axes,) = figure.axes
+    lines = {c.get_label(): c for c in axes.containers}
+    assert set(lines) == {"todre", "random"}
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["todre", "random"]
+    x, y = lines["todre"][0].get_data()
+    assert list(y) == pytest.approx([60, 70])
+    assert list(x) == pytest.approx([58, 144], rel=0.08)  # nudged apart, but not far
+    levels = {line.get_ydata()[0] for line in axes.lines if len(set(line.get_ydata())) == 1}
+    assert {80.0, 30.0} <= levels
+    colours = {lines[label][0].get_color() for label in lines}
+    assert len(colours) == 2
+    with pytest.raises(ValueError, match="no finished cell"):
+        plots.tradeoff({"cells": cells[-1:]})
+
+
+def test_kept_cells_are_drawn_as_they_are_and_others_darkened():
+    image = Image.new("RGB", (60, 60), (200, 100, 50))
+    figure = plots.kept_tokens(image, (3, 3), {"a": [0, 4], "b": []})
+    shown = [np.asarray(ax.images[0].get_array()) for ax in figure.axes if ax.images]
+    assert len(shown) == 3
+    assert (shown[0] == (200, 100, 50)).all()
+    first = shown[1].reshape(3, 20, 3, 20, 3).mean((1, 3))
+    kept = (first == (200, 100, 50)).all(-1)
+    assert kept.tolist() == [[True, False, False], [False, True, False], [False, False, False]]
+    assert shown[2].max() < 100
+    with pytest.raises(ValueError, match="0 to 8, got 0 to 9"):
+        plots.kept_tokens(image, (3, 3), [0, 9])
+    with pytest.raises(ValueError, match="at least one"):
+        plots.kept_tokens(image, (3, 3), {})
