@@ -35,6 +35,9 @@ results.json:
         "samples",                   how many
         "by_type",                   {type: {"score", "interval", "samples"}} where rows have types
         "loyalty",                   share of answers equal to those of "full"; null without it
+        "hard",                      {"samples", "score"} on the samples that "full" gets right and
+                                     "downsample" at the same keep wrong (group A of VTC-Bench,
+                                     ACL 2026); null without both
         "lmms_eval",                 all figures of lmms-eval for the task
         "tokens",                    {"in", "out", "per_layer", "equivalent"}: vision tokens of an
                                      image before compression, into the first decoder layer,
@@ -109,6 +112,9 @@ _LMMS_CLASS = {
     "lfm2_vl": "lfm2_5_vl",
 }
 """lmms-eval's class for a model type of transformers."""
+
+_ONE_AT_A_TIME = ("llava_hf", "video_llava", "aria", "instructblip")
+"""Classes of lmms-eval that assert a batch size of 1."""
 
 
 class BadInput(ValueError):
@@ -447,6 +453,10 @@ def _source(settings: Settings) -> _Source:
             "--lmms-model",
             f"no class of lmms-eval is known for the model type {config.model_type!r}; name one "
             f"(known are {', '.join(_LMMS_CLASS)})",
+        )
+    if settings.batch_size > 1 and builtin in _ONE_AT_A_TIME:
+        raise BadInput(
+            "--batch-size", f"lmms-eval's {builtin} takes 1 only, got {settings.batch_size}"
         )
     # A hub model's commit is in its configuration; a folder has none.
     commit = None if local else getattr(config, "_commit_hash", None)
@@ -795,20 +805,37 @@ def _figures(report: Any) -> dict[str, Any]:
 
 
 # ---- writing ------------------------------------------------------------------------------------
-def _answers(out: Path, key: str) -> dict[str, str]:
+def _logged(out: Path, key: str) -> dict[str, dict[str, Any]]:
+    """The samples of a finished cell by their id."""
     lines = (out / "cells" / f"{key}.jsonl").read_text("utf-8").splitlines()
-    return {s["id"]: s["answer"] for s in map(json.loads, lines)}
+    return {sample["id"]: sample for sample in map(json.loads, lines)}
 
 
-def _add_loyalty(out: Path, cells: Sequence[dict[str, Any]]) -> None:
+def _compare(out: Path, cells: Sequence[dict[str, Any]]) -> None:
+    """Add what a cell can only be told beside others: loyalty, and the score on hard samples."""
     for task in {cell["task"] for cell in cells}:
         done = [c for c in cells if c["task"] == task and c["status"] == "done"]
-        full = next((c for c in done if c["label"] == "full"), None)
-        reference = None if full is None else _answers(out, full["key"])
+        samples = {c["key"]: _logged(out, c["key"]) for c in done}
+        full = next((samples[c["key"]] for c in done if c["label"] == "full"), None)
+        small = {c["keep"]: samples[c["key"]] for c in done if c["label"] == "downsample"}
         for cell in done:
-            cell["loyalty"] = None
-            if reference is not None:
-                cell["loyalty"] = stats.agreement(_answers(out, cell["key"]), reference)
+            mine, smaller = samples[cell["key"]], small.get(cell["keep"])
+            cell["loyalty"] = cell["hard"] = None
+            if full is None:
+                continue
+            answers = ({k: s["answer"] for k, s in x.items()} for x in (mine, full))
+            cell["loyalty"] = stats.agreement(*answers)
+            if smaller is not None and cell["interval"] is not None:
+                cell["hard"] = _hard(mine, full, smaller)
+
+
+def _hard(
+    mine: Mapping[str, Any], full: Mapping[str, Any], smaller: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The score on samples that need the tokens: right with all, wrong with a smaller image."""
+    needed = [k for k in mine if full[k]["score"] == 1 and smaller[k]["score"] == 0]
+    scores = [mine[k]["score"] for k in needed]
+    return {"samples": len(scores), "score": sum(scores) / len(scores) if scores else None}
 
 
 _COLUMNS = {
@@ -822,6 +849,8 @@ _COLUMNS = {
     "high": ("interval", 1),
     "samples": ("samples",),
     "loyalty": ("loyalty",),
+    "hard_score": ("hard", "score"),
+    "hard_samples": ("hard", "samples"),
     "tokens_in": ("tokens", "in"),
     "tokens_out": ("tokens", "out"),
     "equivalent_tokens": ("tokens", "equivalent"),
@@ -846,7 +875,7 @@ def _at(cell: Any, path: Sequence[Any]) -> Any:
 
 
 def _write_results(out: Path, results: dict[str, Any]) -> None:
-    _add_loyalty(out, results["cells"])
+    _compare(out, results["cells"])
     _write(out / "results.json", json.dumps(_json(results), indent=1, ensure_ascii=False))
     table = io.StringIO()
     writer = csv.writer(table)

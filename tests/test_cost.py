@@ -10,6 +10,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     CLIPVisionConfig,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -17,6 +19,8 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     Qwen2Config,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     SiglipVisionConfig,
 )
 
@@ -78,6 +82,59 @@ def test_agrees_with_pytorchs_counter(counted):
     assert cost.projector == pytest.approx(parts["multi_modal_projector"], rel=0.02)
     assert cost.lm == pytest.approx(parts["language_model"] + parts["lm_head"], rel=0.02)
     assert cost.total == pytest.approx(total, rel=0.02)
+
+
+def _text_sizes(**more):
+    return {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 200, "bos_token_id": 0,
+        "eos_token_id": 1, **more,
+    }  # fmt: skip
+
+
+def _qwen2_vl():
+    """64 patches, merged four by four into 16 tokens."""
+    config = Qwen2VLConfig(
+        text_config=_text_sizes(rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]}),
+        vision_config={
+            "embed_dim": 48, "hidden_size": 64, "depth": 3, "num_heads": 4, "mlp_ratio": 3,
+            "patch_size": 14,
+        },
+        image_token_id=199, attn_implementation="eager",
+    )  # fmt: skip
+    inputs = {"pixel_values": torch.randn(64, 3 * 2 * 14 * 14)}
+    inputs["image_grid_thw"] = torch.tensor([[1, 8, 8]])
+    return Qwen2VLForConditionalGeneration(config), inputs, 16
+
+
+def _internvl():
+    """16 patches, shuffled into 4 tokens."""
+    config = InternVLConfig(
+        vision_config={
+            "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3,
+            "num_attention_heads": 4, "image_size": [56, 56], "patch_size": [14, 14],
+        },
+        text_config=_text_sizes(model_type="qwen2"), image_token_id=199,
+        attn_implementation="eager",
+    )  # fmt: skip
+    inputs = {"pixel_values": torch.randn(1, 3, 56, 56)}
+    return InternVLForConditionalGeneration(config), inputs, 4
+
+
+@pytest.mark.parametrize("build", [_qwen2_vl, _internvl])
+def test_other_layouts_agree_too(build):
+    torch.manual_seed(0)
+    model, inputs, tokens = build()
+    ids = torch.cat([torch.full((1, tokens), 199), torch.arange(TEXT)[None]], 1)
+    kinds = (ids == 199).long()
+    if "image_grid_thw" in inputs:
+        inputs["mm_token_type_ids"] = kinds
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model.eval()(
+            input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=1, **inputs
+        )  # fmt: skip
+    cost = prefill_flops(model.config, [tokens + TEXT] * 3, [tokens])
+    assert cost.total == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 def test_shorter_layers_cost_less_and_only_in_the_language_model(counted):

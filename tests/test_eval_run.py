@@ -295,6 +295,12 @@ def test_a_missing_model_is_named(model, message, tmp_path):
     assert error.value.option == "--model"
 
 
+def test_a_batch_that_lmms_eval_cannot_take_is_named(folder, tmp_path):
+    with pytest.raises(BadInput, match="llava_hf takes 1 only") as error:
+        run(Settings(out=tmp_path, model=str(folder), batch_size=2))
+    assert error.value.option == "--batch-size"
+
+
 def test_an_unknown_task_is_named(folder, tmp_path):
     with pytest.raises(BadInput, match="did you mean pope") as error:
         run(Settings(out=tmp_path, model=str(folder), tasks=("popee",)))
@@ -396,6 +402,32 @@ def test_agreement_and_scores_of_samples():
     assert stats.sample_score(True) == 1.0
     assert stats.sample_score("yes") is None
     assert stats.sample_score(float("nan")) is None
+
+
+def test_hard_samples_are_those_that_need_the_tokens(tmp_path):
+    """VTC-Bench: right with all tokens, wrong with a smaller image of the same budget."""
+    (tmp_path / "cells").mkdir()
+    scores = {
+        ("full", None): [1, 1, 1, 1, 0], ("downsample", 4): [0, 0, 0, 1, 0],
+        ("downsample", 9): [1, 1, 1, 1, 1], ("todre", 4): [1, 0, 1, 0, 0],
+        ("todre", 9): [1, 1, 1, 1, 0],
+    }  # fmt: skip
+    cells = []
+    for (label, keep), values in scores.items():
+        key = f"{label}-{keep}"
+        lines = [
+            json.dumps({"id": f"t/{i}", "answer": "a" if v else f"{label}{i}", "score": v})
+            for i, v in enumerate(values)
+        ]
+        (tmp_path / "cells" / f"{key}.jsonl").write_text("\n".join(lines))
+        cells.append({"key": key, "label": label, "keep": keep, "task": "t", "status": "done",
+                      "interval": [0, 1]})  # fmt: skip
+    runner._compare(tmp_path, cells)
+    found = {(c["label"], c["keep"]): (c["hard"], c["loyalty"]) for c in cells}
+    assert found["todre", 4] == ({"samples": 3, "score": 2 / 3}, 2 / 5)
+    assert found["todre", 9] == ({"samples": 0, "score": None}, 4 / 5)
+    assert found["downsample", 4] == ({"samples": 3, "score": 0.0}, 1 / 5)
+    assert found["full", None] == (None, 1.0)
 
 
 def test_a_metric_that_is_no_mean_has_no_interval():

@@ -225,7 +225,7 @@ def test_blind_shows_grey_pictures(folder, task, plain, simple):
     samples, _ = _evaluate(
         "vtc_llava_hf", task, f"pretrained={folder},blind=true", force_simple=simple
     )
-    flat = Image.new("RGB", PICTURES[0].size, (127, 127, 127))
+    flat = Image.new("RGB", PICTURES[0].size, (128, 128, 128))
     assert _texts(samples) == _answers(plain, [flat] * ROWS)
     assert _texts(samples) != _answers(plain, PICTURES)
 
@@ -233,7 +233,7 @@ def test_blind_shows_grey_pictures(folder, task, plain, simple):
 def test_only_pictures_in_memory_can_be_greyed():
     message = {"role": "user", "content": [{"type": "image", "url": picture(0)}, {"type": "text"}]}
     shown = grey([message])[0]["content"][0]["url"]
-    assert shown.getcolors() == [(shown.width * shown.height, (127, 127, 127))]
+    assert shown.getcolors() == [(shown.width * shown.height, (128, 128, 128))]
     for part in ({"type": "video", "url": "a.mp4"}, {"type": "image", "url": "a.png"}):
         with pytest.raises(NotImplementedError, match="blind"):
             grey([part])

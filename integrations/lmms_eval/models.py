@@ -28,7 +28,7 @@ from . import EMBEDDED
 
 __all__ = ["VtcModel", "accepted_arguments", "grey"]
 
-_GREY = (127, 127, 127)
+_GREY = (128, 128, 128)
 
 
 class _Stop(BaseException):
@@ -296,14 +296,15 @@ def _method(
         return None
     if isinstance(keep, str):
         keep = parse_keep(keep)
-    if isinstance(settings, str):
-        settings = json.loads(settings)
-    if settings:
+    fields: Mapping[str, Any] = (
+        json.loads(settings) if isinstance(settings, str) else settings or {}
+    )
+    if fields:
         if "+" in method:
             raise ValueError(
                 "settings: for a composition write them in the method (todre+fastv:layer=3)"
             )
-        method = method + "".join(f":{key}={value!r}" for key, value in settings.items())
+        method = method + "".join(f":{key}={value!r}" for key, value in fields.items())
     return parse_method(method, keep)
 
 
@@ -312,7 +313,7 @@ def accepted_arguments(cls: type) -> set[str]:
     names: set[str] = set()
     for base in cls.__mro__:
         if "__init__" in vars(base):
-            names |= set(inspect.signature(base.__init__).parameters)
+            names |= set(inspect.signature(vars(base)["__init__"]).parameters)
     return names
 
 
