@@ -44,6 +44,22 @@ def _small_suite(monkeypatch, folder):
     monkeypatch.setattr(runner, "_hub_answers", lambda: False)
 
 
+@pytest.fixture
+def _indexed_once(monkeypatch):
+    """lmms-eval reads its thousands of task files once for all tests, not once for each."""
+    from lmms_eval.tasks import TaskManager
+
+    original = TaskManager.initialize_tasks
+
+    def initialize(self, include_path=None, include_defaults=True):
+        if "index" not in _INDEX:
+            _INDEX["index"] = original(self, include_path, include_defaults)
+        return _INDEX["index"]
+
+    monkeypatch.setattr(TaskManager, "initialize_tasks", initialize)
+
+
+_INDEX: dict[str, Any] = {}
 _ANSWERS: list[str] = []
 
 
@@ -301,12 +317,14 @@ def test_a_batch_that_lmms_eval_cannot_take_is_named(folder, tmp_path):
     assert error.value.option == "--batch-size"
 
 
+@pytest.mark.usefixtures("_indexed_once")
 def test_an_unknown_task_is_named(folder, tmp_path):
     with pytest.raises(BadInput, match="did you mean pope") as error:
         run(Settings(out=tmp_path, model=str(folder), tasks=("popee",)))
     assert error.value.option == "--tasks"
 
 
+@pytest.mark.usefixtures("_indexed_once")
 def test_missing_data_of_a_task_is_named(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)  # between its retries
