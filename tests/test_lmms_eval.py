@@ -40,7 +40,10 @@ GENERATION = {"max_new_tokens": 4, "do_sample": False}
 class Boom(Method):
     """A method with a mistake in it."""
 
+    calls = 0
+
     def select(self, tokens: VisionTokens) -> Selection:
+        type(self).calls += 1
         raise IndexError("a mistake in a method")
 
     def to_dict(self) -> dict[str, Any]:
@@ -188,8 +191,10 @@ def test_an_error_in_generate_stops_the_run(folder, task, simple):
     name = "llava_hf"
     lm = get_model(f"vtc_{name}", force_simple=simple)(pretrained=str(folder))
     lm.vtc_apply(Boom())
+    Boom.calls = 0
     with pytest.raises(RuntimeError, match="IndexError: a mistake in a method"):
         _evaluate(lm, task)
+    assert Boom.calls == 1  # at the first sample, not at the end
     assert "generate" in vars(lm.model)  # the engine's own, which unpatching takes away
     lm.vtc_apply(None)
     assert "generate" not in vars(lm.model)
