@@ -683,19 +683,6 @@ def test_without_an_attention_mask(method: str, attention: str, use_cache: bool)
         assert difference(logits[i], truth.logits()[0]) < TOLERANCE
 
 
-@pytest.mark.parametrize("method", ["random-contiguous", "ragged", "fastv", "stairs-contiguous"])
-def test_looking_up_the_prompt(method: str) -> None:
-    """Assisted decoding feeds several guessed tokens at once and crops the cache afterwards."""
-    row = samples("images", "clip")[1]
-    batch = collate([row])
-    truth = truths(method, "clip+llama", "images")[1]
-    with vtc.patch(shared_model("clip+llama", "sdpa"), EVERY_METHOD[method]()) as patch:
-        output = generate(patch.model, batch, prompt_lookup_num_tokens=3, max_new_tokens=12)
-    produced = output.sequences[:, len(row.input_ids) :]
-    assert produced.shape[1] == 12
-    assert_greedy(truth.step_logits(produced)[0], produced[0])
-
-
 @pytest.mark.parametrize("method", ["ragged", "merge", "stairs", "fastv"])
 def test_several_answers_to_each_prompt(method: str) -> None:
     rows = samples("mixed", "clip")

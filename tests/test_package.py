@@ -24,7 +24,8 @@ from vtc.eval.embedded_vlm import embedded_path
 folder = embedded_path()
 model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
 processor = AutoProcessor.from_pretrained(folder)
-chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is there a star?"}]}]
+content = [{"type": "image"}, {"type": "text", "text": "Is there a star?"}]
+chat = [{"role": "user", "content": content}]
 text = processor.apply_chat_template(chat, add_generation_prompt=True)
 inputs = processor(images=Image.new("RGB", (336, 336), "gray"), text=text, return_tensors="pt")
 with vtc.patch(model, "todre", keep=0.1) as patch:

@@ -180,12 +180,14 @@ def _siglip_head(vision: Any, n: int) -> float:
     return 2 * (2 * d * d + 2 * n * d * d) + 4 * n * d + 4 * d * m
 
 
-def _vision_tower(config: Any, images: Sequence[int], tiles: Sequence[int]) -> float:
+def _vision_tower(
+    config: Any, images: Sequence[int], tiles: Sequence[int], patches: int | None
+) -> float:
     vision = _get(config, "vision_config")
     kind = _get(vision, "model_type", default="") if vision is not None else ""
     family = _get(config, "model_type", default="")
     if kind in ("clip_vision_model", "siglip_vision_model", "internvl_vision"):
-        patches = _tile_patches(vision)
+        patches = patches or _tile_patches(vision)
         prefix = 0 if kind == "siglip_vision_model" else 1
         one = _vit(vision, patches, patches, prefix)
         # InternVL's tower has no head; SigLIP's runs unless its configuration switches it off.
@@ -244,10 +246,12 @@ _PROJECTORS: dict[str, Callable[[Any, int], float]] = {
 }
 
 
-def _projected(config: Any, images: Sequence[int], tiles: Sequence[int]) -> int:
+def _projected(
+    config: Any, images: Sequence[int], tiles: Sequence[int], patches: int | None
+) -> int:
     """Tokens that go through the projector: every tile's, before anything is cut off."""
     if _get(config, "model_type") in ("llava", "llava_next", "llava_onevision"):
-        return _tile_patches(_get(config, "vision_config")) * sum(tiles)
+        return (patches or _tile_patches(_get(config, "vision_config"))) * sum(tiles)
     return sum(images)
 
 
@@ -275,6 +279,7 @@ def prefill_flops(
     images: int | Sequence[int] = (),
     *,
     tiles: Sequence[int] | None = None,
+    patches: int | None = None,
     logits: int = 1,
 ) -> Flops:
     """FLOPs of one sample's prefill, 2 per multiply-add.
@@ -287,6 +292,7 @@ def prefill_flops(
         tiles: for each image, the tiles that its vision tower ran on. Without it, as few as hold
             the image's tokens, which is exact for LLaVA-1.5 and InternVL and a lower bound where a
             family cuts padding off its tiles (LLaVA-NeXT, LLaVA-OneVision).
+        patches: of each tile, where the tower ran on a smaller one than its configuration says.
         logits: positions for which the output head runs; `generate` asks for one.
 
     Raises:
@@ -310,8 +316,10 @@ def prefill_flops(
         return Flops(0.0, 0.0, lm)
     projector = _PROJECTORS.get(_get(config, "model_type", default=""))
     return Flops(
-        vision=_vision_tower(config, images, counts),
-        projector=projector(config, _projected(config, images, counts)) if projector else math.nan,
+        vision=_vision_tower(config, images, counts, patches),
+        projector=projector(config, _projected(config, images, counts, patches))
+        if projector
+        else math.nan,
         lm=lm,
     )
 

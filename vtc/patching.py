@@ -54,7 +54,8 @@ class Patch:
         try:
             yield self.model
         finally:
-            self._engine.install()
+            if self.active:  # not if the model was unpatched, or patched anew, in between
+                self._engine.install()
 
     def __enter__(self) -> Patch:
         return self
@@ -96,10 +97,16 @@ def patch(model: nn.Module, method: str | Method | dict[str, Any], **settings: A
     inner = _unwrapped(model)
     family, backbone = find(inner)
     engine = Engine(family, backbone, chosen)  # all checks are done by here
-    if _patch_of(inner) is not None:
-        unpatch(inner)
-    engine.install()
     made = Patch(inner, engine)
+    before = _patch_of(inner)
+    if before is not None:
+        before._engine.uninstall()
+    try:
+        engine.install()
+    except BaseException:
+        if before is not None:
+            before._engine.install()
+        raise
     vars(inner)["_vtc_patch"] = made
     return made
 

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from transformers.masking_utils import (
     create_sliding_window_causal_mask,
 )
 
-from vtc.families import Backbone, Family
+from vtc.families import Backbone, Family, UnsupportedModelError
 from vtc.methods.base import Method, Rows
 
 from . import taps
@@ -63,6 +64,8 @@ class Engine:
 
     def _forget(self) -> None:
         """Start with nothing under way."""
+        # One call at a time: the state of a call lives here, and a server may have many threads.
+        self.lock = threading.RLock()
         self.forward: Forward | None = None
         self.labels: Tensor | None = None
         self.frozen: tuple[Decisions, list[int]] | None = None
@@ -71,7 +74,7 @@ class Engine:
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for name in ("forward", "labels", "frozen"):
+        for name in ("lock", "forward", "labels", "frozen"):
             del state[name]
         return state
 
@@ -82,6 +85,10 @@ class Engine:
     def _plan(self) -> None:
         """Read from the method where it acts, and refuse what this model cannot do."""
         kind = type(self.backbone.model).__name__
+        if not self.method.stages:
+            raise ValueError(
+                f"method: {self.method} acts nowhere: it overrides neither select nor prune"
+            )
         for stage in self.method.stages:
             if stage not in self.family.stages:
                 raise ValueError(
@@ -89,9 +96,21 @@ class Engine:
                     f"{self.family.name} has not; it has {', '.join(self.family.stages)}"
                 )
         for number, method in enumerate(self.method.parts):
-            if "layers" not in method.stages:
-                continue
-            for layer in method.prune_layers(self.num_layers):
+            unknown = method.needs - {"cls_attention", "keys", "text"}
+            if unknown:
+                raise ValueError(
+                    f"{method.name}: unknown signal {', '.join(sorted(unknown))} in needs; "
+                    "accepted are cls_attention, keys and text"
+                )
+            layers = method.prune_layers(self.num_layers)
+            if ("layers" in method.stages) != bool(layers) and (
+                layers or method.stages == ("layers",)
+            ):
+                raise ValueError(
+                    f"{method.name}: prune and prune_layers belong together; it has "
+                    f"{'no prune' if layers else 'a prune that is called before no layer'}"
+                )
+            for layer in layers:
                 if not 1 <= layer < self.num_layers:
                     raise ValueError(
                         f"{method.name}: cannot act before decoder layer {layer} of {kind}; "
@@ -99,17 +118,37 @@ class Engine:
                     )
                 self.pruners.setdefault(layer, []).append((number, method))
             for layer, rows in method.taps(self.num_layers).items():
-                if not 0 <= layer < self.num_layers:
+                last = max(layers, default=0) - 1
+                if not 0 <= layer <= last:
                     raise ValueError(
-                        f"{method.name}: decoder layer {layer} of {kind} has no attention to read; "
-                        f"accepted are 0 to {self.num_layers - 1}"
+                        f"{method.name}: cannot read attention of decoder layer {layer} of {kind}; "
+                        f"accepted are 0 to {last}, those that run before it acts"
+                    )
+                if rows not in get_args(Rows):
+                    raise ValueError(
+                        f"{method.name}: unknown rows {rows!r} in taps; accepted are "
+                        f"{', '.join(get_args(Rows))}"
+                    )
+                attention = getattr(self.backbone.layers[layer], "self_attn", None)
+                if not hasattr(attention, "config"):
+                    raise UnsupportedModelError(
+                        f"model: decoder layer {layer} of {kind} has no self_attn that "
+                        f"{method.name} could read"
                     )
                 self.tapped.setdefault(layer, set()).add(rows)
 
     # ---- on and off ---------------------------------------------------------------------------
     def install(self) -> None:
+        """Hook the model; if that fails half-way, leave it as it was."""
+        try:
+            self._install()
+        except BaseException:
+            self.uninstall()
+            raise
+
+    def _install(self) -> None:
         b = self.backbone
-        flash = "flash" in (b.decoder.config._attn_implementation or "")
+        self.flash = self._flash()
         self.overrides = [
             Override(b.base, "get_image_features", self._get_image_features),
             Override(b.base, "get_placeholder_mask", self._get_placeholder_mask),
@@ -123,15 +162,15 @@ class Engine:
             self.handles.append(b.model.register_forward_pre_hook(self._enter, with_kwargs=True))
         self.handles += [
             b.base.register_forward_pre_hook(self._enter_base, with_kwargs=True),
-            b.base.register_forward_hook(self._leave_base),
+            b.base.register_forward_hook(self._leave_base, always_call=True),
             b.language_model.register_forward_pre_hook(
                 self._enter_language_model, with_kwargs=True
             ),
             b.language_model.register_forward_hook(self._leave_language_model),
         ]
         for i, layer in enumerate(b.layers):
-            if flash or i in self.tapped or self.group_of[i] > 0:
-                hook = functools.partial(self._enter_layer, i, flash)
+            if self.flash or i in self.tapped or self.group_of[i] > 0:
+                hook = functools.partial(self._enter_layer, i)
                 self.handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         for i in self.tapped:
             self.row_taps[i] = taps.install(b.layers[i].self_attn)
@@ -158,14 +197,22 @@ class Engine:
                 f"prefill_chunk_size: a patched model takes the prompt in one piece, got {chunk}; "
                 "give None, or unpatch"
             )
-        before, self.generating, self.frozen = self.handled, True, None
-        try:
-            out = original(*args, **kwargs)
-        finally:
-            self.generating, self.frozen, self.forward = False, None, None
-        images = kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs")
-        if images and self.handled == before:
-            raise RuntimeError(_UNHANDLED.format(model=type(self.backbone.model).__name__))
+        images = kwargs.get("pixel_values") is not None or bool(kwargs.get("mm_encoder_outputs"))
+        for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
+            if images and kwargs.get(name, getattr(given, name, None)) is not None:
+                raise ValueError(
+                    f"{name}: a patched model does not decode with guessed tokens, which would "
+                    "reach it together with the prompt and steer what is kept; leave it out, or "
+                    "unpatch"
+                )
+        with self.lock:
+            before, self.generating, self.frozen = self.handled, True, None
+            try:
+                out = original(*args, **kwargs)
+            finally:
+                self.generating, self.frozen = False, None
+            if images and self.handled == before:
+                raise RuntimeError(_UNHANDLED.format(model=type(self.backbone.model).__name__))
         return out
 
     def _create_masks(self, original: Callable[..., Any] | None, **kwargs: Any) -> Any:
@@ -195,30 +242,36 @@ class Engine:
         return out
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.labels = kwargs.get("labels")
+        self.labels = _by_name(module, args, kwargs).get("labels")
 
     def _enter_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.lock.acquire()
         labels, self.labels = self.labels, None
-        encoded = kwargs.get("mm_encoder_outputs") or {}
-        given = [encoded.get("image"), encoded.get("video")]
-        given += [kwargs.get(name) for name in ("pixel_values", "pixel_values_videos")]
-        images = any(value is not None for value in given) or (
-            len(args) > 1 and args[1] is not None and args[1].is_floating_point()
-        )
-        cache = kwargs.get("past_key_values")
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        self.forward = Forward(labels=labels)
+        given = _by_name(module, args, kwargs)
+        encoded = given.get("mm_encoder_outputs") or {}
+        shown = [encoded.get("image"), encoded.get("video")]
+        shown += [given.get(name) for name in ("pixel_values", "pixel_values_videos")]
+        images = any(value is not None for value in shown)
+        cache, ids = given.get("past_key_values"), given.get("input_ids")
         if ids is None and not images and (cache is None or int(cache.get_seq_length()) == 0):
             raise ValueError(
                 "inputs_embeds: a patched model cannot tell vision tokens from text in embeddings; "
                 "pass input_ids with pixel_values, inputs_embeds with pixel_values, or unpatch"
             )
-        self.forward = Forward(images_seen=images, labels=labels)
+        self.forward.images_seen = images
         if encoded.get("image") is not None:
-            self.forward.features = list(encoded["image"].pooler_output)
+            self.forward.features = encoded["image"].pooler_output
 
     def _leave_base(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        # Also called when the forward failed, then without an output.
+        if self.forward is None:
+            return
         forward, self.forward = self.forward, None
-        if forward is not None and forward.images_seen and forward.phase != "prefill":
+        self.lock.release()
+        for tap in self.row_taps.values():
+            tap.armed, tap.captured = None, []
+        if output is not None and forward.images_seen and forward.phase != "prefill":
             raise RuntimeError(_UNHANDLED.format(model=type(self.backbone.model).__name__))
 
     # ---- language model -----------------------------------------------------------------------
@@ -228,6 +281,11 @@ class Engine:
         forward = self.forward
         if forward is None or kwargs.get("inputs_embeds") is None:
             return None
+        if self._flash() != self.flash:
+            raise RuntimeError(
+                "attn_implementation: it was changed from or to flash attention under a patch; "
+                "call vtc.patch again"
+            )
         ledger = ledger_of(kwargs.get("past_key_values"))
         if forward.vision is not None and bool(forward.vision.any()):
             forward.lm_started = forward.lm.start(kwargs["inputs_embeds"].device)
@@ -276,8 +334,8 @@ class Engine:
             forward.count_tokens(0)
         kwargs["inputs_embeds"] = new_embeds
         self._open_group(forward, 0)
-        if plain and new_embeds.shape[1] == length and not forward.ledger.groups[0].diverged:
-            return  # nothing left: the model makes its own masks and positions
+        if plain and not forward.ledger.groups[0].diverged:
+            return  # nothing was dropped: the model makes its own masks and positions
         group = forward.ledger.groups[0]
         # Always a mask: without one, gaps in the positions would be taken for packed sequences.
         mask = group.valid if group.valid is not None else _ones(new_embeds, group.length)
@@ -291,6 +349,8 @@ class Engine:
         self._check_groups(ledger)
         past = ledger.logical
         _, valid = _split_mask(kwargs.get("attention_mask"), past, rows, count)
+        if valid is not None and bool(valid.all()):
+            valid = None
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = torch.arange(past, past + count, device=embeds.device)[None]
@@ -323,13 +383,13 @@ class Engine:
             attach(cache, ledger)
         if not forward.replay:
             samples, clock = forward.samples(self.num_layers), self.vision.take_clock()
-            self.report.add(Prefill(samples, clock, forward.selector, forward.lm))
+            size = hidden.element_size()
+            self.report.add(Prefill(samples, size, clock, forward.selector, forward.lm))
 
     # ---- decoder layers -----------------------------------------------------------------------
     def _enter_layer(
         self,
         layer: int,
-        flash: bool,
         module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -338,6 +398,12 @@ class Engine:
         if forward is None or forward.phase == "plain":
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
+        checkpointed = module.training and getattr(module, "gradient_checkpointing", False)
+        if checkpointed and self.group_of[layer] > 0:
+            raise RuntimeError(
+                f"gradient_checkpointing: {self.method} changes lengths between layers, which a "
+                "checkpoint cannot replay; switch it off for training under this patch"
+            )
         if forward.phase == "prefill":
             if layer in self.pruners:
                 hidden = self._prune(forward, layer, hidden)
@@ -349,7 +415,7 @@ class Engine:
                 self._tap_rows(forward, layer)
         if forward.ledger.groups[self.group_of[layer]].diverged:
             self._adapt_layer(forward, layer, hidden, kwargs)
-            if flash:
+            if self.flash:
                 # Flash attention would take gapped positions for packed sequences; rotation is
                 # done by then, so the layer can do without them.
                 kwargs["position_ids"] = None
@@ -382,8 +448,10 @@ class Engine:
             group = forward.ledger.groups[self.group_of[layer]]
             past = group.length - forward.layout.index.shape[1]
             forward.memo.setdefault("past", {})[layer] = past
-        tap = self.row_taps[layer]
-        taps.listen_rows(tap, torch.cat(wide, dim=1), group.valid, past, forward.selector)
+        tap, places = self.row_taps[layer], torch.cat(wide, dim=1)
+        tap.captured = []
+        if places.shape[1]:
+            taps.listen_rows(tap, places, group.valid, past, forward.selector)
         forward.attention[layer] = (forward.layout, rows, tap.captured)
 
     def _adapt_layer(
@@ -420,6 +488,13 @@ class Engine:
         kwargs["position_ids"], kwargs["position_embeddings"] = forward.memo[number]
 
     # ---- bookkeeping --------------------------------------------------------------------------
+    def _flash(self) -> bool:
+        return "flash" in (self.backbone.decoder.config._attn_implementation or "")
+
+    def _has_window(self) -> bool:
+        kinds = (self.family.layer_type(self.backbone, i) for i in range(self.num_layers))
+        return any(kind == "sliding_attention" for kind in kinds)
+
     def _check_groups(self, ledger: Ledger) -> None:
         if tuple(group.first_layer for group in ledger.groups) != self.first_layers:
             raise ValueError(
@@ -433,7 +508,14 @@ class Engine:
         whole = layout.index.shape[1] == forward.valid.shape[1]
         if not (whole and torch.equal(layout.valid, forward.valid)):
             group.diverged = True
-        group.extend(layout.valid, layout.index.shape[1])
+        valid = None if bool(layout.valid.all()) else layout.valid
+        if valid is not None and group.length and self._has_window():
+            raise ValueError(
+                "past_key_values: a batch that keeps unequal numbers of tokens cannot follow on a "
+                "cache with a sliding window, which would count its padding; send the rows one by "
+                "one, or start with a new cache"
+            )
+        group.extend(valid, layout.index.shape[1])
         total = forward.gap.sum(1, keepdim=True)
         if bool(total.any()):
             group.shift = total if group.shift is None else group.shift + total
@@ -466,6 +548,14 @@ _UNHANDLED = (
     "{model} was given images, but none of its vision tokens reached vtc: this way of calling it "
     "is not covered, and its result would have been that of the uncompressed model"
 )
+
+
+def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward, whether they were named or not."""
+    if not args:
+        return kwargs
+    names = inspect.signature(type(module).forward).bind_partial(module, *args).arguments
+    return {**names, **kwargs}
 
 
 def _ones(like: Tensor, length: int) -> Tensor:

@@ -52,7 +52,7 @@ class Forward:
 
     Attributes:
         images_seen: pixels or vision features were passed in.
-        features: (n, d) per image, as they are scattered into the sequence.
+        features: what is scattered into the sequence, (n, d) an image or (images, n, d).
         vision: (b, s) bool, placeholders that hold vision features.
         phase: "plain" leaves the model alone; "prefill" compresses; "decode" continues a
             compressed cache.
@@ -60,7 +60,7 @@ class Forward:
 
     images_seen: bool = False
     labels: Tensor | None = None
-    features: list[Tensor] | None = None
+    features: list[Tensor] | Tensor | None = None
     vision: Tensor | None = None
     phase: str = "plain"
 
@@ -99,11 +99,10 @@ class Forward:
         end = self.valid.new_full((rows,), length, dtype=torch.long)
         if self.labels is not None:
             # The answer being scored is not part of the prompt: `generate` would not have seen it.
-            answered = self.labels.to(self.valid.device) != -100
-            first = torch.where(answered, place, length).min(dim=1).values
-            # Every image belongs to it, even where labels were left on all tokens.
+            # Images always are: earlier turns, or labels left on all tokens, do not end it.
             shown = torch.where(self.image >= 0, place + 1, 0).max(dim=1).values
-            end = torch.maximum(first, shown)
+            answer = (self.labels.to(self.valid.device) != -100) & (place >= shown[:, None])
+            end = torch.where(answer, place, length).min(dim=1).values
         is_vision = self.image >= 0
         started = is_vision.cumsum(1) > 0
         self.text = ~is_vision & self.valid & started & (place < end[:, None])
@@ -112,16 +111,18 @@ class Forward:
     def count_tokens(self, layer: int) -> None:
         """Note how many tokens of each image decoder layer `layer` and those after it process."""
         image = self.image.gather(1, self.layout.index).masked_fill(~self.layout.valid, -1)
-        self.counts[layer] = [
-            [int((image[b] == span.ordinal).sum()) for span in self.spans if span.sample == b]
-            for b in range(image.shape[0])
-        ]
+        most = max(span.ordinal for span in self.spans) + 2
+        counts = image.new_zeros(image.shape[0], most)
+        counts.scatter_add_(1, image + 1, torch.ones_like(image))
+        self.counts[layer] = counts[:, 1:].tolist()
 
     def samples(self, num_layers: int) -> list[Sample]:
         """The report of this prefill."""
-        totals: dict[int, list[int]] = {}
+        totals: dict[int, list[tuple[int, int]]] = {}
         for span in self.spans:
-            totals.setdefault(span.sample, []).append(len(span.index))
+            kept = span.signals.kept
+            sizes = len(span.index), len(span.index if kept is None else kept)
+            totals.setdefault(span.sample, []).append(sizes)
         vision = (self.image >= 0).sum(1).tolist()
         text = [int(n) - v for n, v in zip(self.valid.sum(1).tolist(), vision, strict=True)]
         return [
@@ -130,10 +131,11 @@ class Forward:
                 tuple(
                     ImageTokens(
                         original,
+                        encoded,
                         tuple((layer, rows[b][i]) for layer, rows in sorted(self.counts.items())),
                         num_layers,
                     )
-                    for i, original in enumerate(totals.get(b, []))
+                    for i, (original, encoded) in enumerate(totals.get(b, []))
                 ),
                 num_layers,
             )
@@ -302,6 +304,8 @@ def rows_of(forward: Forward, kinds: set[Rows]) -> dict[Rows, list[Tensor]]:
 def _attention_rows(forward: Forward, layer: int, kind: Rows, b: int, index: Tensor) -> Tensor:
     """(r, s) attention of sample `b` at tapped layer `layer`, over the tokens at `index`."""
     layout, rows, held_rows = forward.attention[layer]
+    if not held_rows:  # no sample has such a row
+        return torch.zeros(0, len(index), device=index.device)
     start = 0
     for name, per_sample in rows.items():
         width = max(len(places) for places in per_sample)

@@ -34,9 +34,7 @@ class Group:
     diverged: bool = False
 
     def extend(self, valid: Tensor | None, count: int) -> None:
-        """Append `count` tokens with mask `valid` (b, count), or all valid."""
-        if valid is not None and bool(valid.all()):
-            valid = None
+        """Append `count` tokens with mask `valid` (b, count); `None` for all valid."""
         if valid is not None or self.valid is not None:
             some = valid if valid is not None else self.valid
             assert some is not None

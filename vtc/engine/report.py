@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -70,11 +71,13 @@ class ImageTokens:
 
     Attributes:
         original: its vision tokens before compression.
+        encoded: those that the vision tower made; fewer if it was given fewer pixels.
         steps: (layer, count) pairs: from decoder layer `layer` on, `count` tokens are left.
         num_layers: decoder layers in all.
     """
 
     original: int
+    encoded: int
     steps: tuple[tuple[int, int], ...]
     num_layers: int
 
@@ -111,10 +114,12 @@ class Prefill:
     """One forward with images. Times are of the whole batch, in milliseconds.
 
     `lm_ms` is the language model without the selector; `selector_ms` includes the attention rows
-    computed for it; `vision_ms` is the tower and the projector.
+    computed for it; `vision_ms` is the tower and the projector. `bytes_per_value` is that of the
+    language model's precision.
     """
 
     samples: list[Sample]
+    bytes_per_value: int
     vision: Stopwatch = field(repr=False)
     selector: Stopwatch = field(repr=False)
     lm: Stopwatch = field(repr=False)
@@ -205,21 +210,32 @@ class Report:
         """Of one sample's prefill: "vision", "projector" and "lm"; see `vtc.cost`."""
         from vtc.cost import prefill_flops
 
-        costs = [
-            asdict(prefill_flops(self._config, s.lengths, len(s.images)))
-            for s in self.samples
-            if s.images
-        ]
+        costs = []
+        for sample in self.samples:
+            if sample.images:
+                images = [image.original for image in sample.images]
+                # One method reduces pixels for all images of a run alike.
+                reduced = {i.encoded for i in sample.images if i.encoded != i.original}
+                patches = reduced.pop() if reduced else None
+                found = prefill_flops(self._config, sample.lengths, images, patches=patches)
+                costs.append(asdict(found))
         return {
             part: _mean([cost[part] for cost in costs]) for part in ("vision", "projector", "lm")
         }
 
     @property
     def kv_bytes(self) -> float:
-        """Of one sample's cache after prefill, at the model's own precision."""
+        """Of one sample's cache after prefill, at the precision the model ran in."""
         from vtc.cost import kv_bytes
 
-        return _mean([kv_bytes(self._config, s.lengths) for s in self.samples if s.images])
+        return _mean(
+            [
+                kv_bytes(self._config, sample.lengths, prefill.bytes_per_value)
+                for prefill in self.prefills
+                for sample in prefill.samples
+                if sample.images
+            ]
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """All figures, ready for JSON."""
@@ -240,12 +256,21 @@ class Report:
     def __str__(self) -> str:
         if not self.images:
             return "no image seen yet"
+        steps = [f"{self.tokens_per_layer[0]:.1f} from layer 0"]
+        for layer, (before, now) in enumerate(pairwise(self.tokens_per_layer), start=1):
+            if now != before:
+                steps.append(f"{now:.1f} from layer {layer}")
         return (
-            f"{len(self.images)} images in {len(self.prefills)} prefills: "
-            f"{self.tokens_in:.0f} vision tokens in, {self.tokens_out:.1f} into the first layer, "
-            f"{self.equivalent_tokens:.1f} on average over the layers; "
-            f"selector {self.selector_ms:.1f} ms, language model {self.lm_ms:.1f} ms a prefill"
+            f"{len(self.images)} images in {len(self.prefills)} prefills\n"
+            f"vision tokens an image: {self.tokens_in:.0f} before; {', '.join(steps)}; "
+            f"{self.equivalent_tokens:.1f} on average over the layers\n"
+            f"a prefill: vision {self.vision_ms:.1f} ms, selector {self.selector_ms:.1f} ms, "
+            f"language model {self.lm_ms:.1f} ms\n"
+            f"a sample: {sum(self.flops.values()) / 1e9:.4g} GFLOPs, "
+            f"{self.kv_bytes / 2**20:.3g} MiB of keys and values"
         )
+
+    __repr__ = __str__
 
 
 def _mean(values: list[Any]) -> float:

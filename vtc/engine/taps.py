@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,12 +29,13 @@ class Tap:
 
     Attributes:
         module: the attention module.
-        implementation: the attention implementation it had.
-        listen: called with query (b, h, q, d), key (b, h_kv, k, d), mask and scaling while armed.
+        config: the config it had, which still says how it attends: it may be changed meanwhile.
+        armed: called with query (b, h, q, d), key (b, h_kv, k, d), the mask and the layer's other
+            arguments; `None` lets attention pass unheard.
+        captured: what `armed` noted.
     """
 
     module: Any
-    implementation: str
     config: Any
     armed: Callable[..., None] | None = None
     captured: list[Any] = field(default_factory=list)
@@ -46,10 +47,8 @@ class Tap:
 
 def install(module: Any) -> Tap:
     """Tap `module`, an attention module of transformers with a `config`."""
-    config = module.config
-    implementation = config._attn_implementation
-    tap = Tap(module, implementation, config)
-    private = copy.copy(config)
+    tap = Tap(module, module.config)
+    private = copy.copy(module.config)
     private._attn_implementation_internal = TAP
     module.config = private
     module._vtc_tap = tap
@@ -74,13 +73,10 @@ def _tapped_attention(
 ) -> tuple[Tensor, Tensor | None]:
     tap: Tap = module._vtc_tap
     if tap.armed is not None:
-        tap.armed(query, key, attention_mask, kwargs.get("scaling"), kwargs.get("softcap"))
-    if tap.implementation == "eager":
-        attend = _default_attention(module)
-    else:
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            tap.implementation, _default_attention(module)
-        )
+        with torch.no_grad():
+            tap.armed(query, key, attention_mask, kwargs)
+    default = _default_attention(module)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(tap.config._attn_implementation, default)
     return attend(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -111,7 +107,7 @@ def row_attention(
     b, h, r, d = query.shape
     h_kv = key.shape[1]
     grouped = query.reshape(b, h_kv, (h // h_kv) * r, d)
-    logits = (grouped @ key.transpose(-1, -2)).view(b, h, r, -1).float()
+    logits = (grouped @ key.transpose(-1, -2)).view(b, h, r, key.shape[2]).float()
     logits = logits * (d**-0.5 if scaling is None else scaling)
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
@@ -133,12 +129,9 @@ def listen_rows(
         past: keys that come from the cache.
     """
 
-    def capture(
-        query: Tensor, key: Tensor, mask: Any, scaling: float | None, softcap: float | None
-    ) -> None:
+    def capture(query: Tensor, key: Tensor, mask: Any, options: Mapping[str, Any]) -> None:
         with clock.measure(query.device):
-            b, h, _, d = query.shape
-            # A static cache returns its whole length: what lies past the present is masked.
+            b, h, q, d = query.shape
             places = rows.to(query.device)
             picked = query.gather(2, places[:, None, :, None].expand(-1, h, -1, d))
             allowed = bias = None
@@ -147,10 +140,18 @@ def listen_rows(
                 cut = mask[:, :1].expand(b, -1, -1, -1).gather(2, at)
                 allowed, bias = (cut, None) if cut.dtype == torch.bool else (None, cut)
             else:
-                place = torch.arange(key.shape[2], device=query.device)
-                allowed = place[None, None, None] <= (places + past)[:, None, :, None]
+                # A window's cache has lost its first keys; a static cache has room after its last.
+                lost = max(past + q - key.shape[2], 0)
+                place = torch.arange(key.shape[2], device=query.device) + lost
+                now = (places + past)[:, None, :, None]
+                allowed = place <= now
+                if (window := options.get("sliding_window")) is not None:
+                    allowed = allowed & (place > now - window)
                 if visible is not None:
-                    allowed = allowed & visible.to(query.device)[:, None, None]
+                    seen = visible.to(query.device)[:, lost:]
+                    spare = seen.new_zeros(b, key.shape[2] - seen.shape[1])
+                    allowed = allowed & torch.cat([seen, spare], dim=1)[:, None, None]
+            scaling, softcap = options.get("scaling"), options.get("softcap")
             tap.captured.append(row_attention(picked, key, allowed, bias, scaling, softcap))
         tap.armed = None
 
@@ -164,11 +165,10 @@ def listen_tower(tap: Tap, has_cls: bool, clock: Stopwatch) -> None:
     The attention is [CLS]'s row where the tower has one, else what each token receives from all.
     """
 
-    def capture(
-        query: Tensor, key: Tensor, mask: Any, scaling: float | None, softcap: float | None
-    ) -> None:
+    def capture(query: Tensor, key: Tensor, mask: Any, options: Mapping[str, Any]) -> None:
+        scaling, softcap = options.get("scaling"), options.get("softcap")
         with clock.measure(query.device):
-            keys = key.transpose(1, 2).flatten(2)
+            keys = key.detach().transpose(1, 2).flatten(2)
             for i in range(query.shape[0]):
                 rows = query[i : i + 1, :, :1] if has_cls else query[i : i + 1]
                 received = row_attention(rows, key[i : i + 1], None, None, scaling, softcap)

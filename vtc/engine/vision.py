@@ -77,6 +77,7 @@ class VisionSide:
     def encode(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         """`get_image_features`, on fewer pixels if the method says so, with the tower tapped."""
         device = next(self.backbone.base.parameters()).device
+        self.clock = Stopwatch()
         has_cls = bool(self.taps) and self.family.has_cls(self.backbone)
         for tap in self.taps.values():
             taps.listen_tower(tap, has_cls, self.clock)
@@ -96,7 +97,7 @@ class VisionSide:
             for tap in self.taps.values():
                 tap.armed = None
         image_sizes = kwargs.get("image_sizes")
-        found = []
+        found, signals = [], []
         for i, features in enumerate(out.pooler_output):
             kept = None
             if reductions is not None and reductions[i][0] != reductions[i][1]:
@@ -104,13 +105,22 @@ class VisionSide:
             height_width = None
             if image_sizes is not None:
                 height_width = (int(image_sizes[i][0]), int(image_sizes[i][1]))
-            self.signals[features] = ImageSignals(
-                grid=self.family.grid(self.backbone, len(features), height_width),
-                kept=kept,
-                tower=self._tower_signals(i, len(features) if kept is None else len(kept)),
+            signals.append(
+                ImageSignals(
+                    grid=self.family.grid(self.backbone, len(features), height_width),
+                    kept=kept,
+                    tower=self._tower_signals(i, len(features) if kept is None else len(kept)),
+                )
             )
             found.append(features)
-        out.pooler_output = found
+        # Models take a list, or one tensor of all images; each goes back as it came.
+        if isinstance(out.pooler_output, Tensor):
+            out.pooler_output = torch.stack(found) if reductions else out.pooler_output
+            self.signals[out.pooler_output] = signals
+        else:
+            out.pooler_output = found
+            for features, of_one in zip(found, signals, strict=True):
+                self.signals[features] = [of_one]
         for tap in self.taps.values():
             tap.captured = []
         return out
@@ -133,7 +143,12 @@ class VisionSide:
         """The images of this forward by sample, in the order in which they stand."""
         assert forward.vision is not None
         sample, place = forward.vision.expand_as(forward.valid).nonzero(as_tuple=True)
-        sizes = [len(f) for f in forward.features or ()]
+        given = forward.features if forward.features is not None else []
+        sizes = [len(features) for features in given]
+        if isinstance(given, Tensor):
+            known = self.signals.get(given, [None] * len(sizes))
+        else:
+            known = [self.signals.get(features, [None])[0] for features in given]
         if sum(sizes) != len(place):
             raise RuntimeError(
                 f"{len(place)} vision tokens in the prompt, but {sum(sizes)} vision features in "
@@ -141,9 +156,9 @@ class VisionSide:
             )
         spans, seen = [], [0] * len(forward.valid)
         start = 0
-        for features, size in zip(forward.features or (), sizes, strict=True):
-            b = int(sample[start])
-            signals = self.signals.get(features)
+        rows = sample.tolist()
+        for signals, size in zip(known, sizes, strict=True):
+            b = rows[start]
             if signals is None:
                 if self.tower_layers or self.reducer is not None:
                     raise ValueError(

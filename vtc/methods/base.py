@@ -105,7 +105,7 @@ class Method:
         name: what `vtc.patch(model, name)` finds it by.
         title, paper, year: for `vtc methods`.
         trained: whether it needs trained weights.
-        needs: signals of `VisionTokens` that `select` reads, out of "cls_attention", "keys", "text".
+        needs: signals of `VisionTokens` that `select` reads: "cls_attention", "keys", "text".
         vision_layer: layer of the vision tower these are read from, negative from the last.
 
     A subclass sets `positions`, its default position convention: "original" keeps the rotary
@@ -128,7 +128,9 @@ class Method:
         if name is None:
             return
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-            raise ValueError(f"{cls.__name__}.name must be lower-case letters and digits, got {name!r}")
+            raise ValueError(
+                f"{cls.__name__}.name must be lower-case letters and digits, got {name!r}"
+            )
         known = _REGISTRY.get(name)
         if known is not None and known.__qualname__ != cls.__qualname__:
             raise ValueError(f"a method named {name!r} exists already: {known.__qualname__}")
@@ -149,7 +151,7 @@ class Method:
 
     @property
     def prune_positions(self) -> Positions:
-        """Position convention of the layers stage: that of the sequence stage, unless overridden."""
+        """Position convention of the layers stage, by default that of the sequence stage."""
         return self.positions
 
     def taps(self, num_layers: int) -> dict[int, Rows]:
@@ -235,10 +237,23 @@ def make(method: str | Method | Mapping[str, Any], **settings: Any) -> Method:
     if isinstance(method, Mapping):
         spec = dict(method)
         name = spec.pop("method", None)
-        if name == "compose":
-            return Compose(tuple(make(m) for m in spec["methods"]))
-        return make(name, **spec, **settings)
+        if not isinstance(name, str):
+            raise ValueError(f"method: a dictionary needs a name under 'method', got {name!r}")
+        if name != "compose":
+            return make(name, **spec, **settings)
+        if settings or set(spec) != {"methods"}:
+            raise TypeError(
+                "method: a composition has 'methods' and no settings of its own, got "
+                f"{', '.join([*spec, *settings]) or 'none'}"
+            )
+        return Compose(tuple(make(m) for m in spec["methods"]))
     if isinstance(method, Method):
+        for part in method.parts:
+            if not dataclasses.is_dataclass(part) or not hasattr(part, "name"):
+                raise TypeError(
+                    f"method: {type(part).__name__} must be a dataclass with a `name`; its fields "
+                    "are its settings"
+                )
         if settings:
             given = ", ".join(settings)
             raise TypeError(
@@ -246,9 +261,18 @@ def make(method: str | Method | Mapping[str, Any], **settings: Any) -> Method:
                 "give them to its constructor"
             )
         return method
+    if isinstance(method, type) and issubclass(method, Method):
+        raise TypeError(f"method: got the class {method.__name__}; give {method.__name__}(...)")
+    if isinstance(method, str) and set(method) & set("+:"):
+        # The command line's way of writing settings and compositions.
+        from vtc.spec import parse_method
+
+        if set(settings) - {"keep"}:
+            raise TypeError(f"settings: write them in {method!r}, or name a single method")
+        return parse_method(method, settings.get("keep"))
     if not isinstance(method, str):
         raise TypeError(
-            f"method: expected a name, a method or a composition of methods, got {type(method).__name__}"
+            f"method: expected a name, a method or a composition, got {type(method).__name__}"
         )
     cls = _REGISTRY.get(method.lower())
     if cls is None:
@@ -257,12 +281,13 @@ def make(method: str | Method | Mapping[str, Any], **settings: Any) -> Method:
     unknown = [key for key in settings if key not in accepted]
     if unknown:
         raise TypeError(
-            f"{method}: unknown setting {unknown[0]!r}; accepted are {', '.join(accepted) or 'none'}"
+            f"{method}: unknown setting {unknown[0]!r}; accepted are "
+            f"{', '.join(accepted) or 'none'}"
         )
     return cls(**settings)
 
 
-# ---- validation shared by methods -----------------------------------------------------------------
+# ---- validation shared by methods ----------------------------------------------------------------
 def check_keep(keep: float | int) -> None:
     """Refuse a `keep` that is neither a fraction in (0, 1] nor a positive whole number.
 
@@ -294,6 +319,6 @@ def check_layer(name: str, value: int | None, lowest: int = 0) -> None:
 
 
 def budget(keep: float | int, n: int) -> int:
-    """Tokens to keep out of `n`: a fraction is rounded (at least 1), a whole number is capped at n."""
+    """Tokens to keep out of `n`: a fraction rounded (at least 1), a whole number capped at n."""
     wanted = max(1, round(keep * n)) if isinstance(keep, float) else keep
     return min(wanted, n)
