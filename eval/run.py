@@ -17,7 +17,7 @@ In the output folder:
     log.txt        what lmms-eval and its libraries had to say
 
 A cell that finished is not run again: KEY is a hash of everything that its result depends on
-(model, method, task and data, limit, seed, dtype, device, versions). KEY.json is moved into place
+(model, method, task and data, limit, seed, dtype, device, versions, vtc's code). KEY.json is moved into place
 last and at once, so a killed run leaves no half cell.
 
 results.json:
@@ -285,6 +285,16 @@ def _fingerprint(folder: Path) -> str:
             if size > 2 * edge:
                 stream.seek(-edge, os.SEEK_END)
             digest.update(stream.read(edge))
+    return digest.hexdigest()[:20]
+
+
+def _own_sources() -> str:
+    """Hash of vtc's own code: while a method is worked on, its version says nothing."""
+    digest = hashlib.sha256()
+    folder = Path(vtc.__file__).parent
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(file.relative_to(folder).as_posix().encode())
+        digest.update(file.read_bytes())
     return digest.hexdigest()[:20]
 
 
@@ -607,6 +617,7 @@ def run(settings: Settings, observer: Observer | None = None) -> dict[str, Any]:
             "dtype": source.dtype,
             "device": source.device.partition(":")[0],
             "versions": {k: v for k, v in versions.items() if k != "torch"},
+            "sources": _own_sources(),
         }
         keys = [cell.key({**fixed, "data": tasks.data.get(cell.task)}) for cell in cells]
         rows: list[dict[str, Any] | None] = [_finished(settings.out, key) for key in keys]
