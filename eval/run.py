@@ -17,8 +17,8 @@ In the output folder:
     log.txt        what lmms-eval and its libraries had to say
 
 A cell that finished is not run again: KEY is a hash of everything that its result depends on
-(model, method, task and data, limit, seed, dtype, device, versions, vtc's code). KEY.json is moved into place
-last and at once, so a killed run leaves no half cell.
+(model, method, task and data, limit, seed, dtype, device, versions, vtc's code). KEY.json is moved
+into place last and at once, so a killed run leaves no half cell.
 
 results.json:
 

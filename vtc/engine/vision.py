@@ -31,6 +31,8 @@ class VisionSide:
         if len(reducers) > 1 or (reducers and method.parts[0] is not reducers[0]):
             raise ValueError(f"method: in {method} a reduction of pixels must come first, and once")
         self.reducer: Any = reducers[0] if reducers else None
+        if self.reducer is not None:
+            family.check_pixels(backbone)
         self.tower_layers: set[int] = set()
         for part in method.parts:
             if "sequence" in part.stages and part.needs & {"cls_attention", "keys"}:

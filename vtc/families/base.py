@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -119,6 +120,18 @@ class Family:
             # Not a full rectangle: one row, which claims nothing about neighbours above or below.
             rows, columns = 1, n
         return grid_positions(rows, columns)
+
+    def check_pixels(self, backbone: Backbone) -> None:
+        """Raise `UnsupportedModelError` if the tower takes images of one size only."""
+        tower = backbone.tower
+        patch = getattr(getattr(tower, "config", None), "patch_size", None)
+        if not isinstance(patch, int) or (
+            "interpolate_pos_encoding" not in inspect.signature(tower.forward).parameters
+        ):
+            raise UnsupportedModelError(
+                f"model: the vision tower {type(tower).__name__} does not interpolate its position "
+                "embeddings, which down-sampling pixels needs; use how='grid'"
+            )
 
     def downsampled_features(
         self, backbone: Backbone, encode: Any, pixel_values: Tensor, method: Any, kwargs: Any

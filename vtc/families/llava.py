@@ -9,7 +9,7 @@ from .base import Family
 
 
 class Llava(Family):
-    """`LlavaForConditionalGeneration`: CLIP, SigLIP or Pixtral tower, any causal decoder."""
+    """`LlavaForConditionalGeneration` with a CLIP or SigLIP tower and any causal decoder."""
 
     name: ClassVar[str] = "llava"
     model_types: ClassVar[tuple[str, ...]] = ("llava",)
