@@ -274,10 +274,14 @@ def show(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 24,
 ) -> None:
     """Draw which tokens of an image survive, and print the answers with all and with those."""
+    from importlib.util import find_spec
+
     from PIL import Image, UnidentifiedImageError
 
     from vtc.spec import parse_keep, parse_method
 
+    if find_spec("matplotlib") is None:  # said now, not after the model has run twice
+        raise _fail("vtc show", "needs pip install vision-token-compression[eval]")
     try:
         amount = None if keep is None else parse_keep(keep)
         chosen = parse_method(method, amount)
