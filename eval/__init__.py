@@ -1,0 +1,1 @@
+"""Evaluation: the embedded VLM, its generated suite, and the harness around them."""

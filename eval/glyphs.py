@@ -1,0 +1,101 @@
+"""Fonts and the layout of printed characters.
+
+Every character is placed on its own, so that its centre and its box are known exactly: the dense
+labels (which character lies under which patch) and the rendered picture come from the same numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+FONTS: tuple[str, ...] = (
+    "DejaVuSansMono.ttf",
+    "DejaVuSansMono-Bold.ttf",
+    "DejaVuSansMono-Oblique.ttf",
+    "cmtt10.ttf",
+)
+"""Fonts shipped with matplotlib whose characters are all of one width."""
+
+SIZES: dict[str, tuple[int, ...]] = {
+    name: (23, 24, 25) if name.startswith("cm") else (19, 20, 21, 22) for name in FONTS
+}
+"""Font sizes in pixels at which a character fills one 14-pixel cell."""
+
+ADVANCE = 14
+"""Distance in pixels between two characters: the side of a patch. Texts are set on the raster of
+the patches, a character to a patch, so that a tower trained for minutes can read them."""
+
+
+@dataclass(frozen=True)
+class Glyph:
+    """One printed character: its box centre (pixels of the picture) and the size of its cell."""
+
+    char: str
+    x: float
+    y: float
+    width: float
+    height: float
+
+
+@lru_cache(maxsize=1)
+def _font_folder() -> Path:
+    import matplotlib
+
+    return Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+
+
+@lru_cache(maxsize=64)
+def load_font(name: str, size: int) -> ImageFont.FreeTypeFont:
+    """The font ``name`` of :data:`FONTS` at ``size`` pixels."""
+    return ImageFont.truetype(
+        str(_font_folder() / name), size, layout_engine=ImageFont.Layout.BASIC
+    )
+
+
+def place(text: str, size: int, column: int, row: int, dx: float, dy: float) -> tuple[Glyph, ...]:
+    """Sets ``text`` from the patch at ``row`` and ``column`` on, shifted by a pixel or so."""
+    y = (row + 0.5) * ADVANCE + dy
+    return tuple(
+        Glyph(char, (column + k + 0.5) * ADVANCE + dx, y, float(ADVANCE), 0.8 * size)
+        for k, char in enumerate(text)
+    )
+
+
+@lru_cache(maxsize=32768)
+def _mask(font: str, size: int, char: str) -> np.ndarray:
+    """Coverage (side, side) in [0, 1] of one character, its cap height centred."""
+    side = 2 * size
+    picture = Image.new("L", (side, side), 0)
+    draw = ImageDraw.Draw(picture)
+    # "ms" anchors at the baseline, so that all characters of a line stand on one line; a cap is
+    # about 0.72 of the font size high, which puts its middle at the centre of the mask
+    draw.text(
+        (side / 2, side / 2 + 0.36 * size), char, font=load_font(font, size), fill=255, anchor="ms"
+    )
+    return np.asarray(picture, dtype=np.float32) / 255
+
+
+def draw_glyphs(
+    canvas: np.ndarray,
+    glyphs: tuple[Glyph, ...],
+    font: str,
+    size: int,
+    color: np.ndarray,
+) -> None:
+    """Paints the characters into ``canvas`` (H, W, 3) float, in place."""
+    height, width = canvas.shape[:2]
+    for glyph in glyphs:
+        mask = _mask(font, size, glyph.char)
+        side = mask.shape[0]
+        top, left = round(glyph.y - side / 2), round(glyph.x - side / 2)
+        y0, y1 = max(top, 0), min(top + side, height)
+        x0, x1 = max(left, 0), min(left + side, width)
+        if y0 >= y1 or x0 >= x1:
+            continue
+        alpha = mask[y0 - top : y1 - top, x0 - left : x1 - left, None]
+        canvas[y0:y1, x0:x1] += alpha * (color - canvas[y0:y1, x0:x1])

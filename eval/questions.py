@@ -1,0 +1,179 @@
+"""Questions on a scene.
+
+A question names only what is unique in its scene, yes and no are asked equally often of the same
+scene, and counts are drawn evenly over the counts that occur, so that guessing does not pay.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .drawing import COLORS, SHAPES
+from .labels import REGIONS
+
+if TYPE_CHECKING:
+    from .scenes import Scene, SceneObject
+
+Triple = tuple[str, str, str]
+"""Question, answer, type."""
+
+TYPES: tuple[str, ...] = (
+    "existence", "attribute", "count", "position", "relation", "digits", "word", "document",
+)  # fmt: skip
+
+_APART = 34.0
+"""Least distance in pixels along an axis for "left of" and "above" to be asked about."""
+
+
+def compose(scene: Scene, rng: np.random.Generator) -> list[Triple]:
+    """All that is asked about ``scene``, in random order."""
+    triples: list[Triple] = []
+    if scene.objects:
+        triples += _existence(scene.objects, rng)
+        triples += _attribute(scene.objects, rng)
+        triples += _count(scene.objects, rng)
+        triples += _position(scene.objects, rng)
+        triples += _relation(scene.objects, rng)
+    triples += _reading(scene, rng)
+    order = rng.permutation(len(triples)).tolist()
+    return [triples[i] for i in order]
+
+
+def _pick(rng: np.random.Generator, pool: list[str]) -> str:
+    return pool[int(rng.integers(len(pool)))]
+
+
+def _name(item: SceneObject) -> str:
+    return f"{item.color} {item.shape}"
+
+
+def _article(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
+def _plural(noun: str) -> str:
+    return f"{noun}es" if noun.endswith("s") else f"{noun}s"
+
+
+def _unique(objects: tuple[SceneObject, ...]) -> list[SceneObject]:
+    """Objects whose colour and shape together occur once."""
+    names = Counter(_name(o) for o in objects)
+    return [o for o in objects if names[_name(o)] == 1]
+
+
+def _existence(objects: tuple[SceneObject, ...], rng: np.random.Generator) -> list[Triple]:
+    """One yes and one no: a shape, a colour, or both; a no on both is about parts that occur."""
+    shapes, colors = sorted({o.shape for o in objects}), sorted({o.color for o in objects})
+    names = {_name(o) for o in objects}
+    draw = rng.random()
+    if draw < 0.25:
+        yes = _pick(rng, shapes)
+        no = _pick(rng, [s for s in SHAPES if s not in shapes] or ["?"])
+    elif draw < 0.5:
+        yes = f"{_pick(rng, colors)} object"
+        no = f"{_pick(rng, [c for c in COLORS if c not in colors] or ['?'])} object"
+    else:
+        yes = _pick(rng, sorted(names))
+        crossed = [f"{c} {s}" for c in colors for s in shapes if f"{c} {s}" not in names]
+        every = [f"{c} {s}" for c in COLORS for s in SHAPES if f"{c} {s}" not in names]
+        no = _pick(rng, crossed if crossed and rng.random() < 0.6 else every)
+    if "?" in no:  # every shape or colour occurs: ask about neither
+        return []
+    return [
+        (f"Is there {_article(yes)}?", "yes", "existence"),
+        (f"Is there {_article(no)}?", "no", "existence"),
+    ]
+
+
+def _attribute(objects: tuple[SceneObject, ...], rng: np.random.Generator) -> list[Triple]:
+    """The colour of a shape that occurs once, and the shape of a colour that occurs once."""
+    shapes, colors = Counter(o.shape for o in objects), Counter(o.color for o in objects)
+    of_shape = [
+        (f"What color is the {o.shape}?", o.color, "attribute")
+        for o in objects
+        if shapes[o.shape] == 1
+    ]
+    of_color = [
+        (f"What shape is the {o.color} object?", o.shape, "attribute")
+        for o in objects
+        if colors[o.color] == 1
+    ]
+    chosen = []
+    for pool in (of_shape, of_color):
+        for i in rng.permutation(len(pool))[:2].tolist():
+            chosen.append(pool[i])
+    return chosen
+
+
+def _count(objects: tuple[SceneObject, ...], rng: np.random.Generator) -> list[Triple]:
+    """Two counts of a colour, a shape or all objects, even over the counts that occur."""
+    shapes, colors = Counter(o.shape for o in objects), Counter(o.color for o in objects)
+    pools: dict[int, list[str]] = {}
+    for shape in SHAPES:
+        pools.setdefault(shapes[shape], []).append(_plural(shape))
+    for color in COLORS:
+        pools.setdefault(colors[color], []).append(f"{color} objects")
+    pools.setdefault(len(objects), []).append("objects")
+    chosen: list[Triple] = []
+    for count in rng.permutation(sorted(pools))[:3].tolist():
+        if count == 0 and rng.random() < 0.5:
+            continue
+        noun = _pick(rng, pools[count])
+        chosen.append((f"How many {noun} are there?", str(count), "count"))
+    return chosen[:2]
+
+
+def _position(objects: tuple[SceneObject, ...], rng: np.random.Generator) -> list[Triple]:
+    """What is in a ninth of the picture, and in which ninth an object is."""
+    chosen: list[Triple] = []
+    for i in rng.permutation(len(objects))[:2].tolist():
+        where = REGIONS[objects[i].region]
+        chosen.append((f"Which object is at the {where}?", _name(objects[i]), "position"))
+    unique = _unique(objects)
+    for i in rng.permutation(len(unique))[:2].tolist():
+        where = REGIONS[unique[i].region]
+        chosen.append((f"Where is the {_name(unique[i])}?", where, "position"))
+    return chosen
+
+
+def _relation(objects: tuple[SceneObject, ...], rng: np.random.Generator) -> list[Triple]:
+    """Left of, and above: one yes and one no about two objects that occur once."""
+    unique = _unique(objects)
+    if len(unique) < 2:
+        return []
+    a, b = (unique[i] for i in rng.permutation(len(unique))[:2].tolist())
+    axes = [
+        (phrase, low, high)
+        for phrase, low, high in (
+            ("left of", *((a, b) if a.x < b.x else (b, a))),
+            ("above", *((a, b) if a.y < b.y else (b, a))),
+        )
+        if (high.x - low.x if phrase == "left of" else high.y - low.y) > _APART
+    ]
+    if not axes:
+        return []
+    phrase, low, high = axes[int(rng.integers(len(axes)))]
+    return [
+        (f"Is the {_name(low)} {phrase} the {_name(high)}?", "yes", "relation"),
+        (f"Is the {_name(high)} {phrase} the {_name(low)}?", "no", "relation"),
+    ]
+
+
+def _reading(scene: Scene, rng: np.random.Generator) -> list[Triple]:
+    """Every printed number, word and value; a text is named by its colour or by being the only."""
+    triples: list[Triple] = []
+    for role, kind in (("number", "digits"), ("word", "word")):
+        texts = [p for p in scene.prints if p.role == role]
+        for text in texts:
+            if len(texts) == 1 and rng.random() < 0.5:
+                question = f"What {role} is shown?"
+            else:
+                question = f"What is the {text.color} {role}?"
+            triples.append((question, text.text, kind))
+    for text in scene.prints:
+        if text.role == "value":
+            triples.append((f"What is the value of {text.key}?", text.text, "document"))
+    return triples
