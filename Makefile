@@ -14,7 +14,7 @@ $(VENV)/.installed: pyproject.toml
 
 demo: $(VENV)/.installed
 	$(BIN)/vtc eval --methods full,random,pool,downsample,todre,fastv --keep 0.25,0.1 \
-		--tasks vtc_scenes --limit 60 --out $(DEMO_OUT)
+		--tasks vtc_scenes --limit 120 --out $(DEMO_OUT)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
