@@ -89,18 +89,19 @@ def _recording(method: Method, record: _Record) -> Method:
     return made
 
 
-def _watch(record: _Record) -> Method:
-    """A method that keeps all and tells `record` what there is; it stands before the others."""
+@dataclass(frozen=True)
+class _Watch(Method):
+    """Keeps all and tells `record` what there is; it stands before the others."""
 
-    def select(self: Method, tokens: VisionTokens) -> Selection:
-        record.saw(tokens)
+    record: _Record
+
+    def select(self, tokens: VisionTokens) -> Selection:
+        self.record.saw(tokens)
         return Selection(torch.arange(len(tokens), device=tokens.features.device))
 
-    def to_dict(self: Method) -> dict[str, Any]:
-        return {"method": "watch"}
 
-    made: Method = type("Watch", (Method,), {"select": select, "to_dict": to_dict})()
-    return made
+# Named here and not in the class, where it would register.
+_Watch.name = "watch"
 
 
 def _shown(inputs: Any, processor: Any, picture: Image.Image) -> Image.Image:
@@ -160,7 +161,7 @@ def trace(
     with torch.inference_mode():
         full = answer()
         record = _Record()
-        recorded = Compose((_watch(record), *(_recording(m, record) for m in method.parts)))
+        recorded = Compose((_Watch(record), *(_recording(m, record) for m in method.parts)))
         with patch(network, recorded):
             compressed = answer()
     rows = 1 + max(row for row, _ in record.every)
