@@ -85,11 +85,13 @@ def test_rows_that_end_early(method: Method) -> None:
             assert torch.equal(together[i, : len(alone)], alone)
 
 
-def test_threads_wait_for_one_another() -> None:
+@pytest.mark.parametrize(("method", "use_cache"), [(FASTV, False), (TODRE, True)], ids=str)
+def test_threads_wait_for_one_another(method: Method, use_cache: bool) -> None:
+    """Without a cache `generate` remembers its choices; ToDRE reads the tower outside a forward."""
     model = build_model("clip", "llama")
     rows = [make_sample("clip", (2, "image", n), n) for n in (4, 6, 8, 10)]
-    settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
-    with vtc.patch(model, FASTV):
+    settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "use_cache": use_cache}
+    with vtc.patch(model, method):
         alone = [model.generate(**collate([row]), **settings) for row in rows]
         found: dict[int, Tensor] = {}
         failed: list[BaseException] = []
