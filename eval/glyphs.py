@@ -26,6 +26,9 @@ SIZES: dict[str, tuple[int, ...]] = {
 }
 """Font sizes in pixels at which a character fills one 14-pixel cell."""
 
+SCALES: tuple[int, ...] = (1, 2)
+"""By how much a text is larger than that: its characters fill 14 or 28 pixels."""
+
 ADVANCE = 14
 """Distance in pixels between two characters: the side of a patch. Texts are set on the raster of
 the patches, a character to a patch, so that a tower trained for minutes can read them."""
@@ -57,11 +60,17 @@ def load_font(name: str, size: int) -> ImageFont.FreeTypeFont:
     )
 
 
-def place(text: str, size: int, column: int, row: int, dx: float, dy: float) -> tuple[Glyph, ...]:
-    """Sets ``text`` from the patch at ``row`` and ``column`` on, shifted by a pixel or so."""
-    y = (row + 0.5) * ADVANCE + dy
+def place(
+    text: str, size: int, column: int, row: int, dx: float, dy: float, scale: int = 1
+) -> tuple[Glyph, ...]:
+    """Sets ``text`` from the patch at ``row`` and ``column`` on, shifted by a pixel or so.
+
+    ``size`` is the font's, already times ``scale``; a character takes ``scale`` patches each way.
+    """
+    y = (row + scale / 2) * ADVANCE + dy
+    width = float(ADVANCE * scale)
     return tuple(
-        Glyph(char, (column + k + 0.5) * ADVANCE + dx, y, float(ADVANCE), 0.8 * size)
+        Glyph(char, column * ADVANCE + (k + 0.5) * width + dx, y, width, 0.8 * size)
         for k, char in enumerate(text)
     )
 

@@ -109,9 +109,13 @@ def label_glyph(
     key: str,
     box: tuple[float, float, float, float],
 ) -> None:
-    """Labels the patches of one character, in place; ``box`` is (x, y, width, height), centred."""
+    """Labels the patches of one character, in place; ``box`` is (x, y, width, height), centred.
+
+    The centre of a character of two patches lies on their border: its first patch stands for it.
+    """
     x, y, width, height = box
-    centre = patch_of(x, y)
+    inset = (width - PATCH_SIZE) / 2
+    centre = patch_of(x - inset, y - inset)
     half = PATCH_SIZE / 2
     top = max(int(np.ceil((y - 0.42 * height - half) / PATCH_SIZE)), 0)
     bottom = min(int(np.floor((y + 0.42 * height - half) / PATCH_SIZE)), GRID - 1)

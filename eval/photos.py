@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 from .labels import COLOR_INDEX, IMAGE_SIZE, empty_labels, label_tile
-from .questions import Triple
+from .questions import Asked, Box
 from .scenes import Question
 
 PHOTO_SIZE = 160
@@ -178,44 +178,59 @@ class Mosaic:
             )
         return labels
 
-    def questions(self) -> list[Triple]:
+    def questions(self) -> list[Asked]:
         """Questions in the wording of the dev rows, in random order."""
         rng = np.random.default_rng([self.seed, 1])
         triples = self._on_photo() if self.g == 1 else self._on_mosaic(rng)
         return [triples[i] for i in rng.permutation(len(triples)).tolist()]
 
-    def _on_photo(self) -> list[Triple]:
+    def _on_photo(self) -> list[Asked]:
         photo = self.photos[0]
-        triples = [("What is shown in the photo?", photo.name, "name")]
+        whole = ((0.0, 0.0, float(IMAGE_SIZE), float(IMAGE_SIZE)),)
+        triples = [Asked("What is shown in the photo?", photo.name, "name", whole)]
         for what in ("color", "brand", "kind"):
             answer = getattr(photo, what)
             if answer:
-                triples.append((f"What is the {what} of the item?", answer, "attribute"))
+                question = f"What is the {what} of the item?"
+                triples.append(Asked(question, answer, "attribute", whole))
         return triples
 
-    def _on_mosaic(self, rng: np.random.Generator) -> list[Triple]:
+    def _on_mosaic(self, rng: np.random.Generator) -> list[Asked]:
         names = [p.name for p in self.photos]
         counts = Counter(names)
-        present, triples = sorted(counts), []
+        present, pairs = sorted(counts), []
         weights = self.library.weights
         for _ in range(2):
-            triples.append((present[int(rng.integers(len(present)))], "yes"))
+            pairs.append((present[int(rng.integers(len(present)))], "yes"))
             while (
                 absent := self.library.names[int(rng.choice(len(weights), p=weights))]
             ) in counts:
                 pass
-            triples.append((absent, "no"))
-        asked = [(f"Does any tile mainly show {n}?", a, "existence") for n, a in triples]
+            pairs.append((absent, "no"))
+        asked = [
+            Asked(f"Does any tile mainly show {name}?", answer, "existence", self._tiles(name))
+            for name, answer in pairs
+        ]
         for k in rng.permutation(len(names))[:4].tolist():
             row, column = 1 + k // self.g, 1 + k % self.g
-            asked.append((f"What is in row {row}, column {column}?", names[k], "locate"))
+            question = f"What is in row {row}, column {column}?"
+            asked.append(Asked(question, names[k], "locate", (self._tile(k),)))
         by_count: dict[int, list[str]] = {}
         for name, count in counts.items():
             by_count.setdefault(count, []).append(name)
         for count in rng.permutation(sorted(by_count))[:2].tolist():
             name = by_count[count][int(rng.integers(len(by_count[count])))]
-            asked.append((f"How many tiles mainly show {name}?", str(count), "count"))
+            question = f"How many tiles mainly show {name}?"
+            asked.append(Asked(question, str(count), "count", self._tiles(name)))
         return asked
+
+    def _tile(self, k: int) -> Box:
+        side = IMAGE_SIZE / self.g
+        left, top = k % self.g * side, k // self.g * side
+        return left, top, left + side, top + side
+
+    def _tiles(self, name: str) -> tuple[Box, ...]:
+        return tuple(self._tile(k) for k, photo in enumerate(self.photos) if photo.name == name)
 
 
 def _augmented(pixels: np.ndarray, rng: np.random.Generator) -> Image.Image:

@@ -7,7 +7,7 @@ scene, and counts are drawn evenly over the counts that occur, so that guessing 
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -17,8 +17,23 @@ from .labels import REGIONS
 if TYPE_CHECKING:
     from .scenes import Scene, SceneObject
 
-Triple = tuple[str, str, str]
-"""Question, answer, type."""
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom, in pixels of the picture."""
+
+
+class Asked(NamedTuple):
+    """A question with its answer, and where in the picture the answer stands.
+
+    ``evidence`` has one box for each object or tile that the answer is about, both objects of a
+    relation in the order in which the question names them, or one box for each character that is
+    read. It is empty where the answer is no or 0 because there is no such thing.
+    """
+
+    question: str
+    answer: str
+    type: str
+    evidence: tuple[Box, ...] = ()
+
 
 TYPES: tuple[str, ...] = (
     "existence", "attribute", "count", "position", "relation", "digits", "word", "document",
@@ -28,9 +43,9 @@ _APART = 34.0
 """Least distance in pixels along an axis for "left of" and "above" to be asked about."""
 
 
-def compose(scene: Scene, rng: np.random.Generator) -> list[Triple]:
+def compose(scene: Scene, rng: np.random.Generator) -> list[Asked]:
     """All that is asked about ``scene``, in random order."""
-    triples: list[Triple] = []
+    triples: list[Asked] = []
     if scene.objects:
         triples += _existence(scene.objects, rng)
         triples += _attribute(scene.objects, rng)
@@ -44,6 +59,17 @@ def compose(scene: Scene, rng: np.random.Generator) -> list[Triple]:
 
 def _pick(rng: np.random.Generator, pool: list[str]) -> str:
     return pool[int(rng.integers(len(pool)))]
+
+
+def _box(item: SceneObject) -> Box:
+    x, y, r = item.x, item.y, item.radius
+    return x - r, y - r, x + r, y + r
+
+
+def _boxes(objects: tuple[SceneObject, ...], description: str) -> tuple[Box, ...]:
+    """Boxes of the objects that ``description`` ("red", "square", "red square") fits."""
+    words = [w for w in description.split() if w in COLORS or w in SHAPES]
+    return tuple(_box(o) for o in objects if all(w in (o.color, o.shape) for w in words))
 
 
 def _name(item: SceneObject) -> str:
@@ -64,7 +90,7 @@ def _unique(objects: tuple[SceneObject, ...]) -> list[SceneObject]:
     return [o for o in objects if names[_name(o)] == 1]
 
 
-def _existence(objects: tuple[SceneObject, ...], rng: np.random.Generator) -> list[Triple]:
+def _existence(objects: tuple[SceneObject, ...], rng: np.random.Generator) -> list[Asked]:
     """One yes and one no: a shape, a colour, or both; a no on both is about parts that occur."""
     shapes, colors = sorted({o.shape for o in objects}), sorted({o.color for o in objects})
     names = {_name(o) for o in objects}
@@ -83,21 +109,21 @@ def _existence(objects: tuple[SceneObject, ...], rng: np.random.Generator) -> li
     if "?" in no:  # every shape or colour occurs: ask about neither
         return []
     return [
-        (f"Is there {_article(yes)}?", "yes", "existence"),
-        (f"Is there {_article(no)}?", "no", "existence"),
+        Asked(f"Is there {_article(yes)}?", "yes", "existence", _boxes(objects, yes)),
+        Asked(f"Is there {_article(no)}?", "no", "existence"),
     ]
 
 
-def _attribute(objects: tuple[SceneObject, ...], rng: np.random.Generator) -> list[Triple]:
+def _attribute(objects: tuple[SceneObject, ...], rng: np.random.Generator) -> list[Asked]:
     """The colour of a shape that occurs once, and the shape of a colour that occurs once."""
     shapes, colors = Counter(o.shape for o in objects), Counter(o.color for o in objects)
     of_shape = [
-        (f"What color is the {o.shape}?", o.color, "attribute")
+        Asked(f"What color is the {o.shape}?", o.color, "attribute", (_box(o),))
         for o in objects
         if shapes[o.shape] == 1
     ]
     of_color = [
-        (f"What shape is the {o.color} object?", o.shape, "attribute")
+        Asked(f"What shape is the {o.color} object?", o.shape, "attribute", (_box(o),))
         for o in objects
         if colors[o.color] == 1
     ]
@@ -108,38 +134,41 @@ def _attribute(objects: tuple[SceneObject, ...], rng: np.random.Generator) -> li
     return chosen
 
 
-def _count(objects: tuple[SceneObject, ...], rng: np.random.Generator) -> list[Triple]:
+def _count(objects: tuple[SceneObject, ...], rng: np.random.Generator) -> list[Asked]:
     """Two counts of a colour, a shape or all objects, even over the counts that occur."""
     shapes, colors = Counter(o.shape for o in objects), Counter(o.color for o in objects)
-    pools: dict[int, list[str]] = {}
+    pools: dict[int, list[tuple[str, str]]] = {}
     for shape in SHAPES:
-        pools.setdefault(shapes[shape], []).append(_plural(shape))
+        pools.setdefault(shapes[shape], []).append((_plural(shape), shape))
     for color in COLORS:
-        pools.setdefault(colors[color], []).append(f"{color} objects")
-    pools.setdefault(len(objects), []).append("objects")
-    chosen: list[Triple] = []
+        pools.setdefault(colors[color], []).append((f"{color} objects", color))
+    pools.setdefault(len(objects), []).append(("objects", ""))
+    chosen: list[Asked] = []
     for count in rng.permutation(sorted(pools))[:3].tolist():
         if count == 0 and rng.random() < 0.5:
             continue
-        noun = _pick(rng, pools[count])
-        chosen.append((f"How many {noun} are there?", str(count), "count"))
+        noun, what = pools[count][int(rng.integers(len(pools[count])))]
+        evidence = _boxes(objects, what)
+        chosen.append(Asked(f"How many {noun} are there?", str(count), "count", evidence))
     return chosen[:2]
 
 
-def _position(objects: tuple[SceneObject, ...], rng: np.random.Generator) -> list[Triple]:
+def _position(objects: tuple[SceneObject, ...], rng: np.random.Generator) -> list[Asked]:
     """What is in a ninth of the picture, and in which ninth an object is."""
-    chosen: list[Triple] = []
+    chosen: list[Asked] = []
     for i in rng.permutation(len(objects))[:2].tolist():
-        where = REGIONS[objects[i].region]
-        chosen.append((f"Which object is at the {where}?", _name(objects[i]), "position"))
+        item = objects[i]
+        question = f"Which object is at the {REGIONS[item.region]}?"
+        chosen.append(Asked(question, _name(item), "position", (_box(item),)))
     unique = _unique(objects)
     for i in rng.permutation(len(unique))[:2].tolist():
-        where = REGIONS[unique[i].region]
-        chosen.append((f"Where is the {_name(unique[i])}?", where, "position"))
+        item = unique[i]
+        question = f"Where is the {_name(item)}?"
+        chosen.append(Asked(question, REGIONS[item.region], "position", (_box(item),)))
     return chosen
 
 
-def _relation(objects: tuple[SceneObject, ...], rng: np.random.Generator) -> list[Triple]:
+def _relation(objects: tuple[SceneObject, ...], rng: np.random.Generator) -> list[Asked]:
     """Left of, and above: one yes and one no about two objects that occur once."""
     unique = _unique(objects)
     if len(unique) < 2:
@@ -157,14 +186,14 @@ def _relation(objects: tuple[SceneObject, ...], rng: np.random.Generator) -> lis
         return []
     phrase, low, high = axes[int(rng.integers(len(axes)))]
     return [
-        (f"Is the {_name(low)} {phrase} the {_name(high)}?", "yes", "relation"),
-        (f"Is the {_name(high)} {phrase} the {_name(low)}?", "no", "relation"),
+        Asked(f"Is the {_name(a)} {phrase} the {_name(b)}?", answer, "relation", (_box(a), _box(b)))
+        for a, b, answer in ((low, high, "yes"), (high, low, "no"))
     ]
 
 
-def _reading(scene: Scene, rng: np.random.Generator) -> list[Triple]:
+def _reading(scene: Scene, rng: np.random.Generator) -> list[Asked]:
     """Every printed number, word and value; a text is named by its colour or by being the only."""
-    triples: list[Triple] = []
+    triples: list[Asked] = []
     for role, kind in (("number", "digits"), ("word", "word")):
         texts = [p for p in scene.prints if p.role == role]
         for text in texts:
@@ -172,8 +201,9 @@ def _reading(scene: Scene, rng: np.random.Generator) -> list[Triple]:
                 question = f"What {role} is shown?"
             else:
                 question = f"What is the {text.color} {role}?"
-            triples.append((question, text.text, kind))
+            triples.append(Asked(question, text.text, kind, text.boxes))
     for text in scene.prints:
         if text.role == "value":
-            triples.append((f"What is the value of {text.key}?", text.text, "document"))
+            question = f"What is the value of {text.key}?"
+            triples.append(Asked(question, text.text, "document", text.boxes))
     return triples

@@ -14,8 +14,9 @@ import numpy as np
 from PIL import Image
 
 from .drawing import COLORS, SHAPES, background, clutter, paint, shape_mask
-from .glyphs import FONTS, SIZES, Glyph, draw_glyphs, place
+from .glyphs import FONTS, SCALES, SIZES, Glyph, draw_glyphs, place
 from .labels import GRID, IMAGE_SIZE, PATCH_SIZE, empty_labels, label_glyph, label_object
+from .questions import Box
 from .words import DOCUMENT_KEYS, sample_amount, sample_number, sample_word
 
 SPLITS: tuple[str, ...] = ("train", "val", "test")
@@ -25,6 +26,9 @@ _KIND_WEIGHTS = (0.38, 0.40, 0.22)
 INKS: tuple[str, ...] = ("black", "red", "blue", "green", "purple")
 """Colours of printed text: those that are dark on pale ground."""
 
+TILT = 25.0
+"""How far, in degrees, an object is turned at most, either way."""
+
 _CELL = IMAGE_SIZE / 3
 _PLACES = (-21, -7, 7, 21)
 """How far, in pixels, an object's centre may lie from the centre of its ninth: on the raster of the
@@ -33,12 +37,13 @@ patches, like texts, and at least 33 px from the ninth's border."""
 
 @dataclass(frozen=True)
 class Question:
-    """A question on one picture, and its only right answer."""
+    """A question on one picture, its only right answer, and the boxes it can be read from."""
 
     id: str
     question: str
     answer: str
     type: str
+    evidence: tuple[Box, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,14 @@ class Print:
     size: int
     glyphs: tuple[Glyph, ...]
     key: str = ""
+
+    @property
+    def boxes(self) -> tuple[Box, ...]:
+        """Each character's cell."""
+        return tuple(
+            (g.x - g.width / 2, g.y - g.width / 2, g.x + g.width / 2, g.y + g.width / 2)
+            for g in self.glyphs
+        )
 
 
 @dataclass(frozen=True)
@@ -136,11 +149,8 @@ class Scene:
         """Questions on this scene, each with exactly one right answer."""
         from .questions import compose
 
-        pairs = compose(self, _stream(self.seed, self.split, 2))
-        return [
-            Question(f"{self.split}_{self.seed}_{k}", question, answer, kind)
-            for k, (question, answer, kind) in enumerate(pairs)
-        ]
+        asked = compose(self, _stream(self.seed, self.split, 2))
+        return [Question(f"{self.split}_{self.seed}_{k}", *one) for k, one in enumerate(asked)]
 
 
 def _stream(seed: int, split: str, purpose: int) -> np.random.Generator:
@@ -193,7 +203,7 @@ def _objects(
         this_color = color if theme < 0.35 and rng.random() < share else _choice(rng, palette)
         this_shape = shape if theme > 0.65 and rng.random() < share else _choice(rng, shapes)
         for _ in range(8):
-            radius = float(rng.uniform(25, 36))
+            radius = float(rng.uniform(21, 42))
             x, y = (
                 float(v + rng.choice(_PLACES) + rng.uniform(-1.5, 1.5))
                 for v in ((region % 3 + 0.5) * _CELL, (region // 3 + 0.5) * _CELL)
@@ -208,7 +218,7 @@ def _objects(
                 for x0, y0, x1, y1 in boxes
             )
             if inside and apart and clear:
-                angle = float(rng.uniform(-12, 12))
+                angle = float(rng.uniform(-TILT, TILT))
                 objects.append(SceneObject(this_shape, this_color, x, y, radius, angle, region))
                 break
     return tuple(objects)
@@ -226,12 +236,13 @@ def _prints(rng: np.random.Generator, split: str) -> tuple[Print, ...]:
             else sample_word(rng, split)
         )
         font = _choice(rng, FONTS)
-        size = SIZES[font][int(rng.integers(len(SIZES[font])))]
+        scale = SCALES[int(rng.integers(len(SCALES)))]
+        size = scale * SIZES[font][int(rng.integers(len(SIZES[font])))]
         for _ in range(10):
-            column = int(rng.integers(1, GRID - len(text)))
-            row = int(rng.integers(1, GRID - 1))
+            column = int(rng.integers(1, GRID - scale * len(text)))
+            row = int(rng.integers(1, GRID - scale))
             dx, dy = (float(v) for v in rng.uniform(-1, 1, 2))
-            glyphs = place(text, size, column, row, dx, dy)
+            glyphs = place(text, size, column, row, dx, dy, scale)
             role = "number" if number else "word"
             candidate = Print(role, text, colors[k], font, size, glyphs)
             x0, y0, x1, y1 = _box(candidate)

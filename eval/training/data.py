@@ -7,11 +7,11 @@ from typing import Protocol
 import numpy as np
 
 from ..drawing import COLORS, SHAPES
-from ..glyphs import FONTS, SIZES, place
+from ..glyphs import FONTS, SCALES, SIZES, place
 from ..labels import GRID, IMAGE_SIZE, PATCH_SIZE, REGIONS
 from ..photos import Mosaic, PhotoLibrary
-from ..questions import Triple
-from ..scenes import INKS, Print, Scene, SceneObject, generate
+from ..questions import Asked
+from ..scenes import INKS, TILT, Print, Scene, SceneObject, generate
 from ..words import sample_number, sample_word
 
 
@@ -34,18 +34,19 @@ def dense_scene(seed: int) -> Scene:
     prints: list[Print] = []
     if rng.random() < 0.5:
         for k in range(16):
-            radius = float(rng.uniform(25, 36))
+            radius = float(rng.uniform(21, 36))
             column, row = (6 * v + int(rng.integers(2, 4)) for v in (k % 4, k // 4))
             x, y = (float((v + 0.5) * PATCH_SIZE + rng.uniform(-1.5, 1.5)) for v in (column, row))
             region = int(y // (IMAGE_SIZE / 3)) * 3 + int(x // (IMAGE_SIZE / 3))
             shape = list(SHAPES)[int(rng.integers(len(SHAPES)))]
             color = list(COLORS)[int(rng.integers(len(COLORS)))]
-            angle = float(rng.uniform(-12, 12))
+            angle = float(rng.uniform(-TILT, TILT))
             objects.append(SceneObject(shape, color, x, y, radius, angle, region))
         return Scene(seed, "train", "objects", tuple(objects), ())
     row = 1
-    while row < GRID - 1:
+    while row < GRID - 2:
         column = int(rng.integers(1, 4))
+        scale = SCALES[int(rng.integers(len(SCALES)))]
         while True:
             number = rng.random() < 0.6
             text = (
@@ -53,16 +54,16 @@ def dense_scene(seed: int) -> Scene:
                 if number
                 else sample_word(rng, "train")
             )
-            if column + len(text) > GRID - 1:
+            if column + scale * len(text) > GRID - 1:
                 break
             font = FONTS[int(rng.integers(len(FONTS)))]
-            size = SIZES[font][int(rng.integers(len(SIZES[font])))]
+            size = scale * SIZES[font][int(rng.integers(len(SIZES[font])))]
             dx, dy = (float(v) for v in rng.uniform(-1, 1, 2))
-            glyphs = place(text, size, column, row, dx, dy)
+            glyphs = place(text, size, column, row, dx, dy, scale)
             ink = INKS[int(rng.integers(len(INKS)))]
             prints.append(Print("number" if number else "word", text, ink, font, size, glyphs))
-            column += len(text) + int(rng.integers(1, 4))
-        row += int(rng.integers(2, 4))
+            column += scale * len(text) + int(rng.integers(1, 4))
+        row += scale + int(rng.integers(1, 3))
     return Scene(seed, "train", "text", (), tuple(prints))
 
 
@@ -100,14 +101,14 @@ class Stream:
         return generate(self.next * self.workers + self.worker, "train")
 
 
-def triples_of(picture: Scene | Mosaic) -> list[Triple]:
-    """Questions, answers and types of a picture."""
+def triples_of(picture: Scene | Mosaic) -> list[Asked]:
+    """The questions of a picture."""
     if isinstance(picture, Mosaic):
         return picture.questions()
-    return [(q.question, q.answer, q.type) for q in picture.questions]
+    return [Asked(q.question, q.answer, q.type, q.evidence) for q in picture.questions]
 
 
-def caption_of(picture: Scene | Mosaic) -> Triple:
+def caption_of(picture: Scene | Mosaic) -> Asked:
     """All that a picture shows, in reading order, as the answer to one more question.
 
     Every word of it is one step from a patch (a place leads to a colour, a colour to a shape), so
@@ -126,7 +127,7 @@ def caption_of(picture: Scene | Mosaic) -> Triple:
                 parts.append(f"{text.key} {text.text}")
             elif text.role != "key":
                 parts.append(f"{text.color} {text.role} {text.text}")
-    return "Describe the picture.", ", ".join(parts), "caption"
+    return Asked("Describe the picture.", ", ".join(parts), "caption")
 
 
 def window_of(picture: Scene | Mosaic, rng: np.random.Generator) -> tuple[int, int, int, int]:

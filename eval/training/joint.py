@@ -30,7 +30,7 @@ from ..labels import FIELD_INDEX, FIELDS
 from ..photos import PhotoLibrary, data_folder
 from .common import (
     RUNS,
-    MasterAdamW,
+    MasterOptimizer,
     dense_loss,
     flat,
     language_forward,
@@ -38,10 +38,11 @@ from .common import (
     save,
     to_pixels,
     vision_forward,
+    with_muon,
 )
 from .data import Stream, caption_of, triples_of
 from .lm import Symbols
-from .packs import Packer, answer_loss, choose, embed, keep_patches
+from .packs import Packer, answer_loss, choose, embed, evidence_loss, keep_patches
 from .tower import TowerHeads, accuracies, presence
 
 
@@ -93,8 +94,8 @@ def fit_projector(
     """
     tower = model.model.vision_tower
     projector = list(model.model.multi_modal_projector.parameters())
-    learners = [(projector, 3.0), ([*tower.parameters(), *heads.parameters()], 1.0)]
-    optimizer = MasterAdamW(learners, weight_decay=0.0)
+    groups = [(projector, 3.0, False), *with_muon([tower, heads])]
+    optimizer = MasterOptimizer(groups, weight_decay=0.0)
     places = torch.arange(IMAGE_TOKENS)[None]
     since, step = time.monotonic(), 0
     losses: list[float] = []
@@ -130,7 +131,6 @@ def main() -> None:
     parser.add_argument("--fit-minutes", type=float, default=2.5)
     parser.add_argument("--fit-rate", type=float, default=7e-4)
     parser.add_argument("--crowded", type=float, default=0.5, help="crowded scenes in the fit")
-    parser.add_argument("--resume-tower", type=Path, default=None, help="an earlier joint.pt")
     parser.add_argument("--batch", type=int, default=6, help="pictures a step and worker")
     parser.add_argument("--keep", type=int, default=192, help="vision tokens until --full-after")
     parser.add_argument("--full-after", type=float, default=0.75, help="share of the time")
@@ -140,6 +140,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=8e-4)
     parser.add_argument("--tower-scale", type=float, default=0.8)
     parser.add_argument("--dense", type=float, default=0.25, help="weight of the dense labels")
+    parser.add_argument("--evidence", type=float, default=0.1, help="weight of looking right")
     parser.add_argument("--photo-share", type=float, default=0.28)
     parser.add_argument("--worker", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1)
@@ -172,25 +173,13 @@ def main() -> None:
     if state is None:
         load_stages(model, heads, symbols)
         seconds = args.fit_minutes * 60
-        if args.resume_tower is not None:
-            later = torch.load(args.resume_tower, weights_only=False)
-            heads.load_state_dict(later["heads"])
-            part = "model.vision_tower."
-            model.model.vision_tower.load_state_dict(
-                {k.removeprefix(part): v for k, v in later["model"].items() if part in k}
-            )
-            projector = "model.multi_modal_projector."
-            model.model.multi_modal_projector.load_state_dict(
-                {k.removeprefix(projector): v for k, v in later["model"].items() if projector in k}
-            )
         stream.dense_share = args.crowded
         fit_projector(model, heads, symbols, stream, seconds, args.workers, args.fit_rate)
         stream.dense_share = 0.0
-    tower_side = [*model.model.vision_tower.parameters(), *heads.parameters()]
-    known = {id(p) for p in tower_side}
-    others = [p for p in model.parameters() if id(p) not in known]
-    groups = [(tower_side, args.tower_scale), (others, 1.0)]
-    optimizer = MasterAdamW(groups, average=0.998)
+    inner = model.model
+    groups = with_muon([inner.vision_tower, heads], args.tower_scale)
+    groups += with_muon([inner.multi_modal_projector, inner.language_model, model.lm_head])
+    optimizer = MasterOptimizer(groups, average=0.998)
     used, step = 0.0, 0
     if state is not None:
         optimizer.load_state_dict(state["optimizer"])
@@ -215,7 +204,7 @@ def main() -> None:
         labels = [p.labels for p in pictures]
         keep = args.keep if progress < args.full_after else IMAGE_TOKENS
         kept = [keep_patches(lab, keep, stream.rng) for lab in labels]
-        wanted = [[t for t in triples_of(p) if t[2] not in args.without] for p in pictures]
+        wanted = [[t for t in triples_of(p) if t.type not in args.without] for p in pictures]
         asked = [choose(triples, args.questions) for triples in wanted]
         if stream.rng.random() < args.captions:
             asked = [[caption_of(p), *a] for p, a in zip(pictures, asked, strict=True)]
@@ -227,9 +216,10 @@ def main() -> None:
         features = x[:, 1:]
         chosen = features.gather(1, pack.vision[..., None].expand(-1, -1, features.shape[-1]))
         embedded = embed(pack, language.embed_tokens.weight, project(model, chosen))
-        states = language_forward(language, embedded, pack.positions, pack.mask)
+        states, looks = language_forward(language, embedded, pack.positions, pack.mask, pack.where)
         loss, right = answer_loss(pack, states, head.weight)
         losses.append(float(loss.detach()))
+        loss = loss + args.evidence * evidence_loss(pack, looks)
         logits = heads.dense(features)
         loss = loss + args.dense * dense_loss(logits, target)
         if after is not None:
@@ -268,7 +258,7 @@ def main() -> None:
 def checkpoint(
     model: LlavaForConditionalGeneration,
     heads: TowerHeads,
-    optimizer: MasterAdamW,
+    optimizer: MasterOptimizer,
     step: int,
     following: int,
     seconds: float,

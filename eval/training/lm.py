@@ -23,12 +23,12 @@ from ..drawing import COLORS, SHAPES
 from ..embedded_vlm import build_model, build_processor, build_tokenizer
 from ..labels import CHARS, FIELDS, GRID, MAX_TILES, REGIONS
 from ..photos import Mosaic, PhotoLibrary, data_folder
-from ..questions import Triple
+from ..questions import Asked
 from ..scenes import Scene
 from ..words import DOCUMENT_KEYS
-from .common import RUNS, MasterAdamW, flat, language_forward, rate_at, save
+from .common import RUNS, MasterOptimizer, flat, language_forward, rate_at, save, with_muon
 from .data import Stream, caption_of, triples_of
-from .packs import Packer, answer_loss, choose, embed, keep_patches
+from .packs import Packer, answer_loss, choose, embed, evidence_loss, keep_patches
 
 
 class Symbols(nn.Module):
@@ -110,8 +110,8 @@ def make_tokenizer(library: PhotoLibrary | None, scenes: int = 6000) -> PreTrain
     texts: list[str] = []
     stream = Stream(library, 0.3)
     for _ in range(scenes):
-        for question, answer, _ in triples_of(stream.draw()):
-            texts += [question, f" {answer}"]
+        for one in triples_of(stream.draw()):
+            texts += [one.question, f" {one.answer}"]
     if library is not None:
         for word in (*library.names, *library.kinds, *library.brands):
             texts += [f" {word}"] * 20
@@ -135,13 +135,13 @@ def draw(stream: Stream, count: int, reading: float) -> list[Scene | Mosaic]:
 
 def asked(
     picture: Scene | Mosaic, rng: np.random.Generator, args: argparse.Namespace
-) -> list[Triple]:
+) -> list[Asked]:
     """Questions on ``picture``, now and then its caption, and no type that ``args`` leaves out."""
     triples = [
         t
         for t in triples_of(picture)
-        if t[2] not in args.without
-        and not (t[0].startswith(tuple(args.solved)) and rng.random() < 0.75)
+        if t.type not in args.without
+        and not (t.question.startswith(tuple(args.solved)) and rng.random() < 0.75)
     ]
     caption = [caption_of(picture)] if rng.random() < args.captions else []
     return caption + choose(triples, args.questions)
@@ -160,6 +160,8 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--photo-share", type=float, default=0.2)
     parser.add_argument("--noise", type=float, default=0.15, help="noise on vision tokens")
+    parser.add_argument("--evidence", type=float, default=0.3, help="weight of looking right")
+    parser.add_argument("--start", type=Path, default=None, help="an lm.pt to go on from")
     parser.add_argument("--out", type=Path, default=RUNS / "lm.pt")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
@@ -178,9 +180,15 @@ def main() -> None:
     symbols = symbols.to(torch.bfloat16)
     language = model.model.language_model.to(torch.bfloat16)
     head = model.lm_head.to(torch.bfloat16)
-    parameters = [*language.parameters(), *head.parameters(), *symbols.parameters()]
-    optimizer = MasterAdamW([(parameters, 1.0)], average=0.998)
-    stream = Stream(library, args.photo_share, worker=1, workers=2, grids=(0.25, 0.1, 0.6, 0.05))
+    first = 0
+    if args.start is not None:
+        earlier, first = torch.load(args.start, weights_only=False), 4 * 10**6
+        language.load_state_dict(earlier["language"])
+        head.load_state_dict(earlier["head"])
+        symbols.load_state_dict(earlier["symbols"])
+    optimizer = MasterOptimizer(with_muon([language, head, symbols]), average=0.998)
+    grids = (0.25, 0.1, 0.6, 0.05)
+    stream = Stream(library, args.photo_share, worker=1, workers=2, start=first, grids=grids)
     used, step, seen = 0.0, 0, 0
     if args.out.is_file():
         state = torch.load(args.out, weights_only=False)
@@ -190,6 +198,7 @@ def main() -> None:
     budget, since, saved = args.minutes * 60, time.monotonic(), time.monotonic()
     scores: dict[str, list[bool]] = defaultdict(list)
     losses: list[float] = []
+    aside: list[float] = []
     while used + time.monotonic() - since < budget:
         progress = (used + time.monotonic() - since) / budget
         pictures = draw(stream, args.batch, args.reading)
@@ -202,9 +211,11 @@ def main() -> None:
         vision = symbols(torch.from_numpy(chosen).long(), pack.vision)
         vision = vision + args.noise * torch.randn_like(vision)
         x = embed(pack, language.embed_tokens.weight, vision)
-        states = language_forward(language, x, pack.positions, pack.mask)
+        states, looks = language_forward(language, x, pack.positions, pack.mask, pack.where)
         loss, right = answer_loss(pack, states, head.weight)
-        loss.backward()
+        astray = evidence_loss(pack, looks)
+        (loss + args.evidence * astray).backward()
+        aside.append(float(astray.detach()))
         optimizer.step(rate_at(progress, args.rate))
         step, seen = step + 1, seen + len(pictures)
         losses.append(float(loss.detach()))
@@ -216,9 +227,10 @@ def main() -> None:
             tokens = pack.ids.shape[1]
             print(
                 f"step={step} s={seconds:.0f} n={seen} L={tokens} "
-                f"loss={np.mean(losses):.3f} {line}",
+                f"loss={np.mean(losses):.3f} look={np.mean(aside):.3f} {line}",
                 flush=True,
             )
+            aside.clear()
             losses.clear()
             scores.clear()
         over = used + time.monotonic() - since >= budget

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerFast
 
 from ..embedded_vlm import IMAGE_TOKENS
-from ..labels import FIELD_INDEX
-from ..questions import Triple
+from ..labels import FIELD_INDEX, GRID, PATCH_SIZE
+from ..questions import Asked, Box
 
 READING = frozenset({"digits", "word", "document", "name"})
 
@@ -31,7 +31,8 @@ class Pack:
     ``ids`` (b, n) holds -1 where a vision token goes; ``vision`` (b, k) names the patches behind
     them. ``mask`` (b, 1, n, n) is added to attention scores. ``where`` (m, 2) are the batch rows
     and places of the tokens that predict ``targets`` (m,); ``question`` (m,) numbers the questions,
-    whose types are ``types``.
+    whose types are ``types``. ``evidence`` (m, 2, n) says which places each of them should look at,
+    with a first and with a second head; it is 0 where nothing is said.
     """
 
     ids: torch.Tensor
@@ -42,6 +43,7 @@ class Pack:
     targets: torch.Tensor
     question: torch.Tensor
     types: list[str]
+    evidence: torch.Tensor
 
 
 class Packer:
@@ -58,7 +60,7 @@ class Packer:
     def _encoded(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
-    def pack(self, items: Sequence[tuple[np.ndarray, Sequence[Triple]]]) -> Pack:
+    def pack(self, items: Sequence[tuple[np.ndarray, Sequence[Asked]]]) -> Pack:
         """Packs pictures: each a list of k kept patches, ascending, and its questions."""
         before = [self.bos, *self.head]
         start = len(before) + IMAGE_TOKENS + len(self.tail)
@@ -67,6 +69,7 @@ class Packer:
         where: list[tuple[int, int]] = []
         targets: list[int] = []
         numbers: list[int] = []
+        looks: list[np.ndarray] = []
         for row, (kept, triples) in enumerate(items):
             ids = [*before, *([-1] * len(kept)), *self.tail]
             positions = [
@@ -75,15 +78,16 @@ class Packer:
                 *range(start - len(self.tail), start),
             ]
             segments = [0] * len(ids)
-            for k, (question, answer, kind) in enumerate(triples):
-                prompt = self._encode(f"{question} ASSISTANT:")
-                reply = [*self._encode(f" {answer}"), self.eos]
+            for k, asked in enumerate(triples):
+                prompt = self._encode(f"{asked.question} ASSISTANT:")
+                reply = [*self._encode(f" {asked.answer}"), self.eos]
+                looks.append(self._evidence(asked, reply, kept, len(before)))
                 tokens = [*prompt, *reply[:-1]]
                 first = len(ids) + len(prompt) - 1
                 where += [(row, first + j) for j in range(len(reply))]
                 targets += reply
                 numbers += [len(types)] * len(reply)
-                types.append(kind)
+                types.append(asked.type)
                 ids += tokens
                 positions += range(start, start + len(tokens))
                 segments += [k + 1] * len(tokens)
@@ -98,6 +102,8 @@ class Packer:
         a, b = segments_t[:, :, None], segments_t[:, None, :]
         seen = ((b == 0) | (a == b)) & torch.ones(n, n, dtype=torch.bool).tril()
         mask = torch.where(seen, 0.0, -1e4).to(torch.bfloat16)[:, None]
+        wide = np.zeros((len(where), 2, n), dtype=np.float32)
+        wide[:, :, : looks[0].shape[-1]] = np.concatenate(looks)
         return Pack(
             ids_t,
             positions_t,
@@ -107,7 +113,59 @@ class Packer:
             torch.tensor(targets),
             torch.tensor(numbers),
             types,
+            torch.from_numpy(wide),
         )
+
+    def _evidence(self, asked: Asked, reply: list[int], kept: np.ndarray, start: int) -> np.ndarray:
+        """Where the tokens that predict ``reply`` should look: (reply, 2, start + kept).
+
+        Place 0 (<s>) is looked at where there is nothing to see. A count looks there and at the
+        centre of each thing alike, so that the share of <s> is 1 / (1 + count).
+        """
+        rows = np.zeros((len(reply), 2, start + len(kept)), dtype=np.float32)
+        if asked.type == "caption":
+            return rows
+        count = asked.type == "count"
+        seen = [np.isin(kept, _patches(box, centre=count)) for box in asked.evidence]
+        if not seen:
+            rows[:, :, 0] = 1
+        elif count:
+            rows[:, :, 0] = 1
+            rows[:, :, start:] = np.sum(seen, axis=0)
+        elif asked.type == "relation":
+            rows[:, 0, start:], rows[:, 1, start:] = seen
+        elif asked.type in ("digits", "word", "document"):
+            at = 0
+            for row, token in zip(rows, reply, strict=True):
+                row[:, start:] = seen[min(at, len(seen) - 1)]
+                at += len(self._tokenizer.decode([token]).strip())
+        else:
+            rows[:, :, start:] = np.sum(seen, axis=0)
+        return rows / np.maximum(rows.sum(-1, keepdims=True), 1e-6)
+
+
+def _patches(box: Box, centre: bool) -> np.ndarray:
+    """The patches well inside ``box``, or only the one that holds its centre."""
+    left, top, right, bottom = box
+    x, y = (left + right) / 2, (top + bottom) / 2
+    if centre:
+        return np.array([int(y // PATCH_SIZE) * GRID + int(x // PATCH_SIZE)])
+    middles = (np.arange(GRID) + 0.5) * PATCH_SIZE
+    rows = np.abs(middles - y) <= 0.35 * (bottom - top)
+    columns = np.abs(middles - x) <= 0.35 * (right - left)
+    return np.flatnonzero(rows[:, None] & columns[None, :])
+
+
+def evidence_loss(pack: Pack, looks: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Divergence of attention ``looks``, each (m, 2, n) of log-probabilities, from the evidence.
+
+    A small language model finds by itself only after hours that it has to look something up;
+    shown where, it does so in minutes.
+    """
+    told = pack.evidence.sum(-1).gt(0).float()
+    known = pack.evidence.clamp(min=1e-9).log()
+    losses = [(pack.evidence * (known - look.clamp(min=-30))).sum(-1) for look in looks]
+    return torch.stack([(loss * told).sum() for loss in losses]).mean() / told.sum().clamp(min=1)
 
 
 def embed(pack: Pack, table: torch.Tensor, vision: torch.Tensor) -> torch.Tensor:
@@ -141,6 +199,6 @@ def keep_patches(labels: np.ndarray, keep: int, rng: np.random.Generator) -> np.
     return np.sort(np.argsort(-order)[:keep])
 
 
-def choose(triples: list[Triple], most: int) -> list[Triple]:
+def choose(triples: list[Asked], most: int) -> list[Asked]:
     """At most ``most`` questions; those that need reading first, as they are rare."""
-    return sorted(triples, key=lambda t: t[2] not in READING)[:most]
+    return sorted(triples, key=lambda t: t.type not in READING)[:most]

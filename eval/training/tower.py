@@ -27,12 +27,13 @@ from ..photos import PhotoLibrary, data_folder
 from .common import (
     RUNS,
     DenseHead,
-    MasterAdamW,
+    MasterOptimizer,
     dense_loss,
     rate_at,
     save,
     to_pixels,
     vision_forward,
+    with_muon,
 )
 from .data import Stream, window_of
 
@@ -217,6 +218,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--photo-share", type=float, default=0.35)
     parser.add_argument("--dense", type=float, default=0.75, help="share of crowded scenes")
+    parser.add_argument("--start", type=Path, default=None, help="a tower.pt to go on from")
     parser.add_argument("--out", type=Path, default=RUNS / "tower.pt")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -227,12 +229,17 @@ def main() -> None:
     tower = CLIPVisionModel(config)
     heads = TowerHeads(config.hidden_size).to(torch.bfloat16)
     library = PhotoLibrary(RUNS) if data_folder() else None
-    if not args.out.is_file():
+    if not args.out.is_file() and args.start is None:
         start_weights(tower, sample_patches(Stream(library, 0.3, start=10**9)))
     tower = tower.to(torch.bfloat16)
-    optimizer = MasterAdamW([([*tower.parameters(), *heads.parameters()], 1.0)], average=0.998)
+    if args.start is not None:
+        earlier = torch.load(args.start, weights_only=False)
+        tower.load_state_dict(earlier["tower"])
+        heads.load_state_dict(earlier["heads"])
+    optimizer = MasterOptimizer(with_muon([tower, heads]), average=0.998)
     # g = 2 is frequent here: its tiles fill a window of 12 x 12 patches
-    stream = Stream(library, args.photo_share, grids=(0.2, 0.4, 0.35, 0.05), dense_share=args.dense)
+    grids, first = (0.2, 0.5, 0.25, 0.05), 0 if args.start is None else 8 * 10**6
+    stream = Stream(library, args.photo_share, start=first, grids=grids, dense_share=args.dense)
     used, step = 0.0, 0
     if args.out.is_file():
         state = torch.load(args.out, weights_only=False)
