@@ -11,16 +11,28 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 Positions = Literal["original", "contiguous"]
-Rows = Literal["last", "text"]
-"""Query rows whose attention a method may ask for: the prompt's last token, or all of its text
-after the first vision token."""
+Rows = Literal["last", "text", "vision"]
+"""Query rows whose attention a method may ask for: the prompt's last token, all of its text after
+the first vision token, or all vision tokens."""
+
+Record = Literal[
+    "input", "output", "normed", "attention_in", "attention_out", "mlp_in", "mlp_out", "keys"
+]
+"""What a method may have recorded of a decoder layer: the hidden states that enter and leave it,
+the latter also through the decoder's final norm; what enters and leaves its attention and its MLP,
+without the residual; and its attention's keys after rotation, heads concatenated."""
+
+Signal = Literal[
+    "cls_attention", "low_attention", "cls_query", "keys", "encoder", "text", "segment"
+]
+"""What a method may ask for in `needs`; see `VisionTokens`."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +48,17 @@ class VisionTokens:
             heads; for towers without [CLS], the attention each token receives, averaged over
             heads and queries. Only if asked for.
         keys: (n, d_k) keys of the vision tower's attention, heads concatenated. Only if asked for.
+        heads: attention heads that `keys` and `cls_query` hold.
+        low_attention: like `cls_attention`, of the method's `low_layer`. Only if asked for.
+        cls_query: (d_k,) query of [CLS], heads concatenated, or `None` in towers without [CLS].
+            Only if asked for.
+        encoder: (n, d_v) patch states that the projector receives. Only if asked for.
+        encoder_cls: (d_v,) state of [CLS] in the same layer, or `None` in towers without. Comes
+            with `encoder`.
+        project: the projector, (k, d_v) to (k, d), to turn merged patch states into embeddings.
+            Comes with `encoder`.
+        segment: (m, d) embeddings of the text between this image and the next, or the prompt's
+            end. Only if asked for.
         crop: (n,) whole numbers, the tile each token belongs to (0 is the thumbnail), or `None`
             where an image is not tiled.
     """
@@ -47,6 +70,13 @@ class VisionTokens:
     cls_attention: Tensor | None = None
     keys: Tensor | None = None
     crop: Tensor | None = None
+    heads: int = 1
+    low_attention: Tensor | None = None
+    cls_query: Tensor | None = None
+    encoder: Tensor | None = None
+    encoder_cls: Tensor | None = None
+    project: Callable[[Tensor], Tensor] | None = None
+    segment: Tensor | None = None
 
     def __len__(self) -> int:
         return self.features.shape[0]
@@ -67,6 +97,10 @@ class LayerState:
         attention: for each layer asked for by `taps` that has run, (r, s) attention probabilities
             of the rows asked for, softmax over all keys in fp32, averaged over heads. Columns are
             the tokens held now; what layers before dropped is left out.
+        ahead: (r, s) the same of the layer about to run, as it would be if nothing were dropped
+            now. Only if asked for by `peeks`.
+        recorded: (s, d) what was asked for by `records`, by layer and name, for the tokens held
+            now.
     """
 
     layer: int
@@ -77,6 +111,8 @@ class LayerState:
     prompt_length: int
     original: tuple[int, ...]
     attention: Mapping[int, Tensor]
+    ahead: Tensor | None = None
+    recorded: Mapping[tuple[int, Record], Tensor] = dataclasses.field(default_factory=dict)
 
     @property
     def vision(self) -> Tensor:
@@ -105,8 +141,9 @@ class Method:
         name: what `vtc.patch(model, name)` finds it by.
         title, paper, year: for `vtc methods`.
         trained: whether it needs trained weights.
-        needs: signals of `VisionTokens` that `select` reads: "cls_attention", "keys", "text".
+        needs: signals of `VisionTokens` that `select` reads, out of `Signal`.
         vision_layer: layer of the vision tower these are read from, negative from the last.
+        low_layer: layer of the vision tower that `low_attention` is read from.
 
     A subclass sets `positions`, its default position convention: "original" keeps the rotary
     position each surviving token had in the full sequence; "contiguous" closes the gaps.
@@ -117,8 +154,9 @@ class Method:
     paper: ClassVar[str] = ""
     year: ClassVar[int | None] = None
     trained: ClassVar[bool] = False
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: ClassVar[frozenset[Signal]] = frozenset()
     vision_layer: ClassVar[int] = -1
+    low_layer: ClassVar[int] = 0
 
     positions: Positions = "original"
 
@@ -156,6 +194,14 @@ class Method:
 
     def taps(self, num_layers: int) -> dict[int, Rows]:
         """0-based decoder layers whose attention `prune` reads, and which query rows of it."""
+        return {}
+
+    def peeks(self, num_layers: int) -> dict[int, Rows]:
+        """Layers out of `prune_layers` whose own attention `prune` reads ahead, and which rows."""
+        return {}
+
+    def records(self, num_layers: int) -> dict[int, frozenset[Record]]:
+        """0-based decoder layers of which `prune` reads more than attention, and what."""
         return {}
 
     # ---- what every method has ----------------------------------------------------------------
