@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.methods.base import LayerState, Method, Positions, Rows, Selection, VisionTokens
+from vtc.methods.base import LayerState, Method, Positions, Record, Rows, Selection, VisionTokens
 
 
 class Probe(Method):
@@ -45,20 +45,36 @@ class Merge(Probe):
 
     keep: int = 8
     positions: Positions = "original"
-    needs = frozenset({"cls_attention", "keys", "text"})
+    needs = frozenset(
+        {"cls_attention", "low_attention", "cls_query", "keys", "encoder", "text", "segment"}
+    )
     vision_layer = -2
+    low_layer = 0.4
 
     def select(self, tokens: VisionTokens) -> Selection:
         assert tokens.cls_attention is not None
         assert tokens.keys is not None
         assert tokens.text is not None
+        assert tokens.low_attention is not None
+        assert tokens.encoder is not None
+        assert tokens.project is not None
+        assert tokens.segment is not None
         score = tokens.cls_attention * (1 + tokens.image) + 0.01 * tokens.keys[:, 0].tanh()
+        score = score + tokens.low_attention
+        if tokens.cls_query is not None:
+            score = score + 0.01 * (tokens.keys @ tokens.cls_query / tokens.heads).sigmoid()
         chosen = score.topk(min(self.keep, len(tokens))).indices.sort().values
         nearest = (tokens.keys @ tokens.keys[chosen].T).softmax(1)
         merged = nearest.T @ tokens.features / nearest.sum(0)[:, None]
         hint = tokens.text.mean(0) if len(tokens.text) else 0.0
+        if len(tokens.segment):
+            hint = hint + tokens.segment[0]
         row = tokens.grid[chosen, 1:2].to(merged.dtype)
-        return Selection(chosen, merged + 0.1 * hint + 0.01 * row)
+        states = tokens.encoder[chosen]
+        if tokens.encoder_cls is not None:
+            states = states + tokens.encoder_cls
+        projected = tokens.project(states)
+        return Selection(chosen, merged + 0.1 * hint + 0.01 * row + 0.3 * projected)
 
 
 @dataclass(frozen=True)
@@ -73,11 +89,27 @@ class Stairs(Probe):
         return (self.first, self.second)
 
     def taps(self, num_layers: int) -> dict[int, Rows]:
-        return {self.first - 1: "last", self.second - 1: "text"}
+        return {0: "vision", self.first - 1: "last", self.second - 1: "text"}
+
+    def peeks(self, num_layers: int) -> dict[int, Rows]:
+        return {self.first: "text", self.second: "last"}
+
+    def records(self, num_layers: int) -> dict[int, frozenset[Record]]:
+        return {
+            0: frozenset({"input", "attention_in", "attention_out"}),
+            self.first - 1: frozenset({"keys", "mlp_in", "mlp_out"}),
+            self.second - 1: frozenset({"output", "normed", "keys"}),
+        }
 
     def prune(self, state: LayerState) -> Selection | None:
         vision = state.vision
-        score = state.attention[state.layer - 1].sum(0)[vision]
+        assert state.ahead is not None
+        score = state.attention[state.layer - 1].sum(0)[vision] + state.ahead.sum(0)[vision]
+        score = score + state.attention[0].mean(0)[vision]
+        # every record counts, and the sum says how many there have to be
+        assert len(state.recorded) == (6 if state.layer == self.first else 9)
+        for kept in state.recorded.values():
+            score = score + 0.01 * kept[vision].mean(1).tanh()
         if state.layer == self.first:
             count = _varying(state.hidden[vision], len(vision) // 2, max(1, len(vision) // 4))
         else:
@@ -141,8 +173,18 @@ class Spy(Probe):
         return self.inner.needs
 
     @property
-    def vision_layer(self) -> int:  # type: ignore[override]
+    def vision_layer(self) -> int | float:  # type: ignore[override]
         return self.inner.vision_layer
+
+    @property
+    def low_layer(self) -> int | float:  # type: ignore[override]
+        return self.inner.low_layer
+
+    def peeks(self, num_layers: int) -> dict[int, Rows]:
+        return self.inner.peeks(num_layers)
+
+    def records(self, num_layers: int) -> dict[int, frozenset[Record]]:
+        return self.inner.records(num_layers)
 
     @property
     def stages(self) -> tuple[str, ...]:

@@ -25,23 +25,46 @@ from vtc.methods.base import LayerState, Method, Selection, VisionTokens
 
 
 # ---- the vision side ----------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Encoded:
+    """One image: embeddings (n, d), grid (n, 3), and what a tower layer and the projector show.
+
+    Attributes:
+        score: (n,) attention from [CLS], or received.
+        keys: (n, d_k).
+        query: (d_k,) of [CLS], or `None`.
+        states: (n, d_v) what the projector receives.
+        cls: (d_v,) state of [CLS] beside these, or `None`.
+    """
+
+    features: Tensor
+    grid: Tensor
+    score: Tensor
+    keys: Tensor
+    query: Tensor | None
+    states: Tensor
+    cls: Tensor | None
+
+
 @torch.no_grad()
 def encode(
-    model: LlavaForConditionalGeneration, image: Tensor, vision_layer: int = -1
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Features (n, d), grid (n, 3), cls_attention (n,) and keys (n, d_k) of one image (3, h, w).
+    model: LlavaForConditionalGeneration, image: Tensor, vision_layer: int | float = -1
+) -> Encoded:
+    """One image (3, h, w), read at the tower's layer `vision_layer`.
 
-    The attention and the keys are those of the tower's layer `vision_layer`, by default the last
-    that there is (not the one whose output is used), computed by hand from the hidden states that
-    enter it. Without [CLS], a token's score is the attention it receives, averaged over heads and
-    queries.
+    By default that is the last that there is (not the one whose output is used); a fraction is a
+    share of the depth. Computed by hand from the hidden states that enter it. Without [CLS], a
+    token's score is the attention it receives, averaged over heads and queries.
     """
     base = model.model
     pixels = image[None].to(model.dtype)
     features = base.get_image_features(pixels, return_dict=True).pooler_output[0]
     layers = base.vision_tower.encoder.layers
-    entering = base.vision_tower(pixels, output_hidden_states=True).hidden_states[:-1]
+    through = base.vision_tower(pixels, output_hidden_states=True).hidden_states
+    entering = through[:-1]
     assert len(entering) == len(layers)
+    if isinstance(vision_layer, float):
+        vision_layer = int(vision_layer * len(layers))
     hidden, layer = entering[vision_layer], layers[vision_layer]
     attention = layer.self_attn
     normed = layer.layer_norm1(hidden)[0]
@@ -52,15 +75,17 @@ def encode(
     scores = torch.einsum("ihd,jhd->hij", queries, keys.view(tokens, heads, -1))
     probabilities = (scores.float() * queries.shape[-1] ** -0.5).softmax(-1).mean(0)
     has_cls = hasattr(base.vision_tower.embeddings, "class_embedding")
+    states, query, cls = through[model.config.vision_feature_layer][0], None, None
     if has_cls:
-        score, keys = probabilities[0, 1:], keys[1:]
+        score, keys, query = probabilities[0, 1:], keys[1:], queries[0].flatten()
+        cls, states = states[0], states[1:]
     else:
         score = probabilities.mean(0)
     patch = model.config.vision_config.patch_size
     rows, columns = image.shape[1] // patch, image.shape[2] // patch
     grid = torch.tensor([(0, r, c) for r in range(rows) for c in range(columns)])
-    assert len(grid) == len(features) == len(score) == len(keys)
-    return features, grid, score, keys
+    assert len(grid) == len(features) == len(score) == len(keys) == len(states)
+    return Encoded(features, grid, score, keys, query, states, cls)
 
 
 # ---- the decoder --------------------------------------------------------------------------------
@@ -76,8 +101,11 @@ def _layer(
     hidden: Tensor,
     visible: Tensor,
     positions: Tensor,
+    notes: dict[str, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One decoder layer on (b, s, d): its output, and its (b, s, s) head-averaged attention.
+
+    `notes` takes, of the first row, all that methods may have recorded.
 
     Args:
         visible: (s, s) bool, which key (column) each query (row) sees.
@@ -97,13 +125,23 @@ def _layer(
     keys = _rotate(heads(attention.k_proj), cos[:, None], sin[:, None])
     values = heads(attention.v_proj)
     groups = queries.shape[1] // keys.shape[1]
+    plain_keys, entering = keys, hidden
     keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
     scores = queries @ keys.transpose(2, 3) * attention.head_dim**-0.5
     scores = scores.float().masked_fill(~visible, torch.finfo(torch.float32).min)
     probabilities = scores.softmax(-1)
     mixed = probabilities.to(values.dtype) @ values
-    hidden = hidden + attention.o_proj(mixed.transpose(1, 2).reshape(b, s, -1))
-    hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    attended = attention.o_proj(mixed.transpose(1, 2).reshape(b, s, -1))
+    hidden = hidden + attended
+    between = layer.post_attention_layernorm(hidden)
+    changed = layer.mlp(between)
+    hidden = hidden + changed
+    if notes is not None:
+        notes["input"], notes["output"] = entering[0], hidden[0]
+        notes["normed"] = language.norm(hidden)[0]
+        notes["attention_in"], notes["attention_out"] = normed[0], attended[0]
+        notes["mlp_in"], notes["mlp_out"] = between[0], changed[0]
+        notes["keys"] = plain_keys[0].transpose(0, 1).reshape(s, -1)
     return hidden, probabilities.mean(1)
 
 
@@ -169,6 +207,7 @@ class Truth:
         self.shift = 0
         self._steps: dict[int, _Step] = {}
         self._place_images()
+        self._untouched = self.embeds.clone()
         first = (self.image >= 0).nonzero().flatten()[:1]
         after = torch.arange(self.length) > (first if len(first) else self.length)
         self.text = after & (self.image < 0) & (torch.arange(self.length) < self.prompt_length)
@@ -183,7 +222,7 @@ class Truth:
         self._where = []
         start = 0
         for i in range(self.sample.images):
-            features = encode(self.model, self.sample.pixel_values[i])[0]
+            features = encode(self.model, self.sample.pixel_values[i]).features
             where = slots[start : start + len(features)]
             start += len(features)
             self.embeds[where] = features
@@ -207,16 +246,26 @@ class Truth:
             text = self.embeds[self.text].clone() if "text" in part.needs else None
             for i, where in enumerate(self._where):
                 pixels = self.sample.pixel_values[i]
-                _, grid, score, keys = encode(self.model, pixels, part.vision_layer)
+                seen = encode(self.model, pixels, part.vision_layer)
+                low = encode(self.model, pixels, part.low_layer).score
                 stay = self.alive[where]
                 candidates = where[stay]
                 shown = VisionTokens(
                     features=self.embeds[candidates].clone(),
-                    grid=grid[stay],
+                    grid=seen.grid[stay],
                     image=i,
                     text=text,
-                    cls_attention=score[stay] if "cls_attention" in part.needs else None,
-                    keys=keys[stay] if "keys" in part.needs else None,
+                    cls_attention=seen.score[stay] if "cls_attention" in part.needs else None,
+                    keys=seen.keys[stay] if "keys" in part.needs else None,
+                    heads=self.model.config.vision_config.num_attention_heads
+                    if part.needs & {"cls_attention", "cls_query", "keys"}
+                    else 1,
+                    low_attention=low[stay] if "low_attention" in part.needs else None,
+                    cls_query=seen.query if "cls_query" in part.needs else None,
+                    encoder=seen.states[stay] if "encoder" in part.needs else None,
+                    encoder_cls=seen.cls if "encoder" in part.needs else None,
+                    project=self._project if "encoder" in part.needs else None,
+                    segment=self._segment(i) if "segment" in part.needs else None,
                 )
                 chosen = part.select(shown)
                 self.seen.append(Seen(part, shown, chosen))
@@ -227,10 +276,25 @@ class Truth:
                     self.embeds[kept] = chosen.features.to(self.embeds.dtype)
             self._drop(dropped, part.positions == "contiguous")
 
+    @torch.no_grad()
+    def _project(self, states: Tensor) -> Tensor:
+        return self.model.model.multi_modal_projector(states)
+
+    def _segment(self, image: int) -> Tensor:
+        """The text that follows an image, up to the next one."""
+        tokens, found = range(int(self._where[image][-1]) + 1, self.length), []
+        for token in tokens:
+            if self.image[token] >= 0:
+                break
+            if self.text[token]:
+                found.append(token)
+        return self._untouched[found]
+
     def _decide_layers(self) -> None:
         """Run the prompt (and answer) once, calling `prune` where methods ask for it."""
         hidden = self.embeds[None]
         attention: dict[int, Tensor] = {}
+        notes: dict[int, dict[str, Tensor]] = {}
         for layer in range(self.num_layers):
             replaced = []
             for part in self.parts:
@@ -241,7 +305,7 @@ class Truth:
                 vision = self.alive & (self.image >= 0)
                 if not vision.any():
                     continue
-                state = self._state(part, layer, hidden[0], attention)
+                state = self._state(part, layer, hidden[0], attention, notes)
                 chosen = part.prune(state)
                 self.seen.append(Seen(part, state, chosen))
                 if chosen is None:
@@ -256,19 +320,39 @@ class Truth:
                     hidden[0, kept] = chosen.features.to(hidden.dtype)
                     replaced.append((kept, chosen.features.to(hidden.dtype)))
             self._steps[layer] = _Step(self.alive, self.positions, self.shift, replaced)
+            notes[layer] = {}
             hidden, probabilities = _layer(
-                self.model, layer, hidden, self._visible(self.alive, 0), self.positions
+                self.model,
+                layer,
+                hidden,
+                self._visible(self.alive, 0),
+                self.positions,
+                notes[layer],
             )
             attention[layer] = probabilities[0]
 
     def _state(
-        self, part: Method, layer: int, hidden: Tensor, attention: dict[int, Tensor]
+        self,
+        part: Method,
+        layer: int,
+        hidden: Tensor,
+        attention: dict[int, Tensor],
+        notes: dict[int, dict[str, Tensor]],
     ) -> LayerState:
         """What `part` is shown before `layer`: the tokens not yet dropped, nothing else."""
         here = self.alive.nonzero().flatten()
         prompt = here[here < self.prompt_length]
-        rows = {"last": prompt[-1:], "text": self.text.nonzero().flatten()}
-        asked = part.taps(self.num_layers)
+        rows = {
+            "last": prompt[-1:],
+            "text": self.text.nonzero().flatten(),
+            "vision": here[self.image[here] >= 0],
+        }
+        asked, peeked = part.taps(self.num_layers), part.peeks(self.num_layers)
+        ahead = None
+        if layer in peeked:
+            visible = self._visible(self.alive, 0)
+            _, all_rows = _layer(self.model, layer, hidden[None], visible, self.positions)
+            ahead = all_rows[0][rows[peeked[layer]]][:, here]
         return LayerState(
             layer=layer,
             num_layers=self.num_layers,
@@ -281,6 +365,13 @@ class Truth:
                 tapped: attention[tapped][rows[which]][:, here]
                 for tapped, which in asked.items()
                 if tapped < layer
+            },
+            ahead=ahead,
+            recorded={
+                (at, name): notes[at][name][here]
+                for at, names in part.records(self.num_layers).items()
+                for name in names
+                if at < layer
             },
         )
 

@@ -231,7 +231,7 @@ def test_a_failed_forward_leaves_nothing_behind() -> None:
         handle.remove()
         engine = patch._engine
         assert engine.forward is None
-        assert all(not tap.captured and tap.armed is None for tap in engine.row_taps.values())
+        assert all(not tap.captured and tap.armed is None for tap in engine.decoder.taps.values())
         done = threading.Thread(target=lambda: logits_of(model, batch))
         done.start()
         done.join(30)

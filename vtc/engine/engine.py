@@ -17,7 +17,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +27,20 @@ from transformers.masking_utils import (
     create_sliding_window_causal_mask,
 )
 
-from vtc.families import Backbone, Family, UnsupportedModelError
-from vtc.methods.base import Method, Rows
+from vtc.families import Backbone, Family
+from vtc.methods.base import Method
 
-from . import taps
-from .forward import Decisions, Forward, prune_between_layers, rows_of, select_in_sequence
-from .layout import Layout, gather_last, gather_tokens
+from .decoder import DecoderSide
+from .forward import (
+    Decisions,
+    Forward,
+    prune_between_layers,
+    select_in_sequence,
+)
+from .layout import Layout, gather_tokens
 from .ledger import Ledger, attach, ledger_of
 from .override import Override
+from .plan import Plan
 from .report import Prefill, Report
 from .vision import VisionSide
 
@@ -46,20 +52,12 @@ class Engine:
         self.family, self.backbone, self.method = family, backbone, method
         self.report = Report(backbone.model.config)
         self.num_layers = len(backbone.layers)
+        self.plan = Plan(family, backbone, method)
         self.vision = VisionSide(family, backbone, method)
-        self.sequence = [m for m in method.parts if "sequence" in m.stages]
-        self.pruners: dict[int, list[tuple[int, Method]]] = {}
-        self.tapped: dict[int, set[Rows]] = {}
-        self._plan()
-        self.first_layers = (0, *sorted(self.pruners))
-        self.group_of = [
-            max(g for g, first in enumerate(self.first_layers) if first <= layer)
-            for layer in range(self.num_layers)
-        ]
+        self.decoder = DecoderSide(family, backbone, self.plan)
         # Installed things
         self.handles: list[Any] = []
         self.overrides: list[Override] = []
-        self.row_taps: dict[int, taps.Tap] = {}
         self._forget()
 
     def _forget(self) -> None:
@@ -81,61 +79,6 @@ class Engine:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget()
-
-    def _plan(self) -> None:
-        """Read from the method where it acts, and refuse what this model cannot do."""
-        kind = type(self.backbone.model).__name__
-        if not self.method.stages:
-            raise ValueError(
-                f"method: {self.method} acts nowhere: it overrides neither select nor prune"
-            )
-        for stage in self.method.stages:
-            if stage not in self.family.stages:
-                raise ValueError(
-                    f"method: {self.method} acts in the stage {stage!r}, which the family "
-                    f"{self.family.name} has not; it has {', '.join(self.family.stages)}"
-                )
-        for number, method in enumerate(self.method.parts):
-            unknown = method.needs - {"cls_attention", "keys", "text"}
-            if unknown:
-                raise ValueError(
-                    f"{method.name}: unknown signal {', '.join(sorted(unknown))} in needs; "
-                    "accepted are cls_attention, keys and text"
-                )
-            layers = method.prune_layers(self.num_layers)
-            if ("layers" in method.stages) != bool(layers) and (
-                layers or method.stages == ("layers",)
-            ):
-                raise ValueError(
-                    f"{method.name}: prune and prune_layers belong together; it has "
-                    f"{'no prune' if layers else 'a prune that is called before no layer'}"
-                )
-            for layer in layers:
-                if not 1 <= layer < self.num_layers:
-                    raise ValueError(
-                        f"{method.name}: cannot act before decoder layer {layer} of {kind}; "
-                        f"accepted are 1 to {self.num_layers - 1}"
-                    )
-                self.pruners.setdefault(layer, []).append((number, method))
-            for layer, rows in method.taps(self.num_layers).items():
-                last = max(layers, default=0) - 1
-                if not 0 <= layer <= last:
-                    raise ValueError(
-                        f"{method.name}: cannot read attention of decoder layer {layer} of {kind}; "
-                        f"accepted are 0 to {last}, those that run before it acts"
-                    )
-                if rows not in get_args(Rows):
-                    raise ValueError(
-                        f"{method.name}: unknown rows {rows!r} in taps; accepted are "
-                        f"{', '.join(get_args(Rows))}"
-                    )
-                attention = getattr(self.backbone.layers[layer], "self_attn", None)
-                if not hasattr(attention, "config"):
-                    raise UnsupportedModelError(
-                        f"model: decoder layer {layer} of {kind} has no self_attn that "
-                        f"{method.name} could read"
-                    )
-                self.tapped.setdefault(layer, set()).add(rows)
 
     # ---- on and off ---------------------------------------------------------------------------
     def install(self) -> None:
@@ -169,11 +112,11 @@ class Engine:
             b.language_model.register_forward_hook(self._leave_language_model),
         ]
         for i, layer in enumerate(b.layers):
-            if self.flash or i in self.tapped or self.group_of[i] > 0:
+            heard = i in self.plan.tapped or i in self.plan.recorded
+            if self.flash or heard or self.plan.group_of[i] > 0:
                 hook = functools.partial(self._enter_layer, i)
                 self.handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-        for i in self.tapped:
-            self.row_taps[i] = taps.install(b.layers[i].self_attn)
+        self.decoder.install()
         self.vision.install()
 
     def uninstall(self) -> None:
@@ -182,9 +125,8 @@ class Engine:
         for override in reversed(self.overrides):
             override.remove()
         self.vision.uninstall()
-        for tap in self.row_taps.values():
-            tap.remove()
-        self.handles, self.overrides, self.row_taps = [], [], {}
+        self.decoder.uninstall()
+        self.handles, self.overrides = [], []
         self._forget()
 
     # ---- generate -----------------------------------------------------------------------------
@@ -269,8 +211,7 @@ class Engine:
             return
         forward, self.forward = self.forward, None
         self.lock.release()
-        for tap in self.row_taps.values():
-            tap.armed, tap.captured = None, []
+        self.decoder.end()
         if output is not None and forward.images_seen and forward.phase != "prefill":
             raise RuntimeError(_UNHANDLED.format(model=type(self.backbone.model).__name__))
 
@@ -305,12 +246,15 @@ class Engine:
         past = ledger.logical if ledger else int(cache.get_seq_length()) if cache is not None else 0
         past_valid, valid = _split_mask(kwargs.get("attention_mask"), past, rows, length)
         forward.valid = valid if valid is not None else _ones(embeds, length)
-        forward.ledger = ledger or Ledger.fresh(self.first_layers, past, past_valid)
+        forward.ledger = ledger or Ledger.fresh(self.plan.first_layers, past, past_valid)
         self._check_groups(forward.ledger)
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = torch.arange(past, past + length, device=embeds.device)[None]
         forward.positions = positions.expand(rows, -1)
+        first = forward.positions.gather(1, forward.valid.long().argmax(1, keepdim=True))
+        seen = past if past_valid is None else past_valid.sum(1, keepdim=True)
+        forward.offset = first - seen
         forward.past_shift = [group.shift for group in forward.ledger.groups]
         forward.gap = torch.zeros_like(forward.valid)
         forward.spans = self.vision.spans(forward)
@@ -318,9 +262,12 @@ class Engine:
         self._freeze(forward, cache)
         forward.phase = "prefill"
         self.handled += 1
+        self.decoder.begin(forward)
 
         with forward.selector.measure(embeds.device):
-            new_embeds, keep = select_in_sequence(forward, self.sequence, embeds)
+            new_embeds, keep = select_in_sequence(
+                forward, self.plan.sequence, embeds, self.vision.tower_layer, self.vision.project
+            )
             self.vision.mark_uncoded(forward)
             forward.layout = Layout.whole(forward.valid)
             if not torch.equal(keep, forward.valid):
@@ -340,7 +287,7 @@ class Engine:
         # Always a mask: without one, gaps in the positions would be taken for packed sequences.
         mask = group.valid if group.valid is not None else _ones(new_embeds, group.length)
         kwargs["attention_mask"] = mask.long()
-        kwargs["position_ids"] = self._positions(forward, 0)
+        kwargs["position_ids"] = forward.rotary_positions(0)
 
     def _continue(self, forward: Forward, ledger: Ledger, kwargs: dict[str, Any]) -> None:
         """New tokens on a compressed cache: translate mask and positions."""
@@ -362,7 +309,7 @@ class Engine:
         forward.ledger, forward.phase = ledger, "decode"
         first = ledger.groups[0]
         kwargs["attention_mask"] = None if first.valid is None else first.valid.long()
-        kwargs["position_ids"] = self._positions(forward, 0)
+        kwargs["position_ids"] = forward.rotary_positions(0)
 
     def _leave_language_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         forward = self.forward
@@ -399,21 +346,20 @@ class Engine:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         checkpointed = module.training and getattr(module, "gradient_checkpointing", False)
-        if checkpointed and self.group_of[layer] > 0:
+        if checkpointed and self.plan.group_of[layer] > 0:
             raise RuntimeError(
                 f"gradient_checkpointing: {self.method} changes lengths between layers, which a "
                 "checkpoint cannot replay; switch it off for training under this patch"
             )
         if forward.phase == "prefill":
-            if layer in self.pruners:
-                hidden = self._prune(forward, layer, hidden)
+            if layer in self.plan.pruners:
+                hidden = self._prune(forward, layer, hidden, kwargs.get("past_key_values"))
                 if args:
                     args = (hidden, *args[1:])
                 else:
                     kwargs["hidden_states"] = hidden
-            if layer in self.tapped:
-                self._tap_rows(forward, layer)
-        if forward.ledger.groups[self.group_of[layer]].diverged:
+            self.decoder.listen(forward, layer, hidden)
+        if forward.ledger.groups[self.plan.group_of[layer]].diverged:
             self._adapt_layer(forward, layer, hidden, kwargs)
             if self.flash:
                 # Flash attention would take gapped positions for packed sequences; rotation is
@@ -421,11 +367,14 @@ class Engine:
                 kwargs["position_ids"] = None
         return args, kwargs
 
-    def _prune(self, forward: Forward, layer: int, hidden: Tensor) -> Tensor:
+    def _prune(self, forward: Forward, layer: int, hidden: Tensor, cache: Any) -> Tensor:
         with forward.selector.measure(hidden.device):
-            for number, method in self.pruners[layer]:
+            for number, method in self.plan.pruners[layer]:
+                rows, ahead = method.peeks(self.num_layers).get(layer), None
+                if rows is not None and not forward.replay:
+                    ahead = self.decoder.peek(forward, layer, rows, hidden, cache)
                 hidden, keep = prune_between_layers(
-                    forward, number, method, layer, self.num_layers, hidden
+                    forward, number, method, layer, self.num_layers, hidden, ahead
                 )
                 if torch.equal(keep, forward.layout.valid):
                     continue
@@ -434,31 +383,14 @@ class Engine:
                 pads = ~forward.layout.valid[..., None].to(hidden.device)
                 hidden = hidden.masked_fill(pads, 0)
             forward.count_tokens(layer)
-        self._open_group(forward, self.group_of[layer])
+        self._open_group(forward, self.plan.group_of[layer])
         return hidden
-
-    def _tap_rows(self, forward: Forward, layer: int) -> None:
-        """Ask the attention of decoder layer `layer` for the rows that methods read."""
-        with forward.selector.measure(forward.valid.device):
-            rows = rows_of(forward, self.tapped[layer])
-            wide = [
-                nn.utils.rnn.pad_sequence(per_sample, batch_first=True)
-                for per_sample in rows.values()
-            ]
-            group = forward.ledger.groups[self.group_of[layer]]
-            past = group.length - forward.layout.index.shape[1]
-            forward.memo.setdefault("past", {})[layer] = past
-        tap, places = self.row_taps[layer], torch.cat(wide, dim=1)
-        tap.captured = []
-        if places.shape[1]:
-            taps.listen_rows(tap, places, group.valid, past, forward.selector)
-        forward.attention[layer] = (forward.layout, rows, tap.captured)
 
     def _adapt_layer(
         self, forward: Forward, layer: int, hidden: Tensor, kwargs: dict[str, Any]
     ) -> None:
         """Give a layer the mask and positions of what its group holds."""
-        number = self.group_of[layer]
+        number = self.plan.group_of[layer]
         if number == 0:
             return
         group = forward.ledger.groups[number]
@@ -482,7 +414,7 @@ class Engine:
             )
         kwargs["attention_mask"] = forward.memo[number, kind]
         if number not in forward.memo:
-            positions = self._positions(forward, number).to(hidden.device)
+            positions = forward.rotary_positions(number).to(hidden.device)
             rotation = self.family.rotary(self.backbone, layer, hidden, positions)
             forward.memo[number] = positions, rotation
         kwargs["position_ids"], kwargs["position_embeddings"] = forward.memo[number]
@@ -496,7 +428,7 @@ class Engine:
         return any(kind == "sliding_attention" for kind in kinds)
 
     def _check_groups(self, ledger: Ledger) -> None:
-        if tuple(group.first_layer for group in ledger.groups) != self.first_layers:
+        if tuple(group.first_layer for group in ledger.groups) != self.plan.first_layers:
             raise ValueError(
                 "past_key_values: this cache was compressed by a method that acts at other layers "
                 f"than {self.method}; start with a new cache after patching anew"
@@ -519,18 +451,6 @@ class Engine:
         total = forward.gap.sum(1, keepdim=True)
         if bool(total.any()):
             group.shift = total if group.shift is None else group.shift + total
-
-    def _positions(self, forward: Forward, number: int) -> Tensor:
-        """(b, k) rotary positions of this forward's tokens in layer group `number`."""
-        if forward.phase == "decode":
-            shift = forward.ledger.groups[number].shift
-            return forward.positions if shift is None else forward.positions - shift
-        index = forward.layout.index
-        positions = gather_last(forward.positions, index)
-        positions = positions - gather_last(forward.gap.cumsum(1), index)
-        shift = forward.past_shift[number]
-        positions = positions if shift is None else positions - shift
-        return positions.clamp_min(0)
 
     def _freeze(self, forward: Forward, cache: Any) -> None:
         """Without a cache, `generate` feeds the prompt again at every step: what was chosen at the

@@ -3,17 +3,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vtc.methods.base import LayerState, Method, Rows, Selection, VisionTokens
+from vtc.methods.base import LayerState, Method, Record, Rows, Selection, VisionTokens
 
-from .layout import Layout
+from .layout import Layout, gather_last
 from .ledger import Ledger
 from .report import ImageTokens, Sample, Stopwatch
+from .taps import TowerSignals
 
 
 @dataclass(frozen=True)
@@ -23,13 +25,16 @@ class ImageSignals:
     Attributes:
         grid: (n, 3) positions of all its tokens.
         kept: (k,) places filled by a run on fewer pixels, or `None` if all are.
-        tower: for each tower layer read, attention (k,) and keys (k, d_k) of the tokens that are
-            filled.
+        tower: what each tower layer that is read shows of the tokens that are filled.
+        encoder: (k, d_v) what the projector received of these, if it is read.
+        cls: (d_v,) state of [CLS] beside it, where there is one.
     """
 
     grid: Tensor
     kept: Tensor | None = None
-    tower: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    tower: dict[int, TowerSignals] = field(default_factory=dict)
+    encoder: Tensor | None = None
+    cls: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,43 @@ class ImageSpan:
     ordinal: int
     index: Tensor
     signals: ImageSignals
+
+
+@dataclass(frozen=True)
+class Heard:
+    """Attention rows of a decoder layer, as the tap of the layer left them.
+
+    Attributes:
+        layout: the tokens held when it ran.
+        rows: for each kind of rows and each sample, their places in that layout.
+        captured: [(b, r, past + k)] probabilities, or [] if no sample has such a row.
+        past: columns that come from the cache, unless a window lost some.
+    """
+
+    layout: Layout
+    rows: dict[Rows, list[Tensor]]
+    captured: list[Tensor]
+    past: int
+
+    def at(self, kind: Rows, b: int, index: Tensor, length: int) -> Tensor:
+        """(r, s) the rows `kind` of sample `b`, over the tokens at the (s,) places `index` of a
+        sequence of `length`."""
+        if not self.captured:
+            return torch.zeros(0, len(index), device=index.device)
+        start = 0
+        for name, per_sample in self.rows.items():
+            if name == kind:
+                break
+            start += max(len(places) for places in per_sample)
+        places = self.rows[kind][b]
+        captured = self.captured[0][b, start : start + len(places)]
+        held = torch.isin(self.layout.index[b, places], index)
+        if not bool(held.all()):  # rows of vision tokens that have been dropped since
+            captured = captured[held.to(captured.device)]
+        # This forward's columns follow the cache's; a static cache has spare room after them.
+        width = self.layout.index.shape[1]
+        first = min(self.past, captured.shape[-1] - width)
+        return _spread_out(captured[:, first : first + width].T, self.layout, b, index, length).T
 
 
 Decisions = dict[tuple[Any, ...], Selection | None]
@@ -75,14 +117,14 @@ class Forward:
     decisions: Decisions = field(default_factory=dict)
     replay: bool = False
     counts: dict[int, list[list[int]]] = field(default_factory=dict)
-    attention: dict[int, tuple[Layout, dict[Rows, list[Tensor]], list[Tensor]]] = field(
-        default_factory=dict
-    )
+    attention: dict[int, Heard] = field(default_factory=dict)
+    recorded: dict[tuple[int, Record], tuple[Layout, Tensor]] = field(default_factory=dict)
 
     # Set whenever a compressed cache is written.
     ledger: Ledger = None  # type: ignore[assignment]
     past_shift: list[Tensor | None] = field(default_factory=list)
     positions: Tensor = field(default_factory=lambda: torch.empty(0))
+    offset: Tensor = field(default_factory=lambda: torch.empty(0))
     memo: dict[Any, Any] = field(default_factory=dict)
 
     selector: Stopwatch = field(default_factory=Stopwatch)
@@ -107,6 +149,18 @@ class Forward:
         started = is_vision.cumsum(1) > 0
         self.text = ~is_vision & self.valid & started & (place < end[:, None])
         self.prompt_length = end.tolist()
+
+    def rotary_positions(self, number: int) -> Tensor:
+        """(b, k) rotary positions of this forward's tokens in layer group `number`."""
+        if self.phase == "decode":
+            shift = self.ledger.groups[number].shift
+            return self.positions if shift is None else self.positions - shift
+        index = self.layout.index
+        positions = gather_last(self.positions, index)
+        positions = positions - gather_last(self.gap.cumsum(1), index)
+        shift = self.past_shift[number]
+        positions = positions if shift is None else positions - shift
+        return positions.clamp_min(0)
 
     def count_tokens(self, layer: int) -> None:
         """Note how many tokens of each image decoder layer `layer` and those after it process."""
@@ -166,13 +220,22 @@ def checked(method: Method, selection: Any, n: int) -> Selection:
     return selection
 
 
+TowerPlace = Callable[[Method, int | float], int]
+
+
 def select_in_sequence(
-    forward: Forward, methods: list[Method], embeds: Tensor
+    forward: Forward,
+    methods: list[Method],
+    embeds: Tensor,
+    tower_layer: TowerPlace,
+    project: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Run the sequence-stage methods on every image.
 
     Args:
         embeds: (b, s, d) what would enter the language model.
+        tower_layer: the 0-based tower layer that a method means.
+        project: the projector, (k, d_v) to (k, d).
 
     Returns:
         embeds with merged contents in place, and (b, s) bool of the tokens that stay. Tokens that
@@ -192,20 +255,11 @@ def select_in_sequence(
             if forward.replay:
                 selection = forward.decisions[key]
             else:
-                cls_attention = keys = None
-                if method.needs & {"cls_attention", "keys"}:
-                    attention, all_keys = signals.tower[method.vision_layer]
-                    if "cls_attention" in method.needs:
-                        cls_attention = attention.to(embeds.device)[alive]
-                    if "keys" in method.needs:
-                        keys = all_keys.to(embeds.device)[alive]
                 tokens = VisionTokens(
                     features=features,
                     grid=signals.grid.to(embeds.device)[current],
                     image=span.ordinal,
-                    text=embeds[b, forward.text[b]] if "text" in method.needs else None,
-                    cls_attention=cls_attention,
-                    keys=keys,
+                    **_signals(forward, method, span, alive, embeds, tower_layer, project),
                 )
                 selection = checked(method, method.select(tokens), len(tokens))
                 forward.decisions[key] = selection
@@ -226,20 +280,68 @@ def select_in_sequence(
     return embeds, keep
 
 
+def _signals(
+    forward: Forward,
+    method: Method,
+    span: ImageSpan,
+    alive: Tensor,
+    embeds: Tensor,
+    tower_layer: TowerPlace,
+    project: Callable[[Tensor], Tensor],
+) -> dict[str, Any]:
+    """The signals of `VisionTokens` that `method` needs, for the tokens `alive` of an image."""
+    needs, signals, device, b = method.needs, span.signals, embeds.device, span.sample
+    found: dict[str, Any] = {}
+    if needs & {"cls_attention", "cls_query", "keys"}:
+        heard = signals.tower[tower_layer(method, method.vision_layer)]
+        found["heads"] = heard.heads
+        if "cls_attention" in needs:
+            found["cls_attention"] = heard.attention.to(device)[alive]
+        if "keys" in needs:
+            found["keys"] = heard.keys.to(device)[alive]
+        if "cls_query" in needs and heard.cls_query is not None:
+            found["cls_query"] = heard.cls_query.to(device)
+    if "low_attention" in needs:
+        heard = signals.tower[tower_layer(method, method.low_layer)]
+        found["low_attention"] = heard.attention.to(device)[alive]
+    if "encoder" in needs:
+        assert signals.encoder is not None
+        found["encoder"] = signals.encoder.to(device)[alive]
+        found["encoder_cls"] = None if signals.cls is None else signals.cls.to(device)
+        found["project"] = project
+    if "text" in needs:
+        found["text"] = embeds[b, forward.text[b]]
+    if "segment" in needs:
+        place = torch.arange(embeds.shape[1], device=device)
+        later = (forward.image[b] > span.ordinal) & (forward.image[b] >= 0)
+        end = int(later.nonzero()[0]) if bool(later.any()) else embeds.shape[1]
+        found["segment"] = embeds[b, forward.text[b] & (place > span.index[-1]) & (place < end)]
+    return found
+
+
 def prune_between_layers(
-    forward: Forward, number: int, method: Method, layer: int, num_layers: int, hidden: Tensor
+    forward: Forward,
+    number: int,
+    method: Method,
+    layer: int,
+    num_layers: int,
+    hidden: Tensor,
+    ahead: Heard | None,
 ) -> tuple[Tensor, Tensor]:
     """Run one layers-stage method on every sample before decoder layer `layer`.
 
     Args:
         hidden: (b, k, d) hidden states in the current layout.
+        ahead: attention of that layer on them, if the method peeks.
 
     Returns:
         hidden with merged contents in place, and (b, k) bool of the tokens that stay.
     """
     layout = forward.layout
     keep = layout.valid.clone()
-    wanted = method.taps(num_layers)
+    wanted, peeked = method.taps(num_layers), method.peeks(num_layers)
+    records = method.records(num_layers)
+    length = forward.valid.shape[1]
     for b in range(hidden.shape[0]):
         places = layout.valid[b].nonzero().squeeze(1)
         index = layout.index[b, places]
@@ -260,9 +362,17 @@ def prune_between_layers(
                 prompt_length=int((index < forward.prompt_length[b]).sum()),
                 original=tuple(len(s.index) for s in forward.spans if s.sample == b),
                 attention={
-                    tapped: _attention_rows(forward, tapped, rows, b, index).to(hidden.device)
+                    tapped: forward.attention[tapped].at(rows, b, index, length).to(hidden.device)
                     for tapped, rows in wanted.items()
                     if tapped in forward.attention
+                },
+                ahead=None
+                if ahead is None
+                else ahead.at(peeked[layer], b, index, length).to(hidden.device),
+                recorded={
+                    (at, name): _spread_out(kept[b], before, b, index, length).to(hidden.device)
+                    for (at, name), (before, kept) in forward.recorded.items()
+                    if name in records.get(at, ())
                 },
             )
             selection = method.prune(state)
@@ -295,30 +405,18 @@ def rows_of(forward: Forward, kinds: set[Rows]) -> dict[Rows, list[Tensor]]:
             if kind == "text":
                 wanted = forward.text[b, layout.index[b]] & layout.valid[b]
                 found[kind].append(wanted.nonzero().squeeze(1))
+            elif kind == "vision":
+                wanted = (forward.image[b, layout.index[b]] >= 0) & layout.valid[b]
+                found[kind].append(wanted.nonzero().squeeze(1))
             else:
                 inside = layout.valid[b] & (layout.index[b] < end)
                 found[kind].append(inside.nonzero().squeeze(1)[-1:])
     return found
 
 
-def _attention_rows(forward: Forward, layer: int, kind: Rows, b: int, index: Tensor) -> Tensor:
-    """(r, s) attention of sample `b` at tapped layer `layer`, over the tokens at `index`."""
-    layout, rows, held_rows = forward.attention[layer]
-    if not held_rows:  # no sample has such a row
-        return torch.zeros(0, len(index), device=index.device)
-    start = 0
-    for name, per_sample in rows.items():
-        width = max(len(places) for places in per_sample)
-        if name == kind:
-            break
-        start += width
-    captured = held_rows[0][b, start : start + len(rows[kind][b])]
-    # This forward's columns follow the cache's; a static cache has spare room after them.
-    width = layout.index.shape[1]
-    held = captured.shape[-1] - width
-    first = min(forward.memo["past"][layer], held)
-    captured = captured[:, first : first + width]
-    whole = captured.new_zeros(len(captured), forward.valid.shape[1])
-    valid = layout.valid[b].to(captured.device)
-    whole[:, layout.index[b].to(captured.device)[valid]] = captured[:, valid]
-    return whole[:, index.to(captured.device)]
+def _spread_out(rows: Tensor, layout: Layout, b: int, index: Tensor, length: int) -> Tensor:
+    """Rows (k, d) of the tokens that `layout` holds of sample `b`, for the tokens at `index`."""
+    whole = rows.new_zeros(length, rows.shape[1])
+    valid = layout.valid[b].to(rows.device)
+    whole[layout.index[b].to(rows.device)[valid]] = rows[valid]
+    return whole[index.to(rows.device)]

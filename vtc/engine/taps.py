@@ -33,12 +33,14 @@ class Tap:
         armed: called with query (b, h, q, d), key (b, h_kv, k, d), the mask and the layer's other
             arguments; `None` lets attention pass unheard.
         captured: what `armed` noted.
+        silent: leave out the attention itself and return zeros: only what is heard is wanted.
     """
 
     module: Any
     config: Any
     armed: Callable[..., None] | None = None
     captured: list[Any] = field(default_factory=list)
+    silent: bool = False
 
     def remove(self) -> None:
         self.module.config = self.config
@@ -75,6 +77,8 @@ def _tapped_attention(
     if tap.armed is not None:
         with torch.no_grad():
             tap.armed(query, key, attention_mask, kwargs)
+    if tap.silent:
+        return torch.zeros_like(query.transpose(1, 2)), None
     default = _default_attention(module)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(tap.config._attn_implementation, default)
     return attend(module, query, key, value, attention_mask, **kwargs)
@@ -119,7 +123,12 @@ def row_attention(
 
 
 def listen_rows(
-    tap: Tap, rows: Tensor, visible: Tensor | None, past: int, clock: Stopwatch
+    tap: Tap,
+    rows: Tensor,
+    visible: Tensor | None,
+    past: int,
+    clock: Stopwatch,
+    keys: Callable[[Tensor], None] | None = None,
 ) -> None:
     """Arm `tap` for the rows (b, r) of a causal decoder layer; the result goes to `captured`.
 
@@ -127,11 +136,18 @@ def listen_rows(
         rows: places in this forward's sequence; rows that pad may hold any place.
         visible: (b, k) bool, the keys that are not padding, or `None`.
         past: keys that come from the cache.
+        keys: called with the (b, h_kv, s, d) keys of this forward's tokens.
     """
 
     def capture(query: Tensor, key: Tensor, mask: Any, options: Mapping[str, Any]) -> None:
         with clock.measure(query.device):
             b, h, q, d = query.shape
+            first = min(past, key.shape[2] - q)
+            if keys is not None:
+                keys(key[:, :, first : first + q])
+            if not rows.shape[1]:
+                tap.armed = None
+                return
             places = rows.to(query.device)
             picked = query.gather(2, places[:, None, :, None].expand(-1, h, -1, d))
             allowed = bias = None
@@ -159,8 +175,29 @@ def listen_rows(
     tap.armed = capture
 
 
+@dataclass(frozen=True)
+class TowerSignals:
+    """What one layer of the vision tower shows of one image, its [CLS] token included.
+
+    Attributes:
+        attention: (n,) attention from [CLS], or received from all.
+        keys: (n, h * d).
+        cls_query: (h * d,) or `None`.
+        heads: h.
+    """
+
+    attention: Tensor
+    keys: Tensor
+    cls_query: Tensor | None
+    heads: int
+
+    def without(self, prefix: int) -> TowerSignals:
+        """The same without the first `prefix` tokens."""
+        return TowerSignals(self.attention[prefix:], self.keys[prefix:], self.cls_query, self.heads)
+
+
 def listen_tower(tap: Tap, has_cls: bool, clock: Stopwatch) -> None:
-    """Arm `tap` in a vision tower: per image, attention (n,) and keys (n, h * d) go to `captured`.
+    """Arm `tap` in a vision tower: for each image, a `TowerSignals` goes to `captured`.
 
     The attention is [CLS]'s row where the tower has one, else what each token receives from all.
     """
@@ -169,10 +206,14 @@ def listen_tower(tap: Tap, has_cls: bool, clock: Stopwatch) -> None:
         scaling, softcap = options.get("scaling"), options.get("softcap")
         with clock.measure(query.device):
             keys = key.detach().transpose(1, 2).flatten(2)
+            queries = query.detach()[:, :, 0].flatten(1)
             for i in range(query.shape[0]):
                 rows = query[i : i + 1, :, :1] if has_cls else query[i : i + 1]
                 received = row_attention(rows, key[i : i + 1], None, None, scaling, softcap)
-                tap.captured.append((received[0].mean(0), keys[i]))
+                cls_query = queries[i] if has_cls else None
+                tap.captured.append(
+                    TowerSignals(received[0].mean(0), keys[i], cls_query, key.shape[1])
+                )
 
     tap.captured = []
     tap.armed = capture

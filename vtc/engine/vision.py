@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from vtc.families import Backbone, Family
+from vtc.families import Backbone, Family, UnsupportedModelError
 from vtc.methods.base import Method
 
 from . import taps
@@ -34,38 +34,86 @@ class VisionSide:
         if self.reducer is not None:
             family.check_pixels(backbone)
         self.tower_layers: set[int] = set()
+        self.reads_encoder = False
         for part in method.parts:
-            if "sequence" in part.stages and part.needs & {"cls_attention", "keys"}:
-                count = len(family.tower_attention(backbone))
-                if not -count <= part.vision_layer < count:
-                    raise ValueError(
-                        f"{part.name}: reads vision layer {part.vision_layer}, but the tower of "
-                        f"{type(backbone.model).__name__} has {count}"
+            if "sequence" not in part.stages:
+                continue
+            for layer in layers_read(part):
+                self.tower_layers.add(self.tower_layer(part, layer))
+            if "encoder" in part.needs:
+                if family.projector(backbone) is None:
+                    raise UnsupportedModelError(
+                        f"model: {part.name} reads what the projector receives, and vtc knows no "
+                        f"projector of {type(backbone.model).__name__}"
                     )
-                self.tower_layers.add(part.vision_layer)
+                self.reads_encoder = True
         self.taps: dict[int, taps.Tap] = {}
+        self.handles: list[Any] = []
         self.forget()
 
     def forget(self) -> None:
+        self.listening = False
+        self.cls_states: Tensor | None = None
+        self.encoder_states: Tensor | None = None
         self.signals: Any = WeakTensorKeyDictionary()
         self.clock = Stopwatch()
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        del state["signals"], state["clock"]
+        for name in ("signals", "clock", "listening", "cls_states", "encoder_states"):
+            del state[name]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.forget()
 
+    def tower_layer(self, part: Method, layer: int | float) -> int:
+        """The 0-based tower layer that `part` means by `layer`."""
+        count = len(self.family.tower_attention(self.backbone))
+        place = int(layer * count) if isinstance(layer, float) else layer
+        if not -count <= place < count:
+            raise ValueError(
+                f"{part.name}: reads vision layer {layer}, but the tower of "
+                f"{type(self.backbone.model).__name__} has {count}"
+            )
+        return place % count
+
     def install(self) -> None:
         for layer in self.tower_layers:
             modules = self.family.tower_attention(self.backbone)
-            if (place := layer % len(modules)) not in self.taps:
-                self.taps[place] = taps.install(modules[place])
+            self.taps[layer] = taps.install(modules[layer])
+        if self.reads_encoder:
+            projector: Any = self.family.projector(self.backbone)
+            self.handles = [
+                self.backbone.tower.register_forward_hook(self._leave_tower),
+                projector.register_forward_hook(self._leave_projector),
+            ]
+
+    def _leave_tower(self, module: Any, args: Any, output: Any) -> None:
+        if self.listening:
+            self.cls_states = self.family.cls_states(self.backbone, output)
+
+    def _leave_projector(self, module: Any, args: Any, output: Tensor) -> None:
+        if not self.listening:
+            return
+        if args[0].shape[:-1] != output.shape[:-1]:
+            raise UnsupportedModelError(
+                f"model: the projector of {type(self.backbone.model).__name__} mixes patches, "
+                f"and {self.method} reads one patch state for each vision token"
+            )
+        self.encoder_states = args[0].detach()
+
+    def project(self, states: Tensor) -> Tensor:
+        """The projector, on patch states (k, d_v) of one image."""
+        projector: Any = self.family.projector(self.backbone)
+        with torch.no_grad():
+            return projector(states[None])[0]
 
     def uninstall(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
         for tap in self.taps.values():
             tap.remove()
         self.taps = {}
@@ -85,6 +133,7 @@ class VisionSide:
             taps.listen_tower(tap, has_cls, self.clock)
         # The taps' own time counts here: it cannot be told from the tower's without a stop.
         started = self.clock.start(device)
+        self.listening, self.cls_states, self.encoder_states = True, None, None
         reductions: list[tuple[tuple[int, int], tuple[int, int]]] | None = None
         try:
             if self.reducer is not None:
@@ -95,6 +144,7 @@ class VisionSide:
             else:
                 out = original(**kwargs)
         finally:
+            self.listening = False
             self.clock.stop(started, device)
             for tap in self.taps.values():
                 tap.armed = None
@@ -112,6 +162,7 @@ class VisionSide:
                     grid=self.family.grid(self.backbone, len(features), height_width),
                     kept=kept,
                     tower=self._tower_signals(i, len(features) if kept is None else len(kept)),
+                    **self._encoder_signals(i, len(features) if kept is None else len(kept)),
                 )
             )
             found.append(features)
@@ -127,19 +178,30 @@ class VisionSide:
             tap.captured = []
         return out
 
-    def _tower_signals(self, image: int, n: int) -> dict[int, tuple[Tensor, Tensor]]:
+    def _tower_signals(self, image: int, n: int) -> dict[int, taps.TowerSignals]:
         signals = {}
         for layer in self.tower_layers:
-            count = len(self.family.tower_attention(self.backbone))
-            attention, keys = self.taps[layer % count].captured[image]
-            prefix = len(attention) - n
+            heard = self.taps[layer].captured[image]
+            prefix = len(heard.attention) - n
             if prefix not in (0, 1):
                 raise RuntimeError(
-                    f"the vision tower has {len(attention)} tokens for {n} vision tokens: its "
-                    f"attention does not map onto them, and {self.method} needs it"
+                    f"the vision tower has {len(heard.attention)} tokens for {n} vision tokens: "
+                    f"its attention does not map onto them, and {self.method} needs it"
                 )
-            signals[layer] = (attention[prefix:], keys[prefix:])
+            signals[layer] = heard.without(prefix)
         return signals
+
+    def _encoder_signals(self, image: int, n: int) -> dict[str, Any]:
+        if not self.reads_encoder:
+            return {}
+        states, cls = self.encoder_states, self.cls_states
+        if states is None or states.dim() != 3 or states.shape[1] != n:
+            shape = None if states is None else tuple(states.shape)
+            raise RuntimeError(
+                f"the projector received {shape} for {n} vision tokens of an image: its input does "
+                f"not map onto them, and {self.method} needs it"
+            )
+        return {"encoder": states[image], "cls": None if cls is None else cls[image]}
 
     def spans(self, forward: Forward) -> list[ImageSpan]:
         """The images of this forward by sample, in the order in which they stand."""
@@ -162,7 +224,7 @@ class VisionSide:
         for signals, size in zip(known, sizes, strict=True):
             b = rows[start]
             if signals is None:
-                if self.tower_layers or self.reducer is not None:
+                if self.tower_layers or self.reads_encoder or self.reducer is not None:
                     raise ValueError(
                         f"mm_encoder_outputs: {self.method} reads the vision tower, and these "
                         "features did not come from get_image_features of the patched model"
@@ -182,6 +244,16 @@ class VisionSide:
                 gone = torch.ones(len(span.index), dtype=torch.bool, device=span.index.device)
                 gone[span.signals.kept.to(gone.device)] = False
                 forward.gap[span.sample, span.index[gone]] = True
+
+
+def layers_read(method: Method) -> list[int | float]:
+    """The tower layers that the sequence stage of `method` reads, as it names them."""
+    layers: list[int | float] = []
+    if method.needs & {"cls_attention", "cls_query", "keys"}:
+        layers.append(method.vision_layer)
+    if "low_attention" in method.needs:
+        layers.append(method.low_layer)
+    return layers
 
 
 def _spread(

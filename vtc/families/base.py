@@ -106,6 +106,19 @@ class Family:
         embeddings = getattr(backbone.tower, "embeddings", None)
         return any(hasattr(embeddings, name) for name in ("class_embedding", "cls_token"))
 
+    def projector(self, backbone: Backbone) -> nn.Module | None:
+        """The module from patch states to embeddings, one row each, or `None` if not known."""
+        return getattr(backbone.base, "multi_modal_projector", None)
+
+    def cls_states(self, backbone: Backbone, output: Any) -> Tensor | None:
+        """(images, d_v) states of [CLS] in the layer that the projector reads, from the tower's
+        output, or `None` where there is no [CLS]."""
+        if not self.has_cls(backbone):
+            return None
+        wanted = backbone.model.config.vision_feature_layer
+        layers = [wanted] if isinstance(wanted, int) else wanted
+        return torch.cat([output.hidden_states[layer][:, 0] for layer in layers], dim=-1)
+
     def grid(self, backbone: Backbone, n: int, image_size: tuple[int, int] | None) -> Tensor:
         """(n, 3) whole numbers (frame, row, column) of one image's tokens.
 

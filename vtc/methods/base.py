@@ -27,7 +27,8 @@ Record = Literal[
 ]
 """What a method may have recorded of a decoder layer: the hidden states that enter and leave it,
 the latter also through the decoder's final norm; what enters and leaves its attention and its MLP,
-without the residual; and its attention's keys after rotation, heads concatenated."""
+without the residual; and its attention's keys, heads concatenated, rotated as if the sample began
+at position 0."""
 
 Signal = Literal[
     "cls_attention", "low_attention", "cls_query", "keys", "encoder", "text", "segment"
@@ -142,7 +143,8 @@ class Method:
         title, paper, year: for `vtc methods`.
         trained: whether it needs trained weights.
         needs: signals of `VisionTokens` that `select` reads, out of `Signal`.
-        vision_layer: layer of the vision tower these are read from, negative from the last.
+        vision_layer: 0-based layer of the vision tower these are read from, negative from the
+            last; a fraction is a share of the tower's depth.
         low_layer: layer of the vision tower that `low_attention` is read from.
 
     A subclass sets `positions`, its default position convention: "original" keeps the rotary
@@ -155,8 +157,8 @@ class Method:
     year: ClassVar[int | None] = None
     trained: ClassVar[bool] = False
     needs: ClassVar[frozenset[Signal]] = frozenset()
-    vision_layer: ClassVar[int] = -1
-    low_layer: ClassVar[int] = 0
+    vision_layer: ClassVar[int | float] = -1
+    low_layer: ClassVar[int | float] = 0.25
 
     positions: Positions = "original"
 

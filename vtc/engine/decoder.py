@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoder side of a patched model: what methods read of decoder layers."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtc.families import Backbone, Family, UnsupportedModelError
+from vtc.methods.base import Record, Rows
+
+from . import taps
+from .forward import Forward, Heard, rows_of
+from .plan import Plan
+
+
+class DecoderSide:
+    """Listens to decoder layers for what `plan` says is read of them."""
+
+    def __init__(self, family: Family, backbone: Backbone, plan: Plan) -> None:
+        self.family, self.backbone, self.plan = family, backbone, plan
+        self.taps: dict[int, taps.Tap] = {}
+        self.handles: list[Any] = []
+        self.forget()
+
+    def forget(self) -> None:
+        """Start with nothing under way."""
+        self.forward: Forward | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        del state["forward"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.forget()
+
+    def install(self) -> None:
+        for layer in self.plan.tapped:
+            self.taps[layer] = taps.install(self.backbone.layers[layer].self_attn)
+        for layer, names in self.plan.recorded.items():
+            for name in sorted(names - {"input", "keys"}):
+                self.handles.append(self._hook(layer, name))
+
+    def _hook(self, layer: int, name: Record) -> Any:
+        module: Any = self.backbone.layers[layer]
+        part, _, end = name.partition("_")
+        if part == "attention":
+            module = module.self_attn
+        elif part == "mlp":
+            module = module.mlp
+        if end == "in":
+            hook = functools.partial(self._entering, layer, name)
+            return module.register_forward_pre_hook(hook, with_kwargs=True)
+        return module.register_forward_hook(functools.partial(self._leaving, layer, name))
+
+    def uninstall(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        for tap in self.taps.values():
+            tap.remove()
+        self.handles, self.taps = [], {}
+        self.forget()
+
+    def begin(self, forward: Forward) -> None:
+        """Record what decoder layers do from now on as part of `forward`."""
+        self.forward = forward
+
+    def end(self) -> None:
+        """The forward is over, or failed."""
+        self.forward = None
+        for tap in self.taps.values():
+            tap.armed, tap.captured, tap.silent = None, [], False
+
+    # ---- records ------------------------------------------------------------------------------
+    def _entering(
+        self, layer: int, name: Record, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self._note(layer, name, args[0] if args else kwargs["hidden_states"])
+
+    def _leaving(
+        self, layer: int, name: Record, module: Any, args: tuple[Any, ...], output: Any
+    ) -> None:
+        value = output[0] if isinstance(output, tuple) else output
+        if name == "normed" and self.forward is not None:
+            with torch.no_grad():
+                value = self.backbone.decoder.norm(value)
+        self._note(layer, name, value)
+
+    def _note(self, layer: int, name: Record, value: Tensor) -> None:
+        if self.forward is not None:
+            self.forward.recorded[layer, name] = (self.forward.layout, value.detach())
+
+    # ---- attention ----------------------------------------------------------------------------
+    def listen(self, forward: Forward, layer: int, hidden: Tensor) -> None:
+        """Before decoder layer `layer` runs on `hidden`: arm its tap, note what enters it."""
+        if "input" in self.plan.recorded.get(layer, ()):
+            self._note(layer, "input", hidden)
+        if layer not in self.plan.tapped:
+            return
+        with forward.selector.measure(forward.valid.device):
+            rows = rows_of(forward, self.plan.tapped[layer])
+            wide = [
+                nn.utils.rnn.pad_sequence(per_sample, batch_first=True)
+                for per_sample in rows.values()
+            ]
+            group = forward.ledger.groups[self.plan.group_of[layer]]
+            past = group.length - forward.layout.index.shape[1]
+        wide.append(forward.layout.index[:, :0])
+        tap, places = self.taps[layer], torch.cat(wide, dim=1)
+        tap.captured = []
+        layout = forward.layout
+
+        def note(keys: Tensor) -> None:
+            keys = self._turned_back(forward, layer, keys).transpose(1, 2).flatten(2)
+            forward.recorded[layer, "keys"] = (layout, keys)
+
+        wanted = "keys" in self.plan.recorded.get(layer, ())
+        if places.shape[1] or wanted:
+            clock = forward.selector
+            taps.listen_rows(tap, places, group.valid, past, clock, note if wanted else None)
+        forward.attention[layer] = Heard(layout, rows, tap.captured, past)
+
+    def _turned_back(self, forward: Forward, layer: int, keys: Tensor) -> Tensor:
+        """Keys (b, h, k, d) as if every sample began at position 0.
+
+        Padding that counts in the positions turns all keys of a sample alike. Attention does not
+        notice, but a method that looks at the keys themselves would.
+        """
+        if not bool(forward.offset.any()):
+            return keys
+        attention = self.backbone.layers[layer].self_attn
+        rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+        if rotate is None:
+            raise UnsupportedModelError(
+                f"position_ids: {type(attention).__name__} has no apply_rotary_pos_emb with which "
+                "to compare keys of padded rows; pass position_ids that begin at 0 in each row"
+            )
+        cos, sin = self.family.rotary(self.backbone, layer, keys, -forward.offset.to(keys.device))
+        return rotate(keys, keys, cos, sin)[1]
+
+    def peek(self, forward: Forward, layer: int, kind: Rows, hidden: Tensor, cache: Any) -> Heard:
+        """Attention rows of decoder layer `layer`, were it run on `hidden` as it is."""
+        rows = rows_of(forward, {kind})
+        places = nn.utils.rnn.pad_sequence(rows[kind], batch_first=True)
+        group = forward.ledger.groups[self.plan.group_of[layer]]
+        past, valid = group.length, forward.layout.valid
+        tap = self.taps[layer]
+        captured: list[Tensor] = []
+        if places.shape[1]:
+            before = group.valid
+            if before is None:
+                before = valid.new_ones(valid.shape[0], past)
+            visible = torch.cat([before.to(valid.device), valid], dim=1)
+            taps.listen_rows(tap, places, visible, past, forward.selector)
+            positions = forward.rotary_positions(self.plan.group_of[layer]).to(hidden.device)
+            decoder: Any = self.backbone.layers[layer]
+            # What runs now is not the forward: its inputs are not to be recorded.
+            tap.silent, self.forward = True, None
+            try:
+                with torch.no_grad():
+                    decoder.self_attn(
+                        hidden_states=decoder.input_layernorm(hidden),
+                        position_embeddings=self.family.rotary(
+                            self.backbone, layer, hidden, positions
+                        ),
+                        attention_mask=None,
+                        past_key_values=_ReadOnly(cache, past) if past else None,
+                    )
+            finally:
+                tap.silent, tap.armed, self.forward = False, None, forward
+            captured, tap.captured = tap.captured, []
+        return Heard(forward.layout, rows, captured, past)
+
+
+class _ReadOnly:
+    """What a layer's cache would return on an update, without the update."""
+
+    def __init__(self, cache: Any, past: int) -> None:
+        self.layers, self.past = cache.layers, past
+
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        held = self.layers[layer_idx]
+        return (
+            torch.cat([held.keys[:, :, : self.past], keys], dim=2),
+            torch.cat([held.values[:, :, : self.past], values], dim=2),
+        )
