@@ -23,7 +23,7 @@ from .scenes import Question, generate
 
 SUITES: tuple[str, ...] = ("vtc_scenes", "vtc_photo", "vtc_mosaic")
 DEFAULT_LIMIT = 400
-_VERSION = 5
+_VERSION = 6
 """Part of the cache's key: raise it when the generator's pictures or questions change."""
 
 _MOST_FROM_ONE_SCENE = 3

@@ -17,7 +17,13 @@ from transformers import (
 from vtc.eval.embedded_vlm import EOS, IMAGE, IMAGE_TOKENS, build_model, embedded_path, load
 from vtc.eval.score import answers, is_right, prompt_of, score
 from vtc.eval.suite import scene_questions
-from vtc.eval.training.common import language_forward, to_pixels, vision_forward
+from vtc.eval.training.common import (
+    LOOKING_HEADS,
+    LOOKING_LAYERS,
+    language_forward,
+    to_pixels,
+    vision_forward,
+)
 
 Loaded = tuple[LlavaForConditionalGeneration, LlavaProcessor]
 
@@ -139,10 +145,19 @@ def test_the_training_forward_is_the_models_own() -> None:
         torch.testing.assert_close(last, states[-1], atol=2e-5, rtol=1e-4)
         language = model.model.language_model
         want = language(input_ids=ids).last_hidden_state
-        mask = torch.full((9, 9), -1e4).triu(1)[None, None]
+        mask = torch.full((9, 9), -1e4).triu(1).expand(2, 1, -1, -1)
         positions = torch.arange(9)[None].expand(2, -1)
-        found = language_forward(language, language.embed_tokens(ids), positions, mask)
+        where = torch.tensor([[0, 4], [1, 8]])
+        embedded = language.embed_tokens(ids)
+        found, looks = language_forward(language, embedded, positions, mask, where)
+        language.set_attn_implementation("eager")
+        attentions = language(input_ids=ids, output_attentions=True).attentions
     torch.testing.assert_close(found, want, atol=2e-3, rtol=2e-2)
+    assert len(looks) == len(LOOKING_LAYERS)
+    for layer, look in zip(LOOKING_LAYERS, looks, strict=True):
+        heads = attentions[layer][:, list(LOOKING_HEADS)]
+        expected = torch.stack([heads[row, :, place] for row, place in where.tolist()])
+        torch.testing.assert_close(look.exp(), expected, atol=1e-3, rtol=2e-2)
 
 
 def test_training_and_the_processor_see_the_same_pixels(loaded: Loaded) -> None:

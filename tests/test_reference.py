@@ -176,13 +176,17 @@ def test_signals_of_the_tower_equal_output_attentions(name: str, has_cls: bool, 
     projection.register_forward_hook(lambda module, args, output: caught.append(output[0]))
     with torch.no_grad():
         mean = tower(image[None], output_attentions=True).attentions[layer][0].mean(0)
-    _, grid, score, keys = encode(model, image, layer)
+    seen = encode(model, image, layer)
+    grid, score, keys = seen.grid, seen.score, seen.keys
     if has_cls:
         expected, vision_keys = mean[0, 1:], caught[0][1:]
     else:
         expected, vision_keys = mean.mean(0), caught[0]
     assert difference(score, expected) < 1e-6
     assert difference(keys, vision_keys) < EXACT
+    assert (seen.query is None) == (seen.cls is None) == (not has_cls)
+    projected = model.model.multi_modal_projector(seen.states)
+    assert difference(projected, seen.features) < EXACT
     side = int(len(grid) ** 0.5)
     assert grid[side].tolist() == [0, 1, 0]
     assert grid[-1].tolist() == [0, side - 1, side - 1]

@@ -15,6 +15,7 @@ from vtc.eval.labels import (
     FIELD_INDEX,
     FIELDS,
     GRID,
+    PATCH_SIZE,
     REGIONS,
     ROLE_INDEX,
     SHAPE_INDEX,
@@ -46,7 +47,7 @@ def test_layout_and_questions_are_pinned() -> None:
     text = repr(
         [[(q.question, q.answer) for q in generate(s, "test").questions] for s in range(40)]
     )
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "266348a0a3cdd862"
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "20b67c9dd16b5a15"
 
 
 def test_splits_show_different_scenes_and_texts() -> None:
@@ -98,12 +99,16 @@ def test_every_character_is_labelled_at_its_place(scenes: list[Scene]) -> None:
     for scene in scenes[:120]:
         for text in scene.prints:
             for k, glyph in enumerate(text.glyphs):
-                row, col = patch_of(glyph.x, glyph.y)
-                labels = scene.labels[:, row, col]
-                assert labels[FIELD_INDEX["char"]] == CHAR_INDEX[glyph.char]
-                assert labels[FIELD_INDEX["index"]] == 1 + k
-                assert labels[FIELD_INDEX["role"]] == ROLE_INDEX[text.role]
-                assert labels[FIELD_INDEX["last"]] == (k == len(text.text) - 1)
+                across = round(glyph.width / PATCH_SIZE)
+                first = glyph.width / 2 - PATCH_SIZE / 2
+                row, col = patch_of(glyph.x - first, glyph.y - first)
+                block = scene.labels[:, row : row + across, col : col + across]
+                assert block.shape[1:] == (across, across)
+                assert (block[FIELD_INDEX["char"]] == CHAR_INDEX[glyph.char]).all()
+                assert (block[FIELD_INDEX["index"]] == 1 + k).all()
+                assert (block[FIELD_INDEX["role"]] == ROLE_INDEX[text.role]).all()
+                assert (block[FIELD_INDEX["last"]] == (k == len(text.text) - 1)).all()
+                assert block[FIELD_INDEX["centre"]].sum() == block[FIELD_INDEX["centre"], 0, 0] == 1
 
 
 def test_objects_keep_apart_and_cover_less_than_half(scenes: list[Scene]) -> None:
@@ -166,6 +171,42 @@ def test_answers_are_true_and_the_only_ones(scenes: list[Scene]) -> None:
             kinds[question.type] += 1
     assert set(kinds) == set(TYPES)
     assert min(kinds.values()) > 80
+
+
+def test_evidence_is_where_the_answer_stands(scenes: list[Scene]) -> None:
+    """The boxes of a question hold what it is about, and nothing where there is nothing."""
+    seen: Counter[str] = Counter()
+    for scene in scenes[:200]:
+        for question in scene.questions:
+            boxes = question.evidence
+            seen[question.type] += 1
+            inside = [
+                next(o for o in scene.objects if abs(o.x - x) < 1e-6 and abs(o.y - y) < 1e-6)
+                for x, y in (((a + c) / 2, (b + d) / 2) for a, b, c, d in boxes)
+                if question.type not in ("digits", "word", "document")
+            ]
+            words = question.question[:-1].split()
+            named = {w for w in words if w in COLORS or w in SHAPES}
+            if question.type == "existence":
+                assert bool(boxes) == (question.answer == "yes")
+                assert all(named <= {o.color, o.shape} for o in inside)
+            elif question.type == "count":
+                assert len(boxes) == int(question.answer)
+            elif question.type == "attribute":
+                (item,) = inside
+                assert question.answer in (item.color, item.shape)
+            elif question.type == "relation":
+                first, second = inside
+                assert question.question.index(f"{first.color} {first.shape}") < (
+                    question.question.index(f"{second.color} {second.shape}")
+                )
+            elif question.type == "position":
+                (item,) = inside
+                assert question.answer in (f"{item.color} {item.shape}", REGIONS[item.region])
+            else:
+                text = next(p for p in scene.prints if p.boxes == boxes)
+                assert text.text == question.answer
+    assert set(seen) == set(TYPES)
 
 
 def test_guessing_does_not_pay(scenes: list[Scene]) -> None:
