@@ -89,7 +89,7 @@ class Stairs(Probe):
         return (self.first, self.second)
 
     def taps(self, num_layers: int) -> dict[int, Rows]:
-        return {0: "vision", self.first - 1: "last", self.second - 1: "text"}
+        return {0: "vision_text", self.first - 1: "last", self.second - 1: "text"}
 
     def peeks(self, num_layers: int) -> dict[int, Rows]:
         return {self.first: "text", self.second: "last"}

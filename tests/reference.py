@@ -346,6 +346,7 @@ class Truth:
             "last": prompt[-1:],
             "text": self.text.nonzero().flatten(),
             "vision": here[self.image[here] >= 0],
+            "vision_text": here[(self.image[here] >= 0) | self.text[here]],
         }
         asked, peeked = part.taps(self.num_layers), part.peeks(self.num_layers)
         ahead = None

@@ -405,9 +405,11 @@ def rows_of(forward: Forward, kinds: set[Rows]) -> dict[Rows, list[Tensor]]:
             if kind == "text":
                 wanted = forward.text[b, layout.index[b]] & layout.valid[b]
                 found[kind].append(wanted.nonzero().squeeze(1))
-            elif kind == "vision":
-                wanted = (forward.image[b, layout.index[b]] >= 0) & layout.valid[b]
-                found[kind].append(wanted.nonzero().squeeze(1))
+            elif kind != "last":
+                wanted = forward.image[b, layout.index[b]] >= 0
+                if kind == "vision_text":
+                    wanted |= forward.text[b, layout.index[b]]
+                found[kind].append((wanted & layout.valid[b]).nonzero().squeeze(1))
             else:
                 inside = layout.valid[b] & (layout.index[b] < end)
                 found[kind].append(inside.nonzero().squeeze(1)[-1:])

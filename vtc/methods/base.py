@@ -18,9 +18,9 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 Positions = Literal["original", "contiguous"]
-Rows = Literal["last", "text", "vision"]
+Rows = Literal["last", "text", "vision", "vision_text"]
 """Query rows whose attention a method may ask for: the prompt's last token, all of its text after
-the first vision token, or all vision tokens."""
+the first vision token, all vision tokens held now, or both of these in sequence order."""
 
 Record = Literal[
     "input", "output", "normed", "attention_in", "attention_out", "mlp_in", "mlp_out", "keys"
