@@ -21,7 +21,7 @@ from torch.nn.functional import log_softmax
 from transformers import LlavaForConditionalGeneration
 
 from tests.models import IMAGE, Sample
-from vtc.methods.base import LayerState, Method, Selection, VisionTokens
+from vtc.methods.base import EncoderState, LayerState, Method, Selection, VisionTokens
 
 
 # ---- the vision side ----------------------------------------------------------------------------
@@ -86,6 +86,67 @@ def encode(
     grid = torch.tensor([(0, r, c) for r in range(rows) for c in range(columns)])
     assert len(grid) == len(features) == len(score) == len(keys) == len(states)
     return Encoded(features, grid, score, keys, query, states, cls)
+
+
+@torch.no_grad()
+def encode_merging(
+    model: LlavaForConditionalGeneration, image: Tensor, method: Method
+) -> tuple[Tensor, Tensor]:
+    """Features (m, d) and places (m,), ascending, of an image (3, h, w) merged in the tower.
+
+    Tokens are lists of the patches they stand for; [CLS] is kept apart.
+    """
+    base = model.model
+    tower, config = base.vision_tower, model.config.vision_config
+    hidden = tower(image[None].to(model.dtype), output_hidden_states=True).hidden_states[0][0]
+    has_cls = hasattr(tower.embeddings, "class_embedding")
+    prefix, heads = int(has_cls), config.num_attention_heads
+    used = range(len(tower.encoder.layers) + 1)[model.config.vision_feature_layer]
+    groups = [[patch] for patch in range(len(hidden) - prefix)]
+    original, memory = len(groups), None
+    for i, layer in enumerate(tower.encoder.layers[:used]):
+        normed = layer.layer_norm1(hidden)
+        queries, keys, values = (
+            projection(normed).view(len(normed), heads, -1)
+            for projection in (
+                layer.self_attn.q_proj,
+                layer.self_attn.k_proj,
+                layer.self_attn.v_proj,
+            )
+        )
+        scores = torch.einsum("ihd,jhd->hij", queries, keys).float() * queries.shape[-1] ** -0.5
+        if method.weighs_sizes:
+            scores = scores + torch.tensor([1.0] * prefix + [len(g) for g in groups]).log()
+        probabilities = scores.softmax(-1)
+        mixed = torch.einsum("hij,jhd->ihd", probabilities.to(values.dtype), values)
+        hidden = hidden + layer.self_attn.out_proj(mixed.reshape(len(normed), -1))
+        mean = probabilities.mean(0)
+        state = EncoderState(
+            layer=i,
+            num_layers=used,
+            original=original,
+            has_cls=has_cls,
+            attention=mean[0, 1:] if has_cls else mean.mean(0),
+            keys=keys[prefix:],
+            values=values[prefix:],
+            cls_value=values[0] if has_cls else None,
+            size=torch.tensor([float(len(g)) for g in groups]),
+            memory=memory,
+        )
+        merging = method.merge(state)
+        if merging is not None:
+            rows, joined = list(hidden[:prefix]), []
+            for token in range(int(merging.target.max()) + 1):
+                members = (merging.target == token).nonzero().flatten().tolist()
+                weights = torch.tensor([float(len(groups[m])) for m in members])
+                contents = hidden[[prefix + m for m in members]] * weights[:, None]
+                rows.append(contents.sum(0) / weights.sum())
+                joined.append(sorted(patch for m in members for patch in groups[m]))
+            hidden, groups, memory = torch.stack(rows), joined, merging.memory
+        hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
+    order = sorted(range(len(groups)), key=lambda token: groups[token][0])
+    states = hidden[[prefix + token for token in order]]
+    return base.multi_modal_projector(states), torch.tensor([groups[t][0] for t in order])
 
 
 # ---- the decoder --------------------------------------------------------------------------------
@@ -212,6 +273,7 @@ class Truth:
         after = torch.arange(self.length) > (first if len(first) else self.length)
         self.text = after & (self.image < 0) & (torch.arange(self.length) < self.prompt_length)
         self.original = tuple(int((self.image == i).sum()) for i in range(sample.images))
+        self._merge_in_tower()
         self._compress_sequence()
         self._decide_layers()
 
@@ -236,6 +298,19 @@ class Truth:
         if contiguous:
             self.positions = self.positions - (gone.cumsum(0) - gone.long())
             self.shift += int(gone.sum())
+
+    def _merge_in_tower(self) -> None:
+        for part in self.parts:
+            if "encoder" not in part.stages:
+                continue
+            dropped = torch.zeros_like(self.alive)
+            for i, where in enumerate(self._where):
+                pixels = self.sample.pixel_values[i]
+                features, places = encode_merging(self.model, pixels, part)
+                dropped[where] = True
+                dropped[where[places]] = False
+                self.embeds[where[places]] = features
+            self._drop(dropped, part.positions == "contiguous")
 
     def _compress_sequence(self) -> None:
         for part in self.parts:

@@ -152,17 +152,20 @@ def _mlp_macs(text: Any, d: int, layers: int) -> tuple[int, ...] | None:
 
 
 # ---- the vision tower and the projector ---------------------------------------------------------
-def _vit(vision: Any, tokens: int, patches: int, prefix: int) -> float:
-    """FLOPs of a plain ViT over one tile: patch embedding, `tokens` through every layer."""
+def _vit(vision: Any, passed: Sequence[int], prefix: int) -> float:
+    """FLOPs of a plain ViT over one tile. `passed` are the patches that enter each layer, and those
+    that leave the last of these; layers beyond are as the last."""
     d = _get(vision, "hidden_size", "embed_dim")
     m = _get(vision, "intermediate_size", default=4 * d)
     layers = _get(vision, "num_hidden_layers", "depth")
     patch = _get(vision, "patch_size")
     patch = patch if isinstance(patch, int) else patch[0]
     pixels = _get(vision, "num_channels", "in_channels", default=3) * patch * patch
-    n = tokens + prefix
-    layer = 8 * n * d * d + 4 * n * n * d + 4 * n * d * m
-    return 2 * patches * pixels * d + layers * layer
+    total = 2.0 * passed[0] * pixels * d
+    for i in range(layers):
+        n, after = (passed[min(k, len(passed) - 1)] + prefix for k in (i, i + 1))
+        total += 8 * n * d * d + 4 * n * n * d + 4 * after * d * m
+    return total
 
 
 def _tile_patches(vision: Any) -> int:
@@ -181,18 +184,18 @@ def _siglip_head(vision: Any, n: int) -> float:
 
 
 def _vision_tower(
-    config: Any, images: Sequence[int], tiles: Sequence[int], patches: int | None
+    config: Any, images: Sequence[int], tiles: Sequence[int], patches: Sequence[int] | None
 ) -> float:
     vision = _get(config, "vision_config")
     kind = _get(vision, "model_type", default="") if vision is not None else ""
     family = _get(config, "model_type", default="")
     if kind in ("clip_vision_model", "siglip_vision_model", "internvl_vision"):
-        patches = patches or _tile_patches(vision)
+        patches = patches or [_tile_patches(vision)]
         prefix = 0 if kind == "siglip_vision_model" else 1
-        one = _vit(vision, patches, patches, prefix)
+        one = _vit(vision, patches, prefix)
         # InternVL's tower has no head; SigLIP's runs unless its configuration switches it off.
         if kind == "siglip_vision_model":
-            one += _siglip_head(vision, patches)
+            one += _siglip_head(vision, patches[-1])
         return one * sum(tiles)
     if family in ("qwen2_vl",):
         # Full attention over all patches of an image; two frames go into a patch.
@@ -247,11 +250,12 @@ _PROJECTORS: dict[str, Callable[[Any, int], float]] = {
 
 
 def _projected(
-    config: Any, images: Sequence[int], tiles: Sequence[int], patches: int | None
+    config: Any, images: Sequence[int], tiles: Sequence[int], patches: Sequence[int] | None
 ) -> int:
     """Tokens that go through the projector: every tile's, before anything is cut off."""
     if _get(config, "model_type") in ("llava", "llava_next", "llava_onevision"):
-        return (patches or _tile_patches(_get(config, "vision_config"))) * sum(tiles)
+        per_tile = patches[-1] if patches else _tile_patches(_get(config, "vision_config"))
+        return per_tile * sum(tiles)
     return sum(images)
 
 
@@ -279,7 +283,7 @@ def prefill_flops(
     images: int | Sequence[int] = (),
     *,
     tiles: Sequence[int] | None = None,
-    patches: int | None = None,
+    patches: int | Sequence[int] | None = None,
     logits: int = 1,
 ) -> Flops:
     """FLOPs of one sample's prefill, 2 per multiply-add.
@@ -292,7 +296,9 @@ def prefill_flops(
         tiles: for each image, the tiles that its vision tower ran on. Without it, as few as hold
             the image's tokens, which is exact for LLaVA-1.5 and InternVL and a lower bound where a
             family cuts padding off its tiles (LLaVA-NeXT, LLaVA-OneVision).
-        patches: of each tile, where the tower ran on a smaller one than its configuration says.
+        patches: of each tile, where the tower ran on a smaller one than its configuration says; a
+            sequence where patches are merged on the way: those that enter each layer, and those
+            that leave the last.
         logits: positions for which the output head runs; `generate` asks for one.
 
     Raises:
@@ -300,6 +306,7 @@ def prefill_flops(
             for each image.
     """
     lengths = _lengths(config, lengths)
+    patches = [patches] if isinstance(patches, int) else patches
     if isinstance(images, int):
         images = [_tile_tokens(config)] * images
     if tiles is not None and len(tiles) != len(images):

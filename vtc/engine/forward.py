@@ -24,7 +24,8 @@ class ImageSignals:
 
     Attributes:
         grid: (n, 3) positions of all its tokens.
-        kept: (k,) places filled by a run on fewer pixels, or `None` if all are.
+        kept: (k,) places filled by a run on fewer pixels or patches, or `None` if all are.
+        passed: patches that entered each tower layer and left the last, if they were merged there.
         tower: what each tower layer that is read shows of the tokens that are filled.
         encoder: (k, d_v) what the projector received of these, if it is read.
         cls: (d_v,) state of [CLS] beside it, where there is one.
@@ -32,6 +33,7 @@ class ImageSignals:
 
     grid: Tensor
     kept: Tensor | None = None
+    passed: tuple[int, ...] = ()
     tower: dict[int, TowerSignals] = field(default_factory=dict)
     encoder: Tensor | None = None
     cls: Tensor | None = None
@@ -172,10 +174,11 @@ class Forward:
 
     def samples(self, num_layers: int) -> list[Sample]:
         """The report of this prefill."""
-        totals: dict[int, list[tuple[int, int]]] = {}
+        totals: dict[int, list[tuple[int, int, tuple[int, ...]]]] = {}
         for span in self.spans:
             kept = span.signals.kept
-            sizes = len(span.index), len(span.index if kept is None else kept)
+            encoded = len(span.index if kept is None else kept)
+            sizes = len(span.index), encoded, span.signals.passed
             totals.setdefault(span.sample, []).append(sizes)
         vision = (self.image >= 0).sum(1).tolist()
         text = [int(n) - v for n, v in zip(self.valid.sum(1).tolist(), vision, strict=True)]
@@ -188,8 +191,9 @@ class Forward:
                         encoded,
                         tuple((layer, rows[b][i]) for layer, rows in sorted(self.counts.items())),
                         num_layers,
+                        passed,
                     )
-                    for i, (original, encoded) in enumerate(totals.get(b, []))
+                    for i, (original, encoded, passed) in enumerate(totals.get(b, []))
                 ),
                 num_layers,
             )

@@ -71,15 +71,17 @@ class ImageTokens:
 
     Attributes:
         original: its vision tokens before compression.
-        encoded: those that the vision tower made; fewer if it was given fewer pixels.
+        encoded: those that the vision tower made; fewer from fewer pixels or merged patches.
         steps: (layer, count) pairs: from decoder layer `layer` on, `count` tokens are left.
         num_layers: decoder layers in all.
+        passed: patches that entered each tower layer and left the last, if they were merged there.
     """
 
     original: int
     encoded: int
     steps: tuple[tuple[int, int], ...]
     num_layers: int
+    passed: tuple[int, ...] = ()
 
     @property
     def per_layer(self) -> tuple[int, ...]:
@@ -216,7 +218,11 @@ class Report:
                 images = [image.original for image in sample.images]
                 # One method reduces pixels for all images of a run alike.
                 reduced = {i.encoded for i in sample.images if i.encoded != i.original}
-                patches = reduced.pop() if reduced else None
+                patches: Any = reduced.pop() if reduced else None
+                if sample.images[0].passed:
+                    # Images may differ from layer to layer; their mean is close to the truth.
+                    columns = zip(*(i.passed for i in sample.images), strict=True)
+                    patches = [round(sum(column) / len(column)) for column in columns]
                 found = prefill_flops(self._config, sample.lengths, images, patches=patches)
                 costs.append(asdict(found))
         return {

@@ -30,7 +30,7 @@ class Tap:
     Attributes:
         module: the attention module.
         config: the config it had, which still says how it attends: it may be changed meanwhile.
-        armed: called with query (b, h, q, d), key (b, h_kv, k, d), the mask and the layer's other
+        armed: called with query (b, h, q, d), key and value (b, h_kv, k, d), the mask and the other
             arguments; `None` lets attention pass unheard.
         captured: what `armed` noted.
         silent: leave out the attention itself and return zeros: only what is heard is wanted.
@@ -76,7 +76,7 @@ def _tapped_attention(
     tap: Tap = module._vtc_tap
     if tap.armed is not None:
         with torch.no_grad():
-            tap.armed(query, key, attention_mask, kwargs)
+            tap.armed(query, key, value, attention_mask, kwargs)
     if tap.silent:
         return torch.zeros_like(query.transpose(1, 2)), None
     default = _default_attention(module)
@@ -139,7 +139,9 @@ def listen_rows(
         keys: called with the (b, h_kv, s, d) keys of this forward's tokens.
     """
 
-    def capture(query: Tensor, key: Tensor, mask: Any, options: Mapping[str, Any]) -> None:
+    def capture(
+        query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Mapping[str, Any]
+    ) -> None:
         with clock.measure(query.device):
             b, h, q, d = query.shape
             first = min(past, key.shape[2] - q)
@@ -202,7 +204,9 @@ def listen_tower(tap: Tap, has_cls: bool, clock: Stopwatch) -> None:
     The attention is [CLS]'s row where the tower has one, else what each token receives from all.
     """
 
-    def capture(query: Tensor, key: Tensor, mask: Any, options: Mapping[str, Any]) -> None:
+    def capture(
+        query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Mapping[str, Any]
+    ) -> None:
         scaling, softcap = options.get("scaling"), options.get("softcap")
         with clock.measure(query.device):
             keys = key.detach().transpose(1, 2).flatten(2)

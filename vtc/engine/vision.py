@@ -14,6 +14,7 @@ from vtc.families import Backbone, Family, UnsupportedModelError
 from vtc.methods.base import Method
 
 from . import taps
+from .encoder import EncoderSide, Merged
 from .forward import Forward, ImageSignals, ImageSpan
 from .report import Stopwatch
 
@@ -33,6 +34,10 @@ class VisionSide:
         self.reducer: Any = reducers[0] if reducers else None
         if self.reducer is not None:
             family.check_pixels(backbone)
+        mergers = [m for m in method.parts if "encoder" in m.stages]
+        if len(mergers) > 1 or (mergers and (reducers or method.parts[0] is not mergers[0])):
+            raise ValueError(f"method: in {method} merging in the tower must come first, and once")
+        self.merger = EncoderSide(family, backbone, mergers[0]) if mergers else None
         self.tower_layers: set[int] = set()
         self.reads_encoder = False
         for part in method.parts:
@@ -47,6 +52,11 @@ class VisionSide:
                         f"projector of {type(backbone.model).__name__}"
                     )
                 self.reads_encoder = True
+        if self.merger is not None and (self.tower_layers or self.reads_encoder):
+            raise ValueError(
+                f"method: in {method} patches are merged in the tower, after which its attention "
+                "no longer maps onto vision tokens, which another part reads"
+            )
         self.taps: dict[int, taps.Tap] = {}
         self.handles: list[Any] = []
         self.forget()
@@ -83,6 +93,8 @@ class VisionSide:
         for layer in self.tower_layers:
             modules = self.family.tower_attention(self.backbone)
             self.taps[layer] = taps.install(modules[layer])
+        if self.merger is not None:
+            self.merger.install()
         if self.reads_encoder:
             projector: Any = self.family.projector(self.backbone)
             self.handles = [
@@ -114,6 +126,8 @@ class VisionSide:
         for handle in self.handles:
             handle.remove()
         self.handles = []
+        if self.merger is not None:
+            self.merger.uninstall()
         for tap in self.taps.values():
             tap.remove()
         self.taps = {}
@@ -135,12 +149,15 @@ class VisionSide:
         started = self.clock.start(device)
         self.listening, self.cls_states, self.encoder_states = True, None, None
         reductions: list[tuple[tuple[int, int], tuple[int, int]]] | None = None
+        merged: list[Merged] = []
         try:
             if self.reducer is not None:
                 pixels = kwargs.pop("pixel_values")
                 out, reductions = self.family.downsampled_features(
                     self.backbone, original, pixels, self.reducer, kwargs
                 )
+            elif self.merger is not None:
+                out, merged = self.merger.encode(original, kwargs)
             else:
                 out = original(**kwargs)
         finally:
@@ -154,6 +171,11 @@ class VisionSide:
             kept = None
             if reductions is not None and reductions[i][0] != reductions[i][1]:
                 features, kept = _spread(features, *reductions[i])
+            elif merged and len(merged[i].places) < merged[i].original:
+                kept = merged[i].places
+                whole = features.new_zeros(merged[i].original, features.shape[1])
+                whole[kept] = features
+                features = whole
             height_width = None
             if image_sizes is not None:
                 height_width = (int(image_sizes[i][0]), int(image_sizes[i][1]))
@@ -161,6 +183,7 @@ class VisionSide:
                 ImageSignals(
                     grid=self.family.grid(self.backbone, len(features), height_width),
                     kept=kept,
+                    passed=merged[i].counts if merged else (),
                     tower=self._tower_signals(i, len(features) if kept is None else len(kept)),
                     **self._encoder_signals(i, len(features) if kept is None else len(kept)),
                 )
@@ -224,7 +247,7 @@ class VisionSide:
         for signals, size in zip(known, sizes, strict=True):
             b = rows[start]
             if signals is None:
-                if self.tower_layers or self.reads_encoder or self.reducer is not None:
+                if self.tower_layers or self.reads_encoder or self.shortens is not None:
                     raise ValueError(
                         f"mm_encoder_outputs: {self.method} reads the vision tower, and these "
                         "features did not come from get_image_features of the patched model"
@@ -235,9 +258,14 @@ class VisionSide:
             start += size
         return spans
 
+    @property
+    def shortens(self) -> Method | None:
+        """The method after which the tower makes fewer tokens, if there is one."""
+        return self.reducer if self.merger is None else self.merger.method
+
     def mark_uncoded(self, forward: Forward) -> None:
-        """Note the gaps that tokens left which fewer pixels never made, if gaps are to close."""
-        if self.reducer is None or self.reducer.positions != "contiguous":
+        """Note the gaps of tokens that the tower never made, if gaps are to close."""
+        if self.shortens is None or self.shortens.positions != "contiguous":
             return
         for span in forward.spans:
             if span.signals.kept is not None:

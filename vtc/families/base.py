@@ -45,7 +45,7 @@ class Family:
 
     name: ClassVar[str] = "generic"
     model_types: ClassVar[tuple[str, ...]] = ()
-    stages: ClassVar[tuple[str, ...]] = ("pixels", "sequence", "layers")
+    stages: ClassVar[tuple[str, ...]] = ("pixels", "encoder", "sequence", "layers")
 
     # ---- where things are ---------------------------------------------------------------------
     def backbone(self, model: nn.Module) -> Backbone:
@@ -100,6 +100,30 @@ class Family:
                 f"model: cannot read attention in the vision tower {type(backbone.tower).__name__}"
             )
         return modules  # type: ignore[return-value]
+
+    def encoder_layers(self, backbone: Backbone) -> list[Any]:
+        """The layers of the vision tower, if their parts are where a plain ViT has them."""
+        encoder = getattr(backbone.tower, "encoder", None)
+        layers = list(getattr(encoder, "layers", None) or ())
+        parts = ("layer_norm1", "self_attn", "layer_norm2", "mlp")
+        if not layers or any(not hasattr(layer, part) for layer in layers for part in parts):
+            raise UnsupportedModelError(
+                f"model: the layers of the vision tower {type(backbone.tower).__name__} have not "
+                f"the parts {', '.join(parts)} between which patches could be merged"
+            )
+        self.tower_attention(backbone)
+        return layers
+
+    def encoder_depth(self, backbone: Backbone) -> int:
+        """How many tower layers the features pass through."""
+        count = len(self.encoder_layers(backbone))
+        wanted = getattr(backbone.model.config, "vision_feature_layer", -1)
+        if not isinstance(wanted, int):
+            raise UnsupportedModelError(
+                f"model: features of the tower layers {wanted} are joined, which is impossible "
+                "once patches were merged between them"
+            )
+        return wanted if wanted >= 0 else count + 1 + wanted
 
     def has_cls(self, backbone: Backbone) -> bool:
         """Whether the first token of the tower is a [CLS] token."""

@@ -122,6 +122,54 @@ class LayerState:
 
 
 @dataclass(frozen=True)
+class EncoderState:
+    """The patches of one image inside the vision tower, between a layer's attention and its MLP.
+
+    [CLS], where there is one, is not among them: it is never merged nor dropped.
+
+    Attributes:
+        layer: 0-based index of the tower layer.
+        num_layers: tower layers whose output is used.
+        original: patches before anything was merged or dropped.
+        has_cls: whether a [CLS] token stands before the patches.
+        attention: (n,) attention from [CLS] in this layer, or received from all, mean over heads.
+        keys: (n, h, d) keys of this layer's attention.
+        values: (n, h, d) its values.
+        cls_value: (h, d) the value of [CLS], or `None`.
+        size: (n,) patches that each token stands for.
+        memory: (n,) what the method handed on from the layer before, or `None`.
+    """
+
+    layer: int
+    num_layers: int
+    original: int
+    has_cls: bool
+    attention: Tensor
+    keys: Tensor
+    values: Tensor
+    cls_value: Tensor | None
+    size: Tensor
+    memory: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.keys.shape[0]
+
+
+@dataclass(frozen=True)
+class Merging:
+    """Which tokens of a tower layer become one.
+
+    Attributes:
+        target: (n,) for each token the index, out of 0 to m - 1, of the token it becomes part of,
+            -1 for those that are dropped. Contents are averaged by size.
+        memory: (m,) numbers that the method wants to see again in the next layer.
+    """
+
+    target: Tensor
+    memory: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Selection:
     """Which tokens stay, in ascending order, and what they hold.
 
@@ -146,6 +194,8 @@ class Method:
         vision_layer: 0-based layer of the vision tower these are read from, negative from the
             last; a fraction is a share of the tower's depth.
         low_layer: layer of the vision tower that `low_attention` is read from.
+        weighs_sizes: whether, once tokens were merged in the tower, its attention counts a token
+            as often as it stands for patches: the logarithm of its size is added to the logits.
 
     A subclass sets `positions`, its default position convention: "original" keeps the rotary
     position each surviving token had in the full sequence; "contiguous" closes the gaps.
@@ -159,6 +209,7 @@ class Method:
     needs: ClassVar[frozenset[Signal]] = frozenset()
     vision_layer: ClassVar[int | float] = -1
     low_layer: ClassVar[int | float] = 0.25
+    weighs_sizes: ClassVar[bool] = False
 
     positions: Positions = "original"
 
@@ -177,6 +228,10 @@ class Method:
         _REGISTRY[name] = cls
 
     # ---- what a method implements -------------------------------------------------------------
+    def merge(self, state: EncoderState) -> Merging | None:
+        """Encoder stage: merge or drop patches in a tower layer, or `None` to leave them."""
+        raise TypeError(f"{type(self).__name__} does not act in the vision tower")
+
     def select(self, tokens: VisionTokens) -> Selection:
         """Sequence stage: choose among the vision tokens of one image."""
         raise TypeError(f"{type(self).__name__} does not act in the sequence stage")
@@ -209,8 +264,10 @@ class Method:
     # ---- what every method has ----------------------------------------------------------------
     @property
     def stages(self) -> tuple[str, ...]:
-        """The stages in which this method acts, out of "pixels", "sequence" and "layers"."""
+        """Where this method acts, out of "pixels", "encoder", "sequence" and "layers"."""
         found = []
+        if type(self).merge is not Method.merge:
+            found.append("encoder")
         if type(self).select is not Method.select:
             found.append("sequence")
         if type(self).prune is not Method.prune:

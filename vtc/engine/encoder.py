@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The encoder stage: patches merged or dropped inside the vision tower."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtc.families import Backbone, Family
+from vtc.methods.base import EncoderState, Merging, Method
+
+from . import taps
+from .override import Override
+
+
+@dataclass
+class _Patches:
+    """The tokens of one image on its way through the tower, without [CLS].
+
+    Attributes:
+        size: (n,) patches each stands for.
+        source: (n,) the first of these.
+        memory: (n,) what the method handed on.
+        counts: tokens that entered each layer, and those that left the last.
+    """
+
+    original: int
+    size: Tensor
+    source: Tensor
+    memory: Tensor | None
+    counts: list[int]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What became of one image: (m,) places of its tokens, ascending, and tokens by layer."""
+
+    places: Tensor
+    original: int
+    counts: tuple[int, ...]
+
+
+class EncoderSide:
+    """Runs the tower image by image, so that each may keep another number of patches a layer."""
+
+    def __init__(self, family: Family, backbone: Backbone, method: Method) -> None:
+        self.family, self.backbone, self.method = family, backbone, method
+        self.layers = family.encoder_layers(backbone)
+        self.used = family.encoder_depth(backbone)
+        self.has_cls = family.has_cls(backbone)
+        self.overrides: list[Override] = []
+        self.taps: list[taps.Tap] = []
+        self.patches: _Patches | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "patches": None}
+
+    def install(self) -> None:
+        for i, layer in enumerate(self.layers[: self.used]):
+            self.taps.append(taps.install(layer.self_attn))
+            run = functools.partial(self._layer, i)
+            self.overrides.append(Override(layer, "forward", run))
+
+    def uninstall(self) -> None:
+        for override in reversed(self.overrides):
+            override.remove()
+        for tap in self.taps:
+            tap.remove()
+        self.overrides, self.taps = [], []
+
+    def encode(
+        self, original: Callable[..., Any], kwargs: dict[str, Any]
+    ) -> tuple[Any, list[Merged]]:
+        """`get_image_features`, image by image; features (m, d) in the order of their places."""
+        pixels = kwargs.pop("pixel_values")
+        features, merged, out = [], [], None
+        for image in pixels.split(1):
+            self.patches = _Patches(0, pixels.new_empty(0), pixels.new_empty(0), None, [])
+            try:
+                out = original(pixel_values=image, **kwargs)
+            finally:
+                patches, self.patches = self.patches, None
+                for tap in self.taps:
+                    tap.armed = None
+            (found,) = out.pooler_output
+            places, order = patches.source.sort()
+            if len(found) != len(places):
+                raise RuntimeError(
+                    f"the projector made {len(found)} vision tokens of {len(places)} patches: "
+                    f"{self.method} cannot tell their places"
+                )
+            features.append(found[order])
+            merged.append(Merged(places, patches.original, tuple(patches.counts)))
+        assert out is not None
+        out.pooler_output = features
+        return out, merged
+
+    def _layer(
+        self,
+        i: int,
+        original: Callable[..., Any],
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        patches = self.patches
+        if patches is None:
+            return original(hidden_states, attention_mask, **kwargs)
+        layer: Any = self.layers[i]
+        prefix = int(self.has_cls)
+        if i == 0:
+            n = hidden_states.shape[1] - prefix
+            patches.original = n
+            patches.size = torch.ones(n, device=hidden_states.device)
+            patches.source = torch.arange(n, device=hidden_states.device)
+        patches.counts.append(len(patches.size))
+        heard: dict[str, Tensor] = {}
+
+        def capture(
+            query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Mapping[str, Any]
+        ) -> None:
+            rows = query[:, :, :1] if self.has_cls else query
+            bias = None if mask is None else mask[:, :, : rows.shape[2]]
+            scaling, softcap = options.get("scaling"), options.get("softcap")
+            received = taps.row_attention(rows, key, None, bias, scaling, softcap)
+            heard["attention"] = received[0].mean(0)
+            heard["keys"], heard["values"] = key[0].transpose(0, 1), value[0].transpose(0, 1)
+
+        self.taps[i].armed = capture
+        normed = layer.layer_norm1(hidden_states)
+        attended, _ = layer.self_attn(
+            hidden_states=normed, attention_mask=self._sizes(patches, normed), **kwargs
+        )
+        self.taps[i].armed = None
+        hidden = hidden_states + attended
+        state = EncoderState(
+            layer=i,
+            num_layers=self.used,
+            original=patches.original,
+            has_cls=self.has_cls,
+            attention=heard["attention"][prefix:],
+            keys=heard["keys"][prefix:],
+            values=heard["values"][prefix:],
+            cls_value=heard["values"][0] if prefix else None,
+            size=patches.size,
+            memory=patches.memory,
+        )
+        merging = self.method.merge(state)
+        if merging is not None:
+            rows = _merge(self.method, merging, patches, hidden[0, prefix:])
+            hidden = torch.cat([hidden[:, :prefix], rows[None]], dim=1)
+        if i == self.used - 1:
+            patches.counts.append(len(patches.size))
+        return hidden + layer.mlp(layer.layer_norm2(hidden))
+
+    def _sizes(self, patches: _Patches, hidden: Tensor) -> Tensor | None:
+        """(1, 1, t, t) logarithms of the tokens' sizes, to be added to attention logits."""
+        if not self.method.weighs_sizes or len(patches.size) == patches.original:
+            return None
+        if "flash" in (self.taps[0].config._attn_implementation or ""):
+            raise RuntimeError(
+                f"attn_implementation: {self.method} weighs attention in the vision tower, which "
+                "flash attention cannot; load the model with attn_implementation='sdpa'"
+            )
+        sizes = torch.cat([patches.size.new_ones(int(self.has_cls)), patches.size]).log()
+        return sizes.to(hidden.dtype)[None, None, None].expand(1, 1, len(sizes), -1)
+
+
+def _merge(method: Method, merging: Merging, patches: _Patches, rows: Tensor) -> Tensor:
+    """Contents (m, d) after `merging` of rows (n, d); sizes and places go along."""
+    target, n = merging.target, rows.shape[0]
+    if target.dtype != torch.long or target.shape != (n,):
+        raise ValueError(
+            f"{method.name}: target must be whole numbers of shape ({n},), got {target.dtype} "
+            f"{tuple(target.shape)}"
+        )
+    stays = target >= 0
+    m = int(target.max()) + 1
+    if m < 1 or len(target[stays].unique()) != m:
+        raise ValueError(f"{method.name}: target must use every index from 0 on, at least one")
+    if merging.memory is not None and merging.memory.shape != (m,):
+        raise ValueError(
+            f"{method.name}: memory must be of shape ({m},), got {tuple(merging.memory.shape)}"
+        )
+    chosen, weights = target[stays], patches.size[stays]
+    size = weights.new_zeros(m).index_add(0, chosen, weights)
+    contents = rows[stays].float() * weights[:, None]
+    merged = contents.new_zeros(m, rows.shape[1]).index_add(0, chosen, contents) / size[:, None]
+    first = torch.full((m,), patches.original, device=rows.device)
+    patches.source = first.scatter_reduce(0, chosen, patches.source[stays], "amin")
+    patches.size, patches.memory = size, merging.memory
+    return merged.to(rows.dtype)

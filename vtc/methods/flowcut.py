@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FlowCut: patches leave the vision tower step by step, as its attention settles."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vtc.methods.base import (
+    EncoderState,
+    Merging,
+    Method,
+    Positions,
+    budget,
+    check_choice,
+    check_keep,
+)
+from vtc.ops import top_k
+
+
+@dataclass(frozen=True)
+class FlowCut(Method):
+    """Drop patches in every second tower layer by a score that is averaged over the layers.
+
+    A patch's score is (relation + semantic) * density. Relation is the attention from [CLS];
+    semantic the softmax of the unscaled products of the value of [CLS] with all values, mean over
+    heads; both are divided by their sum over the patches. Density is the L1 norm of the patch's
+    value, mean over heads. Scores accumulate as 0.5 old + 0.5 new.
+
+    With `rem` layers to go to the last layer but one whose output is used, and `rem` even, about
+    (n - T) / sqrt(rem) * (1 - H^2) of n patches are dropped, where H in [0, 1] is the normalised
+    entropy of the attention from [CLS]: concentrated attention drops more. At `rem` = 0 exactly T
+    are left. All as in the official code for LLaVA-1.5, which takes the largest drop of a batch
+    for all of it; here each image has its own. The stage between decoder layers that the code adds
+    for LLaVA-NeXT is left out: `FlowCut(...) | FastV(...)` does as much.
+
+    Towers without [CLS] have no semantic term, and the attention that a patch receives is its
+    relation (the code averages the queries instead).
+
+    Args:
+        keep: T, as a fraction of an image's patches or a whole number.
+        positions: "contiguous" (the language model sees a shorter image) or "original".
+    """
+
+    name = "flowcut"
+    title = "FlowCut: pruning along the information flow in the tower"
+    paper = "arXiv:2505.19536"
+    year = 2025
+
+    keep: float | int = 0.25
+    positions: Positions = "contiguous"
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        check_choice("positions", self.positions, ("original", "contiguous"))
+
+    def merge(self, state: EncoderState) -> Merging | None:
+        """Targets of the n tokens, -1 for those that leave, and the scores of the others."""
+        n, wanted = len(state), budget(self.keep, state.original)
+        last = max(state.num_layers - 2, 0)
+        if n <= wanted or state.layer > last:
+            return None
+        score = _score(state)
+        if state.memory is not None:
+            score = 0.5 * state.memory + 0.5 * score
+        leaving = self.leaving(state.attention, wanted, last - state.layer)
+        stays = torch.zeros(n, dtype=torch.bool, device=score.device)
+        stays[top_k(score, max(n - leaving, wanted))] = True
+        target = torch.where(stays, stays.cumsum(0) - 1, -1)
+        return Merging(target, score[stays])
+
+    def leaving(self, attention: Tensor, wanted: int, rem: int) -> int:
+        """Patches to drop of the n that (n,) `attention` falls on, `rem` layers before the last."""
+        n = attention.shape[0]
+        if rem == 0:
+            return n - wanted
+        if rem % 2 or n < 2:
+            return 0
+        share = attention.float() / attention.float().sum()
+        entropy = float(torch.special.entr(share).sum()) / math.log(n)
+        return round((n - wanted) / math.sqrt(rem) * max(1 - entropy**2, 0.0))
+
+
+def _score(state: EncoderState) -> Tensor:
+    """(n,) fp32."""
+    values = state.values.float()
+    relation = state.attention.float()
+    relation = relation / relation.sum()
+    density = values.mean(1).abs().sum(1)
+    if state.cls_value is None:
+        return relation * density
+    cls = state.cls_value.float()
+    everything = torch.cat([cls[None], values])
+    semantic = torch.einsum("hd,nhd->hn", cls, everything).softmax(1).mean(0)[1:]
+    return (relation + semantic / semantic.sum()) * density

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ToMe: in every layer of the vision tower, the most similar patches become one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import normalize
+
+from vtc.methods.base import (
+    EncoderState,
+    Merging,
+    Method,
+    Positions,
+    budget,
+    check_choice,
+    check_keep,
+)
+
+
+@dataclass(frozen=True)
+class ToMe(Method):
+    """Merge r pairs of patches between the attention and the MLP of each tower layer.
+
+    Tokens are dealt out alternately to two sets A and B, [CLS] first and never merged. Each token
+    of A looks for the token of B with the most similar keys (cosine, mean over heads); the r best
+    pairs are merged, their contents averaged by the patches they stand for (section 3 of the
+    paper). With `proportional_attention` a token counts in later attention as often as it stands
+    for patches, as for the paper's models used without training.
+
+    The paper removes a constant r in every layer. Here r follows from the budget, as for VLMs the
+    tokens left are what counts: an even share of what is still too much, larger shares first, more
+    where halving in the layers left would not be enough. Only layers whose output the projector
+    gets take part (23 of CLIP's 24 in LLaVA). Ties go to the earlier token; the official code
+    sorts without stability. At the end tokens stand in the order of their first patches.
+
+    Args:
+        keep: fraction of an image's patches, or a whole number of tokens per image.
+        proportional_attention: whether sizes weigh in attention.
+        positions: "contiguous" (the language model sees a shorter image) or "original".
+    """
+
+    name = "tome"
+    title = "ToMe: token merging in the vision tower"
+    paper = "arXiv:2210.09461"
+    year = 2023
+
+    keep: float | int = 0.25
+    proportional_attention: bool = True
+    positions: Positions = "contiguous"
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        if not isinstance(self.proportional_attention, bool):
+            raise TypeError(
+                "proportional_attention: expected True or False, got "
+                f"{self.proportional_attention!r}"
+            )
+        check_choice("positions", self.positions, ("original", "contiguous"))
+
+    @property
+    def weighs_sizes(self) -> bool:  # type: ignore[override]
+        """As `proportional_attention` says."""
+        return self.proportional_attention
+
+    def merge(self, state: EncoderState) -> Merging | None:
+        """Targets of the n tokens: first what A keeps, then B, both in the order they came.
+
+        Raises:
+            ValueError: halving in every layer would not be enough.
+        """
+        n, wanted = len(state), budget(self.keep, state.original)
+        r = self.pairs(n, wanted, state.num_layers - state.layer)
+        if r == 0:
+            return None
+        keys = normalize(state.keys.float().mean(1), dim=-1)
+        # [CLS] takes the first place of A, so that with it the patches begin with B.
+        in_a = torch.arange(n, device=keys.device) % 2 == int(state.has_cls)
+        a, b = in_a.nonzero().squeeze(1), (~in_a).nonzero().squeeze(1)
+        best, partner = (keys[a] @ keys[b].T).max(1)
+        order = best.argsort(descending=True, stable=True)
+        merged = torch.zeros_like(a, dtype=torch.bool)
+        merged[order[:r]] = True
+        target = torch.empty(n, dtype=torch.long, device=keys.device)
+        rest = a[~merged]
+        target[rest] = torch.arange(len(rest), device=keys.device)
+        target[b] = len(rest) + torch.arange(len(b), device=keys.device)
+        target[a[merged]] = len(rest) + partner[merged]
+        return Merging(target)
+
+    def pairs(self, n: int, wanted: int, layers_left: int) -> int:
+        """Pairs to merge in a layer that n tokens enter, with `layers_left` layers, itself one."""
+        if n <= wanted:
+            return 0
+        # The layers after this one can halve at best; an odd token stays.
+        most = wanted
+        for _ in range(layers_left - 1):
+            most *= 2
+        r = max(-(-(n - wanted) // layers_left), n - most)
+        if r > n // 2:
+            least = n
+            for _ in range(layers_left):
+                least -= least // 2
+            raise ValueError(
+                f"keep: {layers_left} tower layers, each of which halves at best, cannot leave "
+                f"{wanted} of {n} tokens; at least {least}"
+            )
+        return r
