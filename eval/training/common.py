@@ -278,7 +278,8 @@ def with_muon(
     modules: Iterable[nn.Module], scale: float = 1.0
 ) -> list[tuple[list[nn.Parameter], float, bool]]:
     """Groups for :class:`MasterOptimizer`: matrices inside transformer layers go to Muon."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for module in modules:
         for name, parameter in module.named_parameters():
             inner = ".layers." in f".{name}" and parameter.ndim == 2

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from vtc.methods.base import (
     Compose,
+    EncoderState,
     LayerState,
+    Merging,
     Method,
     Positions,
     Rows,
@@ -16,17 +18,22 @@ from vtc.methods.base import (
 )
 from vtc.methods.downsample import Downsample
 from vtc.methods.fastv import FastV
+from vtc.methods.flowcut import FlowCut
 from vtc.methods.full import Full
 from vtc.methods.pool import Pool
 from vtc.methods.random import Random
 from vtc.methods.todre import ToDRE
+from vtc.methods.tome import ToMe
 
 __all__ = [
     "Compose",
     "Downsample",
+    "EncoderState",
     "FastV",
+    "FlowCut",
     "Full",
     "LayerState",
+    "Merging",
     "Method",
     "Pool",
     "Positions",
@@ -34,6 +41,7 @@ __all__ = [
     "Rows",
     "Selection",
     "ToDRE",
+    "ToMe",
     "VisionTokens",
     "make",
     "methods",
