@@ -41,8 +41,6 @@ from tests.models import (
 from tests.probes import Answers, Broken, Fixed, Merge, Nothing, Ragged, Spy, Stairs
 from tests.reference import Truth, token_loss
 from vtc.methods.base import LayerState, Method, Positions, VisionTokens
-from vtc.methods.flowcut import FlowCut
-from vtc.methods.tome import ToMe
 
 TOLERANCE = 1e-4
 CONTROL = 100 * TOLERANCE
@@ -61,10 +59,19 @@ METHODS: dict[str, Callable[[], Method]] = {
     "todre-maxsum-drops": lambda: vtc.make("todre", keep=0.25, mode="maxsum", tau=2.0),
     "todre-kcenter-stays": lambda: vtc.make("todre", keep=0.25, mode="kcenter", tau=0.0),
     "fastv": lambda: vtc.make("fastv", keep=0.5),
-    "tome": lambda: ToMe(keep=0.5),
-    "tome-plain-original": lambda: ToMe(0.3, proportional_attention=False, positions="original"),
-    "flowcut": lambda: FlowCut(keep=0.25),
-    "flowcut|fastv": lambda: FlowCut(keep=0.6) | vtc.make("fastv", keep=0.3),
+    "tome": lambda: vtc.make("tome", keep=0.5),
+    "tome-plain-original": lambda: vtc.ToMe(
+        keep=0.3, proportional_attention=False, positions="original"
+    ),
+    "flowcut": lambda: vtc.make("flowcut", keep=0.25),
+    "flowcut|fastv": lambda: vtc.FlowCut(keep=0.6) | vtc.make("fastv", keep=0.3),
+    "divprune": lambda: vtc.make("divprune", keep=0.2),
+    "visionzip": lambda: vtc.make("visionzip", keep=0.3),
+    "visionzip-original": lambda: vtc.make("visionzip", keep=0.3, positions="original"),
+    "pyramiddrop": lambda: vtc.make("pyramiddrop", keep=0.4),
+    "v2drop": lambda: vtc.make("v2drop"),
+    "dart": lambda: vtc.make("dart", keep=0.4),
+    "visionzip|dart": lambda: vtc.VisionZip(keep=0.6) | vtc.DART(keep=0.3, layer=3),
     "todre|fastv": lambda: (
         vtc.make("todre", keep=0.5, second_stage=False) | vtc.make("fastv", keep=0.25)
     ),

@@ -16,17 +16,24 @@ from vtc.methods.base import (
     make,
     methods,
 )
+from vtc.methods.dart import DART
+from vtc.methods.divprune import DivPrune
 from vtc.methods.downsample import Downsample
 from vtc.methods.fastv import FastV
 from vtc.methods.flowcut import FlowCut
 from vtc.methods.full import Full
 from vtc.methods.pool import Pool
+from vtc.methods.pyramiddrop import PyramidDrop
 from vtc.methods.random import Random
 from vtc.methods.todre import ToDRE
 from vtc.methods.tome import ToMe
+from vtc.methods.v2drop import V2Drop
+from vtc.methods.visionzip import VisionZip
 
 __all__ = [
+    "DART",
     "Compose",
+    "DivPrune",
     "Downsample",
     "EncoderState",
     "FastV",
@@ -37,12 +44,15 @@ __all__ = [
     "Method",
     "Pool",
     "Positions",
+    "PyramidDrop",
     "Random",
     "Rows",
     "Selection",
     "ToDRE",
     "ToMe",
+    "V2Drop",
     "VisionTokens",
+    "VisionZip",
     "make",
     "methods",
 ]

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -427,3 +428,32 @@ def budget(keep: float | int, n: int) -> int:
     """Tokens to keep out of `n`: a fraction rounded (at least 1), a whole number capped at n."""
     wanted = max(1, round(keep * n)) if isinstance(keep, float) else keep
     return min(wanted, n)
+
+
+def scale_layers(
+    given: tuple[int, ...] | None, published: tuple[int, ...], num_layers: int, depth: int = 32
+) -> tuple[int, ...]:
+    """The layers before which a method acts in a decoder of `num_layers`.
+
+    Args:
+        given: the user's, which must fit; `None` for those that were published.
+        published: for a decoder of `depth` layers; scaled, rounded half up, and kept apart. A
+            decoder too shallow for all of them gets as many as it has room for.
+
+    Raises:
+        ValueError: given layers that do not ascend, or that the decoder has not.
+    """
+    if given is not None:
+        if any(a >= b for a, b in pairwise(given)) or (given and given[-1] >= num_layers):
+            raise ValueError(
+                f"layers: expected ascending layers up to {num_layers - 1} in a model of "
+                f"{num_layers} decoder layers, got {given}"
+            )
+        return given
+    scaled: list[int] = []
+    for layer in published:
+        wanted = int(layer * num_layers / depth + 0.5)
+        wanted = max(wanted, scaled[-1] + 1 if scaled else 1)
+        if wanted < num_layers:
+            scaled.append(wanted)
+    return tuple(scaled)

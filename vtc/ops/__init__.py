@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from vtc.ops.greedy import farthest_first, max_sum
+from vtc.ops.greedy import farthest_first, max_sum, most_isolated
 from vtc.ops.pooling import Kernel, cell_grid, pool_grid
 from vtc.ops.ranking import top_k
 from vtc.ops.similarity import unit_rows
@@ -13,6 +13,7 @@ __all__ = [
     "cell_grid",
     "farthest_first",
     "max_sum",
+    "most_isolated",
     "pool_grid",
     "top_k",
     "unit_rows",

@@ -53,6 +53,29 @@ def farthest_first(features: Tensor, k: int, pivot: int | Tensor = 0) -> Tensor:
     return _greedy(features, k, pivot, torch.maximum)
 
 
+def most_isolated(features: Tensor, rows_at_once: int = 512) -> Tensor:
+    """The token whose most similar other token is least similar to it, by cosine.
+
+    Args:
+        features: (n, d) tokens, n at least 1.
+        rows_at_once: rows of the similarity matrix that are held at a time.
+
+    Returns:
+        0-d index, ties to the lowest.
+
+    Raises:
+        ValueError: features that are no matrix or not finite.
+    """
+    rows = unit_rows(features)
+    nearest = []
+    for start in range(0, rows.shape[0], rows_at_once):
+        block = rows[start : start + rows_at_once] @ rows.T
+        itself = torch.arange(block.shape[0], device=rows.device)
+        block[itself, itself + start] = -torch.inf
+        nearest.append(block.amax(1))
+    return torch.cat(nearest).argmin()
+
+
 def _greedy(
     features: Tensor, k: int, pivot: int | Tensor, combine: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:

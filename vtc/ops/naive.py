@@ -42,6 +42,14 @@ def farthest_first(features: Tensor, k: int, pivot: int = 0) -> Tensor:
     return torch.tensor(chosen, device=features.device)
 
 
+def most_isolated(features: Tensor) -> Tensor:
+    """Twin of `greedy.most_isolated`."""
+    similarity = cosines(features).tolist()
+    n = len(similarity)
+    nearest = [max([similarity[v][w] for w in range(n) if w != v], default=-1.0) for v in range(n)]
+    return torch.tensor(min(range(n), key=lambda v: (nearest[v], v)), device=features.device)
+
+
 def top_k(scores: Tensor, k: int) -> Tensor:
     """Twin of `ranking.top_k`."""
     values = scores.tolist()

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PyramidDrop: a shrinking share of the vision tokens, stage by stage of the decoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vtc.methods.base import (
+    LayerState,
+    Method,
+    Positions,
+    Rows,
+    Selection,
+    check_choice,
+    check_keep,
+    check_layer,
+    scale_layers,
+)
+from vtc.ops import top_k
+
+
+@dataclass(frozen=True)
+class PyramidDrop(Method):
+    """Before three decoder layers, keep the tokens that the prompt's last token looks at most.
+
+    The attention is that of the layer about to run (its norm, queries and keys on the hidden states
+    as they are), softmax over all keys, mean over heads. After stage s, int(N * keep ** s) of an
+    image's N tokens are left, each counted from N. All vision tokens of a sample compete for the
+    sum of the budgets of its images. Ties go to the earlier token.
+
+    Published for 32 layers: cuts before layers 8, 16 and 24, keep 0.5. For other budgets the
+    authors keep the powers and move the layers: before 2, 8 and 16, keep 0.5596, 0.4197 and 0.1916
+    leave 192, 128 and 64 of 576 tokens on average over the layers.
+
+    Args:
+        keep: share left by the first stage, its powers by the later ones; as a whole number, the
+            tokens per image that the last stage leaves.
+        layers: 0-based layers before which it cuts, ascending; by default a quarter, a half and
+            three quarters of the depth.
+        positions: "contiguous" (as in the code) or "original".
+    """
+
+    name = "pyramiddrop"
+    title = "PyramidDrop: progressive pruning by stages"
+    paper = "arXiv:2410.17247"
+    year = 2024
+
+    keep: float | int = 0.5
+    layers: tuple[int, ...] | None = None
+    positions: Positions = "contiguous"
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(self.layers))
+            for layer in self.layers:
+                check_layer("layers", layer, lowest=1)
+        check_choice("positions", self.positions, ("original", "contiguous"))
+
+    def prune_layers(self, num_layers: int) -> tuple[int, ...]:
+        """The layers before which it cuts.
+
+        Raises:
+            ValueError: layers that do not ascend, or that the model has not.
+        """
+        return scale_layers(self.layers, (8, 16, 24), num_layers)
+
+    def peeks(self, num_layers: int) -> dict[int, Rows]:
+        """The prompt's last row of every layer before which it cuts."""
+        return dict.fromkeys(self.prune_layers(num_layers), "last")
+
+    def left(self, n: int, stage: int, stages: int) -> int:
+        """Tokens of an image of n that stage 1, 2, ... of `stages` leaves, at least one."""
+        share = self.keep
+        if isinstance(share, int):
+            share = min(share / n, 1.0) ** (1 / stages)
+            return max(1, round(n * share**stage))
+        return max(1, int(n * share**stage))
+
+    def prune(self, state: LayerState) -> Selection | None:
+        """Ascending indices among the sample's vision tokens, or `None` if all fit the budget."""
+        layers = self.prune_layers(state.num_layers)
+        stage, vision = 1 + layers.index(state.layer), state.vision
+        k = sum(self.left(n, stage, len(layers)) for n in state.original)
+        if k >= vision.shape[0] or state.ahead is None:
+            return None
+        return Selection(top_k(state.ahead[-1, vision], k).sort().values)

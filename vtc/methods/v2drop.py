@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""V2Drop: vision tokens that a decoder layer hardly changes are dropped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vtc.methods.base import (
+    LayerState,
+    Method,
+    Positions,
+    Record,
+    Selection,
+    check_choice,
+    check_layer,
+    scale_layers,
+)
+from vtc.ops import top_k
+
+
+@dataclass(frozen=True)
+class V2Drop(Method):
+    """Before three decoder layers, keep the tokens that the layer before changed most.
+
+    The change is the L2 distance between the hidden states that enter layer l and layer l - 1,
+    without a norm. Of the n tokens held, int(n * share) are left, at least one, or none where the
+    share is 0. The last share is 0 in all published settings; the code leaves one token even there,
+    which `one_stays` restores. Tokens of several images compete with one another. Ties go to the
+    earlier token.
+
+    Published for LLaVA-1.5-7B, before layers 3, 17 and 22 of 32, shares (0.5, 0.3, 0), (0.28, 0.25,
+    0) and (0.05, 0.05, 0) for 192, 128 and 64 tokens on average over the layers. The repository's
+    own literal is (0.5, 0.5, 0), which is none of these.
+
+    Args:
+        keep: share left by the first cut, in (0, 1]; 1.0 drops nothing anywhere.
+        then: shares left by the later cuts, of what they find.
+        layers: 0-based layers before which it cuts, ascending; by default 3, 17 and 22, scaled from
+            32 layers to the depth.
+        one_stays: whether a share of 0 leaves one token.
+        positions: "original" (as in the code) or "contiguous".
+    """
+
+    name = "v2drop"
+    title = "V2Drop: dropping by variation between layers"
+    paper = "arXiv:2509.01552"
+    year = 2025
+
+    keep: float = 0.28
+    then: tuple[float, ...] = (0.25, 0.0)
+    layers: tuple[int, ...] | None = None
+    one_stays: bool = False
+    positions: Positions = "original"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "then", tuple(self.then))
+        for name, share in (("keep", self.keep), *(("then", share) for share in self.then)):
+            lowest = 0.0 if name == "then" else 1e-9
+            if isinstance(share, bool) or not isinstance(share, (int, float)):
+                raise TypeError(f"{name}: expected a share of the tokens, got {share!r}")
+            if not lowest <= share <= 1:
+                raise ValueError(f"{name}: a share must lie in [0, 1], got {share!r}")
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(self.layers))
+            if len(self.layers) != 1 + len(self.then):
+                raise ValueError(
+                    f"layers: expected {1 + len(self.then)}, one for keep and each share of then, "
+                    f"got {len(self.layers)}"
+                )
+            for layer in self.layers:
+                check_layer("layers", layer, lowest=1)
+        check_choice("positions", self.positions, ("original", "contiguous"))
+
+    def prune_layers(self, num_layers: int) -> tuple[int, ...]:
+        """The layers before which it cuts.
+
+        Raises:
+            ValueError: layers that do not ascend, or that the model has not.
+        """
+        published = (3, 17, 22)[: 1 + len(self.then)]
+        return scale_layers(self.layers, published, num_layers)
+
+    def records(self, num_layers: int) -> dict[int, frozenset[Record]]:
+        """What enters the layers before its cuts."""
+        return {layer - 1: frozenset({"input"}) for layer in self.prune_layers(num_layers)}
+
+    def prune(self, state: LayerState) -> Selection | None:
+        """Ascending indices among the sample's vision tokens, or `None` to keep all."""
+        if self.keep == 1:
+            return None
+        stage = self.prune_layers(state.num_layers).index(state.layer)
+        share, vision = (self.keep, *self.then)[stage], state.vision
+        least = 0 if share == 0 and not self.one_stays else 1
+        k = max(least, int(vision.shape[0] * share))
+        if k >= vision.shape[0]:
+            return None
+        before = state.recorded[state.layer - 1, "input"][vision]
+        change = (state.hidden[vision].float() - before.float()).norm(dim=1)
+        return Selection(top_k(change, k).sort().values)

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""VisionZip: the patches [CLS] looks at, and a few that stand for all the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vtc.methods.base import (
+    Method,
+    Positions,
+    Selection,
+    VisionTokens,
+    budget,
+    check_choice,
+    check_keep,
+)
+from vtc.ops import top_k
+
+
+@dataclass(frozen=True)
+class VisionZip(Method):
+    """Dominant tokens by attention from [CLS], contextual ones by merging the rest.
+
+    Of T tokens, D are dominant: [CLS] itself and the D - 1 patches that it attends to most, in the
+    tower layer whose output is used. Of the other patches, C at even steps are targets; each
+    remaining patch joins the target with the most similar key (cosine, keys averaged over heads),
+    and a target becomes its own state plus the mean state of those that joined it. The code adds,
+    which lengthens the states; `merge_by="mean"` halves the sum instead. Merged states and [CLS] go
+    through the projector.
+
+    Published splits of 192, 128 and 64: 162 + 30, 108 + 20 and 54 + 10, [CLS] counted among the
+    first; `contextual` is the second's share. The language model sees [CLS], the dominant patches
+    in raster order, then the contextual tokens, as in the code; with original positions every token
+    stands at its patch instead, [CLS] at the first patch that is not kept. Towers without [CLS]
+    rank by the attention a patch receives (appendix A.2), and all D are patches.
+
+    Args:
+        keep: T, as a fraction of an image's tokens or a whole number of tokens per image.
+        contextual: C / T, in [0, 1); C is at least 1 where it is not 0 and T above 1.
+        merge_by: "sum" (as in the code) or "mean".
+        positions: "contiguous" (as in LLaVA) or "original".
+    """
+
+    name = "visionzip"
+    title = "VisionZip: dominant and contextual tokens"
+    paper = "arXiv:2412.04467"
+    year = 2024
+    needs = frozenset({"cls_attention", "keys", "encoder"})
+    vision_layer = -2
+
+    keep: float | int = 0.1111
+    contextual: float = 10 / 64
+    merge_by: Literal["sum", "mean"] = "sum"
+    positions: Positions = "contiguous"
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        if isinstance(self.contextual, bool) or not isinstance(self.contextual, (int, float)):
+            raise TypeError(f"contextual: expected a share in [0, 1), got {self.contextual!r}")
+        if not 0 <= self.contextual < 1:
+            raise ValueError(f"contextual: expected a share in [0, 1), got {self.contextual!r}")
+        check_choice("merge_by", self.merge_by, ("sum", "mean"))
+        check_choice("positions", self.positions, ("original", "contiguous"))
+
+    def split(self, total: int) -> tuple[int, int]:
+        """Dominant ([CLS] included) and contextual tokens out of `total`."""
+        if self.contextual == 0 or total == 1:
+            return total, 0
+        contextual = min(max(1, round(total * self.contextual)), total - 1)
+        return total - contextual, contextual
+
+    def select(self, tokens: VisionTokens) -> Selection:
+        """(T,) ascending indices and (T, d) contents.
+
+        Raises:
+            ValueError: `tokens` comes without the signals in `needs`.
+        """
+        n, device = len(tokens), tokens.features.device
+        total = budget(self.keep, n)
+        if total >= n:
+            return Selection(torch.arange(n, device=device))
+        attention, keys, states = tokens.cls_attention, tokens.keys, tokens.encoder
+        if attention is None or keys is None or states is None or tokens.project is None:
+            raise ValueError(
+                "cls_attention, keys, encoder: VisionZip needs them, got tokens without"
+            )
+        cls = tokens.encoder_cls
+        dominant_count, contextual_count = self.split(total)
+        patches = dominant_count - (cls is not None)
+        dominant = top_k(attention, patches).sort().values
+        rest = _others(dominant, n)
+        # Evenly spaced; there are enough, as fewer tokens are kept than there are.
+        step = max(1, len(rest) // max(contextual_count, 1))
+        targets = rest[::step][:contextual_count]
+        merged = self._merged(states, keys.view(n, tokens.heads, -1).mean(1), rest, targets)
+        new = [] if cls is None else [tokens.project(cls[None])]
+        if contextual_count:
+            new.append(tokens.project(merged.to(states.dtype)))
+        own = torch.cat([dominant, targets])
+        if cls is None:
+            slots = own
+            contents = torch.cat([tokens.features[dominant], *new])
+        else:
+            slots = torch.cat([_others(own.sort().values, n)[:1], own])
+            contents = torch.cat([new[0], tokens.features[dominant], *new[1:]])
+        order = slots.argsort()
+        if self.positions == "original":
+            contents = contents[order]
+        return Selection(slots[order], contents)
+
+    def _merged(self, states: Tensor, keys: Tensor, rest: Tensor, targets: Tensor) -> Tensor:
+        """(C, d_v) states of the targets after the other patches of `rest` have joined them."""
+        joining = rest[~torch.isin(rest, targets)]
+        held = states[targets].float()
+        if not len(joining) or not len(targets):
+            return held
+        metric = normalize(keys.float(), dim=1)
+        nearest = (metric[joining] @ metric[targets].T).argmax(1)
+        count = held.new_zeros(len(targets)).index_add(0, nearest, held.new_ones(len(joining)))
+        total = torch.zeros_like(held).index_add(0, nearest, states[joining].float())
+        mean = total / count.clamp(min=1)[:, None]
+        if self.merge_by == "sum":
+            return held + mean
+        return torch.where(count[:, None] > 0, (held + mean) / 2, held)
+
+
+def _others(chosen: Tensor, n: int) -> Tensor:
+    """(n - k,) ascending indices that are not among the (k,) `chosen`."""
+    free = torch.ones(n, dtype=torch.bool, device=chosen.device)
+    free[chosen] = False
+    return free.nonzero().squeeze(1)
