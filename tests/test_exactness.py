@@ -71,6 +71,20 @@ METHODS: dict[str, Callable[[], Method]] = {
     "pyramiddrop": lambda: vtc.make("pyramiddrop", keep=0.4),
     "v2drop": lambda: vtc.make("v2drop"),
     "dart": lambda: vtc.make("dart", keep=0.4),
+    "scope": lambda: vtc.make("scope", keep=0.3),
+    "mmtok": lambda: vtc.make("mmtok", keep=0.3),
+    "catp": lambda: vtc.make("catp", keep=0.3),
+    "transprune": lambda: vtc.make("transprune"),
+    "transprune-original": lambda: vtc.make(
+        "transprune",
+        schedule="low",
+        direction="signed",
+        softmax_scope="sequence",
+        positions="original",
+    ),
+    "visionzip|transprune": lambda: (
+        vtc.VisionZip(keep=0.6) | vtc.TransPrune(schedule="after_selection")
+    ),
     "visionzip|dart": lambda: vtc.VisionZip(keep=0.6) | vtc.DART(keep=0.3, layer=3),
     "todre|fastv": lambda: (
         vtc.make("todre", keep=0.5, second_stage=False) | vtc.make("fastv", keep=0.25)

@@ -114,13 +114,13 @@ class VisionSide:
                 f"model: the projector of {type(self.backbone.model).__name__} mixes patches, "
                 f"and {self.method} reads one patch state for each vision token"
             )
-        self.encoder_states = args[0].detach()
+        # With its gradient: merged states are contents, not only a signal.
+        self.encoder_states = args[0]
 
     def project(self, states: Tensor) -> Tensor:
         """The projector, on patch states (k, d_v) of one image."""
         projector: Any = self.family.projector(self.backbone)
-        with torch.no_grad():
-            return projector(states[None])[0]
+        return projector(states[None])[0]
 
     def uninstall(self) -> None:
         for handle in self.handles:

@@ -16,22 +16,28 @@ from vtc.methods.base import (
     make,
     methods,
 )
+from vtc.methods.catp import CATP
 from vtc.methods.dart import DART
 from vtc.methods.divprune import DivPrune
 from vtc.methods.downsample import Downsample
 from vtc.methods.fastv import FastV
 from vtc.methods.flowcut import FlowCut
 from vtc.methods.full import Full
+from vtc.methods.mmtok import MMTok
 from vtc.methods.pool import Pool
 from vtc.methods.pyramiddrop import PyramidDrop
 from vtc.methods.random import Random
+from vtc.methods.scope import SCOPE
 from vtc.methods.todre import ToDRE
 from vtc.methods.tome import ToMe
+from vtc.methods.transprune import TransPrune
 from vtc.methods.v2drop import V2Drop
 from vtc.methods.visionzip import VisionZip
 
 __all__ = [
+    "CATP",
     "DART",
+    "SCOPE",
     "Compose",
     "DivPrune",
     "Downsample",
@@ -40,6 +46,7 @@ __all__ = [
     "FlowCut",
     "Full",
     "LayerState",
+    "MMTok",
     "Merging",
     "Method",
     "Pool",
@@ -50,6 +57,7 @@ __all__ = [
     "Selection",
     "ToDRE",
     "ToMe",
+    "TransPrune",
     "V2Drop",
     "VisionTokens",
     "VisionZip",

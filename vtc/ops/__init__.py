@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from vtc.ops.coverage import coverage_greedy
 from vtc.ops.greedy import farthest_first, max_sum, most_isolated
 from vtc.ops.pooling import Kernel, cell_grid, pool_grid
 from vtc.ops.ranking import top_k
@@ -11,6 +12,7 @@ from vtc.ops.similarity import unit_rows
 __all__ = [
     "Kernel",
     "cell_grid",
+    "coverage_greedy",
     "farthest_first",
     "max_sum",
     "most_isolated",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vtc.ops.coverage import EQUAL
 from vtc.ops.similarity import unit_rows
 
 
@@ -98,3 +99,23 @@ def resize_plane(features: Tensor, rows: int, cols: int, cells: tuple[int, int])
     plane = features.float().reshape(1, rows, cols, -1).permute(0, 3, 1, 2)
     small = F.interpolate(plane, size=cells, mode="bilinear", antialias=True)
     return small.permute(0, 2, 3, 1).reshape(cells[0] * cells[1], -1).to(features.dtype)
+
+
+def coverage_greedy(
+    similarity: Tensor, k: int, factor: Tensor | None = None, bonus: Tensor | None = None
+) -> Tensor:
+    """Twin of `coverage.coverage_greedy`: every gain is taken anew from all chosen columns."""
+    rows, n = similarity.tolist(), similarity.shape[1]
+    chosen: list[int] = []
+
+    def gain(j: int) -> float:
+        added = sum(max(0.0, row[j] - max([0.0, *(row[c] for c in chosen)])) for row in rows)
+        added *= 1.0 if factor is None else float(factor[j])
+        return added + (0.0 if bonus is None else float(bonus[j]))
+
+    while len(chosen) < k:
+        rest = [j for j in range(n) if j not in chosen]
+        gains = {j: gain(j) for j in rest}
+        best = max(gains.values())
+        chosen.append(min(j for j in rest if gains[j] >= best - EQUAL * abs(best)))
+    return torch.tensor(chosen, dtype=torch.long, device=similarity.device)

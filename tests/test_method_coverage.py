@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SCOPE, MMTok and CATP as pure functions, and the greedy coverage they share."""
+
+from __future__ import annotations
+
+from itertools import combinations, pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import vtc
+from vtc.methods.base import LayerState, VisionTokens
+from vtc.ops import coverage_greedy, naive
+
+quick = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def vision_tokens(n: int, seed: int = 0, **more: Any) -> VisionTokens:
+    signals: dict[str, Any] = {
+        "features": randn(n, 6, seed=seed),
+        "grid": torch.cartesian_prod(torch.arange(1), torch.arange(1), torch.arange(n)),
+        "cls_attention": torch.rand(n, generator=torch.Generator().manual_seed(seed + 1)).double(),
+        "encoder": randn(n, 5, seed=seed + 2),
+        "text": randn(4, 6, seed=seed + 3),
+        "segment": randn(3, 6, seed=seed + 4),
+    }
+    return VisionTokens(**{**signals, **more})
+
+
+def covered(similarity: Tensor, chosen: tuple[int, ...]) -> float:
+    """The value of a choice: what every row is covered by, from 0 on."""
+    return float(similarity[:, list(chosen)].amax(1).clamp_min(0).sum())
+
+
+# ---- the op -------------------------------------------------------------------------------------
+@quick
+@given(st.integers(1, 12), st.integers(1, 14), st.integers(0, 9), st.booleans(), st.booleans())
+def test_coverage_is_the_naive_one(m: int, n: int, seed: int, weighs: bool, adds: bool) -> None:
+    similarity, k = randn(m, n, seed=seed), min(n, 5)
+    factor = randn(n, seed=seed + 1).abs() if weighs else None
+    bonus = randn(n, seed=seed + 2).abs() if adds else None
+    found = coverage_greedy(similarity, k, factor, bonus)
+    assert found.tolist() == naive.coverage_greedy(similarity, k, factor, bonus).tolist()
+
+
+@quick
+@given(st.integers(0, 30))
+def test_greedy_coverage_is_near_the_best(seed: int) -> None:
+    similarity = (1 + naive.cosines(randn(9, 4, seed=seed))) / 2
+    greedy = covered(similarity, tuple(coverage_greedy(similarity, 3).tolist()))
+    best = max(covered(similarity, three) for three in combinations(range(9), 3))
+    assert greedy >= (1 - 1 / 2.718281828) * best
+    values = [
+        covered(similarity, tuple(coverage_greedy(similarity, k).tolist())) for k in range(1, 7)
+    ]
+    gains = [values[0], *(b - a for a, b in pairwise(values))]
+    assert all(a >= b - 1e-9 for a, b in pairwise(gains))
+    assert min(gains) >= -1e-9
+
+
+def test_tokens_that_cover_each_other_best_are_equal() -> None:
+    """Their gains are equal but for rounding, which must not decide."""
+    rows = randn(12, 3, seed=4)
+    rows[7] = rows[2] + 0.1 * rows[5]
+    for noise in range(5):
+        shaken = rows * (1 + 1e-7 * randn(12, 3, seed=noise))
+        similarity = (1 + naive.cosines(shaken)) / 2
+        assert (
+            coverage_greedy(similarity, 10).tolist()
+            == coverage_greedy((1 + naive.cosines(rows)) / 2, 10).tolist()
+        )
+
+
+def test_a_copy_adds_nothing_and_ties_go_to_the_first() -> None:
+    rows = torch.eye(3)[[0, 0, 1, 2]]
+    assert coverage_greedy(rows @ rows.T, 4).tolist() == [0, 2, 3, 1]
+    assert coverage_greedy(torch.ones(3, 4), 2).tolist() == [0, 1]
+    for k in (-1, 5):
+        with pytest.raises(ValueError, match="k"):
+            coverage_greedy(torch.ones(3, 4), k)
+    with pytest.raises(ValueError, match="similarity"):
+        coverage_greedy(torch.ones(4), 1)
+
+
+# ---- SCOPE --------------------------------------------------------------------------------------
+def test_scope_with_even_saliency_is_facility_location() -> None:
+    tokens = vision_tokens(12, cls_attention=torch.full((12,), 0.1).double())
+    assert tokens.encoder is not None
+    plain = coverage_greedy(naive.cosines(tokens.encoder), 4).sort().values
+    assert vtc.SCOPE(keep=4).select(tokens).indices.tolist() == plain.tolist()
+    other = vision_tokens(12)
+    assert vtc.SCOPE(keep=4, alpha=0).select(other).indices.tolist() == plain.tolist()
+
+
+def test_scope_takes_what_is_looked_at_first() -> None:
+    attention = torch.zeros(12).double()
+    attention[[2, 5, 9]] = torch.tensor([0.1, 0.3, 0.6]).double()
+    tokens = vision_tokens(12, cls_attention=attention)
+    assert vtc.SCOPE(keep=3).select(tokens).indices.tolist() == [2, 5, 9]
+    assert len(vtc.SCOPE(keep=1.0).select(tokens).indices) == 12
+    with pytest.raises(ValueError, match="cls_attention"):
+        vtc.SCOPE(keep=3).select(vision_tokens(12, cls_attention=None))
+
+
+# ---- MMTok --------------------------------------------------------------------------------------
+def test_mmtok_first_takes_what_the_text_names() -> None:
+    tokens = vision_tokens(12)
+    word = tokens.features[7:8] + 0.01
+    asked = vision_tokens(12, text=word)
+    method = vtc.MMTok(keep=1, alpha=0, text_temperature=1e-3)
+    assert method.select(asked).indices.tolist() == [7]
+
+
+@quick
+@given(st.integers(4, 14), st.integers(0, 5), st.integers(0, 3))
+def test_mmtok_covers_text_and_image_as_defined(n: int, seed: int, words: int) -> None:
+    tokens = vision_tokens(n, seed, text=randn(words, 6, seed=seed + 9))
+    assert tokens.encoder is not None
+    assert tokens.text is not None
+    rows = [0.5 * (naive.cosines(tokens.encoder) / 0.2).softmax(1) / n]
+    for word in tokens.text:
+        cosines = torch.stack([torch.cosine_similarity(word, f, dim=0) for f in tokens.features])
+        rows.append((cosines / 0.02).softmax(0)[None] / words)
+    expected = naive.coverage_greedy(torch.cat(rows), n // 2).sort().values
+    assert vtc.MMTok(keep=n // 2).select(tokens).indices.tolist() == expected.tolist()
+
+
+# ---- CATP ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("keep", "half"), [(192, 384), (128, 352), (64, 320)])
+def test_catp_halves_what_is_to_go_as_published(keep: int, half: int) -> None:
+    assert vtc.CATP(keep=keep).halfway(576) == half
+
+
+def test_catp_selects_by_coverage_and_alignment() -> None:
+    tokens = vision_tokens(10)
+    assert tokens.segment is not None
+    similarity = (1 + naive.cosines(tokens.features)) / 2
+    plain = coverage_greedy(similarity, 6).sort().values
+    assert vtc.CATP(keep=2, align=0).select(tokens).indices.tolist() == plain.tolist()
+    mean = tokens.segment.float().mean(0).double()
+    aligned = torch.stack([torch.cosine_similarity(f, mean, dim=0) for f in tokens.features])
+    best = aligned.topk(6).indices.sort().values
+    assert vtc.CATP(keep=2, align=1e6).select(tokens).indices.tolist() == best.tolist()
+    assert len(vtc.CATP(keep=1.0).select(tokens).indices) == 10
+
+
+def icl_state(layer: int, images: tuple[int, ...], seed: int = 0, rise: float = 0.0) -> LayerState:
+    """<s>, then each image and two words of text; attention rows of layers 4 and 5."""
+    image = [-1]
+    for ordinal, n in enumerate(images):
+        image += [ordinal] * n + [-1, -1]
+    s = len(image)
+    which = torch.tensor(image)
+    before = torch.full((1, s), 1 / s)
+    now = before.clone()
+    now[0, 2] += rise
+    return LayerState(
+        layer=layer,
+        num_layers=32,
+        hidden=randn(s, 4, seed=seed),
+        image=which,
+        text=(which < 0) & (torch.arange(s) > 0),
+        prompt_length=s,
+        original=tuple(2 * n for n in images),
+        attention={4: before, 5: now},
+    )
+
+
+def test_catp_keeps_its_budgets_to_the_token() -> None:
+    method, images = vtc.CATP(keep=0.25), (8, 6, 4)
+    state = icl_state(6, images)
+    found = method.prune(state)
+    assert found is not None
+    owner = state.image[state.vision][found.indices]
+    assert int((owner < 2).sum()) == 4 + 3
+    assert int((owner == 2).sum()) == 4  # the query loses nothing to the examples
+    state = icl_state(7, images)
+    found = method.prune(state)
+    assert found is not None
+    owner = state.image[state.vision][found.indices]
+    assert int((owner < 2).sum()) == 8 + 6
+    assert int((owner == 2).sum()) == 2
+
+
+def test_catp_ranks_examples_by_the_query_and_by_rising_attention() -> None:
+    state = icl_state(6, (5, 4))
+    query = list(range(8, 14))  # the image of the query and the words after it
+    target = state.hidden[query].float().mean(0)
+    cosine = torch.stack([torch.cosine_similarity(h.float(), target, dim=0) for h in state.hidden])
+    best = cosine[1:6].topk(2).indices.sort().values.tolist()
+    found = vtc.CATP(keep=2).prune(state)
+    assert found is not None
+    assert found.indices.tolist() == [*best, 5, 6, 7, 8]
+    lifted = vtc.CATP(keep=2).prune(icl_state(6, (5, 4), rise=5.0))
+    assert lifted is not None
+    assert 1 in lifted.indices.tolist()
+    unguided = vtc.CATP(keep=2, guide=0, normalize=True).prune(icl_state(6, (5, 4), rise=0.001))
+    assert unguided is not None
+    assert unguided.indices.tolist() == [0, 1, 5, 6, 7, 8]
+
+
+def test_catp_with_a_single_image_prunes_the_query_only() -> None:
+    method, state = vtc.CATP(keep=2), icl_state(6, (6,))
+    assert method.prune(state) is None
+    found = method.prune(icl_state(7, (6,)))
+    assert found is not None
+    assert len(found.indices) == 2
+    with pytest.raises(ValueError, match="layer"):
+        vtc.CATP(layer=31).prune_layers(32)
+    assert vtc.CATP().prune_layers(32) == (6, 7)
+    assert vtc.CATP().prune_layers(8) == (2, 3)

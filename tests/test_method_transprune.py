@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TransPrune as a pure function, and its published figures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vtc
+from vtc.methods.base import LayerState
+
+PARTS = ("attention", "mlp")
+
+
+def randn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def state_of(layer: int, vision: int = 16, layers: int = 32, **more: Any) -> LayerState:
+    """Two system tokens, the image, three of text; what layers 6 to 11 did is random."""
+    s = 5 + vision
+    image = torch.full((s,), -1)
+    image[2 : 2 + vision] = 0
+    recorded = {
+        (at, f"{part}_{end}"): randn(s, 6, seed=100 * at + 10 * p + e)
+        for at in range(6, layer)
+        for p, part in enumerate(PARTS)
+        for e, end in enumerate(("in", "out"))
+    }
+    fields: dict[str, Any] = {
+        "layer": layer,
+        "num_layers": layers,
+        "hidden": randn(s, 6, seed=1),
+        "image": image,
+        "text": torch.arange(s) >= 2 + vision,
+        "prompt_length": s,
+        "original": (vision,),
+        "attention": {},
+        "ahead": randn(3, s, seed=2).softmax(1),
+        "recorded": recorded,
+    }
+    return LayerState(**{**fields, **more})
+
+
+def test_a_part_that_changes_nothing_and_one_that_turns_at_right_angles() -> None:
+    entered = torch.eye(6)[[0, 0, 0, 0, 0, 0, 0, 0]]
+    same, across = entered.clone(), torch.eye(6)[[0, 0, 1, 0, 0, 0, 0, 0]]
+
+    def state(left: Tensor) -> LayerState:
+        recorded = {
+            (6, f"{p}_{e}"): entered if e == "in" else left for p in PARTS for e in ("in", "out")
+        }
+        return state_of(7, vision=3, recorded=recorded)
+
+    # as it was: m = 1 and c = 1 everywhere, so that the softmax is even
+    assert torch.allclose(vtc.TransPrune().variation(state(same)), torch.full((3,), 2 / 3))
+    turned = vtc.TransPrune().variation(state(across))
+    assert turned.argmax() == 0
+    doubled = vtc.TransPrune().variation(state(2 * across))
+    assert torch.allclose(doubled, 2 * turned)
+    opposite = -same
+    opposite[2] = same[2]
+    assert torch.allclose(
+        vtc.TransPrune().variation(state(opposite)), vtc.TransPrune().variation(state(same))
+    )
+    signed = vtc.TransPrune(direction="signed").variation(state(opposite))
+    assert signed[1] > signed[0]
+
+
+@pytest.mark.parametrize("layer", [7, 9, 12])
+@pytest.mark.parametrize("scope", ["image", "sequence"])
+def test_variation_adds_up_over_the_layers_that_ran(layer: int, scope: str) -> None:
+    state = state_of(layer)
+    total = torch.zeros(16)
+    for at in range(6, layer):
+        for part in PARTS:
+            entered, left = (state.recorded[at, f"{part}_{e}"] for e in ("in", "out"))  # type: ignore[index]
+            c = torch.cosine_similarity(left, entered, dim=1).abs()
+            m = left.norm(dim=1) / entered.norm(dim=1)
+            turned = 1 - c if scope == "sequence" else (1 - c)[2:18]
+            share = torch.exp(turned) / torch.exp(turned).sum()
+            total += (share[2:18] if scope == "sequence" else share) * m[2:18]
+    found = vtc.TransPrune(softmax_scope=scope).variation(state)
+    torch.testing.assert_close(found, total)
+
+
+def test_scores_mix_two_shares() -> None:
+    state, method = state_of(12), vtc.TransPrune()
+    variation = method.variation(state)
+    assert state.ahead is not None
+    looked = state.ahead[:, 2:18].mean(0)
+    score = variation / variation.sum() + looked / looked.sum()
+    found = method.prune(state)
+    assert found is not None
+    assert found.indices.tolist() == score.topk(2).indices.sort().values.tolist()
+    only = vtc.TransPrune(alpha=0.0).prune(state)
+    assert only is not None
+    assert only.indices.tolist() == looked.topk(2).indices.sort().values.tolist()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "n", "counts"),
+    [
+        ("high", 576, [504, 360, 72]),
+        ("low", 576, [288, 144, 36]),
+        ("after_selection", 288, [144, 72, 36]),
+        ("after_selection", 192, [96, 48, 24]),
+    ],
+)
+def test_schedules_leave_the_published_numbers(schedule: str, n: int, counts: list[int]) -> None:
+    method, left, found = vtc.TransPrune(schedule=schedule), n, []
+    for layer in method.prune_layers(32):
+        selection = method.prune(state_of(layer, vision=left, original=(576,)))
+        assert selection is not None
+        left = len(selection.indices)
+        found.append(left)
+    assert found == counts
+
+
+@pytest.mark.parametrize(("n", "tera"), [(576, 1.557), (2880, 8.33)])
+def test_flops_of_the_high_schedule_are_the_published_ones(n: int, tera: float) -> None:
+    """By the convention of the paper: vision tokens only, 4nd^2 + 2n^2d + 3ndm a layer."""
+    d, m = 4096, 11008
+    left = [n] * 7 + [int(n * 0.875)] * 2 + [int(n * 0.625)] * 3 + [int(n * 0.125)] * 20
+    method = vtc.TransPrune()
+    assert method.prune_layers(32) == (7, 9, 12)
+    flops = sum(4 * k * d**2 + 2 * k**2 * d + 3 * k * d * m for k in left)
+    assert flops / 1e12 == pytest.approx(tera, abs=0.005)
+
+
+def test_layers_scale_and_everything_can_stay() -> None:
+    assert list(vtc.TransPrune().watched(32)) == [6, 7, 8, 9, 10, 11]
+    assert vtc.TransPrune().prune_layers(8) == (2, 3, 4)
+    assert list(vtc.TransPrune().watched(8)) == [1, 2, 3]
+    for wrong in ({"schedule": "medium"}, {"direction": "up"}, {"softmax_scope": "batch"}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            vtc.TransPrune(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="alpha"):
+        vtc.TransPrune(alpha=2)

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CATP: pruning for prompts that show examples before they ask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vtc.methods.base import (
+    LayerState,
+    Method,
+    Positions,
+    Rows,
+    Selection,
+    VisionTokens,
+    budget,
+    check_choice,
+    check_keep,
+    check_layer,
+)
+from vtc.ops import coverage_greedy, top_k, unit_rows
+
+
+@dataclass(frozen=True)
+class CATP(Method):
+    """Contextually adaptive pruning for in-context prompts: examples, then the query.
+
+    Half of what is to go leaves before the language model, half in two of its layers. With R the
+    share that goes, similarities rescaled to (1 + cosine) / 2:
+
+    Stage 1, each image alone: keep floor(n (1 - R / 2)) tokens by greedy facility location plus
+    `align` times each token's similarity to the mean embedding of the text that belongs to the
+    image, which is what follows it up to the next image.
+
+    Stage 2, after decoder layer K (1-based): the tokens of all example images compete for the sum
+    of their final budgets by max(0, A_K - A_{K-1}) + `guide` * cos(h, v_q). A is the attention of
+    the prompt's last token, v_q the mean hidden state of the query: its image and all text after
+    it. After layer K + 1, the query's tokens are ranked by the cosine to the mean hidden state of
+    what is left of the examples, images and text. Final budgets are those of `keep` for each image.
+
+    The attention term is near 0.001 and the cosine near 0.5, so the ranking as published is nearly
+    by cosine alone; `normalize` divides the term by its largest value. A prompt with one image has
+    no examples: its query is ranked by the cosine to v_q, which the paper leaves open. The paper
+    rescales similarity, without which the sum is not monotone.
+
+    Args:
+        keep: 1 - R, as a fraction of an image's tokens or a whole number of tokens per image;
+            published are 192, 128 and 64 of 576.
+        layer: K, at least 2; by default 6 of 32, scaled to the depth.
+        align: weight of the text in stage 1 (lambda 1).
+        guide: weight of the query in stage 2 (lambda 2).
+        normalize: whether to scale the attention term to 1.
+        positions: of stage 1, "contiguous" or "original"; stage 2 keeps what stage 1 left.
+    """
+
+    name = "catp"
+    title = "CATP: contextually adaptive token pruning"
+    paper = "arXiv:2508.07871"
+    year = 2026
+    needs = frozenset({"segment"})
+
+    keep: float | int = 0.222
+    layer: int | None = None
+    align: float = 0.7
+    guide: float = 0.6
+    normalize: bool = False
+    positions: Positions = "contiguous"
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        check_layer("layer", self.layer, lowest=2)
+        for name in ("align", "guide"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name}: expected a number of at least 0, got {value!r}")
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name}: expected a number of at least 0, got {value!r}")
+        if not isinstance(self.normalize, bool):
+            raise TypeError(f"normalize: expected True or False, got {self.normalize!r}")
+        check_choice("positions", self.positions, ("original", "contiguous"))
+
+    @property
+    def prune_positions(self) -> Positions:
+        """Stage 2 never numbers anew."""
+        return "original"
+
+    # ---- stage 1 ------------------------------------------------------------------------------
+    def halfway(self, n: int) -> int:
+        """Tokens of an image of n that stage 1 leaves: floor(n (1 - R / 2)), from whole budgets."""
+        return (n + budget(self.keep, n)) // 2
+
+    def select(self, tokens: VisionTokens) -> Selection:
+        """Ascending indices, (k,).
+
+        Raises:
+            ValueError: `tokens` comes without `segment`.
+        """
+        n = len(tokens)
+        k = self.halfway(n)
+        if k >= n:
+            return Selection(torch.arange(n, device=tokens.features.device))
+        if tokens.segment is None:
+            raise ValueError("segment: CATP reads the text beside an image, got tokens without")
+        rows = unit_rows(tokens.features)
+        similarity = (1 + rows @ rows.T) / 2
+        bonus = None
+        if tokens.segment.shape[0]:
+            meant = unit_rows(tokens.segment.float().mean(0, keepdim=True).to(rows.dtype))[0]
+            bonus = self.align * (1 + rows @ meant) / 2
+        return Selection(coverage_greedy(similarity, k, bonus=bonus).sort().values)
+
+    # ---- stage 2 ------------------------------------------------------------------------------
+    def prune_layers(self, num_layers: int) -> tuple[int, ...]:
+        """(K, K + 1).
+
+        Raises:
+            ValueError: the model is too shallow.
+        """
+        k = self.layer
+        if k is None:
+            k = max(2, int(6 * num_layers / 32 + 0.5))
+        if k + 1 >= num_layers:
+            raise ValueError(
+                f"layer: expected 2 to {num_layers - 2} in a model of {num_layers} decoder layers, "
+                f"got {k}"
+            )
+        return (k, k + 1)
+
+    def taps(self, num_layers: int) -> dict[int, Rows]:
+        """The prompt's last row of layers K - 1 and K (1-based)."""
+        k, _ = self.prune_layers(num_layers)
+        return {k - 2: "last", k - 1: "last"}
+
+    def prune(self, state: LayerState) -> Selection | None:
+        """Ascending indices among the sample's vision tokens, or `None` if all fit the budget."""
+        first, _ = self.prune_layers(state.num_layers)
+        query_image = len(state.original) - 1
+        budgets = [budget(self.keep, n) for n in state.original]
+        owner = state.image[state.vision]
+        hidden = state.hidden.float()
+        # The query begins with its image and ends with the prompt.
+        own = (state.image == query_image).nonzero()
+        start = int(own[0]) if len(own) else int(state.vision[-1]) + 1
+        place = torch.arange(len(state.image), device=owner.device)
+        of_query = (place >= start) & ((state.image == query_image) | state.text)
+        if state.layer == first:
+            competing, k = owner != query_image, sum(budgets[:-1])
+            target = hidden[of_query].mean(0)
+        else:
+            competing, k = owner == query_image, budgets[-1]
+            context = (place < start) & ((state.image >= 0) | state.text)
+            target = hidden[context if bool(context.any()) else of_query].mean(0)
+        if k >= int(competing.sum()):
+            return None
+        score = unit_rows(hidden[state.vision]) @ unit_rows(target[None])[0]
+        if state.layer == first:
+            score = self._rise(state, first) + self.guide * score
+        ranked = top_k(score.masked_fill(~competing, -torch.inf), k)
+        stays = ~competing
+        stays[ranked] = True
+        return Selection(stays.nonzero().squeeze(1))
+
+    def _rise(self, state: LayerState, k: int) -> Tensor:
+        """(n,) by how much the last token's attention rose from layer K - 1 to layer K."""
+        rows = (state.attention[layer][-1, state.vision] for layer in (k - 1, k - 2))
+        now, before = rows
+        rise = (now - before).clamp_min(0)
+        return rise / rise.max().clamp_min(1e-12) if self.normalize else rise

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SCOPE: tokens that are looked at and cover what is not covered yet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vtc.methods.base import (
+    Method,
+    Positions,
+    Selection,
+    VisionTokens,
+    budget,
+    check_choice,
+    check_keep,
+)
+from vtc.ops import coverage_greedy, unit_rows
+
+
+@dataclass(frozen=True)
+class SCOPE(Method):
+    """Greedy coverage of all patches, each candidate's gain weighted by its saliency.
+
+    Token j adds to the coverage of token i what its cosine with it exceeds the best cosine of a
+    chosen one, from 0 on; the sum over i is multiplied by a_j ** alpha, where a_j is the attention
+    that [CLS] pays to j in the tower layer whose output is used. Cosines are of the states before
+    the projector. [CLS] is not kept. Towers without [CLS] use the attention a patch receives.
+
+    Args:
+        keep: fraction of an image's tokens, or a whole number of tokens per image.
+        alpha: weight of saliency, at least 0; 0 is plain facility location.
+        positions: "contiguous" (as in LLaVA) or "original".
+    """
+
+    name = "scope"
+    title = "SCOPE: saliency and coverage"
+    paper = "arXiv:2510.24214"
+    year = 2025
+    needs = frozenset({"cls_attention", "encoder"})
+    vision_layer = -2
+
+    keep: float | int = 0.1111
+    alpha: float = 1.0
+    positions: Positions = "contiguous"
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)):
+            raise TypeError(f"alpha: expected a number of at least 0, got {self.alpha!r}")
+        if not 0 <= self.alpha < float("inf"):
+            raise ValueError(f"alpha: expected a number of at least 0, got {self.alpha!r}")
+        check_choice("positions", self.positions, ("original", "contiguous"))
+
+    def select(self, tokens: VisionTokens) -> Selection:
+        """Ascending indices, (k,).
+
+        Raises:
+            ValueError: `tokens` comes without `cls_attention` or `encoder`.
+        """
+        n = len(tokens)
+        k = budget(self.keep, n)
+        if k >= n:
+            return Selection(torch.arange(n, device=tokens.features.device))
+        if tokens.cls_attention is None or tokens.encoder is None:
+            raise ValueError("cls_attention, encoder: needed, got tokens without")
+        rows = unit_rows(tokens.encoder)
+        saliency = tokens.cls_attention.to(rows.dtype) ** self.alpha
+        return Selection(coverage_greedy(rows @ rows.T, k, factor=saliency).sort().values)
