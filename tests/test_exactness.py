@@ -85,6 +85,11 @@ METHODS: dict[str, Callable[[], Method]] = {
     "visionzip|transprune": lambda: (
         vtc.VisionZip(keep=0.6) | vtc.TransPrune(schedule="after_selection")
     ),
+    "cdpruner": lambda: vtc.make("cdpruner", keep=0.3),
+    "correlation": lambda: vtc.make("correlation", keep=0.3),
+    "correlation-adapts": lambda: vtc.make("correlation", alpha=0.2, beta=0.1),
+    "vispruner": lambda: vtc.make("vispruner", keep=0.3),
+    "vscan": lambda: vtc.make("vscan", keep=0.4, windows=2),
     "visionzip|dart": lambda: vtc.VisionZip(keep=0.6) | vtc.DART(keep=0.3, layer=3),
     "todre|fastv": lambda: (
         vtc.make("todre", keep=0.5, second_stage=False) | vtc.make("fastv", keep=0.25)

@@ -17,6 +17,8 @@ from vtc.methods.base import (
     methods,
 )
 from vtc.methods.catp import CATP
+from vtc.methods.cdpruner import CDPruner
+from vtc.methods.correlation import Correlation
 from vtc.methods.dart import DART
 from vtc.methods.divprune import DivPrune
 from vtc.methods.downsample import Downsample
@@ -33,12 +35,16 @@ from vtc.methods.tome import ToMe
 from vtc.methods.transprune import TransPrune
 from vtc.methods.v2drop import V2Drop
 from vtc.methods.visionzip import VisionZip
+from vtc.methods.vispruner import VisPruner
+from vtc.methods.vscan import VScan
 
 __all__ = [
     "CATP",
     "DART",
     "SCOPE",
+    "CDPruner",
     "Compose",
+    "Correlation",
     "DivPrune",
     "Downsample",
     "EncoderState",
@@ -59,6 +65,8 @@ __all__ = [
     "ToMe",
     "TransPrune",
     "V2Drop",
+    "VScan",
+    "VisPruner",
     "VisionTokens",
     "VisionZip",
     "make",

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 from vtc.ops.coverage import coverage_greedy
+from vtc.ops.dpp import dpp_greedy
 from vtc.ops.greedy import farthest_first, max_sum, most_isolated
+from vtc.ops.merging import merge_into_nearest
 from vtc.ops.pooling import Kernel, cell_grid, pool_grid
 from vtc.ops.ranking import top_k
 from vtc.ops.similarity import unit_rows
@@ -13,8 +15,10 @@ __all__ = [
     "Kernel",
     "cell_grid",
     "coverage_greedy",
+    "dpp_greedy",
     "farthest_first",
     "max_sum",
+    "merge_into_nearest",
     "most_isolated",
     "pool_grid",
     "top_k",

@@ -119,3 +119,33 @@ def coverage_greedy(
         best = max(gains.values())
         chosen.append(min(j for j in rest if gains[j] >= best - EQUAL * abs(best)))
     return torch.tensor(chosen, dtype=torch.long, device=similarity.device)
+
+
+def dpp_greedy(kernel: Tensor, k: int) -> Tensor:
+    """Twin of `dpp.dpp_greedy` for kernels of full rank: every determinant is taken anew."""
+    n, chosen = kernel.shape[0], list[int]()
+    while len(chosen) < k:
+        rest = [j for j in range(n) if j not in chosen]
+        value = {j: float(torch.linalg.det(kernel[[*chosen, j]][:, [*chosen, j]])) for j in rest}
+        best = max(value.values())
+        chosen.append(min(j for j in rest if value[j] >= (1 - EQUAL) * best))
+    return torch.tensor(chosen, dtype=torch.long, device=kernel.device)
+
+
+def merge_into_nearest(
+    contents: Tensor, metric: Tensor, kept: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """Twin of `merging.merge_into_nearest`."""
+    similarity, stays = cosines(metric).tolist(), kept.tolist()
+    groups: dict[int, list[int]] = {i: [i] for i in stays}
+    for i in range(len(similarity)):
+        if i not in groups:
+            groups[max(stays, key=lambda j: (similarity[i][j], -stays.index(j)))].append(i)
+    rows = []
+    for members in groups.values():
+        shares = [1.0 if weights is None else float(weights[i]) for i in members]
+        if sum(shares) == 0:
+            shares = [1.0] * len(members)
+        total = sum(s * contents[i] for s, i in zip(shares, members, strict=True))
+        rows.append(total / sum(shares))
+    return torch.stack(rows)

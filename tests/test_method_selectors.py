@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CDPruner, VisPruner, VScan and token correlation as pure functions, and what they share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import vtc
+from vtc.methods.base import LayerState, VisionTokens
+from vtc.ops import dpp_greedy, merge_into_nearest, naive
+
+quick = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def rand(n: int, seed: int) -> Tensor:
+    return torch.rand(n, generator=torch.Generator().manual_seed(seed))
+
+
+def vision_tokens(rows: int, columns: int, seed: int = 0, **more: Any) -> VisionTokens:
+    n = rows * columns
+    signals: dict[str, Any] = {
+        "features": randn(n, 6, seed=seed),
+        "grid": torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns)),
+        "cls_attention": rand(n, seed + 1),
+        "low_attention": rand(n, seed + 2),
+        "keys": randn(n, 8, seed=seed + 3),
+        "encoder": randn(n, 5, seed=seed + 4),
+        "text": randn(4, 6, seed=seed + 5),
+    }
+    return VisionTokens(**{**signals, **more})
+
+
+@pytest.mark.parametrize("name", ["cdpruner", "vispruner", "vscan", "correlation"])
+def test_everything_stays_and_nonsense_is_refused(name: str) -> None:
+    tokens = vision_tokens(4, 4)
+    assert vtc.make(name, keep=1.0).select(tokens).indices.tolist() == list(range(16))  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="keep"):
+        vtc.make(name, keep=1.5)
+    bare = VisionTokens(features=tokens.features, grid=tokens.grid)
+    with pytest.raises(ValueError, match="needed"):
+        vtc.make(name, keep=4).select(bare)  # type: ignore[attr-defined]
+
+
+# ---- the ops ------------------------------------------------------------------------------------
+@quick
+@given(st.integers(1, 10), st.integers(0, 20))
+def test_dpp_is_greedy_in_the_determinant(n: int, seed: int) -> None:
+    rows = randn(n, n + 3, seed=seed)
+    kernel, k = rows @ rows.T, max(1, n // 2)
+    assert dpp_greedy(kernel, k).tolist() == naive.dpp_greedy(kernel, k).tolist()
+    assert dpp_greedy(9.0 * kernel, k).tolist() == dpp_greedy(kernel, k).tolist()
+
+
+def test_dpp_beyond_the_rank_repeats_nothing() -> None:
+    rows = torch.eye(3)[[0, 0, 1, 1, 2, 2]]
+    chosen = dpp_greedy(rows @ rows.T, 6).tolist()
+    assert chosen[:3] == [0, 2, 4]
+    assert sorted(chosen) == list(range(6))
+    assert dpp_greedy(torch.zeros(4, 4), 3).tolist() == [0, 1, 2]
+    for wrong in (-1, 7):
+        with pytest.raises(ValueError, match="k"):
+            dpp_greedy(rows @ rows.T, wrong)
+    with pytest.raises(ValueError, match="kernel"):
+        dpp_greedy(torch.ones(2, 3), 1)
+
+
+@quick
+@given(st.integers(2, 14), st.integers(0, 9), st.booleans())
+def test_merging_is_the_naive_one(n: int, seed: int, weighted: bool) -> None:
+    contents, metric = randn(n, 3, seed=seed), randn(n, 4, seed=seed + 1)
+    kept = torch.arange(0, n, 3)
+    weights = rand(n, seed + 2).double() if weighted else None
+    if weights is not None:
+        weights[::2] = 0
+    found = merge_into_nearest(contents, metric, kept, weights)
+    torch.testing.assert_close(found, naive.merge_into_nearest(contents, metric, kept, weights))
+
+
+def test_merging_alike_tokens_changes_nothing() -> None:
+    contents = torch.ones(6, 3)
+    assert torch.equal(
+        merge_into_nearest(contents, contents, torch.tensor([1, 4])), torch.ones(2, 3)
+    )
+    every = randn(5, 3)
+    assert torch.equal(merge_into_nearest(every, every, torch.arange(5)), every)
+
+
+# ---- CDPruner -----------------------------------------------------------------------------------
+def test_cdpruner_without_relevance_is_a_plain_dpp() -> None:
+    tokens = vision_tokens(4, 4)
+    expected = naive.dpp_greedy(naive.cosines(tokens.features), 5).sort().values
+    found = vtc.CDPruner(keep=5, relevance="none").select(tokens)
+    assert found.indices.tolist() == expected.tolist()
+    assert 0 in found.indices.tolist()
+
+
+def test_cdpruner_wants_what_the_text_names_and_no_doubles() -> None:
+    features = randn(16, 20, seed=2)
+    features[9] = features[4]
+    text = features[4:5] * 3
+    tokens = vision_tokens(4, 4, features=features, text=text)
+    chosen = vtc.CDPruner(keep=4).select(tokens).indices.tolist()
+    assert 4 in chosen
+    assert 9 not in chosen
+    rows = torch.nn.functional.normalize(features, dim=1)
+    found = rows @ rows[4]
+    scaled = (found - found.min() + 1e-6) / (found.max() - found.min())
+    kernel = scaled[:, None] * (rows @ rows.T) * scaled
+    assert chosen[0:4] == naive.dpp_greedy(kernel, 4).sort().values.tolist()
+
+
+# ---- VisPruner ----------------------------------------------------------------------------------
+@quick
+@given(
+    st.integers(4, 20), st.integers(0, 9), st.integers(1, 9), st.sampled_from([0.0, 0.5, 0.75, 1.0])
+)
+def test_vispruner_follows_its_definition(n: int, seed: int, at_once: int, share: float) -> None:
+    tokens, k = vision_tokens(1, n, seed), n // 2
+    assert tokens.cls_attention is not None
+    assert tokens.encoder is not None
+    similarity = naive.cosines(tokens.encoder)
+    ranked = sorted(range(n), key=lambda i: -float(tokens.cls_attention[i]))  # type: ignore[index]
+    first = int(k * share)
+    left = ranked[first:]
+    while len(left) > k - first:
+        if k == first:
+            left = []
+            break
+        a, b = left[0::2], left[1::2]
+        double = {i: max(float(similarity[i, j]) for j in b) for i in a}
+        count = min(at_once, len(left) - (k - first), len(a))
+        a = sorted(a, key=lambda i: -double[i])[count:]
+        left = a + b
+    method = vtc.VisPruner(keep=k, important=share, at_once=at_once)
+    assert method.select(tokens).indices.tolist() == sorted(ranked[:first] + left)
+
+
+def test_vispruner_drops_doubles_first_and_odd_numbers_work() -> None:
+    encoder = torch.eye(9).double()
+    encoder[2] = encoder[1]
+    attention = torch.linspace(1, 0.1, 9)
+    tokens = vision_tokens(3, 3, encoder=encoder, cls_attention=attention)
+    found = vtc.VisPruner(keep=8, important=0.0).select(tokens).indices.tolist()
+    assert found == [0, 1, 3, 4, 5, 6, 7, 8]
+    same = vision_tokens(3, 3, encoder=torch.ones(9, 4).double())
+    assert len(vtc.VisPruner(keep=4).select(same).indices) == 4
+
+
+# ---- VScan --------------------------------------------------------------------------------------
+@quick
+@given(st.integers(0, 9), st.sampled_from([32, 64, 96, 33]))
+def test_vscan_scans_windows_and_the_whole(seed: int, k: int) -> None:
+    tokens = vision_tokens(24, 24, seed)
+    assert tokens.low_attention is not None
+    assert tokens.cls_attention is not None
+    found = vtc.VScan(keep=k).select(tokens)
+    chosen = found.indices.tolist()
+    assert len(chosen) == k
+    window = [r // 6 * 4 + c // 6 for _, r, c in tokens.grid.tolist()]
+    local = set()
+    for one in range(16):
+        inside = [i for i in range(576) if window[i] == one]
+        best = sorted(inside, key=lambda i: -float(tokens.low_attention[i]))  # type: ignore[index]
+        local |= set(best[: k // 2 // 16])
+    assert local <= set(chosen)
+    missing = k // 2 - len(local)
+    rest = [i for i in range(576) if i not in local]
+    local |= set(sorted(rest, key=lambda i: -float(tokens.low_attention[i]))[:missing])  # type: ignore[index]
+    rest = [i for i in range(576) if i not in local]
+    seen = sorted(rest, key=lambda i: -float(tokens.cls_attention[i]))[: k - len(local)]  # type: ignore[index]
+    assert set(chosen) == local | set(seen)
+    expected = naive.merge_into_nearest(tokens.features, tokens.features, found.indices)
+    torch.testing.assert_close(found.features, expected)
+
+
+def test_vscan_cuts_in_the_middle_by_the_last_token() -> None:
+    method = vtc.VScan(keep=96)
+    assert method.prune_layers(32) == (16,)
+    image = torch.tensor([-1] * 3 + [0] * 96 + [-1] * 4)
+    state = LayerState(
+        layer=16,
+        num_layers=32,
+        hidden=torch.zeros(103, 4),
+        image=image,
+        text=torch.arange(103) >= 99,
+        prompt_length=103,
+        original=(576,),
+        attention={},
+        ahead=rand(103, 5)[None],
+    )
+    found = method.prune(state)
+    assert found is not None
+    assert state.ahead is not None
+    assert found.indices.tolist() == state.ahead[0, 3:99].topk(32).indices.sort().values.tolist()
+    assert vtc.VScan(then=1).stages == ("sequence",)
+    assert vtc.VScan(keep=1.0).stages == ("sequence",)
+    assert vtc.VScan(layer=3).prune_layers(8) == (3,)
+
+
+# ---- correlation --------------------------------------------------------------------------------
+def test_density_is_the_share_that_does_not_repeat_itself() -> None:
+    method = vtc.Correlation()
+    assert method.density(torch.ones(32, 8)) == pytest.approx(0.1)
+    assert method.density(torch.eye(32)) == 1
+    keys = torch.cat([torch.ones(24, 40), 5 * torch.eye(40)[:8]])
+    assert method.density(keys) == pytest.approx(8 / 32)
+    assert method.density(keys.flip(0)) == method.density(7 * keys) == method.density(keys)
+
+
+@quick
+@given(st.integers(0, 9), st.floats(0, 1), st.floats(0, 1))
+def test_density_falls_with_stricter_thresholds(seed: int, alpha: float, beta: float) -> None:
+    keys = randn(30, 3, seed=seed)
+    base = vtc.Correlation(alpha=alpha, beta=beta).density(keys)
+    assert vtc.Correlation(alpha=alpha / 2, beta=beta).density(keys) <= base
+    assert vtc.Correlation(alpha=alpha, beta=min(1, beta + 0.2)).density(keys) >= base
+
+
+def test_outliers_stay_whatever_the_density() -> None:
+    attention = torch.full((36,), 0.01)
+    attention[20] = 0.5
+    low = torch.linspace(1, 0, 36)
+    alike = torch.ones(36, 8).double()
+    tokens = vision_tokens(6, 6, cls_attention=attention, low_attention=low, keys=alike)
+    found = vtc.Correlation().select(tokens)
+    assert found.indices.tolist() == [0, 1, 2, 3, 20]  # round(0.1 * 36) and the outlier
+    even = vision_tokens(6, 6, cls_attention=torch.full((36,), 0.1), low_attention=low, keys=alike)
+    assert vtc.Correlation().select(even).indices.tolist() == [0, 1, 2, 3]
+    expected = naive.merge_into_nearest(tokens.features, alike, found.indices, attention)
+    torch.testing.assert_close(found.features, expected)
+
+
+def test_blank_crops_collapse_and_dense_ones_stay() -> None:
+    keys = torch.cat([torch.ones(16, 40), 9 * torch.eye(40)[:16]]).double()
+    crop = torch.tensor([0] * 16 + [1] * 16)
+    even = torch.full((32,), 0.1)
+    tokens = vision_tokens(4, 8, keys=keys, crop=crop, cls_attention=even)
+    found = vtc.Correlation().select(tokens).indices
+    assert int((found < 16).sum()) == 2
+    assert int((found >= 16).sum()) == 16
+
+
+def test_sampling_repeats_itself_by_its_seed() -> None:
+    tokens = vision_tokens(6, 6)
+
+    def drawn(seed: int) -> list[int]:
+        return (
+            vtc.Correlation(keep=9, sampler="multinomial", seed=seed)
+            .select(tokens)
+            .indices.tolist()
+        )
+
+    assert drawn(1) == drawn(1)
+    assert drawn(1) != drawn(2)
+    assert len(drawn(3)) >= 9

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CDPruner: tokens that matter to the question and differ from one another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from vtc.methods.base import (
+    Method,
+    Positions,
+    Selection,
+    VisionTokens,
+    budget,
+    check_choice,
+    check_keep,
+)
+from vtc.ops import dpp_greedy, unit_rows
+
+
+@dataclass(frozen=True)
+class CDPruner(Method):
+    """Greedy MAP of a determinantal point process whose kernel is diag(r) S diag(r).
+
+    S holds the cosines of the embeddings after the projector, r each token's relevance to the text,
+    scaled to (0, 1] over the image. A large determinant wants tokens that are relevant and unlike.
+
+    The paper's relevance comes from CLIP's text tower, which a vision-language model does not hold;
+    its code negates the cosine, as CLIP's patches point away from what they show. Here relevance is
+    the mean cosine to the embeddings of the text after the image, in the language model's space and
+    with its own sign, as its authors' answers suggest for models without CLIP. The results on LLaVA
+    are therefore not those of the paper. The code scales relevance over a whole batch; here each
+    image has its own scale.
+
+    Args:
+        keep: fraction of an image's tokens, or a whole number of tokens per image.
+        relevance: "text", or "none" for diversity alone.
+        positions: "contiguous" (as in LLaVA) or "original".
+    """
+
+    name = "cdpruner"
+    title = "CDPruner: conditional diversity by a DPP"
+    paper = "arXiv:2506.10967"
+    year = 2025
+    needs = frozenset({"text"})
+
+    keep: float | int = 0.1111
+    relevance: Literal["text", "none"] = "text"
+    positions: Positions = "contiguous"
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        check_choice("relevance", self.relevance, ("text", "none"))
+        check_choice("positions", self.positions, ("original", "contiguous"))
+
+    def select(self, tokens: VisionTokens) -> Selection:
+        """Ascending indices, (k,).
+
+        Raises:
+            ValueError: `tokens` comes without `text`.
+        """
+        n = len(tokens)
+        k = budget(self.keep, n)
+        if k >= n:
+            return Selection(torch.arange(n, device=tokens.features.device))
+        rows = unit_rows(tokens.features)
+        kernel = rows @ rows.T
+        if self.relevance == "text":
+            if tokens.text is None:
+                raise ValueError("text: needed, got tokens without")
+            if tokens.text.shape[0]:
+                found = (rows @ unit_rows(tokens.text).T).mean(1)
+                span = (found.amax() - found.amin()).clamp_min(1e-12)
+                scaled = (found - found.amin() + 1e-6) / span
+                kernel = scaled[:, None] * kernel * scaled
+        return Selection(dpp_greedy(kernel, k).sort().values)

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token-level correlation-guided compression: as many tokens as a crop has to say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vtc.methods.base import (
+    Method,
+    Positions,
+    Selection,
+    VisionTokens,
+    budget,
+    check_choice,
+    check_keep,
+)
+from vtc.ops import merge_into_nearest, top_k, unit_rows
+
+
+@dataclass(frozen=True)
+class Correlation(Method):
+    """Compress each crop of a document by how much of it repeats itself.
+
+    Density: a patch is redundant if its key is more similar than `alpha` (cosine) to more than
+    `beta` of the crop's other patches; D is the share that is not redundant, at least `least`, and
+    round(D n) tokens are sampled. Global branch: patches that [CLS] looks at far more than at
+    others in the last layer, above Q3 + 1.5 (Q3 - Q1), are kept whatever D is. Local branch:
+    round(D n) patches by the attention of [CLS] in an early layer. The rest joins the kept patch
+    with the most similar key, by means weighted with the attention of the last layer.
+
+    The code was never released and the paper's layers and thresholds are not known: `alpha`,
+    `beta`, `least` and the layers (keys and global attention: the last; local: a quarter of the
+    depth) are choices of this library. The paper samples the local branch at random;
+    `sampler="topk"` is repeatable, `"multinomial"` draws from a generator with `seed`. Crops are
+    compressed one by one; an image without crops is one crop. Towers without [CLS] use the
+    attention a patch receives.
+
+    Args:
+        keep: a fixed budget a crop instead of D: a fraction or a whole number; `None` adapts.
+        alpha: similarity above which two patches say the same, in [-1, 1].
+        beta: share of the crop's patches, in [0, 1].
+        least: least density, in (0, 1].
+        sampler: "topk" or "multinomial".
+        seed: of the multinomial sampler.
+        positions: "contiguous" or "original".
+    """
+
+    name = "correlation"
+    title = "Token-level correlation-guided compression"
+    paper = "arXiv:2407.14439"
+    year = 2024
+    needs = frozenset({"cls_attention", "low_attention", "keys"})
+    vision_layer = -1
+    low_layer = 0.25
+
+    keep: float | int | None = None
+    alpha: float = 0.7
+    beta: float = 0.125
+    least: float = 0.1
+    sampler: Literal["topk", "multinomial"] = "topk"
+    seed: int = 0
+    positions: Positions = "contiguous"
+
+    def __post_init__(self) -> None:
+        if self.keep is not None:
+            check_keep(self.keep)
+        for name, lowest in (("alpha", -1.0), ("beta", 0.0), ("least", 1e-9)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name}: expected a number up to 1, got {value!r}")
+            if not lowest <= value <= 1:
+                raise ValueError(f"{name}: expected {lowest:g} to 1, got {value!r}")
+        check_choice("sampler", self.sampler, ("topk", "multinomial"))
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TypeError(f"seed: expected a whole number, got {self.seed!r}")
+        check_choice("positions", self.positions, ("original", "contiguous"))
+
+    def density(self, keys: Tensor) -> float:
+        """The share of a crop's (n, d_k) patches that are not redundant, at least `least`."""
+        rows = unit_rows(keys)
+        alike = (rows @ rows.T > self.alpha).sum(1) - 1  # itself
+        redundant = (alike > self.beta * keys.shape[0]).float().mean()
+        return max(1 - float(redundant), self.least)
+
+    def select(self, tokens: VisionTokens) -> Selection:
+        """(k,) ascending indices and (k, d) merged contents.
+
+        Raises:
+            ValueError: `tokens` comes without the signals in `needs`.
+        """
+        n, device = len(tokens), tokens.features.device
+        if tokens.cls_attention is None or tokens.low_attention is None or tokens.keys is None:
+            raise ValueError("cls_attention, low_attention, keys: needed, got tokens without")
+        crops = torch.zeros(n, dtype=torch.long, device=device)
+        if tokens.crop is not None:
+            crops = tokens.crop
+        indices, contents = [], []
+        for crop in crops.unique():
+            places = (crops == crop).nonzero().squeeze(1)
+            attention, keys = tokens.cls_attention[places].float(), tokens.keys[places]
+            low = tokens.low_attention[places].float()
+            share = self.density(keys) if self.keep is None else self.keep
+            kept = self._kept(attention, low, budget(share, len(places)), int(crop))
+            features = tokens.features[places]
+            indices.append(places[kept])
+            contents.append(merge_into_nearest(features, keys, kept, attention))
+        every = torch.cat(indices)
+        if len(every) == n:
+            return Selection(torch.arange(n, device=device))
+        order = every.argsort()
+        return Selection(every[order], torch.cat(contents)[order])
+
+    def _kept(self, attention: Tensor, low: Tensor, k: int, crop: int) -> Tensor:
+        """Ascending indices of a crop: k from the local branch, and outliers of the global one."""
+        if k >= len(attention):
+            return torch.arange(len(attention), device=attention.device)
+        lower, upper = torch.quantile(attention, 0.25), torch.quantile(attention, 0.75)
+        stays = attention > upper + 1.5 * (upper - lower)
+        if self.sampler == "topk":
+            stays[top_k(low, k)] = True
+        else:
+            # On the CPU, so that a seed means the same on every device.
+            generator = torch.Generator().manual_seed(self.seed + crop)
+            weights = low.cpu().clamp_min(1e-12)
+            stays[torch.multinomial(weights, k, generator=generator).to(low.device)] = True
+        return stays.nonzero().squeeze(1)

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""VisPruner: patches that [CLS] looks at, and of the others those without a double."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vtc.methods.base import (
+    Method,
+    Positions,
+    Selection,
+    VisionTokens,
+    budget,
+    check_choice,
+    check_keep,
+)
+from vtc.ops import top_k, unit_rows
+
+
+@dataclass(frozen=True)
+class VisPruner(Method):
+    """Important tokens by attention from [CLS], diverse ones by removing near-duplicates.
+
+    Of T tokens int(T * important) are those with the most attention from [CLS] in the tower layer
+    whose output is used. The others, by descending attention, are dealt out alternately to two
+    sets; the up to 8 of the first set that are most similar to any of the second (cosine of the
+    states before the projector) are removed, the rest of the first by falling similarity and the
+    second are joined, and so on until T are left. The code fails where the number of others is odd;
+    here the first set is then one larger. Which tokens are left hangs on the last bits of the
+    similarities, which are therefore taken in fp64.
+
+    Towers without [CLS] use the attention a patch receives, in the same layer (the code takes the
+    last one for SigLIP).
+
+    Args:
+        keep: T, as a fraction of an image's tokens or a whole number of tokens per image.
+        important: share of T by attention, in [0, 1]; 1 is FasterVLM.
+        at_once: duplicates removed in a step, at least 1.
+        positions: "contiguous" (as in LLaVA) or "original".
+    """
+
+    name = "vispruner"
+    title = "VisPruner: visual importance and diversity"
+    paper = "arXiv:2412.01818"
+    year = 2024
+    needs = frozenset({"cls_attention", "encoder"})
+    vision_layer = -2
+
+    keep: float | int = 0.1111
+    important: float = 0.5
+    at_once: int = 8
+    positions: Positions = "contiguous"
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        if isinstance(self.important, bool) or not isinstance(self.important, (int, float)):
+            raise TypeError(f"important: expected a share in [0, 1], got {self.important!r}")
+        if not 0 <= self.important <= 1:
+            raise ValueError(f"important: expected a share in [0, 1], got {self.important!r}")
+        if isinstance(self.at_once, bool) or not isinstance(self.at_once, int):
+            raise TypeError(f"at_once: expected a whole number, got {self.at_once!r}")
+        if self.at_once < 1:
+            raise ValueError(f"at_once: expected at least 1, got {self.at_once}")
+        check_choice("positions", self.positions, ("original", "contiguous"))
+
+    def select(self, tokens: VisionTokens) -> Selection:
+        """Ascending indices, (k,).
+
+        Raises:
+            ValueError: `tokens` comes without `cls_attention` or `encoder`.
+        """
+        n = len(tokens)
+        k = budget(self.keep, n)
+        if k >= n:
+            return Selection(torch.arange(n, device=tokens.features.device))
+        if tokens.cls_attention is None or tokens.encoder is None:
+            raise ValueError("cls_attention, encoder: needed, got tokens without")
+        ranked = top_k(tokens.cls_attention, n)
+        first = int(k * self.important)
+        others = self.without_doubles(unit_rows(tokens.encoder.double()), ranked[first:], k - first)
+        return Selection(torch.cat([ranked[:first], others]).sort().values)
+
+    def without_doubles(self, rows: Tensor, left: Tensor, wanted: int) -> Tensor:
+        """(wanted,) of the indices `left` into (n, d) unit `rows`."""
+        if wanted == 0:
+            return left[:0]
+        while len(left) > wanted:
+            a, b = left[::2], left[1::2]
+            count = min(self.at_once, len(left) - wanted, len(a))
+            double = (rows[a] @ rows[b].T).amax(1) if len(b) else rows.new_zeros(len(a))
+            left = torch.cat([a[top_k(double, len(a))[count:]], b])
+        return left

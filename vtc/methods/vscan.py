@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""VScan: two scans of the vision tower, then a cut in the middle of the decoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vtc.methods.base import (
+    LayerState,
+    Method,
+    Positions,
+    Rows,
+    Selection,
+    VisionTokens,
+    budget,
+    check_choice,
+    check_keep,
+    check_layer,
+    scale_layers,
+)
+from vtc.ops import merge_into_nearest, top_k
+
+
+@dataclass(frozen=True)
+class VScan(Method):
+    """Global and local scans before the language model, the prompt's attention inside it.
+
+    Stage 1 keeps T tokens. Local: int(T / 2) by the attention of [CLS] in an early tower layer, an
+    equal share from each of `windows` x `windows` windows of the grid; what does not divide, or
+    what a small window cannot give, goes to the best tokens wherever they are (the code keeps fewer
+    than T then). Global: the rest by the attention in the layer whose output is used. Tokens that
+    go join the kept one with the most similar embedding, a plain mean over all of them.
+
+    Stage 2, before the layer at half of the depth: of the tokens that are left those that the
+    prompt's last token looks at most, in the layer about to run.
+
+    Published for LLaVA-1.5: 96 tokens, of which 32 in the second half, for 64 on average; the early
+    layer is 5 of 24, the cut before layer 16 of 32. Towers without [CLS] use the attention a patch
+    receives.
+
+    Args:
+        keep: T, as a fraction of an image's tokens or a whole number of tokens per image.
+        then: share of T left by stage 2, in (0, 1]; 1 switches it off.
+        windows: windows along each side of the grid.
+        layer: 0-based layer before which stage 2 cuts; by default half of the depth.
+        positions: "contiguous" (as in LLaVA) or "original", of both stages.
+    """
+
+    name = "vscan"
+    title = "VScan: two-stage visual token reduction"
+    paper = "arXiv:2505.22654"
+    year = 2025
+    needs = frozenset({"cls_attention", "low_attention"})
+    vision_layer = -2
+    low_layer = 5 / 24 + 1e-6
+
+    keep: float | int = 1 / 6
+    then: float = 1 / 3
+    windows: int = 4
+    layer: int | None = None
+    positions: Positions = "contiguous"
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        if isinstance(self.then, bool) or not isinstance(self.then, (int, float)):
+            raise TypeError(f"then: expected a share in (0, 1], got {self.then!r}")
+        if not 0 < self.then <= 1:
+            raise ValueError(f"then: expected a share in (0, 1], got {self.then!r}")
+        if isinstance(self.windows, bool) or not isinstance(self.windows, int):
+            raise TypeError(f"windows: expected a whole number, got {self.windows!r}")
+        if self.windows < 1:
+            raise ValueError(f"windows: expected at least 1, got {self.windows}")
+        check_layer("layer", self.layer, lowest=1)
+        check_choice("positions", self.positions, ("original", "contiguous"))
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """("sequence", "layers"), without the latter if stage 2 is off."""
+        return ("sequence", "layers") if self._cuts else ("sequence",)
+
+    @property
+    def _cuts(self) -> bool:
+        # keep=1.0 promises the plain model bit for bit.
+        return self.then < 1 and not (isinstance(self.keep, float) and self.keep == 1.0)
+
+    # ---- stage 1 ------------------------------------------------------------------------------
+    def select(self, tokens: VisionTokens) -> Selection:
+        """(k,) ascending indices and (k, d) merged contents.
+
+        Raises:
+            ValueError: `tokens` comes without `cls_attention` or `low_attention`.
+        """
+        n = len(tokens)
+        k = budget(self.keep, n)
+        if k >= n:
+            return Selection(torch.arange(n, device=tokens.features.device))
+        if tokens.cls_attention is None or tokens.low_attention is None:
+            raise ValueError("cls_attention, low_attention: needed, got tokens without")
+        stays = self._local(tokens.low_attention.float(), tokens.grid, k // 2)
+        rest = tokens.cls_attention.float().masked_fill(stays, -torch.inf)
+        stays[top_k(rest, k - int(stays.sum()))] = True
+        kept = stays.nonzero().squeeze(1)
+        return Selection(kept, merge_into_nearest(tokens.features, tokens.features, kept))
+
+    def _local(self, attention: Tensor, grid: Tensor, wanted: int) -> Tensor:
+        """(n,) bool: `wanted` tokens, spread evenly over the windows."""
+        stays = torch.zeros(len(attention), dtype=torch.bool, device=attention.device)
+        place = grid - grid.amin(0)
+        size = place.amax(0) + 1
+        window = place * self.windows // size.clamp_min(self.windows)
+        number = (place[:, 0] * self.windows + window[:, 1]) * self.windows + window[:, 2]
+        every = number.unique()
+        share = wanted // len(every)
+        for one in every:
+            inside = (number == one).nonzero().squeeze(1)
+            stays[inside[top_k(attention[inside], min(share, len(inside)))]] = True
+        left = attention.masked_fill(stays, -torch.inf)
+        stays[top_k(left, wanted - int(stays.sum()))] = True
+        return stays
+
+    # ---- stage 2 ------------------------------------------------------------------------------
+    def prune_layers(self, num_layers: int) -> tuple[int, ...]:
+        """The layer before which stage 2 cuts, if it is on.
+
+        Raises:
+            ValueError: the model has no such layer.
+        """
+        if not self._cuts:
+            return ()
+        given = None if self.layer is None else (self.layer,)
+        return scale_layers(given, (16,), num_layers)
+
+    def peeks(self, num_layers: int) -> dict[int, Rows]:
+        """The prompt's last row."""
+        return dict.fromkeys(self.prune_layers(num_layers), "last")
+
+    def prune(self, state: LayerState) -> Selection | None:
+        """Ascending indices among the sample's vision tokens, or `None` if all fit the budget."""
+        vision = state.vision
+        k = sum(max(1, round(self.then * budget(self.keep, n))) for n in state.original)
+        if k >= vision.shape[0] or state.ahead is None:
+            return None
+        return Selection(top_k(state.ahead[-1, vision], k).sort().values)
