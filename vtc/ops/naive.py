@@ -146,6 +146,6 @@ def merge_into_nearest(
         shares = [1.0 if weights is None else float(weights[i]) for i in members]
         if sum(shares) == 0:
             shares = [1.0] * len(members)
-        total = sum(s * contents[i] for s, i in zip(shares, members, strict=True))
-        rows.append(total / sum(shares))
+        parts = [s * contents[i] for s, i in zip(shares, members, strict=True)]
+        rows.append(torch.stack(parts).sum(0) / sum(shares))
     return torch.stack(rows)
