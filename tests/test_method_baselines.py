@@ -81,15 +81,17 @@ def test_they_are_registered_with_their_source_and_refuse_nonsense(name: str) ->
 
 
 def test_published_layers_scale_with_the_depth() -> None:
-    assert scale_layers(None, (8, 16, 24), 32) == (8, 16, 24)
-    assert scale_layers(None, (8, 16, 24), 8) == (2, 4, 6)
-    assert scale_layers(None, (3, 17, 22), 28) == (3, 15, 19)
-    assert scale_layers(None, (3, 17, 22), 4) == (1, 2, 3)
-    assert scale_layers(None, (3, 17, 22), 2) == (1,)
-    assert scale_layers((1, 5), (3, 17, 22), 6) == (1, 5)
+    late = (3 / 32, 17 / 32, 22 / 32)
+    assert scale_layers(None, late, 32) == (3, 17, 22)
+    assert scale_layers(None, (0.25, 0.5, 0.75), 32) == (8, 16, 24)
+    assert scale_layers(None, (0.25, 0.5, 0.75), 8) == (2, 4, 6)
+    assert scale_layers(None, late, 28) == (3, 15, 19)
+    assert scale_layers(None, late, 4) == (1, 2, 3)
+    assert scale_layers(None, late, 2) == (1,)
+    assert scale_layers((1, 5), late, 6) == (1, 5)
     for wrong in ((5, 1), (2, 2), (1, 6)):
         with pytest.raises(ValueError, match="layers"):
-            scale_layers(wrong, (3, 17, 22), 6)
+            scale_layers(wrong, late, 6)
 
 
 # ---- DivPrune -----------------------------------------------------------------------------------

@@ -431,14 +431,14 @@ def budget(keep: float | int, n: int) -> int:
 
 
 def scale_layers(
-    given: tuple[int, ...] | None, published: tuple[int, ...], num_layers: int, depth: int = 32
+    given: tuple[int, ...] | None, published: tuple[float, ...], num_layers: int
 ) -> tuple[int, ...]:
     """The layers before which a method acts in a decoder of `num_layers`.
 
     Args:
         given: the user's, which must fit; `None` for those that were published.
-        published: for a decoder of `depth` layers; scaled, rounded half up, and kept apart. A
-            decoder too shallow for all of them gets as many as it has room for.
+        published: shares of the depth; rounded half up to layers, and kept apart. A decoder too
+            shallow for all of them gets as many as it has room for.
 
     Raises:
         ValueError: given layers that do not ascend, or that the decoder has not.
@@ -451,8 +451,8 @@ def scale_layers(
             )
         return given
     scaled: list[int] = []
-    for layer in published:
-        wanted = int(layer * num_layers / depth + 0.5)
+    for share in published:
+        wanted = int(share * num_layers + 0.5)
         wanted = max(wanted, scaled[-1] + 1 if scaled else 1)
         if wanted < num_layers:
             scaled.append(wanted)

@@ -120,7 +120,7 @@ class CATP(Method):
         """
         k = self.layer
         if k is None:
-            k = max(2, int(6 * num_layers / 32 + 0.5))
+            k = max(2, int(0.1875 * num_layers + 0.5))
         if k + 1 >= num_layers:
             raise ValueError(
                 f"layer: expected 2 to {num_layers - 2} in a model of {num_layers} decoder layers, "

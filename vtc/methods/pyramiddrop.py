@@ -63,7 +63,7 @@ class PyramidDrop(Method):
         Raises:
             ValueError: layers that do not ascend, or that the model has not.
         """
-        return scale_layers(self.layers, (8, 16, 24), num_layers)
+        return scale_layers(self.layers, (0.25, 0.5, 0.75), num_layers)
 
     def peeks(self, num_layers: int) -> dict[int, Rows]:
         """The prompt's last row of every layer before which it cuts."""

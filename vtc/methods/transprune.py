@@ -86,7 +86,7 @@ class TransPrune(Method):
 
     def prune_layers(self, num_layers: int) -> tuple[int, ...]:
         """After layers 7, 9 and 12 of 32 (1-based), scaled to the depth."""
-        return scale_layers(None, (7, 9, 12), num_layers)
+        return scale_layers(None, (0.21875, 0.28125, 0.375), num_layers)
 
     def watched(self, num_layers: int) -> range:
         """0-based layers whose variation counts: layers 7 to 12 of 32, scaled."""

@@ -18,6 +18,10 @@ from vtc.methods.base import (
 from vtc.ops import top_k
 
 
+_LAYERS = (0.09375, 0.53125, 0.6875)
+"""Layers 3, 17 and 22 of 32, as shares of the depth."""
+
+
 @dataclass(frozen=True)
 class V2Drop(Method):
     """Before three decoder layers, keep the tokens that the layer before changed most.
@@ -77,8 +81,7 @@ class V2Drop(Method):
         Raises:
             ValueError: layers that do not ascend, or that the model has not.
         """
-        published = (3, 17, 22)[: 1 + len(self.then)]
-        return scale_layers(self.layers, published, num_layers)
+        return scale_layers(self.layers, _LAYERS[: 1 + len(self.then)], num_layers)
 
     def records(self, num_layers: int) -> dict[int, frozenset[Record]]:
         """What enters the layers before its cuts."""

@@ -55,7 +55,7 @@ class VScan(Method):
     year = 2025
     needs = frozenset({"cls_attention", "low_attention"})
     vision_layer = -2
-    low_layer = 5 / 24 + 1e-6
+    low_layer = 0.2084
 
     keep: float | int = 1 / 6
     then: float = 1 / 3
@@ -131,7 +131,7 @@ class VScan(Method):
         if not self._cuts:
             return ()
         given = None if self.layer is None else (self.layer,)
-        return scale_layers(given, (16,), num_layers)
+        return scale_layers(given, (0.5,), num_layers)
 
     def peeks(self, num_layers: int) -> dict[int, Rows]:
         """The prompt's last row."""
