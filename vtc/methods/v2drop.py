@@ -17,7 +17,6 @@ from vtc.methods.base import (
 )
 from vtc.ops import top_k
 
-
 _LAYERS = (0.09375, 0.53125, 0.6875)
 """Layers 3, 17 and 22 of 32, as shares of the depth."""
 
