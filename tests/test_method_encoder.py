@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import vtc
-from tests.models import make_sample, shared_model
+from tests.models import collate, make_sample, samples, shared_model
 from tests.reference import encode, encode_merging
 from vtc.methods.base import EncoderState, Merging
 from vtc.methods.flowcut import FlowCut
@@ -232,3 +232,13 @@ def test_a_wrong_merging_is_refused(wrong: str) -> None:
     sample = make_sample("clip", ("image", 5), seed=0)
     with vtc.patch(model, Wrong()), pytest.raises(ValueError, match=r"tome: (target|memory) must"):
         model.model.get_image_features(sample.pixel_values)
+
+
+@pytest.mark.parametrize("name", sorted({*vtc.methods()} - {"full", "transprune"}))
+def test_keep_of_one_is_the_plain_model_bit_for_bit(name: str) -> None:
+    model = shared_model("clip+llama", "sdpa")
+    batch = collate(samples("images", "clip"))
+    with torch.no_grad():
+        plain = model(**batch).logits
+        with vtc.patch(model, name, keep=1.0):
+            assert torch.equal(model(**batch).logits, plain)

@@ -156,7 +156,7 @@ class VisionSide:
                 out, reductions = self.family.downsampled_features(
                     self.backbone, original, pixels, self.reducer, kwargs
                 )
-            elif self.merger is not None:
+            elif self.merger is not None and not self.merger.method.keeps_all:
                 out, merged = self.merger.encode(original, kwargs)
             else:
                 out = original(**kwargs)

@@ -229,6 +229,11 @@ class Method:
         _REGISTRY[name] = cls
 
     # ---- what a method implements -------------------------------------------------------------
+    @property
+    def keeps_all(self) -> bool:
+        """Encoder stage: whether no patch ever leaves, so that the tower may run as it is."""
+        return False
+
     def merge(self, state: EncoderState) -> Merging | None:
         """Encoder stage: merge or drop patches in a tower layer, or `None` to leave them."""
         raise TypeError(f"{type(self).__name__} does not act in the vision tower")
