@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LLaVA-PruMerge: patches that stand out for [CLS], each enriched by those most like it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vtc.methods.base import (
+    Method,
+    Positions,
+    Selection,
+    VisionTokens,
+    budget,
+    check_choice,
+    check_keep,
+    check_layer,
+)
+from vtc.ops import top_k, unit_rows
+
+
+@dataclass(frozen=True)
+class PruMerge(Method):
+    """Keep the outliers of [CLS]'s attention; add to each its nearest neighbours; sum up the rest.
+
+    Attention a is a softmax over the patches in the tower's last layer, all heads taken as one.
+    Kept are the patches with a > Q3 + 1.5 (Q3 - Q1), at least one. With `plus` an even grid joins
+    them: every s-th patch, s a third of n / outliers. Then x_i <- x_i + sum_j a_j x_j over the
+    patches j with the most similar keys (kept ones included, i itself not), and one more token
+    sum_j a_j x_j over all that are not kept. As in the code, weights are not normalised; the paper
+    does not mention the last token. All of this is on states before the projector.
+
+    The number kept follows the image, and so `keep` is `None` by default. A given `keep` counts all
+    tokens, the last one too. Of the others, all go by attention, or with `plus` one half does and
+    the rest lie evenly, as in the code's training mode; where two would meet, the nearest free
+    patch is taken, which the code lacks. Its softmax also holds [CLS] itself, whose key a method
+    does not see: ranks and outliers are the same, the weights here larger by one factor. Nor does
+    its grid reach the last patch. Towers without [CLS] use the attention a patch receives.
+
+    Args:
+        keep: `None`, a fraction of an image's tokens, or a whole number of tokens per image.
+        plus: whether the even grid is added (PruMerge+).
+        neighbours: how many patches are added to each kept one, at most all others.
+        aggregate: whether the last token is appended; not where one token is all there may be.
+        order: with contiguous positions "published" (by attention, the grid, the last token) or
+            "raster". Original positions always are in raster order, the last token at the last
+            patch that is not kept.
+        positions: "contiguous" (as in LLaVA) or "original".
+    """
+
+    name = "prumerge"
+    title = "LLaVA-PruMerge: adaptive pruning and merging"
+    paper = "arXiv:2403.15388"
+    year = 2024
+    needs = frozenset({"cls_attention", "cls_query", "keys", "encoder"})
+    vision_layer = -1
+
+    keep: float | int | None = None
+    plus: bool = False
+    neighbours: int = 32
+    aggregate: bool = True
+    order: Literal["published", "raster"] = "published"
+    positions: Positions = "contiguous"
+
+    def __post_init__(self) -> None:
+        if self.keep is not None:
+            check_keep(self.keep)
+        for name in ("plus", "aggregate"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+        if self.neighbours is None:
+            raise ValueError("neighbours: expected a whole number of at least 1, got None")
+        check_layer("neighbours", self.neighbours, lowest=1)
+        check_choice("order", self.order, ("published", "raster"))
+        check_choice("positions", self.positions, ("original", "contiguous"))
+
+    def select(self, tokens: VisionTokens) -> Selection:
+        """(k,) ascending indices and (k, d) contents.
+
+        Raises:
+            ValueError: `tokens` comes without the signals in `needs`.
+        """
+        n, device = len(tokens), tokens.features.device
+        total = n if self.keep is None else budget(self.keep, n)
+        if n == 1 or (self.keep is not None and total >= n):
+            return Selection(torch.arange(n, device=device))
+        keys, states = tokens.keys, tokens.encoder
+        if keys is None or states is None or tokens.project is None:
+            raise ValueError("keys, encoder: PruMerge needs them, got tokens without")
+        attention = _attention(tokens, keys)
+        if self.keep is None:
+            kept = self._adaptive(attention)
+        else:
+            kept = self._fixed(attention, total - (self.aggregate and total > 1))
+        merged = self._merged(states, keys, attention, kept)
+        slots = kept
+        free = torch.ones(n, dtype=torch.bool, device=device)
+        free[kept] = False
+        if self.aggregate and len(kept) < n and total > 1:
+            summed = (attention * free).to(merged.dtype) @ states.to(merged.dtype)
+            merged = torch.cat([merged, summed[None]])
+            slots = torch.cat([kept, free.nonzero()[-1]])
+        contents = tokens.project(merged.to(states.dtype))
+        order = slots.argsort()
+        if self.order == "raster" or self.positions == "original":
+            contents = contents[order]
+        return Selection(slots[order], contents)
+
+    def _adaptive(self, attention: Tensor) -> Tensor:
+        """Indices of the outliers, the highest attention first, then of the grid."""
+        n = len(attention)
+        low, high = attention.quantile(attention.new_tensor([0.25, 0.75])).unbind()
+        count = max(1, int((attention > high + 1.5 * (high - low)).sum()))
+        kept = top_k(attention, count)
+        if not self.plus:
+            return kept
+        grid = torch.arange(0, n, max(1, n // count // 3), device=kept.device)
+        return torch.cat([kept, grid[~torch.isin(grid, kept)]])
+
+    def _fixed(self, attention: Tensor, count: int) -> Tensor:
+        """`count` indices, the highest attention first, then those of the grid."""
+        n, device = len(attention), attention.device
+        even = count // 2 if self.plus else 0
+        kept = top_k(attention, count - even)
+        if not even:
+            return kept
+        grid = ((2 * torch.arange(even, device=device) + 1) * n) // (2 * even)
+        place = torch.arange(n, device=device)
+        barred = torch.zeros(n, dtype=torch.bool, device=device)
+        barred[kept] = True
+        # Patches of the grid that are free stay where they are, so they choose first.
+        grid = grid[barred[grid].to(torch.uint8).argsort(stable=True)]
+        for step in range(even):
+            distance = (place - grid[step]).abs().masked_fill(barred, n)
+            nearest = distance.argmin(0, keepdim=True)
+            grid[step : step + 1] = nearest
+            barred.index_fill_(0, nearest, True)
+        return torch.cat([kept, grid.sort().values])
+
+    def _merged(self, states: Tensor, keys: Tensor, attention: Tensor, kept: Tensor) -> Tensor:
+        """(m, d_v) states of the kept patches, their neighbours added."""
+        rows = unit_rows(keys)
+        alike = rows[kept] @ rows.T
+        alike.scatter_(1, kept[:, None], -torch.inf)
+        count = min(self.neighbours, len(attention) - 1)
+        nearest = alike.sort(dim=1, descending=True, stable=True).indices[:, :count]
+        weights = torch.zeros_like(alike).scatter_(1, nearest, 1.0) * attention.to(alike.dtype)
+        wide = states.to(torch.promote_types(states.dtype, torch.float32))
+        return wide[kept] + weights.to(wide.dtype) @ wide
+
+
+@dataclass(frozen=True)
+class PruMergePlus(PruMerge):
+    """PruMerge+: `PruMerge` with an even grid of patches beside those that [CLS] looks at.
+
+    Args:
+        keep: as in `PruMerge`, and so are all others.
+        plus: whether the even grid is added, by default yes.
+        neighbours: patches added to each kept one.
+        aggregate: whether a sum of what is not kept is appended.
+        order: "published" or "raster".
+        positions: "contiguous" or "original".
+    """
+
+    name = "prumerge_plus"
+    title = "PruMerge+: outliers of attention and an even grid"
+
+    plus: bool = True
+
+
+def _attention(tokens: VisionTokens, keys: Tensor) -> Tensor:
+    """(n,) attention to each patch: of [CLS] with its heads taken as one, or what it receives."""
+    if tokens.cls_query is not None:
+        query = tokens.cls_query.to(torch.promote_types(keys.dtype, torch.float32))
+        return (keys.to(query.dtype) @ query / keys.shape[1] ** 0.5).softmax(0)
+    if tokens.cls_attention is None:
+        raise ValueError("cls_query or cls_attention: PruMerge needs one, got tokens without")
+    return tokens.cls_attention.to(torch.promote_types(tokens.cls_attention.dtype, torch.float32))
