@@ -90,6 +90,9 @@ METHODS: dict[str, Callable[[], Method]] = {
     "correlation-adapts": lambda: vtc.make("correlation", alpha=0.2, beta=0.1),
     "vispruner": lambda: vtc.make("vispruner", keep=0.3),
     "vscan": lambda: vtc.make("vscan", keep=0.4, windows=2),
+    "prumerge": lambda: vtc.make("prumerge", keep=0.3),
+    "prumerge_plus": lambda: vtc.make("prumerge_plus", keep=0.3),
+    "prumerge_plus-adapts": lambda: vtc.make("prumerge_plus", positions="original"),
     "visionzip|dart": lambda: vtc.VisionZip(keep=0.6) | vtc.DART(keep=0.3, layer=3),
     "todre|fastv": lambda: (
         vtc.make("todre", keep=0.5, second_stage=False) | vtc.make("fastv", keep=0.25)

@@ -27,6 +27,7 @@ from vtc.methods.flowcut import FlowCut
 from vtc.methods.full import Full
 from vtc.methods.mmtok import MMTok
 from vtc.methods.pool import Pool
+from vtc.methods.prumerge import PruMerge, PruMergePlus
 from vtc.methods.pyramiddrop import PyramidDrop
 from vtc.methods.random import Random
 from vtc.methods.scope import SCOPE
@@ -57,6 +58,8 @@ __all__ = [
     "Method",
     "Pool",
     "Positions",
+    "PruMerge",
+    "PruMergePlus",
     "PyramidDrop",
     "Random",
     "Rows",
