@@ -79,11 +79,17 @@ class Merge(Probe):
 
 @dataclass(frozen=True)
 class Stairs(Probe):
-    """Layers stage: drops twice, a number that differs from row to row, and rewrites what stays."""
+    """Layers stage: reads every signal there is, drops twice, a number that differs from row to
+    row, and rewrites what stays."""
 
     first: int = 2
     second: int = 5
     positions: Positions = "original"
+    heads: bool = False
+
+    @property
+    def by_head(self) -> bool:
+        return self.heads
 
     def prune_layers(self, num_layers: int) -> tuple[int, ...]:
         return (self.first, self.second)
@@ -98,16 +104,20 @@ class Stairs(Probe):
         return {
             0: frozenset({"input", "attention_in", "attention_out"}),
             self.first - 1: frozenset({"keys", "mlp_in", "mlp_out"}),
-            self.second - 1: frozenset({"output", "normed", "keys"}),
+            self.second - 1: frozenset({"output", "normed", "keys", "rotary"}),
         }
 
     def prune(self, state: LayerState) -> Selection | None:
         vision = state.vision
         assert state.ahead is not None
-        score = state.attention[state.layer - 1].sum(0)[vision] + state.ahead.sum(0)[vision]
-        score = score + state.attention[0].mean(0)[vision]
+        score = self._sum(state.attention[state.layer - 1])[vision] + self._sum(state.ahead)[vision]
+        score = score + self._sum(state.attention[0])[vision] / len(vision)
+        score = score + 0.001 * state.grid[vision].sum(1)
         # every record counts, and the sum says how many there have to be
-        assert len(state.recorded) == (6 if state.layer == self.first else 9)
+        assert len(state.recorded) == (6 if state.layer == self.first else 10)
+        assert (state.memory is None) == (state.layer == self.first)
+        if state.memory is not None:
+            score = score + 0.01 * state.memory.tanh()
         for kept in state.recorded.values():
             score = score + 0.01 * kept[vision].mean(1).tanh()
         if state.layer == self.first:
@@ -116,9 +126,17 @@ class Stairs(Probe):
             count = len(vision) // 2
         chosen = score.topk(count).indices.sort().values
         if state.layer == self.first:
-            return Selection(chosen)
+            return Selection(chosen, memory=score[chosen])
         contents = state.hidden[vision]
         return Selection(chosen, 0.8 * contents[chosen] + 0.2 * contents.mean(0))
+
+    def _sum(self, rows: Tensor) -> Tensor:
+        """(s,) attention received from (r, s) rows, or from (h, r, s) where each head counts more
+        than the one before."""
+        assert rows.dim() == 2 + self.heads
+        if self.heads:
+            rows = (rows * torch.arange(1, len(rows) + 1)[:, None, None]).mean(0)
+        return rows.sum(0)
 
 
 @dataclass(frozen=True)
@@ -179,6 +197,10 @@ class Spy(Probe):
     @property
     def low_layer(self) -> int | float:  # type: ignore[override]
         return self.inner.low_layer
+
+    @property
+    def by_head(self) -> bool:
+        return self.inner.by_head
 
     def peeks(self, num_layers: int) -> dict[int, Rows]:
         return self.inner.peeks(num_layers)

@@ -164,7 +164,7 @@ def _layer(
     positions: Tensor,
     notes: dict[str, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One decoder layer on (b, s, d): its output, and its (b, s, s) head-averaged attention.
+    """One decoder layer on (b, s, d): its output, and its (b, h, s, s) attention.
 
     `notes` takes, of the first row, all that methods may have recorded.
 
@@ -203,7 +203,16 @@ def _layer(
         notes["attention_in"], notes["attention_out"] = normed[0], attended[0]
         notes["mlp_in"], notes["mlp_out"] = between[0], changed[0]
         notes["keys"] = plain_keys[0].transpose(0, 1).reshape(s, -1)
-    return hidden, probabilities.mean(1)
+        # What layers rotate differently about is the distance between two tokens.
+        ones = torch.ones(1, 1, s, attention.head_dim)
+        notes["rotary"] = _rotate(ones, cos[:, None], sin[:, None])[0, 0]
+    return hidden, probabilities
+
+
+def _rows(method: Method, attention: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Of (h, s, s) attention, by head or averaged, some rows and columns."""
+    found = attention[:, rows][:, :, columns]
+    return found if method.by_head else found.mean(0)
 
 
 @dataclass
@@ -282,13 +291,15 @@ class Truth:
         """Fill the placeholders, in order, with the features of the images."""
         slots = (self.sample.input_ids == IMAGE).nonzero().flatten()
         self._where = []
+        self.grid = torch.full((self.length, 3), -1)
         start = 0
         for i in range(self.sample.images):
-            features = encode(self.model, self.sample.pixel_values[i]).features
+            encoded = encode(self.model, self.sample.pixel_values[i])
+            features = encoded.features
             where = slots[start : start + len(features)]
             start += len(features)
             self.embeds[where] = features
-            self.image[where] = i
+            self.image[where], self.grid[where] = i, encoded.grid
             self._where.append(where)
         assert start == len(slots), "placeholders and features do not match"
 
@@ -370,9 +381,10 @@ class Truth:
         hidden = self.embeds[None]
         attention: dict[int, Tensor] = {}
         notes: dict[int, dict[str, Tensor]] = {}
+        memory: list[Tensor | None] = [None for _ in self.parts]
         for layer in range(self.num_layers):
             replaced = []
-            for part in self.parts:
+            for number, part in enumerate(self.parts):
                 if "layers" not in part.stages:
                     continue
                 if layer not in part.prune_layers(self.num_layers):
@@ -380,11 +392,12 @@ class Truth:
                 vision = self.alive & (self.image >= 0)
                 if not vision.any():
                     continue
-                state = self._state(part, layer, hidden[0], attention, notes)
+                state = self._state(part, layer, hidden[0], attention, notes, memory[number])
                 chosen = part.prune(state)
                 self.seen.append(Seen(part, state, chosen))
                 if chosen is None:
                     continue
+                memory[number] = chosen.memory
                 candidates = vision.nonzero().flatten()
                 kept = candidates[chosen.indices]
                 gone = vision.clone()
@@ -413,6 +426,7 @@ class Truth:
         hidden: Tensor,
         attention: dict[int, Tensor],
         notes: dict[int, dict[str, Tensor]],
+        memory: Tensor | None,
     ) -> LayerState:
         """What `part` is shown before `layer`: the tokens not yet dropped, nothing else."""
         here = self.alive.nonzero().flatten()
@@ -428,17 +442,18 @@ class Truth:
         if layer in peeked:
             visible = self._visible(self.alive, 0)
             _, all_rows = _layer(self.model, layer, hidden[None], visible, self.positions)
-            ahead = all_rows[0][rows[peeked[layer]]][:, here]
+            ahead = _rows(part, all_rows[0], rows[peeked[layer]], here)
         return LayerState(
             layer=layer,
             num_layers=self.num_layers,
             hidden=hidden[here].clone(),
             image=self.image[here],
             text=self.text[here],
+            grid=self.grid[here],
             prompt_length=len(prompt),
             original=self.original,
             attention={
-                tapped: attention[tapped][rows[which]][:, here]
+                tapped: _rows(part, attention[tapped], rows[which], here)
                 for tapped, which in asked.items()
                 if tapped < layer
             },
@@ -449,6 +464,7 @@ class Truth:
                 for name in names
                 if at < layer
             },
+            memory=memory,
         )
 
     # ---- answering ------------------------------------------------------------------------------

@@ -106,6 +106,7 @@ PROBES: dict[str, Callable[[], Method]] = {
     "merge": lambda: Merge(),
     "stairs": lambda: Stairs(),
     "stairs-contiguous": lambda: Stairs(positions="contiguous"),
+    "stairs-heads|fastv": lambda: Stairs(heads=True) | vtc.make("fastv", keep=3, layer=6),
     "ragged|stairs-contiguous": lambda: Ragged() | Stairs(positions="contiguous"),
     "ragged-contiguous|todre-drops": lambda: (
         Ragged(positions="contiguous") | vtc.make("todre", keep=3, tau=2.0, positions="original")
@@ -444,6 +445,7 @@ def _closest(shown: Any, notes: list[tuple[Any, Any]]) -> tuple[Any, Any]:
 SHOWN: dict[str, Callable[[], Method]] = {
     "merge": lambda: Spy(Merge()),
     "stairs": lambda: Spy(Stairs()),
+    "stairs-heads": lambda: Spy(Stairs(heads=True, positions="contiguous")),
     "ragged|merge|stairs": lambda: Spy(Ragged()) | Spy(Merge()) | Spy(Stairs()),
     "todre": lambda: Spy(vtc.make("todre", keep=0.25, tau=2.0)),
     "ragged|fastv|stairs": lambda: (
@@ -498,10 +500,18 @@ def _assert_same_view(shown: Any, expected: Any) -> None:
     assert tuple(shown.original) == expected.original
     assert torch.equal(shown.image, expected.image)
     assert torch.equal(shown.text, expected.text)
+    assert torch.equal(shown.grid, expected.grid)
     assert set(shown.attention) == set(expected.attention)
     for layer, rows in expected.attention.items():
         assert difference(shown.attention[layer], rows) < TOLERANCE
         assert shown.attention[layer].dtype == torch.float32
+    assert set(shown.recorded) == set(expected.recorded)
+    for key, states in expected.recorded.items():
+        assert difference(shown.recorded[key], states) < TOLERANCE
+    for signal in ("ahead", "memory"):
+        a, b = getattr(shown, signal), getattr(expected, signal)
+        assert (a is None) == (b is None)
+        assert b is None or difference(a, b) < TOLERANCE
 
 
 @pytest.mark.parametrize(("method", "kind"), some_now(3, EVERY_METHOD, KINDS))

@@ -51,6 +51,7 @@ def layer_state(
         "hidden": randn(s, 4, seed=layer),
         "image": image,
         "text": torch.arange(s) >= 3 + vision,
+        "grid": torch.full((s, 3), -1),
         "prompt_length": s,
         "original": (vision,),
         "attention": {},

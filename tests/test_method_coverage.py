@@ -168,6 +168,7 @@ def icl_state(layer: int, images: tuple[int, ...], seed: int = 0, rise: float = 
         hidden=randn(s, 4, seed=seed),
         image=which,
         text=(which < 0) & (torch.arange(s) > 0),
+        grid=torch.full((s, 3), -1),
         prompt_length=s,
         original=tuple(2 * n for n in images),
         attention={4: before, 5: now},

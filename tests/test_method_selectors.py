@@ -193,6 +193,7 @@ def test_vscan_cuts_in_the_middle_by_the_last_token() -> None:
         hidden=torch.zeros(103, 4),
         image=image,
         text=torch.arange(103) >= 99,
+        grid=torch.full((103, 3), -1),
         prompt_length=103,
         original=(576,),
         attention={},

@@ -36,6 +36,7 @@ def state_of(layer: int, vision: int = 16, layers: int = 32, **more: Any) -> Lay
         "hidden": randn(s, 6, seed=1),
         "image": image,
         "text": torch.arange(s) >= 2 + vision,
+        "grid": torch.full((s, 3), -1),
         "prompt_length": s,
         "original": (vision,),
         "attention": {},

@@ -63,6 +63,7 @@ def layer_state(
         hidden=torch.zeros(len(image), 4),
         image=which,
         text=(which < 0) & (torch.arange(len(image)) > first),
+        grid=torch.full((len(image), 3), -1),
         prompt_length=len(image),
         original=original,
         attention=attention,

@@ -44,7 +44,7 @@ class DecoderSide:
         for layer in self.plan.tapped:
             self.taps[layer] = taps.install(self.backbone.layers[layer].self_attn)
         for layer, names in self.plan.recorded.items():
-            for name in sorted(names - {"input", "keys"}):
+            for name in sorted(names - {"input", "keys", "rotary"}):
                 self.handles.append(self._hook(layer, name))
 
     def _hook(self, layer: int, name: Record) -> Any:
@@ -99,8 +99,11 @@ class DecoderSide:
     # ---- attention ----------------------------------------------------------------------------
     def listen(self, forward: Forward, layer: int, hidden: Tensor) -> None:
         """Before decoder layer `layer` runs on `hidden`: arm its tap, note what enters it."""
-        if "input" in self.plan.recorded.get(layer, ()):
+        recorded = self.plan.recorded.get(layer, ())
+        if "input" in recorded:
             self._note(layer, "input", hidden)
+        if "rotary" in recorded:
+            self._note(layer, "rotary", self._turned_ones(forward, layer, hidden))
         if layer not in self.plan.tapped:
             return
         with forward.selector.measure(forward.valid.device):
@@ -120,10 +123,12 @@ class DecoderSide:
             keys = self._turned_back(forward, layer, keys).transpose(1, 2).flatten(2)
             forward.recorded[layer, "keys"] = (layout, keys)
 
-        wanted = "keys" in self.plan.recorded.get(layer, ())
+        wanted = "keys" in recorded
         if places.shape[1] or wanted:
-            clock = forward.selector
-            taps.listen_rows(tap, places, group.valid, past, clock, note if wanted else None)
+            clock, by_head = forward.selector, layer in self.plan.by_head
+            taps.listen_rows(
+                tap, places, group.valid, past, clock, note if wanted else None, by_head
+            )
         forward.attention[layer] = Heard(layout, rows, tap.captured, past)
 
     def _turned_back(self, forward: Forward, layer: int, keys: Tensor) -> Tensor:
@@ -134,17 +139,30 @@ class DecoderSide:
         """
         if not bool(forward.offset.any()):
             return keys
+        return self._rotate(layer, keys, -forward.offset.to(keys.device))
+
+    def _turned_ones(self, forward: Forward, layer: int, hidden: Tensor) -> Tensor:
+        """(b, k, d_head) ones, rotated to where each token stands in its sample, in fp32."""
+        positions = forward.rotary_positions(self.plan.group_of[layer]) - forward.offset
+        attention: Any = self.backbone.layers[layer].self_attn
+        ones = torch.ones(*hidden.shape[:2], attention.head_dim, device=hidden.device)
+        return self._rotate(layer, ones[:, None], positions.to(hidden.device))[:, 0]
+
+    def _rotate(self, layer: int, states: Tensor, positions: Tensor) -> Tensor:
+        """`states` (b, h, k, d) turned by `positions` (b, k) or (b, 1)."""
         attention = self.backbone.layers[layer].self_attn
         rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
         if rotate is None:
             raise UnsupportedModelError(
-                f"position_ids: {type(attention).__name__} has no apply_rotary_pos_emb with which "
-                "to compare keys of padded rows; pass position_ids that begin at 0 in each row"
+                f"model: {type(attention).__name__} has no apply_rotary_pos_emb with which to "
+                "compare positions, or keys of padded rows"
             )
-        cos, sin = self.family.rotary(self.backbone, layer, keys, -forward.offset.to(keys.device))
-        return rotate(keys, keys, cos, sin)[1]
+        cos, sin = self.family.rotary(self.backbone, layer, states, positions)
+        return rotate(states, states, cos, sin)[1]
 
-    def peek(self, forward: Forward, layer: int, kind: Rows, hidden: Tensor, cache: Any) -> Heard:
+    def peek(
+        self, forward: Forward, layer: int, kind: Rows, hidden: Tensor, cache: Any, by_head: bool
+    ) -> Heard:
         """Attention rows of decoder layer `layer`, were it run on `hidden` as it is."""
         rows = rows_of(forward, {kind})
         places = nn.utils.rnn.pad_sequence(rows[kind], batch_first=True)
@@ -157,7 +175,7 @@ class DecoderSide:
             if before is None:
                 before = valid.new_ones(valid.shape[0], past)
             visible = torch.cat([before.to(valid.device), valid], dim=1)
-            taps.listen_rows(tap, places, visible, past, forward.selector)
+            taps.listen_rows(tap, places, visible, past, forward.selector, by_head=by_head)
             positions = forward.rotary_positions(self.plan.group_of[layer]).to(hidden.device)
             decoder: Any = self.backbone.layers[layer]
             # What runs now is not the forward: its inputs are not to be recorded.

@@ -127,7 +127,7 @@ class EncoderSide:
             rows = query[:, :, :1] if self.has_cls else query
             bias = None if mask is None else mask[:, :, : rows.shape[2]]
             scaling, softcap = options.get("scaling"), options.get("softcap")
-            received = taps.row_attention(rows, key, None, bias, scaling, softcap)
+            received = taps.row_attention(rows, key, None, bias, scaling, softcap).mean(1)
             heard["attention"] = received[0].mean(0)
             heard["keys"], heard["values"] = key[0].transpose(0, 1), value[0].transpose(0, 1)
 

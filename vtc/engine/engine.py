@@ -372,7 +372,7 @@ class Engine:
             for number, method in self.plan.pruners[layer]:
                 rows, ahead = method.peeks(self.num_layers).get(layer), None
                 if rows is not None and not forward.replay:
-                    ahead = self.decoder.peek(forward, layer, rows, hidden, cache)
+                    ahead = self.decoder.peek(forward, layer, rows, hidden, cache, method.by_head)
                 hidden, keep = prune_between_layers(
                     forward, number, method, layer, self.num_layers, hidden, ahead
                 )

@@ -56,7 +56,8 @@ class Heard:
     Attributes:
         layout: the tokens held when it ran.
         rows: for each kind of rows and each sample, their places in that layout.
-        captured: [(b, r, past + k)] probabilities, or [] if no sample has such a row.
+        captured: [(b, h or 1, r, past + k)] probabilities, by head or averaged, or [] if no sample
+            has such a row.
         past: columns that come from the cache, unless a window lost some.
     """
 
@@ -65,25 +66,31 @@ class Heard:
     captured: list[Tensor]
     past: int
 
-    def at(self, kind: Rows, b: int, index: Tensor, length: int) -> Tensor:
+    def at(self, kind: Rows, b: int, index: Tensor, length: int, by_head: bool) -> Tensor:
         """(r, s) the rows `kind` of sample `b`, over the tokens at the (s,) places `index` of a
-        sequence of `length`."""
+        sequence of `length`; (h, r, s) `by_head`."""
         if not self.captured:
-            return torch.zeros(0, len(index), device=index.device)
+            none = torch.zeros(1, 0, len(index), device=index.device)
+            return none if by_head else none[0]
         start = 0
         for name, per_sample in self.rows.items():
             if name == kind:
                 break
             start += max(len(places) for places in per_sample)
         places = self.rows[kind][b]
-        captured = self.captured[0][b, start : start + len(places)]
+        captured = self.captured[0][b, :, start : start + len(places)]
+        if not by_head:
+            captured = captured.mean(0, keepdim=True)
         held = torch.isin(self.layout.index[b, places], index)
         if not bool(held.all()):  # rows of vision tokens that have been dropped since
-            captured = captured[held.to(captured.device)]
+            captured = captured[:, held.to(captured.device)]
         # This forward's columns follow the cache's; a static cache has spare room after them.
         width = self.layout.index.shape[1]
         first = min(self.past, captured.shape[-1] - width)
-        return _spread_out(captured[:, first : first + width].T, self.layout, b, index, length).T
+        heads, r = captured.shape[:2]
+        flat = captured[..., first : first + width].flatten(0, 1).T
+        found = _spread_out(flat, self.layout, b, index, length).T
+        return found.reshape(heads, r, len(index)) if by_head else found
 
 
 Decisions = dict[tuple[Any, ...], Selection | None]
@@ -108,15 +115,18 @@ class Forward:
     vision: Tensor | None = None
     phase: str = "plain"
 
-    # Set at prefill. `valid`, `gap`, `image` and `text` are (b, s) over the whole sequence.
+    # Set at prefill. `valid`, `gap`, `image` and `text` are (b, s) over the whole sequence, `grid`
+    # is (b, s, 3).
     valid: Tensor = field(default_factory=lambda: torch.empty(0))
     gap: Tensor = field(default_factory=lambda: torch.empty(0))
     image: Tensor = field(default_factory=lambda: torch.empty(0))
     text: Tensor = field(default_factory=lambda: torch.empty(0))
+    grid: Tensor = field(default_factory=lambda: torch.empty(0))
     prompt_length: list[int] = field(default_factory=list)
     spans: list[ImageSpan] = field(default_factory=list)
     layout: Layout = None  # type: ignore[assignment]
     decisions: Decisions = field(default_factory=dict)
+    memory: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
     replay: bool = False
     counts: dict[int, list[list[int]]] = field(default_factory=dict)
     attention: dict[int, Heard] = field(default_factory=dict)
@@ -134,11 +144,13 @@ class Forward:
     lm_started: Any = None
 
     def describe_prompt(self) -> None:
-        """Derive `image`, `text` and `prompt_length` from spans, mask and labels."""
+        """Derive `image`, `grid`, `text` and `prompt_length` from spans, mask and labels."""
         rows, length = self.valid.shape
         self.image = torch.full((rows, length), -1, device=self.valid.device)
+        self.grid = self.image.new_full((rows, length, 3), -1)
         for span in self.spans:
             self.image[span.sample, span.index] = span.ordinal
+            self.grid[span.sample, span.index] = span.signals.grid.to(self.grid)
         place = torch.arange(length, device=self.valid.device)
         end = self.valid.new_full((rows,), length, dtype=torch.long)
         if self.labels is not None:
@@ -363,25 +375,30 @@ def prune_between_layers(
                 hidden=hidden[b, places.to(hidden.device)],
                 image=image.to(hidden.device),
                 text=forward.text[b, index].to(hidden.device),
+                grid=forward.grid[b, index].to(hidden.device),
                 prompt_length=int((index < forward.prompt_length[b]).sum()),
                 original=tuple(len(s.index) for s in forward.spans if s.sample == b),
                 attention={
-                    tapped: forward.attention[tapped].at(rows, b, index, length).to(hidden.device)
+                    tapped: forward.attention[tapped]
+                    .at(rows, b, index, length, method.by_head)
+                    .to(hidden.device)
                     for tapped, rows in wanted.items()
                     if tapped in forward.attention
                 },
                 ahead=None
                 if ahead is None
-                else ahead.at(peeked[layer], b, index, length).to(hidden.device),
+                else ahead.at(peeked[layer], b, index, length, method.by_head).to(hidden.device),
                 recorded={
                     (at, name): _spread_out(kept[b], before, b, index, length).to(hidden.device)
                     for (at, name), (before, kept) in forward.recorded.items()
                     if name in records.get(at, ())
                 },
+                memory=forward.memory.get((number, b)),
             )
             selection = method.prune(state)
             if selection is not None:
                 selection = checked(method, selection, n)
+                forward.memory[number, b] = selection.memory
             forward.decisions[key] = selection
         if selection is None:
             continue

@@ -16,6 +16,7 @@ class Plan:
         sequence: the methods that act before the language model, in order.
         pruners: the methods that act before a decoder layer, with their number in the composition.
         tapped: decoder layers whose attention is tapped, and the rows that are read of it.
+        by_head: those of `tapped` whose attention is read head by head.
         recorded: decoder layers of which more is read, and what.
         first_layers: the first layer of each group of layers that hold the same tokens.
         group_of: the group of each layer.
@@ -27,6 +28,7 @@ class Plan:
         self.sequence = [m for m in method.parts if "sequence" in m.stages]
         self.pruners: dict[int, list[tuple[int, Method]]] = {}
         self.tapped: dict[int, set[Rows]] = {}
+        self.by_head: set[int] = set()
         self.recorded: dict[int, set[Record]] = {}
         self._read()
         self.first_layers = (0, *sorted(self.pruners))
@@ -87,6 +89,8 @@ class Plan:
                     )
                 self._check_rows(method, layer, rows, "taps")
                 self.tapped.setdefault(layer, set()).add(rows)
+                if method.by_head:
+                    self.by_head.add(layer)
 
     def _check_rows(self, method: Method, layer: int, rows: Rows, where: str) -> None:
         if rows not in get_args(Rows):
@@ -122,6 +126,7 @@ class Plan:
                     "normed": not hasattr(self.backbone.decoder, "norm"),
                     "attention": not hasattr(module, "self_attn"),
                     "keys": not hasattr(getattr(module, "self_attn", None), "config"),
+                    "rotary": not hasattr(getattr(module, "self_attn", None), "config"),
                     "mlp": not hasattr(module, "mlp"),
                 }
                 if lacks.get(part, False):

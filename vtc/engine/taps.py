@@ -96,7 +96,7 @@ def row_attention(
     scaling: float | None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Attention probabilities of some query rows, averaged over heads, in fp32.
+    """Attention probabilities of some query rows, in fp32.
 
     Args:
         query: (b, h, r, d) the rows, rotated.
@@ -106,7 +106,7 @@ def row_attention(
         scaling: factor on the logits; `d ** -0.5` if `None`.
 
     Returns:
-        (b, r, k) fp32.
+        (b, h, r, k) fp32.
     """
     b, h, r, d = query.shape
     h_kv = key.shape[1]
@@ -119,7 +119,7 @@ def row_attention(
         logits = logits + bias.float()
     if allowed is not None:
         logits = logits.masked_fill(~allowed, float("-inf"))
-    return torch.nan_to_num(logits.softmax(-1)).mean(1)
+    return torch.nan_to_num(logits.softmax(-1))
 
 
 def listen_rows(
@@ -129,6 +129,7 @@ def listen_rows(
     past: int,
     clock: Stopwatch,
     keys: Callable[[Tensor], None] | None = None,
+    by_head: bool = False,
 ) -> None:
     """Arm `tap` for the rows (b, r) of a causal decoder layer; the result goes to `captured`.
 
@@ -137,6 +138,7 @@ def listen_rows(
         visible: (b, k) bool, the keys that are not padding, or `None`.
         past: keys that come from the cache.
         keys: called with the (b, h_kv, s, d) keys of this forward's tokens.
+        by_head: leave the heads apart, (b, h, r, k), instead of averaged, (b, 1, r, k).
     """
 
     def capture(
@@ -170,7 +172,8 @@ def listen_rows(
                     spare = seen.new_zeros(b, key.shape[2] - seen.shape[1])
                     allowed = allowed & torch.cat([seen, spare], dim=1)[:, None, None]
             scaling, softcap = options.get("scaling"), options.get("softcap")
-            tap.captured.append(row_attention(picked, key, allowed, bias, scaling, softcap))
+            heard = row_attention(picked, key, allowed, bias, scaling, softcap)
+            tap.captured.append(heard if by_head else heard.mean(1, keepdim=True))
         tap.armed = None
 
     tap.captured = []
@@ -213,7 +216,7 @@ def listen_tower(tap: Tap, has_cls: bool, clock: Stopwatch) -> None:
             queries = query.detach()[:, :, 0].flatten(1)
             for i in range(query.shape[0]):
                 rows = query[i : i + 1, :, :1] if has_cls else query[i : i + 1]
-                received = row_attention(rows, key[i : i + 1], None, None, scaling, softcap)
+                received = row_attention(rows, key[i : i + 1], None, None, scaling, softcap).mean(1)
                 cls_query = queries[i] if has_cls else None
                 tap.captured.append(
                     TowerSignals(received[0].mean(0), keys[i], cls_query, key.shape[1])

@@ -24,12 +24,20 @@ Rows = Literal["last", "text", "vision", "vision_text"]
 the first vision token, all vision tokens held now, or both of these in sequence order."""
 
 Record = Literal[
-    "input", "output", "normed", "attention_in", "attention_out", "mlp_in", "mlp_out", "keys"
+    "input",
+    "output",
+    "normed",
+    "attention_in",
+    "attention_out",
+    "mlp_in",
+    "mlp_out",
+    "keys",
+    "rotary",
 ]
 """What a method may have recorded of a decoder layer: the hidden states that enter and leave it,
 the latter also through the decoder's final norm; what enters and leaves its attention and its MLP,
-without the residual; and its attention's keys, heads concatenated, rotated as if the sample began
-at position 0."""
+without the residual; its attention's keys, heads concatenated; and "rotary", a vector of ones as
+wide as a head. The last two are rotated to each token's position, as if the sample began at 0."""
 
 Signal = Literal[
     "cls_attention", "low_attention", "cls_query", "keys", "encoder", "text", "segment"
@@ -94,15 +102,18 @@ class LayerState:
         hidden: (s, d) hidden states entering the layer.
         image: (s,) ordinal of the image each token belongs to, -1 for text.
         text: (s,) bool, the prompt's text after the first vision token.
+        grid: (s, 3) whole numbers, the (frame, row, column) of each vision token, -1 for text.
         prompt_length: tokens of the prompt; any after them are an answer being scored.
         original: vision tokens of each image before any compression.
         attention: for each layer asked for by `taps` that has run, (r, s) attention probabilities
-            of the rows asked for, softmax over all keys in fp32, averaged over heads. Columns are
-            the tokens held now; what layers before dropped is left out.
+            of the rows asked for, softmax over all keys in fp32, averaged over heads, or (h, r, s)
+            if the method reads them `by_head`. Columns are the tokens held now; what layers before
+            dropped is left out.
         ahead: (r, s) the same of the layer about to run, as it would be if nothing were dropped
             now. Only if asked for by `peeks`.
         recorded: (s, d) what was asked for by `records`, by layer and name, for the tokens held
             now.
+        memory: what the method handed on when it last chose in this sample, or `None`.
     """
 
     layer: int
@@ -110,11 +121,13 @@ class LayerState:
     hidden: Tensor
     image: Tensor
     text: Tensor
+    grid: Tensor
     prompt_length: int
     original: tuple[int, ...]
     attention: Mapping[int, Tensor]
     ahead: Tensor | None = None
     recorded: Mapping[tuple[int, Record], Tensor] = dataclasses.field(default_factory=dict)
+    memory: Tensor | None = None
 
     @property
     def vision(self) -> Tensor:
@@ -178,10 +191,12 @@ class Selection:
         indices: (k,) ascending whole numbers into the tokens that the method was given: the
             image's tokens in `select`, the sample's vision tokens (all images) in `prune`.
         features: (k, d) new contents where tokens were merged or replaced, else `None`.
+        memory: layers stage: what the method wants to see again when it next chooses here.
     """
 
     indices: Tensor
     features: Tensor | None = None
+    memory: Tensor | None = None
 
 
 class Method:
@@ -258,6 +273,11 @@ class Method:
     def taps(self, num_layers: int) -> dict[int, Rows]:
         """0-based decoder layers whose attention `prune` reads, and which query rows of it."""
         return {}
+
+    @property
+    def by_head(self) -> bool:
+        """Whether attention of `taps` and `peeks` is read head by head, not averaged."""
+        return False
 
     def peeks(self, num_layers: int) -> dict[int, Rows]:
         """Layers out of `prune_layers` whose own attention `prune` reads ahead, and which rows."""
