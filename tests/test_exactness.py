@@ -93,6 +93,9 @@ METHODS: dict[str, Callable[[], Method]] = {
     "prumerge": lambda: vtc.make("prumerge", keep=0.3),
     "prumerge_plus": lambda: vtc.make("prumerge_plus", keep=0.3),
     "prumerge_plus-adapts": lambda: vtc.make("prumerge_plus", positions="original"),
+    "sparsevlm": lambda: vtc.make("sparsevlm", keep=(0.7, 0.5, 0.3)),
+    "sparsevlm-original": lambda: vtc.make("sparsevlm", keep=0.3, positions="original"),
+    "sparsevlm-v2": lambda: vtc.make("sparsevlm", keep=(0.6, 0.4, 0.2), version="v2"),
     "visionzip|dart": lambda: vtc.VisionZip(keep=0.6) | vtc.DART(keep=0.3, layer=3),
     "todre|fastv": lambda: (
         vtc.make("todre", keep=0.5, second_stage=False) | vtc.make("fastv", keep=0.25)

@@ -16,7 +16,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import vtc
-from vtc.ops import cell_grid, farthest_first, greedy, max_sum, naive, pool_grid, top_k, unit_rows
+from vtc.ops import (
+    cell_grid,
+    density_peaks,
+    farthest_first,
+    greedy,
+    max_sum,
+    naive,
+    pool_grid,
+    top_k,
+    unit_rows,
+)
 
 GREEDY = [
     pytest.param(max_sum, naive.max_sum, id="max_sum"),
@@ -37,6 +47,44 @@ def gaussian(n: int, d: int, seed: int) -> Tensor:
     """Rows without ties, in fp64, where rounding cannot swap two candidates."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(n, d, generator=generator, dtype=torch.float64)
+
+
+# ---- clustering ---------------------------------------------------------------------------------
+@given(features=tied_tokens(), data=st.data())
+@quick
+def test_density_peaks_equal_twin_with_ties(features, data):
+    n = len(features)
+    clusters, neighbours = data.draw(st.integers(1, n)), data.draw(st.integers(1, n))
+    fast = density_peaks(features, clusters, neighbours)
+    slow = naive.density_peaks(features, clusters, neighbours)
+    assert [t.tolist() for t in fast] == [t.tolist() for t in slow]
+
+
+@given(n=st.integers(1, 30), seed=st.integers(0, 10**6), data=st.data())
+@quick
+def test_density_peaks_equal_twin_without_ties(n, seed, data):
+    points = gaussian(n, 3, seed)
+    clusters, neighbours = data.draw(st.integers(1, n)), data.draw(st.integers(1, min(n, 4)))
+    fast = density_peaks(points, clusters, neighbours)
+    slow = naive.density_peaks(points, clusters, neighbours)
+    assert [t.tolist() for t in fast] == [t.tolist() for t in slow]
+
+
+def test_density_peaks_find_separate_groups():
+    points = torch.cat([gaussian(7, 4, 1) * 0.1 + 5, gaussian(9, 4, 2) * 0.1 - 5])
+    centres, joins = density_peaks(points, 2, 3)
+    assert {int(c) < 7 for c in centres} == {True, False}
+    assert len(set(joins[:7].tolist())) == len(set(joins[7:].tolist())) == 1
+    assert joins[0] != joins[7]
+    assert [int(joins[c]) for c in centres] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("clusters", "neighbours", "names"), [(0, 1, "clusters"), (4, 1, "clusters"), (1, 4, "neigh")]
+)
+def test_density_peaks_refuse(clusters, neighbours, names):
+    with pytest.raises(ValueError, match=names):
+        density_peaks(gaussian(3, 2, 0), clusters, neighbours)
 
 
 # ---- greedy selection ---------------------------------------------------------------------------
@@ -391,7 +439,12 @@ def test_no_model_sizes_in_code():
     for file in files:
         tree = ast.parse(file.read_text(encoding="utf-8"))
         # A setting may have such a number as its published default, where it is named.
-        settings = [node.value for node in ast.walk(tree) if isinstance(node, ast.AnnAssign)]
+        settings = [
+            part
+            for node in ast.walk(tree)
+            if isinstance(node, ast.AnnAssign) and node.value is not None
+            for part in ast.walk(node.value)
+        ]
         numbers = {
             node.value
             for node in ast.walk(tree)

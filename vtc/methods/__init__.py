@@ -31,6 +31,7 @@ from vtc.methods.prumerge import PruMerge, PruMergePlus
 from vtc.methods.pyramiddrop import PyramidDrop
 from vtc.methods.random import Random
 from vtc.methods.scope import SCOPE
+from vtc.methods.sparsevlm import SparseVLM
 from vtc.methods.todre import ToDRE
 from vtc.methods.tome import ToMe
 from vtc.methods.transprune import TransPrune
@@ -64,6 +65,7 @@ __all__ = [
     "Random",
     "Rows",
     "Selection",
+    "SparseVLM",
     "ToDRE",
     "ToMe",
     "TransPrune",

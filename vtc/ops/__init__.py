@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from vtc.ops.coverage import coverage_greedy
+from vtc.ops.density import density_peaks
 from vtc.ops.dpp import dpp_greedy
 from vtc.ops.greedy import farthest_first, max_sum, most_isolated
 from vtc.ops.merging import merge_into_nearest
@@ -15,6 +16,7 @@ __all__ = [
     "Kernel",
     "cell_grid",
     "coverage_greedy",
+    "density_peaks",
     "dpp_greedy",
     "farthest_first",
     "max_sum",

@@ -28,10 +28,10 @@ def merge_into_nearest(
     rows = unit_rows(metric)
     group = (rows @ rows[kept].T).argmax(1)
     group[kept] = torch.arange(len(kept), device=device)
+    # A matrix product, not scattered additions, whose order is not fixed on a GPU.
+    member = torch.nn.functional.one_hot(group, len(kept)).T.to(rows.dtype)
     wide = rows.new_ones(n) if weights is None else weights.to(rows.dtype)
-    total = wide.new_zeros(len(kept)).index_add(0, group, wide)
-    wide = torch.where(total[group] > 0, wide, torch.ones_like(wide))
-    total = wide.new_zeros(len(kept)).index_add(0, group, wide)
-    summed = wide.new_zeros(len(kept), contents.shape[1])
-    summed = summed.index_add(0, group, contents.to(wide.dtype) * wide[:, None])
-    return (summed / total[:, None]).to(contents.dtype)
+    wide = torch.where((member @ wide)[group] > 0, wide, torch.ones_like(wide))
+    shares = member * wide
+    summed = shares @ contents.to(rows.dtype)
+    return (summed / shares.sum(1, keepdim=True)).to(contents.dtype)

@@ -7,6 +7,7 @@ by comparing (value, index) pairs.
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 import torch
@@ -149,3 +150,38 @@ def merge_into_nearest(
         parts = [s * contents[i] for s, i in zip(shares, members, strict=True)]
         rows.append(torch.stack(parts).sum(0) / sum(shares))
     return torch.stack(rows)
+
+
+def density_peaks(points: Tensor, clusters: int, neighbours: int) -> tuple[Tensor, Tensor]:
+    """Twin of `density.density_peaks`."""
+    n, width = points.shape
+    values = points.double()
+    distance = [[float((a - b).norm()) / width**0.5 for b in values] for a in values]
+    density = [
+        math.exp(-sum(d**2 for d in sorted(distance[i])[:neighbours]) / neighbours)
+        for i in range(n)
+    ]
+
+    def denser(j: int, i: int) -> bool:
+        if abs(density[j] - density[i]) <= EQUAL * density[i]:
+            return j < i
+        return density[j] > density[i]
+
+    farthest = max(max(row) for row in distance)
+    score = []
+    for i in range(n):
+        above = [distance[i][j] for j in range(n) if denser(j, i)]
+        score.append(density[i] * (min(above) if above else farthest))
+    centres: list[int] = []
+    while len(centres) < clusters:
+        rest = [i for i in range(n) if i not in centres]
+        best = max(score[i] for i in rest)
+        centres.append(min(i for i in rest if score[i] >= best - EQUAL * max(score)))
+
+    def nearest(i: int) -> int:
+        reach = [distance[i][c] for c in centres]
+        return next(c for c, d in enumerate(reach) if d <= min(reach) + EQUAL * farthest)
+
+    joins = [centres.index(i) if i in centres else nearest(i) for i in range(n)]
+    device = points.device
+    return torch.tensor(centres, device=device), torch.tensor(joins, device=device)
