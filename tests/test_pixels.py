@@ -85,7 +85,7 @@ def test_a_reduction_of_pixels_comes_first_and_once() -> None:
     for method in (vtc.Random(keep=9) | pixels, pixels | pixels):
         with pytest.raises(ValueError, match="must come first"):
             vtc.patch(model, method)
-    assert "_vtc_patch" not in vars(model)
+    assert "_vtc_patch" not in vars(model.model)
 
 
 def test_a_tower_of_one_size_is_refused() -> None:
@@ -93,4 +93,4 @@ def test_a_tower_of_one_size_is_refused() -> None:
     model.model.vision_tower.config.patch_size = [14, 14]
     with pytest.raises(vtc.UnsupportedModelError, match="how='grid'"):
         vtc.patch(model, vtc.Downsample(keep=9, how="pixels"))
-    assert "_vtc_patch" not in vars(model)
+    assert "_vtc_patch" not in vars(model.model)

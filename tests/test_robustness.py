@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,14 +14,20 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    AutoModelForImageTextToText,
+    Blip2Config,
+    Gemma3Config,
     InternVLConfig,
     InternVLForConditionalGeneration,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PaliGemmaConfig,
 )
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, StaticCache
 
 import vtc
+from vtc.engine import taps
+from vtc.engine.override import Override
 from vtc.methods.base import LayerState, Method, Selection, VisionTokens
 
 from .models import build_model, collate, make_sample, pristine_model, samples, shared_model
@@ -114,6 +122,58 @@ def test_threads_wait_for_one_another(method: Method, use_cache: bool) -> None:
         assert torch.equal(found[i], expected)
 
 
+def test_labels_of_one_thread_are_not_those_of_another() -> None:
+    """They end the prompt, so that a row's loss would follow from its neighbour's labels."""
+    model = build_model("clip", "llama")
+    batches = []
+    for n in (4, 9, 14, 19):
+        batch = collate([make_sample("clip", (2, "image", n), n)])
+        labels = torch.full_like(batch["input_ids"], -100)
+        labels[:, -(n // 2) :] = batch["input_ids"][:, -(n // 2) :]
+        batches.append({**batch, "labels": labels})
+    with vtc.patch(model, FASTV):
+        alone = [float(model(**batch).loss.detach()) for batch in batches]
+        found: list[list[float]] = [[] for _ in batches]
+
+        def ask(i: int) -> None:
+            for _ in range(15):
+                found[i].append(float(model(**batches[i]).loss.detach()))
+
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(batches))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for expected, losses in zip(alone, found, strict=True):
+        assert losses == [expected] * 15
+
+
+@pytest.mark.parametrize(
+    "where", ["vision_tower", "language_model.layers.3", "language_model.norm"]
+)
+def test_an_interrupted_forward_locks_nobody_out(where: str) -> None:
+    """Torch calls no hook when Ctrl-C ends a forward."""
+    model = build_model("clip", "llama")
+    batch = collate(samples("one", "clip"))
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with vtc.patch(model, TODRE | vtc.FastV(keep=3)) as patch:
+        expected = logits_of(model, batch)
+        handle = model.model.get_submodule(where).register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(**batch, max_new_tokens=2)
+        handle.remove()
+        assert patch._engine.forward is None
+        found: list[Tensor] = []
+        thread = threading.Thread(target=lambda: found.append(logits_of(model, batch)), daemon=True)
+        thread.start()
+        thread.join(30)
+        assert not thread.is_alive()
+    assert torch.equal(found[0], expected)
+
+
 # ---- prompts ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("method", [TODRE, vtc.ToDRE(keep=0.25, tau=0.0), FASTV], ids=str)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -204,6 +264,103 @@ def test_disabling_and_then_unpatching_or_patching_anew() -> None:
     assert torch.equal(logits_of(model, batch), plain)
 
 
+def test_disabling_twice() -> None:
+    model = build_model("clip", "llama")
+    batch = collate(samples("one", "clip"))
+    plain, before = logits_of(model, batch), set(vars(model))
+    patch = vtc.patch(model, FASTV)
+    compressed = logits_of(model, batch)
+    with patch.disable():
+        with patch.disable():
+            assert torch.equal(logits_of(model, batch), plain)
+        assert torch.equal(logits_of(model, batch), plain)
+    assert torch.equal(logits_of(model, batch), compressed)
+    patch.unpatch()
+    assert torch.equal(logits_of(model, batch), plain)
+    assert set(vars(model)) == before
+
+
+@pytest.mark.parametrize("inner_first", [False, True])
+def test_a_model_and_its_base_have_one_patch(inner_first: bool) -> None:
+    model = build_model("clip", "llama")
+    batch = collate(samples("one", "clip"))
+    plain = logits_of(model, batch)
+    order = [model.model, model] if inner_first else [model, model.model]
+    first = vtc.patch(order[0], TODRE)
+    second = vtc.patch(order[1], FASTV)
+    assert not first.active
+    assert second.active
+    with vtc.patch(build_model("clip", "llama"), FASTV) as other:
+        assert torch.equal(logits_of(model, batch), logits_of(other.model, batch))
+    vtc.unpatch(order[0])
+    assert not second.active
+    assert torch.equal(logits_of(model, batch), plain)
+
+
+def test_a_removed_patch_is_no_context() -> None:
+    model = build_model("clip", "llama")
+    with vtc.patch(model, FASTV) as patch:
+        pass
+    with pytest.raises(RuntimeError, match="not on its model"), patch:
+        pass
+    with pytest.raises(TypeError, match="NoneType"):
+        vtc.unpatch(None)  # type: ignore[arg-type]
+
+
+def test_what_others_did_to_a_patched_model_stays() -> None:
+    model = build_model("clip", "llama")
+    batch = collate(samples("one", "clip"))
+    settings: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False}
+    expected = model.generate(**batch, **settings)
+    vtc.patch(model, FASTV)
+    del model.generate
+    vtc.unpatch(model)
+    assert torch.equal(model.generate(**batch, **settings), expected)
+
+    patched = vtc.patch(model, FASTV).model.generate
+    calls = []
+
+    def wrapper(**kwargs: Any) -> Any:
+        calls.append(1)
+        return patched(**kwargs)
+
+    model.generate = wrapper
+    vtc.unpatch(model)
+    assert model.generate is wrapper
+    assert torch.equal(model.generate(**batch, **settings), expected)
+    assert calls == [1]
+
+
+def test_a_part_that_finds_nothing_to_drop_says_so() -> None:
+    model = build_model("clip", "llama")
+    batch = collate(samples("one", "clip"))
+    idle = vtc.ToDRE(keep=0.25, second_stage=False) | vtc.FastV(keep=0.5)
+    with vtc.patch(model, idle), pytest.warns(UserWarning, match="fastv dropped nothing"):
+        logits_of(model, batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with vtc.patch(model, vtc.ToDRE(keep=0.5, second_stage=False) | FASTV):
+            logits_of(model, batch)
+
+
+def test_reading_the_tower_is_the_selectors_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model("clip", "llama")
+    batch = collate(samples("one", "clip"))
+    rows = taps.row_attention
+
+    def slow(*args: Any) -> Tensor:
+        time.sleep(0.2)
+        return rows(*args)
+
+    with vtc.patch(model, "visionzip", keep=0.3) as patch:
+        logits_of(model, batch)
+        patch.report.reset()
+        monkeypatch.setattr(taps, "row_attention", slow)
+        logits_of(model, batch)
+        assert patch.report.selector_ms > 200
+        assert patch.report.vision_ms < 150
+
+
 def test_a_patch_that_cannot_be_made_leaves_the_old_one() -> None:
     batch = collate(samples("one", "clip"))
     model = build_model("clip", "llama")
@@ -259,6 +416,20 @@ def test_a_compressed_cache_knows_its_patch(attention: str) -> None:
         model(input_ids=word, past_key_values=copy.deepcopy(kept))
     with pytest.raises(ValueError, match="tokens_to_remove"):
         kept.crop(-3)
+
+
+@pytest.mark.parametrize("method", [TODRE, FASTV], ids=str)
+def test_a_compressed_static_cache_knows_its_patch(method: Method) -> None:
+    model = build_model("clip", "llama")
+    batch = collate(samples("one", "clip"))
+    cache = StaticCache(config=model.config.text_config, max_cache_len=96)
+    with vtc.patch(model, method):
+        out = model.generate(
+            **batch, past_key_values=cache, max_new_tokens=3, do_sample=False, use_cache=True
+        )
+    longer = torch.cat([out, out[:, -2:]], dim=1)
+    with pytest.raises(RuntimeError, match="not patched"):
+        model.generate(input_ids=longer, past_key_values=cache, max_new_tokens=3)
 
 
 def test_a_plain_cache_goes_on_under_a_patch() -> None:
@@ -348,7 +519,7 @@ def test_methods_that_cannot_act_are_refused(
     model = shared_model("clip+llama", "sdpa")
     with pytest.raises(error, match=says):
         vtc.patch(model, method)
-    assert "_vtc_patch" not in vars(model)
+    assert "_vtc_patch" not in vars(model.model)
 
 
 def test_settings_are_never_dropped() -> None:
@@ -380,6 +551,75 @@ def test_an_unknown_family_of_the_common_shape(method: Method) -> None:
     assert torch.equal(logits_of(model, batch), expected)
     patch.unpatch()
     assert (logits_of(model, batch) - expected).abs().max() > 1e-2
+
+
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 56,
+    "patch_size": 14,
+}
+TEXT = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+FOREIGN = {
+    "both directions": [
+        lambda: PaliGemmaConfig(
+            vision_config={**VISION, "model_type": "siglip_vision_model"},
+            text_config={**TEXT, "model_type": "gemma"},
+        ),
+        lambda: Gemma3Config(vision_config=VISION, text_config=TEXT, mm_tokens_per_image=4),
+    ],
+    "one rotary embedding": [
+        lambda: LlavaConfig(
+            vision_config={**VISION, "model_type": "clip_vision_model"},
+            text_config={**TEXT, "model_type": "gemma3_text"},
+        )
+    ],
+    "generate of its own": [
+        lambda: Blip2Config(
+            vision_config=VISION,
+            qformer_config={
+                "vocab_size": 32,
+                "hidden_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "intermediate_size": 48,
+                "encoder_hidden_size": 32,
+            },
+            text_config={
+                "model_type": "opt",
+                "vocab_size": 64,
+                "hidden_size": 32,
+                "ffn_dim": 48,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "word_embed_proj_dim": 32,
+            },
+        )
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("says", "config"), [(says, config) for says, made in FOREIGN.items() for config in made]
+)
+def test_shapes_that_need_a_family_are_refused_before_anything_changed(
+    says: str, config: Any
+) -> None:
+    model = AutoModelForImageTextToText.from_config(config())
+    with pytest.raises(vtc.UnsupportedModelError, match=says) as caught:
+        vtc.patch(model, FASTV)
+    assert "Supported are llava" in str(caught.value)
+    assert not any(isinstance(v, Override) for m in model.modules() for v in vars(m).values())
 
 
 def test_a_family_that_hands_on_one_tensor_of_features() -> None:

@@ -25,6 +25,7 @@ class Patch:
 
     def __init__(self, model: nn.Module, engine: Engine) -> None:
         self.model, self._engine = model, engine
+        self._disabled = 0
 
     @property
     def method(self) -> Method:
@@ -50,14 +51,20 @@ class Patch:
         """The plain model for the length of a `with` block."""
         if not self.active:
             raise RuntimeError("this patch is not on its model any more")
-        self._engine.uninstall()
+        if not self._disabled:
+            self._engine.uninstall()
+        self._disabled += 1
         try:
             yield self.model
         finally:
-            if self.active:  # not if the model was unpatched, or patched anew, in between
+            self._disabled -= 1
+            # Not if the model was unpatched, or patched anew, in between.
+            if self.active and not self._disabled:
                 self._engine.install()
 
     def __enter__(self) -> Patch:
+        if not self.active:
+            raise RuntimeError("this patch is not on its model any more; call vtc.patch again")
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -71,8 +78,8 @@ class Patch:
 def patch(model: nn.Module, method: str | Method | dict[str, Any], **settings: Any) -> Patch:
     """Compress the vision tokens of `model` from now on.
 
-    Only this instance changes: no class, no global function, no weights. A second call replaces
-    the first. `model.generate(...)` and `model(...)` are called as before.
+    Only this instance changes: no class, no global function, no weights. A second call, on it or on
+    its base model, replaces the first. `model.generate(...)` and `model(...)` are called as before.
 
     Args:
         model: a vision-language model of transformers, bare or inside a wrapper that has
@@ -104,25 +111,37 @@ def patch(model: nn.Module, method: str | Method | dict[str, Any], **settings: A
     try:
         engine.install()
     except BaseException:
-        if before is not None:
+        if before is not None and not before._disabled:
             before._engine.install()
         raise
-    vars(inner)["_vtc_patch"] = made
+    if before is not None:
+        _forget(before)
+    vars(backbone.base)["_vtc_patch"] = made
     return made
 
 
 def unpatch(model: nn.Module) -> None:
     """Bring `model` back bit for bit to what it was before `patch`; does nothing if it is not
     patched."""
-    inner = _unwrapped(model)
-    found = _patch_of(inner)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a model of transformers, got {type(model).__name__}")
+    found = _patch_of(_unwrapped(model))
     if found is not None:
         found._engine.uninstall()
-        del vars(inner)["_vtc_patch"]
+        _forget(found)
 
 
 def _patch_of(model: nn.Module) -> Patch | None:
-    return vars(model).get("_vtc_patch")
+    """The patch on `model`, noted at the part that merges images in, which it may be itself."""
+    for part in (model, getattr(model, "model", None)):
+        found = getattr(part, "__dict__", {}).get("_vtc_patch")
+        if found is not None:
+            return found
+    return None
+
+
+def _forget(patch: Patch) -> None:
+    del vars(patch._engine.backbone.base)["_vtc_patch"]
 
 
 def _unwrapped(model: Any) -> Any:

@@ -4,7 +4,7 @@
 A forward passes these stations, each a method of `Engine`:
 
     get_image_features   vision signals are tapped; pixels are reduced
-    base model           what kind of forward is this?
+    model, base model    one call at a time; what kind of forward is this?
     get_placeholder_mask where are the vision tokens?
     language model       sequence stage; masks and positions of a compressed cache
     decoder layers       layers stage; masks and positions of the layers after a prune
@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -69,6 +70,7 @@ class Engine:
         self.frozen: tuple[Decisions, list[int]] | None = None
         self.generating = False
         self.handled = 0
+        self.warned = False
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -83,6 +85,8 @@ class Engine:
     # ---- on and off ---------------------------------------------------------------------------
     def install(self) -> None:
         """Hook the model; if that fails half-way, leave it as it was."""
+        if self.overrides:
+            raise RuntimeError("this patch is on its model already")
         try:
             self._install()
         except BaseException:
@@ -96,16 +100,16 @@ class Engine:
             Override(b.base, "get_image_features", self._get_image_features),
             Override(b.base, "get_placeholder_mask", self._get_placeholder_mask),
         ]
+        # Not hooks: those of torch are left out when a forward is interrupted.
+        self.overrides.append(Override(b.base, "forward", self._run_base))
+        if b.model is not b.base:
+            self.overrides.append(Override(b.model, "forward", self._run_model))
         if hasattr(b.model, "generate"):
             self.overrides += [
                 Override(b.model, "generate", self._generate),
                 Override(b.model, "create_masks_for_generate", self._create_masks),
             ]
-        if b.model is not b.base:
-            self.handles.append(b.model.register_forward_pre_hook(self._enter, with_kwargs=True))
         self.handles += [
-            b.base.register_forward_pre_hook(self._enter_base, with_kwargs=True),
-            b.base.register_forward_hook(self._leave_base, always_call=True),
             b.language_model.register_forward_pre_hook(
                 self._enter_language_model, with_kwargs=True
             ),
@@ -183,14 +187,29 @@ class Engine:
                     self.forward.vision = mask if seen is None else seen | mask
         return out
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.labels = _by_name(module, args, kwargs).get("labels")
+    def _run_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self.lock:
+            self.labels = _by_name(self.backbone.model, args, kwargs).get("labels")
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self.labels = None
 
-    def _enter_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.lock.acquire()
-        labels, self.labels = self.labels, None
-        self.forward = Forward(labels=labels)
-        given = _by_name(module, args, kwargs)
+    def _run_base(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self.lock:
+            labels, self.labels = self.labels, None
+            try:
+                self.forward = forward = Forward(labels=labels)
+                self._look_at(forward, _by_name(self.backbone.base, args, kwargs))
+                out = original(*args, **kwargs)
+            finally:
+                self._forward_is_over()
+        if forward.images_seen and forward.phase != "prefill":
+            raise RuntimeError(_UNHANDLED.format(model=type(self.backbone.model).__name__))
+        return out
+
+    def _look_at(self, forward: Forward, given: dict[str, Any]) -> None:
+        """Note what this forward was given, and refuse what cannot be told apart."""
         encoded = given.get("mm_encoder_outputs") or {}
         shown = [encoded.get("image"), encoded.get("video")]
         shown += [given.get(name) for name in ("pixel_values", "pixel_values_videos")]
@@ -201,19 +220,16 @@ class Engine:
                 "inputs_embeds: a patched model cannot tell vision tokens from text in embeddings; "
                 "pass input_ids with pixel_values, inputs_embeds with pixel_values, or unpatch"
             )
-        self.forward.images_seen = images
+        forward.images_seen = images
         if encoded.get("image") is not None:
-            self.forward.features = encoded["image"].pooler_output
+            forward.features = encoded["image"].pooler_output
 
-    def _leave_base(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        # Also called when the forward failed, then without an output.
-        if self.forward is None:
-            return
+    def _forward_is_over(self) -> None:
+        """Also where it failed, or was interrupted."""
         forward, self.forward = self.forward, None
-        self.lock.release()
         self.decoder.end()
-        if output is not None and forward.images_seen and forward.phase != "prefill":
-            raise RuntimeError(_UNHANDLED.format(model=type(self.backbone.model).__name__))
+        if forward is not None and forward.ledger is not None:
+            forward.ledger.may_write = False
 
     # ---- language model -----------------------------------------------------------------------
     def _enter_language_model(
@@ -247,6 +263,7 @@ class Engine:
         past_valid, valid = _split_mask(kwargs.get("attention_mask"), past, rows, length)
         forward.valid = valid if valid is not None else _ones(embeds, length)
         forward.ledger = ledger or Ledger.fresh(self.plan.first_layers, past, past_valid)
+        forward.ledger.may_write = True
         self._check_groups(forward.ledger)
         positions = kwargs.get("position_ids")
         if positions is None:
@@ -304,6 +321,7 @@ class Engine:
         forward.positions = positions.expand(rows, -1)
         for group in ledger.groups:
             group.extend(valid, count)
+        ledger.may_write = True
         ledger.logical += count
         ledger.croppable += count
         forward.ledger, forward.phase = ledger, "decode"
@@ -329,9 +347,27 @@ class Engine:
         if cache is not None and any(group.diverged for group in ledger.groups):
             attach(cache, ledger)
         if not forward.replay:
-            samples, clock = forward.samples(self.num_layers), self.vision.take_clock()
-            size = hidden.element_size()
-            self.report.add(Prefill(samples, size, clock, forward.selector, forward.lm))
+            samples, size = forward.samples(self.num_layers), hidden.element_size()
+            vision, heard = self.vision.take_clocks()
+            clocks = vision, heard, forward.selector, forward.lm
+            self.report.add(Prefill(samples, size, *clocks))
+            self._warn_of_idle_parts(forward)
+
+    def _warn_of_idle_parts(self, forward: Forward) -> None:
+        """Say once that a part of a composition finds its budget met by those before it."""
+        if self.warned or len(self.method.parts) == 1:
+            return
+        self.warned = True
+        for number, method in enumerate(self.method.parts):
+            keep = getattr(method, "keep", None)
+            made = [key for key in forward.decisions if key[:2] == ("layers", number)]
+            if not made or number in forward.dropped or keep == 1.0:
+                continue
+            warnings.warn(
+                f"{method.name} dropped nothing: its budget counts the tokens that an image had "
+                f"at first, and in {self.method} the parts before it left no more",
+                stacklevel=2,
+            )
 
     # ---- decoder layers -----------------------------------------------------------------------
     def _enter_layer(

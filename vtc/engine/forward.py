@@ -127,6 +127,7 @@ class Forward:
     layout: Layout = None  # type: ignore[assignment]
     decisions: Decisions = field(default_factory=dict)
     memory: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
+    dropped: set[int] = field(default_factory=set)
     replay: bool = False
     counts: dict[int, list[list[int]]] = field(default_factory=dict)
     attention: dict[int, Heard] = field(default_factory=dict)
@@ -402,6 +403,8 @@ def prune_between_layers(
             forward.decisions[key] = selection
         if selection is None:
             continue
+        if len(selection.indices) < n:
+            forward.dropped.add(number)
         vision = places[image >= 0]
         chosen = selection.indices.to(vision.device)
         keep[b, vision] = False

@@ -65,11 +65,13 @@ class Ledger:
         groups: ascending by `first_layer`, the first starts at layer 0.
         logical: tokens as `generate` counts them.
         croppable: how many of the last tokens can be removed: those after the last compression.
+        may_write: a patched model is in a forward whose tokens are counted here.
     """
 
     groups: list[Group]
     logical: int = 0
     croppable: int = 0
+    may_write: bool = False
 
     @classmethod
     def fresh(cls, first_layers: tuple[int, ...], past: int, valid: Tensor | None) -> Ledger:
@@ -95,16 +97,12 @@ class CompressedCache:
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> Any:
-        held = self.layers[layer_idx].get_seq_length() if layer_idx < len(self.layers) else 0
-        # A tensor belongs to a static cache, and reading it would stop a GPU.
-        if layer_idx == 0 and isinstance(held, int):
-            group = self.vtc_ledger.groups[0]
-            if held + key_states.shape[-2] != group.length:
-                raise RuntimeError(
-                    "past_key_values: this cache holds compressed vision tokens, and the model "
-                    "that writes to it is not patched; go on with the patched model, or start "
-                    "with a new cache"
-                )
+        if not self.vtc_ledger.may_write:
+            raise RuntimeError(
+                "past_key_values: this cache holds compressed vision tokens, and the model that "
+                "writes to it is not patched; go on with the patched model, or start with a new "
+                "cache"
+            )
         write = super().update  # type: ignore[misc]
         return write(key_states, value_states, layer_idx, *args, **kwargs)
 

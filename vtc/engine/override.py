@@ -16,18 +16,31 @@ class Override:
 
     def __init__(self, target: Any, name: str, replacement: Callable[..., Any]) -> None:
         self.target, self.name, self.replacement = target, name, replacement
-        self.original = getattr(target, name, None)
         self.previous = vars(target).get(name)
+        self.removed = False
         setattr(target, name, self)
+
+    @property
+    def original(self) -> Any:
+        """What is shadowed: an attribute of the instance, else the method of its class."""
+        if self.previous is not None:
+            return self.previous
+        method = getattr(type(self.target), self.name, None)
+        return None if method is None else method.__get__(self.target)
 
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.original or self.replacement)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.removed:  # somebody wrapped it in between
+            return self.original(*args, **kwargs)
         return self.replacement(self.original, *args, **kwargs)
 
     def remove(self) -> None:
-        delattr(self.target, self.name)
-        if self.previous is not None:
-            setattr(self.target, self.name, self.previous)
+        self.removed = True
+        # Others may have deleted it, or put something of theirs in its place, which stays.
+        if vars(self.target).get(self.name) is self:
+            delattr(self.target, self.name)
+            if self.previous is not None:
+                setattr(self.target, self.name, self.previous)

@@ -115,24 +115,26 @@ class Sample:
 class Prefill:
     """One forward with images. Times are of the whole batch, in milliseconds.
 
-    `lm_ms` is the language model without the selector; `selector_ms` includes the attention rows
-    computed for it; `vision_ms` is the tower and the projector. `bytes_per_value` is that of the
-    language model's precision.
+    `lm_ms` is the language model and `vision_ms` the tower and the projector, both without the
+    selector; `selector_ms` includes the attention rows computed for it. `bytes_per_value` is that
+    of the language model's precision. Of the clocks, `vision` and `lm` run on while `heard`, what
+    is read of the tower, and `selector` do.
     """
 
     samples: list[Sample]
     bytes_per_value: int
     vision: Stopwatch = field(repr=False)
+    heard: Stopwatch = field(repr=False)
     selector: Stopwatch = field(repr=False)
     lm: Stopwatch = field(repr=False)
 
     @property
     def vision_ms(self) -> float:
-        return self.vision.ms
+        return max(self.vision.ms - self.heard.ms, 0.0)
 
     @property
     def selector_ms(self) -> float:
-        return self.selector.ms
+        return self.heard.ms + self.selector.ms
 
     @property
     def lm_ms(self) -> float:
@@ -158,7 +160,7 @@ class Report:
         if self._prefills:
             # Its events are over by now; a server must not hold on to them.
             last = self._prefills[-1]
-            for clock in (last.vision, last.selector, last.lm):
+            for clock in (last.vision, last.heard, last.selector, last.lm):
                 clock.settle()
         self._prefills.append(prefill)
 

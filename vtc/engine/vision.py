@@ -66,11 +66,11 @@ class VisionSide:
         self.cls_states: Tensor | None = None
         self.encoder_states: Tensor | None = None
         self.signals: Any = WeakTensorKeyDictionary()
-        self.clock = Stopwatch()
+        self.clock, self.heard = Stopwatch(), Stopwatch()
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for name in ("signals", "clock", "listening", "cls_states", "encoder_states"):
+        for name in ("signals", "clock", "heard", "listening", "cls_states", "encoder_states"):
             del state[name]
         return state
 
@@ -133,19 +133,19 @@ class VisionSide:
         self.taps = {}
         self.forget()
 
-    def take_clock(self) -> Stopwatch:
-        """The time spent encoding since this was last asked."""
-        clock, self.clock = self.clock, Stopwatch()
-        return clock
+    def take_clocks(self) -> tuple[Stopwatch, Stopwatch]:
+        """The time spent encoding since this was last asked, and of it that of listening."""
+        clocks = self.clock, self.heard
+        self.clock, self.heard = Stopwatch(), Stopwatch()
+        return clocks
 
     def encode(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         """`get_image_features`, on fewer pixels if the method says so, with the tower tapped."""
         device = next(self.backbone.base.parameters()).device
-        self.clock = Stopwatch()
+        self.clock, self.heard = Stopwatch(), Stopwatch()
         has_cls = bool(self.taps) and self.family.has_cls(self.backbone)
         for tap in self.taps.values():
-            taps.listen_tower(tap, has_cls, self.clock)
-        # The taps' own time counts here: it cannot be told from the tower's without a stop.
+            taps.listen_tower(tap, has_cls, self.heard)
         started = self.clock.start(device)
         self.listening, self.cls_states, self.encoder_states = True, None, None
         reductions: list[tuple[tuple[int, int], tuple[int, int]]] | None = None
@@ -199,6 +199,7 @@ class VisionSide:
                 self.signals[features] = [of_one]
         for tap in self.taps.values():
             tap.captured = []
+        self.cls_states = self.encoder_states = None
         return out
 
     def _tower_signals(self, image: int, n: int) -> dict[int, taps.TowerSignals]:

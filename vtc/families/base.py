@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationMixin
 
 
 class UnsupportedModelError(TypeError):
@@ -82,11 +83,28 @@ class Family:
                 f"model: {type(backbone.decoder).__name__} has layers of kind "
                 f"{', '.join(sorted(foreign))}; supported are full and sliding attention"
             )
+        kind = type(backbone.model).__name__
+        if "token_type_ids" in inspect.signature(type(backbone.base).forward).parameters:
+            raise UnsupportedModelError(
+                f"model: in {kind} the tokens of an image attend to one another in both "
+                "directions, which needs a family of its own"
+            )
+        own = getattr(type(backbone.model), "generate", GenerationMixin.generate)
+        if own is not GenerationMixin.generate:
+            raise UnsupportedModelError(
+                f"model: {kind} has a generate of its own, which needs a family of its own"
+            )
+        rotary = getattr(backbone.decoder, "rotary_emb", None)
+        accepted = inspect.signature(rotary.forward).parameters if rotary is not None else {}
+        if rotary is None or "layer_type" in accepted:
+            raise UnsupportedModelError(
+                f"model: {type(backbone.decoder).__name__} has not one rotary embedding for all "
+                "layers, and so needs a family of its own"
+            )
         for name in ("_deepstack_process", "rope_deltas"):
             if hasattr(backbone.decoder, name) or hasattr(backbone.base, name):
                 raise UnsupportedModelError(
-                    f"model: {type(backbone.model).__name__} has {name}, which needs a family of "
-                    "its own"
+                    f"model: {kind} has {name}, which needs a family of its own"
                 )
 
     # ---- vision -------------------------------------------------------------------------------
@@ -168,6 +186,12 @@ class Family:
             raise UnsupportedModelError(
                 f"model: the vision tower {type(tower).__name__} does not interpolate its position "
                 "embeddings, which down-sampling pixels needs; use how='grid'"
+            )
+        strategy = getattr(backbone.model.config, "vision_feature_select_strategy", None)
+        if strategy == "full" and self.has_cls(backbone):
+            raise UnsupportedModelError(
+                "model: its vision tokens include [CLS], which has no place on a grid of fewer "
+                "pixels; use how='grid'"
             )
 
     def downsampled_features(

@@ -9,7 +9,8 @@ from .base import Family
 
 
 class Llava(Family):
-    """`LlavaForConditionalGeneration` with a CLIP or SigLIP tower and any causal decoder."""
+    """`LlavaForConditionalGeneration` with a CLIP or SigLIP tower; tested with Llama, Qwen2 and
+    Mistral decoders."""
 
     name: ClassVar[str] = "llava"
     model_types: ClassVar[tuple[str, ...]] = ("llava",)
