@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Backgrounds, clutter and shapes, drawn with Pillow and NumPy."""
 
 from __future__ import annotations

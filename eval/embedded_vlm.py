@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The embedded VLM: a small LLaVA that ships with the project.
 
 :func:`load` reads the trained weights; :func:`build_model` and :func:`build_processor` make the

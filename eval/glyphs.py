@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fonts and the layout of printed characters.
 
 Every character is placed on its own, so that its centre and its box are known exactly: the dense

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dense labels: what each of the 24 x 24 patches of a 336-pixel picture shows.
 
 The labels are local on purpose: a patch is told about the object, the character or the tile that

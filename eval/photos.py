@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The real photo suite: photographs, mosaics of them, and questions.
 
 The photographs are not part of the project. ``VTC_DATA`` names their folder; without it the folder

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Questions on a scene.
 
 A question names only what is unique in its scene, yes and no are asked equally often of the same

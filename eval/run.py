@@ -53,7 +53,6 @@ results.json:
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import difflib
 import hashlib
@@ -66,18 +65,18 @@ import shutil
 import statistics
 import sys
 import time
-import urllib.request
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import vtc
 from vtc.spec import Keep, parse_method, takes_keep
 
 from . import stats
+from .quiet import hub_answers, offline, quiet
 
 __all__ = ["BASELINES", "SUITE", "BadInput", "Observer", "Settings", "plan", "run", "write_suite"]
 
@@ -325,84 +324,6 @@ def _json(value: Any) -> Any:
     return str(value)
 
 
-# ---- quiet and offline --------------------------------------------------------------------------
-class _Log(io.TextIOBase):
-    """Where lmms-eval's prints, logs and progress bars go.
-
-    One object for the life of the process, because loguru keeps the stream it saw at import.
-    """
-
-    target: TextIO | None = None
-
-    def write(self, text: str) -> int:
-        if self.target is not None:
-            self.target.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        if self.target is not None:
-            self.target.flush()
-
-
-_LOG = _Log()
-
-
-@contextlib.contextmanager
-def _quiet(path: Path) -> Iterator[None]:
-    """Send what is printed to `path` while it lasts."""
-    with path.open("a", encoding="utf-8") as file:
-        _LOG.target = file
-        try:
-            with contextlib.redirect_stdout(_LOG), contextlib.redirect_stderr(_LOG):
-                yield
-        finally:
-            _LOG.target = None
-
-
-def _hub_answers(timeout: float = 3.0) -> bool:
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    try:
-        request = urllib.request.Request(endpoint, method="HEAD")
-        urllib.request.urlopen(request, timeout=timeout).close()
-    except urllib.error.HTTPError:
-        return True
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def _offline(wanted: bool) -> Iterator[None]:
-    """Keep transformers, datasets and the hub's client from the network while it lasts.
-
-    The libraries read the environment once, at import, and may be imported already.
-    """
-    import datasets.config
-    import huggingface_hub.constants
-
-    places: list[tuple[Any, str]] = [
-        (huggingface_hub.constants, "HF_HUB_OFFLINE"),
-        (datasets.config, "HF_HUB_OFFLINE"),
-        (datasets.config, "HF_DATASETS_OFFLINE"),
-    ]
-    before = [getattr(place, name, False) for place, name in places]
-    names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
-    environment = {name: os.environ.get(name) for name in names}
-    if wanted:
-        for place, name in places:
-            setattr(place, name, True)
-        os.environ.update(dict.fromkeys(names, "1"))
-    try:
-        yield
-    finally:
-        for (place, name), value in zip(places, before, strict=True):
-            setattr(place, name, value)
-        for name, old in environment.items():
-            os.environ.pop(name, None)
-            if old is not None:
-                os.environ[name] = old
-
-
 # ---- the model and the tasks --------------------------------------------------------------------
 @dataclass(frozen=True)
 class _Source:
@@ -603,7 +524,7 @@ def run(settings: Settings, observer: Observer | None = None) -> dict[str, Any]:
     local = settings.model is None or Path(settings.model).expanduser().is_dir()
     all_local = local and all(task in SUITE for task in settings.tasks)
     observer.stage("looking at the model")
-    with _quiet(settings.out / "log.txt"), _offline(all_local or not _hub_answers()):
+    with quiet(settings.out / "log.txt"), offline(all_local or not hub_answers()):
         _import_lmms_eval(observer)
         source = _source(settings)
         observer.stage("preparing the data")

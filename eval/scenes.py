@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Generated pictures with questions: the project's own suite, and what its VLM is trained on.
 
 ``generate(seed, split)`` is a pure function. Its splits draw from disjoint seed streams, and the

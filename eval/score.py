@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scores a checkpoint directly: greedy answers, exact match by type, full, blind and random.
 
     python -m vtc.eval.score --suite vtc_scenes vtc_mosaic vtc_photo --out scores.json
@@ -11,6 +12,7 @@ harness.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import time
 from collections import defaultdict
@@ -143,7 +145,9 @@ def main() -> None:
         print(flush=True)
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"keep": args.keep, "suites": report}, indent=2) + "\n")
+        weights = hashlib.sha256((args.model / "model.safetensors").read_bytes()).hexdigest()
+        scores = {"weights": weights, "keep": args.keep, "suites": report}
+        args.out.write_text(json.dumps(scores, indent=2) + "\n")
 
 
 if __name__ == "__main__":

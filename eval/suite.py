@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Suites as parquet files, ready for ``datasets`` and so for lmms-eval.
 
 Columns: ``id``, ``image`` (a PNG as the ``Image`` feature of ``datasets`` stores it), ``question``,

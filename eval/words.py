@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The words that scenes show and documents name, and how texts are divided over the splits."""
 
 from __future__ import annotations

@@ -125,6 +125,17 @@ def test_show_draws_and_answers(cli, folder, tmp_path):
     assert Image.open(out).width > 500
 
 
+@pytest.mark.parametrize("method", ["tome", "flowcut+fastv:keep=3"])
+def test_show_draws_what_the_tower_left(cli, folder, tmp_path, method):
+    picture(0).save(tmp_path / "image.png")
+    result = cli(
+        "show", tmp_path / "image.png", "--question", QUESTION, "--method", method,
+        "--keep", "0.5", "--model", folder, "--out", tmp_path / "kept.png",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert f"into the language model: {TOKENS // 2} of {TOKENS} tokens" in result.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "option"),
     [
@@ -132,6 +143,10 @@ def test_show_draws_and_answers(cli, folder, tmp_path):
         (("--keep", "0"), "--keep"),
         (("--method", "full", "--keep", "0.5"), "--keep"),
         (("--model", "./nowhere"), "--model"),
+        (("--method", "fastv:layer=9"), "--method"),
+        (("--method", "downsample:how=pixels"), "--method"),
+        (("--device", "cuda:7"), "--device"),
+        (("--device", "nonsense"), "--device"),
     ],
 )
 def test_show_refuses_bad_input_by_name(cli, tmp_path, arguments, option):

@@ -1,7 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
 """The embedded VLM: it loads as any LLaVA does, stops by itself, and answers from the picture."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -122,7 +124,17 @@ def test_it_sees(loaded: Loaded) -> None:
 
 def test_scores_are_reported_with_the_weights() -> None:
     scores = json.loads((embedded_path() / "scores.json").read_text())
-    assert set(scores["suites"]["vtc_scenes"]["all"]) == {"questions", "full", "blind", "random"}
+    weights = hashlib.sha256((embedded_path() / "model.safetensors").read_bytes()).hexdigest()
+    assert scores["weights"] == weights
+    suites = scores["suites"]
+    assert set(suites["vtc_scenes"]["all"]) == {"questions", "full", "blind", "random"}
+    least = {"existence": 90, "attribute": 90, "position": 85, "count": 70, "digits": 80}
+    for kind, bar in least.items():
+        assert suites["vtc_scenes"][kind]["full"] >= bar
+    assert suites["vtc_mosaic"]["existence"]["full"] >= 70
+    assert suites["vtc_photo"]["name"]["full"] >= 40
+    digits = suites["vtc_scenes"]["digits"]
+    assert digits["full"] - digits["random"] >= 15
 
 
 def test_exact_match_ignores_case_and_blanks() -> None:

@@ -41,7 +41,7 @@ def _small_suite(monkeypatch, folder):
         return write_rows(Path(out_dir) / "built.parquet", given[: limit or ROWS])
 
     monkeypatch.setattr("vtc.eval.suite.build_suite", build_suite)
-    monkeypatch.setattr(runner, "_hub_answers", lambda: False)
+    monkeypatch.setattr(runner, "hub_answers", lambda: False)
 
 
 @pytest.fixture
@@ -338,7 +338,7 @@ def test_being_offline_ends_with_the_run(folder, tmp_path):
     import huggingface_hub.constants
 
     before = huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    with runner._offline(True):
+    with runner.offline(True):
         assert huggingface_hub.constants.HF_HUB_OFFLINE
         assert datasets.config.HF_HUB_OFFLINE
     assert before == (huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -319,3 +321,29 @@ def test_a_multiple_choice_task(folder, task, plain):
 def test_bad_arguments_are_refused_before_the_model_is_loaded(arguments, message):
     with pytest.raises((ValueError, TypeError), match=message):
         get_model("vtc_llava_hf")(pretrained="no/such/model", **arguments)
+
+
+_WITHOUT_DECORD = """
+import importlib.abc, sys
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "decord":
+            raise ModuleNotFoundError(name)
+
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "decord" else find(name, *a)
+sys.meta_path.insert(0, Absent())
+from vtc.integrations.lmms_eval import models
+print(models.simple_llava_hf.__mro__[-2].__name__, "decord" in sys.modules)
+"""
+
+
+@pytest.mark.slow
+def test_the_classes_load_where_there_is_no_decord():
+    done = subprocess.run(
+        [sys.executable, "-c", "import importlib.util\n" + _WITHOUT_DECORD],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "False"

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The generated scenes: the same everywhere, fair to guessers, and with answers that are true."""
 
 from __future__ import annotations

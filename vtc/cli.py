@@ -122,7 +122,7 @@ def evaluate(
     ] = None,
     methods: Annotated[
         str,
-        typer.Option(help="Methods, with commas between: todre,fastv:layer=3,todre+fastv,blind."),
+        typer.Option(help="Methods, with commas between: todre,fastv:layer=3,blind."),
     ] = "todre,fastv",
     keep: Annotated[
         str, typer.Option(help="Fractions or numbers of tokens per image, with commas between.")
@@ -276,6 +276,7 @@ def show(
     """Draw which tokens of an image survive, and print the answers with all and with those."""
     from importlib.util import find_spec
 
+    import torch
     from PIL import Image, UnidentifiedImageError
 
     from vtc.spec import parse_keep, parse_method
@@ -292,12 +293,22 @@ def show(
         picture = Image.open(image).convert("RGB")
     except (OSError, UnidentifiedImageError) as error:
         raise _fail("IMAGE", f"{image}: {error}") from None
+    from vtc.eval.quiet import hub_answers, offline
     from vtc.trace import trace
 
+    if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise _fail("--device", f"{device}: {str(error).splitlines()[0]}") from None
+    local = model is None or Path(model).is_dir()
     try:
-        found = trace(model, picture, question, chosen, device, max_new_tokens)
+        with offline(local or not hub_answers()):
+            found = trace(model, picture, question, chosen, device, max_new_tokens)
     except OSError as error:
         raise _fail("--model", f"{model}: {str(error).splitlines()[0]}") from None
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise _fail("--method", str(error).splitlines()[0]) from None
     from .plots import kept_tokens
 
     title = f"{method}{'' if keep is None else f', keep {keep}'}: {question}"

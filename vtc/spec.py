@@ -3,7 +3,7 @@
 
     todre                       a method with its default settings
     fastv:layer=3:rank=last     with settings, each after a colon
-    todre+fastv:layer=3         composed: the first acts first
+    todre+fastv:keep=9          composed: the first acts first
 
 `keep` is usually swept on its own, so it is given beside the text. In a composition it goes to the
 first method that has such a setting and was not given one of its own.

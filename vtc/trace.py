@@ -91,7 +91,7 @@ def _recording(method: Method, record: _Record) -> Method:
 
 @dataclass(frozen=True)
 class _Watch(Method):
-    """Keeps all and tells `record` what there is; it stands before the others."""
+    """Keeps all and tells `record` what there is; only merging in the tower stands before it."""
 
     record: _Record
 
@@ -159,13 +159,16 @@ def trace(
         return str(processor.decode(new, skip_special_tokens=True)).strip()
 
     with torch.inference_mode():
-        full = answer()
-        record = _Record()
-        recorded = Compose((_Watch(record), *(_recording(m, record) for m in method.parts)))
-        with patch(network, recorded):
+        every, record = _Record(), _Record()
+        # Nothing is dropped, which leaves the model as it is bit for bit.
+        with patch(network, Compose((_Watch(every),))):
+            full = answer()
+        merging = [m for m in method.parts if "encoder" in m.stages]
+        rest = [_recording(m, record) for m in method.parts if m not in merging]
+        with patch(network, Compose((*merging, _Watch(record), *rest))):
             compressed = answer()
-    rows = 1 + max(row for row, _ in record.every)
-    columns = 1 + max(column for _, column in record.every)
+    rows = 1 + max(row for row, _ in every.every)
+    columns = 1 + max(column for _, column in every.every)
     return Trace(
         image=_shown(inputs, processor, picture),
         grid=(rows, columns),

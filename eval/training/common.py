@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What all training stages share: data in, forward passes, the optimiser and checkpoints.
 
 The forward passes use the modules of ``transformers`` but call them layer by layer: on a CPU,

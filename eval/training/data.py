@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Streams of training pictures, labels and questions."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes a checkpoint of the joint stage as the folder that users load.
 
 python -m vtc.eval.training.export --out eval/embedded

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stages 3 and 4: the projector fitted to the symbols, then everything together.
 
     python -m vtc.eval.training.joint --minutes 55 --worker 0 --workers 2 &

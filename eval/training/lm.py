@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stage 2: the language model alone, on symbolic pictures.
 
     python -m vtc.eval.training.lm --minutes 35

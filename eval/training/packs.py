@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Many questions on one picture in one sequence.
 
 The picture's tokens are the shared prefix. Every question sees the prefix and itself only, and has

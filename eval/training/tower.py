@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stage 1: the vision tower alone, on dense local labels.
 
     python -m vtc.eval.training.tower --minutes 35

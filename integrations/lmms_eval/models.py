@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import copy
 import importlib
+import importlib.util
 import inspect
 import json
+import sys
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -317,6 +320,29 @@ def accepted_arguments(cls: type) -> set[str]:
     return names
 
 
+@contextmanager
+def _without_decord() -> Iterator[None]:
+    """Where decord, which exists for x86-64 only, is missing, a module in its place for a while.
+
+    lmms-eval's classes import it whether there are videos or not; with one they fail by its name.
+    """
+    if sys.modules.get("decord") is not None or importlib.util.find_spec("decord") is not None:
+        yield
+        return
+
+    def missing(*_: Any, **__: Any) -> Any:
+        raise ImportError("decord is needed for videos, and is not installed")
+
+    module = types.ModuleType("decord")
+    vars(module).update(VideoReader=missing, cpu=missing)
+    sys.modules["decord"] = module
+    try:
+        yield
+    finally:
+        # Others ask whether it is there.
+        del sys.modules["decord"]
+
+
 @cache
 def _patched(kind: str, name: str) -> type:
     """The subclass of lmms-eval's built-in class `name` ("simple" or "chat")."""
@@ -328,7 +354,8 @@ def _patched(kind: str, name: str) -> type:
     if path is None:
         raise AttributeError(f"lmms-eval has no {kind} class {builtin!r}")
     module, _, attribute = path.rpartition(".")
-    base = getattr(importlib.import_module(module), attribute)
+    with _without_decord():
+        base = getattr(importlib.import_module(module), attribute)
     before: tuple[type, ...] = (_Embedded,) if name == EMBEDDED else ()
     after: tuple[type, ...] = (_LlavaScores,) if builtin == "llava_hf" else ()
     bases = (*before, VtcModel, *after, base)

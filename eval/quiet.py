@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Running other people's code: what it prints goes to a file, and it stays off the network."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+
+class _Log(io.TextIOBase):
+    """Where lmms-eval's prints, logs and progress bars go.
+
+    One object for the life of the process, because loguru keeps the stream it saw at import.
+    """
+
+    target: TextIO | None = None
+
+    def write(self, text: str) -> int:
+        if self.target is not None:
+            self.target.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        if self.target is not None:
+            self.target.flush()
+
+
+_LOG = _Log()
+
+
+@contextlib.contextmanager
+def quiet(path: Path) -> Iterator[None]:
+    """Send what is printed to `path` while it lasts."""
+    with path.open("a", encoding="utf-8") as file:
+        _LOG.target = file
+        try:
+            with contextlib.redirect_stdout(_LOG), contextlib.redirect_stderr(_LOG):
+                yield
+        finally:
+            _LOG.target = None
+
+
+def hub_answers(timeout: float = 3.0) -> bool:
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        request = urllib.request.Request(endpoint, method="HEAD")
+        urllib.request.urlopen(request, timeout=timeout).close()
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def offline(wanted: bool) -> Iterator[None]:
+    """Keep transformers, datasets and the hub's client from the network while it lasts.
+
+    The libraries read the environment once, at import, and may be imported already.
+    """
+    import datasets.config
+    import huggingface_hub.constants
+
+    places: list[tuple[Any, str]] = [
+        (huggingface_hub.constants, "HF_HUB_OFFLINE"),
+        (datasets.config, "HF_HUB_OFFLINE"),
+        (datasets.config, "HF_DATASETS_OFFLINE"),
+    ]
+    before = [getattr(place, name, False) for place, name in places]
+    names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+    environment = {name: os.environ.get(name) for name in names}
+    if wanted:
+        for place, name in places:
+            setattr(place, name, True)
+        os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        yield
+    finally:
+        for (place, name), value in zip(places, before, strict=True):
+            setattr(place, name, value)
+        for name, old in environment.items():
+            os.environ.pop(name, None)
+            if old is not None:
+                os.environ[name] = old
