@@ -111,6 +111,26 @@ def test_suite_refuses_other_tasks(cli, tmp_path):
     assert "vtc_scenes, vtc_photo, vtc_mosaic" in result.output
 
 
+# ---- vtc presets --------------------------------------------------------------------------------
+def test_presets_say_what_their_target_means(cli):
+    result = cli("presets", "fastv", "--target", "llava-1.5")
+    assert result.exit_code == 0, result.output
+    rows = [line.split() for line in result.output.splitlines() if line.startswith("fastv")]
+    # 64 on average: 576 enter, 30 are left after two layers
+    assert ["fastv", "llava-1.5", "64", "average", "576", "64.1", "30"] in [r[:7] for r in rows]
+    assert ["fastv", "llava-1.5", "64", "kept", "576", "96.0", "64"] in [r[:7] for r in rows]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [(("nothing",), "METHOD"), (("full",), "METHOD"), (("dart", "--target", "gpt"), "--target")],
+)
+def test_presets_refuse_what_they_do_not_know(cli, arguments, option):
+    result = cli("presets", *arguments)
+    assert result.exit_code == 2
+    assert f"Invalid value for {option}" in result.output
+
+
 # ---- vtc show -----------------------------------------------------------------------------------
 def test_show_draws_and_answers(cli, folder, tmp_path):
     picture(0).save(tmp_path / "image.png")

@@ -93,6 +93,8 @@ METHODS: dict[str, Callable[[], Method]] = {
     "prumerge": lambda: vtc.make("prumerge", keep=0.3),
     "prumerge_plus": lambda: vtc.make("prumerge_plus", keep=0.3),
     "prumerge_plus-adapts": lambda: vtc.make("prumerge_plus", positions="original"),
+    "holov": lambda: vtc.make("holov", keep=0.3),
+    "holov-paper": lambda: vtc.make("holov", keep=0.3, variant="paper", positions="original"),
     "sparsevlm": lambda: vtc.make("sparsevlm", keep=(0.7, 0.5, 0.3)),
     "sparsevlm-original": lambda: vtc.make("sparsevlm", keep=0.3, positions="original"),
     "sparsevlm-v2": lambda: vtc.make("sparsevlm", keep=(0.6, 0.4, 0.2), version="v2"),

@@ -97,6 +97,43 @@ def models() -> None:
     _console().print(table)
 
 
+def _short(value: Any) -> str:
+    """A setting for reading: shares to four digits."""
+    if isinstance(value, tuple):
+        return "(" + ", ".join(map(_short, value)) + ")"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@app.command()
+def presets(
+    method: Annotated[str | None, typer.Argument(help="One method only.")] = None,
+    target: Annotated[str | None, typer.Option(help="llava-1.5, llava-next, qwen2.5-vl.")] = None,
+) -> None:
+    """List published token targets, and what meeting them really costs."""
+    import vtc
+
+    try:
+        found = vtc.presets(method, target)
+    except ValueError as error:
+        raise _fail(
+            "METHOD" if str(error).startswith("method") else "--target", str(error)
+        ) from None
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for header in ("method", "model", "target", "which is", "enter", "mean", "last", "KV MiB"):
+        table.add_column(header, justify="left" if header in ("method", "model") else "right")
+    table.add_column("settings", overflow="fold")
+    table.add_column("source", overflow="fold")
+    for each in found:
+        seen = each.schedule()
+        tokens = str(each.tokens) if isinstance(each.tokens, int) else f"{each.tokens:.4g}"
+        counts = (str(seen.entering), f"{seen.average:.1f}", str(seen.kept))
+        settings = ", ".join(f"{name}={_short(value)}" for name, value in each.settings.items())
+        cache = f"{seen.kv_bytes / 2**20:.1f}"
+        row = (each.method, each.target, tokens, each.convention, *counts, cache, settings)
+        table.add_row(*row, each.source)
+    _console().print(table)
+
+
 # ---- vtc suite ----------------------------------------------------------------------------------
 @app.command()
 def suite(

@@ -25,6 +25,7 @@ from vtc.methods.downsample import Downsample
 from vtc.methods.fastv import FastV
 from vtc.methods.flowcut import FlowCut
 from vtc.methods.full import Full
+from vtc.methods.holov import HoloV
 from vtc.methods.mmtok import MMTok
 from vtc.methods.pool import Pool
 from vtc.methods.prumerge import PruMerge, PruMergePlus
@@ -53,6 +54,7 @@ __all__ = [
     "FastV",
     "FlowCut",
     "Full",
+    "HoloV",
     "LayerState",
     "MMTok",
     "Merging",

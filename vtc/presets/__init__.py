@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Published token targets: `preset("visionzip", "llava-1.5", 64)` is a method that meets one.
+
+Papers mean three things by "N tokens", and tables that mix them compare nothing:
+
+- "exact": vision tokens that enter the language model;
+- "average": vision tokens that a decoder layer processes, mean over the layers;
+- "kept": vision tokens left after one cut between layers; the layers before it see all.
+
+A preset says which one it meets, and `Preset.schedule` counts all three, with the bytes of the
+cache and the FLOPs. For methods that act between layers the average is the default; "kept" has
+to be asked for where both are listed. Settings that follow from the target are solved for the
+decoder's depth, so that `preset("fastv", "llava-1.5", 64, layer=3)` still averages 64.
+
+Tiled images (LLaVA-NeXT: 5 tiles of 576 tokens, no newline tokens) are one image to a method,
+and settings are shares of it: 640 of 2880 is 512 of the 2304 that a smaller grid has. Methods
+that act in the vision tower (`tome`, `flowcut`) see one tile at a time, and `pool` and
+`downsample` divide by tile themselves: each tile has the same share. All others have one budget
+for which the tiles compete, where VisionZip, VisPruner, CDPruner, SCOPE, MMTok, PruMerge+ and
+VScan's first stage were published with the same budget for every tile. The totals are equal;
+which tokens stay is not, and VisionZip and PruMerge+ add one [CLS] or one sum for the image, not
+one a tile. `Preset.scope` says which it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from vtc.cost import equivalent_tokens
+from vtc.methods import Method, make, methods
+
+from .schedule import COUNTS, Schedule, by_cell, by_tile, describe, tokens_per_layer
+from .table import (
+    NEVER,
+    SHARE,
+    TABLE,
+    TARGET,
+    TARGETS,
+    WITHOUT,
+    Convention,
+    Open,
+    Row,
+    Target,
+    target_of,
+)
+
+__all__ = [
+    "TARGETS",
+    "Convention",
+    "InfeasibleError",
+    "Preset",
+    "Schedule",
+    "Target",
+    "describe",
+    "find",
+    "preset",
+    "presets",
+]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Settings with which a method meets a token target.
+
+    Attributes:
+        method: its name.
+        target: the model, a name of `TARGETS`.
+        tokens: the target, a number of vision tokens, or a share where images differ in size.
+        convention: what of the three `tokens` counts.
+        settings: of the method.
+        source: where they come from, or that they were solved or inferred.
+    """
+
+    method: str
+    target: str
+    tokens: int | float
+    convention: Convention
+    settings: Mapping[str, Any] = field(hash=False)
+    source: str
+
+    @property
+    def scope(self) -> Literal["image", "tile"]:
+        """Whether all tiles of an image share one budget, or each tile has its own."""
+        return "tile" if COUNTS[self.method] in (by_tile, by_cell) else "image"
+
+    def make(self) -> Method:
+        """The method, ready for `vtc.patch`.
+
+        Raises:
+            ValueError: no such method is registered.
+        """
+        return make(self.method, **self.settings)
+
+    def schedule(self, *, text: int = 0, image: int | None = None) -> Schedule:
+        """Tokens of every layer, in all conventions, and what they cost; see `describe`."""
+        return describe(self.make(), self.target, text=text, image=image)
+
+
+def presets(method: str | None = None, target: str | None = None) -> list[Preset]:
+    """All presets that can be met, of the registered methods, in the order of the table."""
+    rows = [row for row in TABLE if row.method in methods()]
+    if method is not None:
+        _rows_of(method)
+        rows = [row for row in rows if row.method == method.lower()]
+    if target is not None:
+        rows = [row for row in rows if row.target == target_of(target).name]
+    return list(_feasible(rows))
+
+
+def preset(
+    method: str,
+    target: str,
+    tokens: int | float,
+    *,
+    convention: Convention | None = None,
+    **settings: Any,
+) -> Method:
+    """The method with which `target` keeps `tokens` vision tokens, ready for `vtc.patch`.
+
+    Args:
+        method: a name; `presets()` lists which there are.
+        target: "llava-1.5" (576 vision tokens), "llava-next" (2880) or "qwen2.5-vl" (any number).
+        tokens: 64, or the share 64 / 576; on Qwen2.5-VL a share. To a thousandth.
+        convention: what `tokens` counts, where a method has presets of several; see the module's
+            head. By default the first that is listed.
+        settings: further settings of the method. Solved ones follow them; those that the preset
+            rests on cannot be given, but for a `version` that is listed ("v2" of SparseVLM).
+
+    Raises:
+        ValueError: unknown method, target, tokens or convention, or a target that the method
+            cannot meet, with the smallest (or largest) that it can.
+        TypeError: a setting that the method does not have or that the preset fixes.
+    """
+    return find(method, target, tokens, convention=convention, **settings).make()
+
+
+def find(
+    method: str,
+    target: str,
+    tokens: int | float,
+    *,
+    convention: Convention | None = None,
+    **settings: Any,
+) -> Preset:
+    """Like `preset`, with convention, source and schedule; `.make()` gives the method."""
+    rows, model = _rows_of(method), target_of(target)
+    if convention is not None and convention not in get_args(Convention):
+        expected = ", ".join(map(repr, get_args(Convention)))
+        raise ValueError(f"convention: expected one of {expected}, got {convention!r}")
+    here = [row for row in rows if row.target == model.name]
+    if not here:
+        known = ", ".join(dict.fromkeys(row.target for row in rows))
+        raise ValueError(f"target: {method} has no presets on {model.name}; it has on {known}")
+    here = _chosen(here, "convention", convention, lambda row: row.convention)
+    # Versions of a method have rows of their own.
+    if all("version" in row.settings for row in here):
+        version = settings.pop("version", None)
+        here = _chosen(here, "version", version, lambda row: row.settings["version"])
+    row = here[0]
+    wanted = _listed(tokens, row, model)
+    if wanted is None:
+        more = [
+            f"; with convention={other.convention!r}: {_names(other.tokens)}"
+            for other in TABLE
+            if (other.method, other.target) == (row.method, row.target)
+            and other.convention != row.convention
+        ]
+        raise ValueError(
+            f"tokens: {method} has presets on {model.name} for {_names(row.tokens)} "
+            f"({row.convention}), got {tokens!r}{''.join(more)}"
+        )
+    return _resolved(row, wanted, settings)
+
+
+def _chosen(rows: list[Row], name: str, value: Any, of: Callable[[Row], Any]) -> list[Row]:
+    """The rows of which `of` is `value`; all of them if it is `None`."""
+    found = [row for row in rows if value is None or of(row) == value]
+    if not found:
+        known = ", ".join(dict.fromkeys(repr(of(row)) for row in rows))
+        raise ValueError(
+            f"{name}: {rows[0].method} has presets on {rows[0].target} for {known}, got {value!r}"
+        )
+    return found
+
+
+def _rows_of(method: str) -> list[Row]:
+    if not isinstance(method, str):
+        raise TypeError(f"method: expected a name, got {type(method).__name__}")
+    rows = [row for row in TABLE if row.method == method.lower()]
+    if not rows:
+        why = f": {WITHOUT[method.lower()]}" if method.lower() in WITHOUT else ""
+        known = ", ".join(dict.fromkeys(row.method for row in TABLE))
+        raise ValueError(f"method: there are no presets of {method!r}{why}; there are of {known}")
+    return rows
+
+
+def _names(tokens: Sequence[int | float]) -> str:
+    return ", ".join(str(t) if isinstance(t, int) else f"{t:.4g}" for t in tokens)
+
+
+def _listed(tokens: int | float, row: Row, model: Target) -> int | float | None:
+    """The entry of the row that is meant, or `None`."""
+    if isinstance(tokens, bool) or not isinstance(tokens, (int, float)):
+        raise TypeError(f"tokens: expected a number of tokens or a share, got {tokens!r}")
+    for entry in row.tokens:
+        if isinstance(tokens, int):
+            if isinstance(entry, int) and tokens == entry:
+                return entry
+        # People write a third as 0.333.
+        elif abs(tokens - _share(entry, model)) < 1e-3:
+            return entry
+    return None
+
+
+def _share(tokens: int | float, model: Target) -> float:
+    return tokens / model.tokens if isinstance(tokens, int) else tokens
+
+
+def _feasible(rows: Sequence[Row]) -> Iterator[Preset]:
+    for row in rows:
+        for tokens in row.tokens:
+            try:
+                yield _resolved(row, tokens, {})
+            except InfeasibleError:
+                continue
+
+
+class InfeasibleError(ValueError):
+    """A target that a method cannot meet."""
+
+
+_LITTLE = 1e-9
+_MANY = 10**9
+"""An image so large that rounding to whole tokens no longer matters."""
+
+
+def _resolved(row: Row, tokens: int | float, given: Mapping[str, Any]) -> Preset:
+    for name in given:
+        if name in row.fixed:
+            raise TypeError(
+                f"{name}: the preset of {tokens:.4g} tokens sets it; for a value of your own "
+                f"make the method, {row.method}({name}=...)"
+            )
+    settings = {**row.at(tokens), **given}
+    open_keep = settings["keep"]
+    if open_keep is TARGET:
+        model = TARGETS[row.target]
+        settings["keep"] = tokens if model.tiles == 1 else _share(tokens, model)
+    elif isinstance(open_keep, Open):
+        settings["keep"] = _solved(row, tokens, settings)
+    return Preset(row.method, row.target, tokens, row.convention, settings, row.source)
+
+
+def _solved(row: Row, tokens: int | float, settings: Mapping[str, Any]) -> int | float:
+    """The `keep` with which a layer sees `tokens` vision tokens on average."""
+    model = TARGETS[row.target]
+    wanted = _share(tokens, model)
+
+    def average(keep: Any, n: int, tiles: int = 1) -> float:
+        method = make(row.method, **{**settings, "keep": keep})
+        return equivalent_tokens(tokens_per_layer(method, n, model.layers, tiles)) / n
+
+    least = average((1, 1, 1) if row.method == "sparsevlm" else _LITTLE, model.tokens, model.tiles)
+    if settings["keep"] is NEVER or wanted < least:
+        raise _infeasible(row, tokens, "smallest", least)
+    low, high = _LITTLE, 1.0
+    if wanted > (most := average(1 - _LITTLE, _MANY)) + 1e-6:
+        raise _infeasible(row, tokens, "largest", most)
+    # More kept is more on average; sixty halvings are all that a float tells apart.
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if average(middle, _MANY) > wanted else (middle, high)
+    if settings["keep"] is SHARE:
+        return round(high, 4)
+    count = max(1, round(high * model.tokens))
+    return count if model.tiles == 1 else count / model.tokens
+
+
+def _infeasible(row: Row, tokens: int | float, which: str, limit: float) -> InfeasibleError:
+    """`limit` is a share of the image's tokens."""
+    model, toward = TARGETS[row.target], math.ceil if which == "smallest" else math.floor
+    if isinstance(tokens, int):
+        # What comes out of a division may lie a hair beyond a whole number.
+        best = f"{toward(round(limit * model.tokens, 6))}"
+        asked = f"{tokens} of {model.tokens} tokens"
+    else:
+        best = f"{toward(round(limit * 1000, 6)) / 1000:g}"
+        asked = f"{tokens:.4g} of the tokens"
+    others = [
+        other.convention
+        for other in TABLE
+        if (other.method, other.target) == (row.method, row.target)
+        and other.convention != row.convention
+        and tokens in other.tokens
+    ]
+    hint = "".join(f"; convention={other!r} has a preset of {tokens:.4g}" for other in others)
+    return InfeasibleError(
+        f"tokens: {row.method} cannot meet {asked} on {row.target} on average over the "
+        f"{model.layers} layers; the {which} it can meet is {best}{hint}"
+    )

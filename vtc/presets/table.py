@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The token targets that were published, and the settings with which methods meet them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Literal
+
+Convention = Literal["exact", "average", "kept"]
+
+
+# ---- the models that targets are published for --------------------------------------------------
+@dataclass(frozen=True)
+class Target:
+    """A model that token targets are published for; the language model is the one of 7B.
+
+    Attributes:
+        name: what `preset` finds it by.
+        tokens: vision tokens of an image; where `tile` is `None`, of a usual one.
+        tile: vision tokens of a tile, or `None` where an image may have any number of tokens.
+        decoder: sizes of the language model, named as in its configuration.
+    """
+
+    name: str
+    tokens: int
+    tile: int | None
+    decoder: Mapping[str, Any] = field(hash=False)
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers."""
+        return int(self.decoder["num_hidden_layers"])
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of an image of `tokens`."""
+        return self.tokens // self.tile if self.tile else 1
+
+
+_VICUNA_7B = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
+    "vocab_size": 32000,
+}  # fmt: skip
+_QWEN_7B = {
+    "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944,
+    "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+    "vocab_size": 152064,
+}  # fmt: skip
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target("llava-1.5", 576, 576, _VICUNA_7B),
+        Target("llava-next", 2880, 576, _VICUNA_7B),
+        # 1296 = 36 x 36, a picture of 1008 x 1008 pixels, to which evaluations resize.
+        Target("qwen2.5-vl", 1296, None, _QWEN_7B),
+    )
+}
+
+
+def target_of(name: str) -> Target:
+    found = TARGETS.get(name.lower()) if isinstance(name, str) else None
+    if found is None:
+        raise ValueError(f"target: unknown name {name!r}; known are {', '.join(TARGETS)}")
+    return found
+
+
+# ---- the table ----------------------------------------------------------------------------------
+class Open(Enum):
+    """What stands in a row where a value follows from the target."""
+
+    TARGET = "the target: a number on LLaVA-1.5, elsewhere a share"
+    COUNT = "solved for the average, in whole tokens"
+    SHARE = "solved for the average, a share of four decimals"
+    NEVER = "no setting meets the target"
+
+
+TARGET, COUNT, SHARE, NEVER = Open
+
+
+class Each(tuple[Any, ...]):
+    """Values for the targets of a row, one for each."""
+
+
+def _each(*values: Any) -> Each:
+    return Each(values)
+
+
+def _of_576(*counts: int) -> tuple[float, ...]:
+    """Counts published for 576 tokens, as shares."""
+    return tuple(count / TARGETS["llava-1.5"].tokens for count in counts)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Presets of one method on one model that differ in their tokens only."""
+
+    method: str
+    target: str
+    convention: Convention
+    tokens: tuple[int | float, ...]
+    settings: Mapping[str, Any]
+    source: str
+
+    @property
+    def solved(self) -> bool:
+        return self.settings["keep"] in (COUNT, SHARE)
+
+    @property
+    def fixed(self) -> frozenset[str]:
+        """Settings without which the target would not be met; others may be given."""
+        looked_up = self.convention == "average" and not self.solved
+        return frozenset(self.settings) if looked_up else frozenset({"keep"})
+
+    def at(self, tokens: int | float) -> dict[str, Any]:
+        i = self.tokens.index(tokens)
+        return {k: v[i] if isinstance(v, Each) else v for k, v in self.settings.items()}
+
+
+_LLAVA, _NEXT, _QWEN = "llava-1.5", "llava-next", "qwen2.5-vl"
+_576, _2880, _THIRDS = (192, 128, 64), (640, 320, 160), (1 / 3, 2 / 9, 1 / 9)
+_SHARES = (1 / 2, 1 / 3, 2 / 9, 1 / 5, 1 / 9, 1 / 10)
+_KEEP = {"keep": TARGET}
+_CUT = {"keep": TARGET, "layer": 2}
+_CUT_COUNT = {"keep": COUNT, "layer": 2}
+_CUT_SHARE = {"keep": SHARE, "layer": 2}
+_SPLIT = {"keep": TARGET, "contextual": 10 / 64}
+_PYRAMID = {"keep": SHARE, "layers": (2, 8, 16)}
+_DROPS = (3, 17, 22)
+_V1 = {"version": "v1.5", "layers": (2, 6, 15)}
+_V2 = {"version": "v2", "layers": (2, 6, 15)}
+
+# The first row of a method and a model is the one that is meant where no convention is named.
+# fmt: off
+TABLE: tuple[Row, ...] = (
+    Row("catp", _LLAVA, "kept", _576, _KEEP, "paper; more before layer 7"),
+    Row("cdpruner", _LLAVA, "exact", _576, _KEEP, "paper; relevance is ours"),
+    Row("cdpruner", _NEXT, "exact", _2880, _KEEP, "README: 128, 64, 32 a tile"),
+    Row("dart", _LLAVA, "kept", _576, _CUT, "paper; its code keeps 4 more"),
+    Row("dart", _NEXT, "kept", _2880, _CUT, "code, which keeps 4 more"),
+    Row("dart", _QWEN, "kept", _THIRDS, _CUT, "ratios of the code"),
+    Row("dart", _LLAVA, "average", _576, _CUT_COUNT, "solved"),
+    Row("dart", _NEXT, "average", _2880, _CUT_COUNT, "solved"),
+    Row("dart", _QWEN, "average", _THIRDS, _CUT_SHARE, "solved"),
+    Row("divprune", _LLAVA, "exact", (*_576, 56), _KEEP, "56: authors' script, 9.8 %"),
+    Row("divprune", _NEXT, "exact", (*_2880, 282), _KEEP, "282: authors' script, 9.8 %"),
+    Row("downsample", _LLAVA, "exact", _576, _KEEP, "baseline, at most the target"),
+    Row("downsample", _NEXT, "exact", _2880, _KEEP, "baseline, at most the target"),
+    Row("downsample", _QWEN, "exact", _SHARES, _KEEP, "baseline, at most the target"),
+    Row("fastv", _LLAVA, "average", _576, _CUT_COUNT, "solved; K = 2 of the paper"),
+    Row("fastv", _NEXT, "average", _2880, _CUT_COUNT, "solved; K = 2 of the paper"),
+    Row("fastv", _QWEN, "average", _THIRDS, _CUT_SHARE, "solved; K = 2 of the paper"),
+    Row("fastv", _LLAVA, "kept", (432, 288, 144, 72, *_576), _CUT,
+         "paper: 432, 288, 144, 72; tables of others: 192, 128, 64"),
+    Row("fastv", _NEXT, "kept", _2880, _CUT, "tables of others"),
+    Row("flowcut", _LLAVA, "exact", _576, _KEEP, "code"),
+    Row("flowcut", _NEXT, "exact", _2880, _KEEP,
+         "inferred; the code lets in 2.5 times as many and cuts after decoder layer 1 (1.094 T)"),
+    Row("holov", _LLAVA, "exact", _576, {"keep": TARGET, "chunks": _each(5, 8, 16)},
+         "64: code; others by the rule of its Qwen code"),
+    Row("holov", _NEXT, "exact", _2880, {"keep": TARGET, "chunks": _each(8, 16, 32)},
+         "inferred by the rule of its Qwen code"),
+    Row("holov", _QWEN, "exact", _THIRDS, {"keep": TARGET, "chunks": _each(5, 8, 16)}, "code"),
+    Row("mmtok", _LLAVA, "exact", _576, {"keep": TARGET, "text_temperature": 0.02}, "code"),
+    Row("mmtok", _NEXT, "exact", _2880, {"keep": TARGET, "text_temperature": 0.02},
+         "code: 128, 64, 32 a tile"),
+    Row("mmtok", _QWEN, "exact", (0.2, 0.1), {"keep": TARGET, "text_temperature": 0.01}, "code"),
+    Row("pool", _LLAVA, "exact", _576, _KEEP, "baseline, at most the target"),
+    Row("pool", _NEXT, "exact", _2880, _KEEP, "baseline, at most the target"),
+    Row("pool", _QWEN, "exact", _SHARES, _KEEP, "baseline, at most the target"),
+    Row("prumerge_plus", _LLAVA, "exact", _576, _KEEP,
+         "inferred; training code at rho 1/6, 1/9, 1/18, its last token counted"),
+    Row("prumerge_plus", _NEXT, "exact", _2880, _KEEP,
+         "inferred: 128, 64, 32 a tile, the last token counted"),
+    Row("pyramiddrop", _LLAVA, "average", _576, _PYRAMID, "solved; form and layers by its author"),
+    Row("pyramiddrop", _NEXT, "average", _2880, _PYRAMID, "solved; form and layers by its author"),
+    Row("random", _LLAVA, "exact", _576, _KEEP, "baseline"),
+    Row("random", _NEXT, "exact", _2880, _KEEP, "baseline"),
+    Row("random", _QWEN, "exact", _SHARES, _KEEP, "baseline"),
+    Row("scope", _LLAVA, "exact", _576, {"keep": TARGET, "alpha": 1.0}, "code"),
+    Row("scope", _NEXT, "exact", _2880, {"keep": TARGET, "alpha": 1.0}, "code: 128, 64, 32 each"),
+    Row("sparsevlm", _LLAVA, "average", (192, 128, 96, 64),
+         {"keep": _each((300, 200, 110), (303, 110, 36), (238, 48, 26), (66, 30, 17)), **_V1},
+         "lists of the code, which counts short; processed are 206.5, 145.4, 114.1, 82.2"),
+    Row("sparsevlm", _LLAVA, "average", (192, 128, 96, 64),
+         {"keep": _each((300, 200, 118), (238, 108, 60), (246, 54, 28), (66, 34, 20)), **_V2},
+         "lists of the code, which counts short; processed are 206.8, 144.1, 113.9, 81.8"),
+    Row("sparsevlm", _NEXT, "average", _2880,
+         {"keep": _each(_of_576(303, 110, 36), _of_576(66, 30, 17), NEVER), **_V1},
+         "inferred: the lists of 128 and 64, scaled; processed are more, as there"),
+    Row("sparsevlm", _NEXT, "average", _2880,
+         {"keep": _each(_of_576(238, 108, 60), _of_576(66, 34, 20), NEVER), **_V2},
+         "inferred: the lists of 128 and 64, scaled; processed are more, as there"),
+    Row("todre", _LLAVA, "exact", (144, 58, *_576), _KEEP, "paper: 25 and 10 %"),
+    Row("todre", _NEXT, "exact", (720, 288, *_2880), _KEEP, "paper: 25 and 10 %"),
+    Row("tome", _LLAVA, "exact", _576, _KEEP, "inferred: 384, 448, 512 merged in 23 layers"),
+    Row("tome", _NEXT, "exact", _2880, _KEEP, "inferred: 448, 512, 544 merged in each tile"),
+    Row("transprune", _LLAVA, "average", _576, {"keep": SHARE, "schedule": "high"},
+         "solved; the paper has FLOPs and no targets"),
+    Row("transprune", _NEXT, "average", _2880, {"keep": SHARE, "schedule": "high"},
+         "solved; the paper has FLOPs and no targets"),
+    Row("v2drop", _LLAVA, "average", _576,
+         {"keep": _each(0.5, 0.28, 0.05), "then": _each((0.3, 0.0), (0.25, 0.0), (0.05, 0.0)),
+          "layers": _DROPS}, "paper; 193.4, 130.7, 66.4 if no token is left at last"),
+    Row("v2drop", _NEXT, "average", _2880,
+         {"keep": _each(0.28, 0.05, NEVER), "then": _each((0.25, 0.0), (0.05, 0.0), (0.05, 0.0)),
+          "layers": _DROPS}, "inferred: the shares of 128 and 64 of 576; 654.0 and 334.1"),
+    Row("v2drop", _QWEN, "average", (2 / 9,),
+         {"keep": 0.25, "then": (0.05, 0.0), "layers": (3, 16, 22)}, "code of Qwen2-VL-7B: 22.6 %"),
+    Row("visionzip", _LLAVA, "exact", _576, _SPLIT, "README: 54 + 10; LightCompress: all three"),
+    Row("visionzip", _NEXT, "exact", _2880, _SPLIT,
+         "LightCompress: 108 + 20, 54 + 10, 27 + 5 a tile"),
+    Row("vispruner", _LLAVA, "exact", _576, {"keep": TARGET, "important": 0.5}, "README"),
+    Row("vispruner", _NEXT, "exact", _2880, {"keep": TARGET, "important": 0.5},
+         "README: 32 a tile; 128 and 64 alike"),
+    Row("vscan", _LLAVA, "average", _576, {"keep": COUNT, "then": 1 / 3},
+         "solved; README: 96, then 32, for 64"),
+    Row("vscan", _NEXT, "average", _2880, {"keep": COUNT, "then": 1 / 3}, "solved likewise"),
+    Row("vscan", _QWEN, "average", _THIRDS, {"keep": SHARE, "then": 1 / 3, "layer": 14},
+         "solved; README: 0.167, then 0.333, for 11.1 %"),
+)
+# fmt: on
+
+WITHOUT: dict[str, str] = {
+    "atp": "its budget is trained",
+    "correlation": "it adapts to each crop; give its `keep` for a fixed budget",
+    "full": "it keeps all tokens",
+    "prumerge": "its number of tokens follows the image; `prumerge_plus` has fixed budgets",
+}
+"""Methods that have no presets, and why."""
