@@ -62,7 +62,9 @@ class Merge(Probe):
         score = tokens.cls_attention * (1 + tokens.image) + 0.01 * tokens.keys[:, 0].tanh()
         score = score + tokens.low_attention
         if tokens.cls_query is not None:
-            score = score + 0.01 * (tokens.keys @ tokens.cls_query / tokens.heads).sigmoid()
+            assert tokens.cls_key is not None
+            keys = tokens.keys - tokens.cls_key
+            score = score + 0.01 * (keys @ tokens.cls_query / tokens.heads).sigmoid()
         chosen = score.topk(min(self.keep, len(tokens))).indices.sort().values
         nearest = (tokens.keys @ tokens.keys[chosen].T).softmax(1)
         merged = nearest.T @ tokens.features / nearest.sum(0)[:, None]

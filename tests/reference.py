@@ -32,7 +32,7 @@ class Encoded:
     Attributes:
         score: (n,) attention from [CLS], or received.
         keys: (n, d_k).
-        query: (d_k,) of [CLS], or `None`.
+        query, own_key: (d_k,) of [CLS], or `None`.
         states: (n, d_v) what the projector receives.
         cls: (d_v,) state of [CLS] beside these, or `None`.
     """
@@ -42,6 +42,7 @@ class Encoded:
     score: Tensor
     keys: Tensor
     query: Tensor | None
+    own_key: Tensor | None
     states: Tensor
     cls: Tensor | None
 
@@ -75,9 +76,10 @@ def encode(
     scores = torch.einsum("ihd,jhd->hij", queries, keys.view(tokens, heads, -1))
     probabilities = (scores.float() * queries.shape[-1] ** -0.5).softmax(-1).mean(0)
     has_cls = hasattr(base.vision_tower.embeddings, "class_embedding")
-    states, query, cls = through[model.config.vision_feature_layer][0], None, None
+    states, query, own_key, cls = through[model.config.vision_feature_layer][0], None, None, None
     if has_cls:
-        score, keys, query = probabilities[0, 1:], keys[1:], queries[0].flatten()
+        score, own_key, query = probabilities[0, 1:], keys[0], queries[0].flatten()
+        keys = keys[1:]
         cls, states = states[0], states[1:]
     else:
         score = probabilities.mean(0)
@@ -85,7 +87,7 @@ def encode(
     rows, columns = image.shape[1] // patch, image.shape[2] // patch
     grid = torch.tensor([(0, r, c) for r in range(rows) for c in range(columns)])
     assert len(grid) == len(features) == len(score) == len(keys) == len(states)
-    return Encoded(features, grid, score, keys, query, states, cls)
+    return Encoded(features, grid, score, keys, query, own_key, states, cls)
 
 
 @torch.no_grad()
@@ -348,6 +350,7 @@ class Truth:
                     else 1,
                     low_attention=low[stay] if "low_attention" in part.needs else None,
                     cls_query=seen.query if "cls_query" in part.needs else None,
+                    cls_key=seen.own_key if "cls_query" in part.needs else None,
                     encoder=seen.states[stay] if "encoder" in part.needs else None,
                     encoder_cls=seen.cls if "encoder" in part.needs else None,
                     project=self._project if "encoder" in part.needs else None,

@@ -34,6 +34,7 @@ def vision_tokens(n: int, seed: int = 0, cls: bool = True, **more: Any) -> Visio
         "keys": randn(n, 8, seed=seed + 2),
         "heads": 2,
         "cls_query": 3 * randn(8, seed=seed + 3) if cls else None,
+        "cls_key": randn(8, seed=seed + 5) if cls else None,
         "encoder": states,
         "encoder_cls": randn(6, seed=seed + 4) if cls else None,
         "project": lambda rows: rows + 1,
@@ -47,9 +48,10 @@ def looking(weights: Tensor, **more: Any) -> VisionTokens:
 
 
 def attention_of(tokens: VisionTokens) -> list[float]:
-    if tokens.cls_query is None:
+    if tokens.cls_query is None or tokens.cls_key is None:
         return tokens.cls_attention.tolist()
-    return (tokens.keys @ tokens.cls_query / tokens.keys.shape[1] ** 0.5).softmax(0).tolist()
+    every = torch.cat([tokens.keys, tokens.cls_key[None]])
+    return (every @ tokens.cls_query / tokens.keys.shape[1] ** 0.5).softmax(0).tolist()[:-1]
 
 
 def percentile(values: list[float], share: float) -> float:

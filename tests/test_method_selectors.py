@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -203,6 +204,10 @@ def test_vscan_cuts_in_the_middle_by_the_last_token() -> None:
     assert found is not None
     assert state.ahead is not None
     assert found.indices.tolist() == state.ahead[0, 3:99].topk(32).indices.sort().values.tolist()
+    for other in (method, vtc.PyramidDrop(keep=0.1, layers=(16,)), vtc.TransPrune(keep=0.1)):
+        deaf = dataclasses.replace(state, ahead=None, layer=other.prune_layers(32)[0])
+        with pytest.raises(ValueError, match="ahead"):
+            other.prune(deaf)
     assert vtc.VScan(then=1).stages == ("sequence",)
     assert vtc.VScan(keep=1.0).stages == ("sequence",)
     assert vtc.VScan(layer=3).prune_layers(8) == (3,)
@@ -263,4 +268,26 @@ def test_sampling_repeats_itself_by_its_seed() -> None:
 
     assert drawn(1) == drawn(1)
     assert drawn(1) != drawn(2)
-    assert len(drawn(3)) >= 9
+    second = dataclasses.replace(tokens, image=1)
+    method = vtc.Correlation(keep=9, sampler="multinomial", seed=1)
+    assert method.select(second).indices.tolist() != drawn(1)
+
+
+@pytest.mark.parametrize("sampler", ["topk", "multinomial"])
+def test_a_fixed_budget_holds_the_outliers(sampler: Any) -> None:
+    attention = torch.full((36,), 0.01)
+    attention[[20, 30]] = torch.tensor([0.5, 0.4])
+    low = torch.linspace(1, 0, 36)
+    tokens = vision_tokens(6, 6, cls_attention=attention, low_attention=low)
+
+    def kept(keep: int) -> list[int]:
+        return vtc.Correlation(keep=keep, sampler=sampler).select(tokens).indices.tolist()
+
+    assert kept(1) == [20]
+    assert kept(2) == [20, 30]
+    assert len(kept(5)) == 5
+    assert {20, 30} < set(kept(5))
+    if sampler == "topk":
+        assert kept(5) == [0, 1, 2, 20, 30]
+    bare = VisionTokens(tokens.features, tokens.grid)
+    assert len(vtc.Correlation(keep=1.0).select(bare).indices) == 36

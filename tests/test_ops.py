@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import itertools
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -88,25 +89,29 @@ def test_density_peaks_refuse(clusters, neighbours, names):
 
 
 # ---- greedy selection ---------------------------------------------------------------------------
+@pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize(("fast", "slow"), GREEDY)
 @given(features=tied_tokens(), data=st.data())
 @quick
-def test_greedy_equals_twin_with_ties(fast, slow, features, data):
+def test_greedy_equals_twin_with_ties(fast, slow, pairs, features, data):
     n = len(features)
     k, pivot = data.draw(st.integers(1, n)), data.draw(st.integers(0, n - 1))
-    assert fast(features, k, pivot).tolist() == slow(features, k, pivot).tolist()
+    with mock.patch.object(greedy, "_all_pairs", return_value=pairs):
+        assert fast(features, k, pivot).tolist() == slow(features, k, pivot).tolist()
 
 
+@pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize(("fast", "slow"), GREEDY)
 @given(n=st.integers(1, 20), d=st.integers(1, 6), seed=st.integers(0, 10**6), data=st.data())
 @quick
-def test_greedy_equals_twin_without_ties(fast, slow, n, d, seed, data):
+def test_greedy_equals_twin_without_ties(fast, slow, pairs, n, d, seed, data):
     if d == 1:  # all cosines are +-1: ties again, exact ones
         features = gaussian(n, 1, seed).sign()
     else:
         features = gaussian(n, d, seed)
     k, pivot = data.draw(st.integers(1, n)), data.draw(st.integers(0, n - 1))
-    assert fast(features, k, pivot).tolist() == slow(features, k, pivot).tolist()
+    with mock.patch.object(greedy, "_all_pairs", return_value=pairs):
+        assert fast(features, k, pivot).tolist() == slow(features, k, pivot).tolist()
 
 
 @pytest.mark.parametrize(("fast", "slow"), GREEDY)

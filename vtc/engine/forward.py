@@ -316,8 +316,9 @@ def _signals(
             found["cls_attention"] = heard.attention.to(device)[alive]
         if "keys" in needs:
             found["keys"] = heard.keys.to(device)[alive]
-        if "cls_query" in needs and heard.cls_query is not None:
+        if "cls_query" in needs and heard.cls_query is not None and heard.cls_key is not None:
             found["cls_query"] = heard.cls_query.to(device)
+            found["cls_key"] = heard.cls_key.to(device)
     if "low_attention" in needs:
         heard = signals.tower[tower_layer(method, method.low_layer)]
         found["low_attention"] = heard.attention.to(device)[alive]

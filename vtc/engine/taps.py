@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -187,18 +187,19 @@ class TowerSignals:
     Attributes:
         attention: (n,) attention from [CLS], or received from all.
         keys: (n, h * d).
-        cls_query: (h * d,) or `None`.
+        cls_query, cls_key: (h * d,) or `None`.
         heads: h.
     """
 
     attention: Tensor
     keys: Tensor
     cls_query: Tensor | None
+    cls_key: Tensor | None
     heads: int
 
     def without(self, prefix: int) -> TowerSignals:
         """The same without the first `prefix` tokens."""
-        return TowerSignals(self.attention[prefix:], self.keys[prefix:], self.cls_query, self.heads)
+        return replace(self, attention=self.attention[prefix:], keys=self.keys[prefix:])
 
 
 def listen_tower(tap: Tap, has_cls: bool, clock: Stopwatch) -> None:
@@ -217,9 +218,14 @@ def listen_tower(tap: Tap, has_cls: bool, clock: Stopwatch) -> None:
             for i in range(query.shape[0]):
                 rows = query[i : i + 1, :, :1] if has_cls else query[i : i + 1]
                 received = row_attention(rows, key[i : i + 1], None, None, scaling, softcap).mean(1)
-                cls_query = queries[i] if has_cls else None
                 tap.captured.append(
-                    TowerSignals(received[0].mean(0), keys[i], cls_query, key.shape[1])
+                    TowerSignals(
+                        attention=received[0].mean(0),
+                        keys=keys[i],
+                        cls_query=queries[i] if has_cls else None,
+                        cls_key=keys[i, 0] if has_cls else None,
+                        heads=key.shape[1],
+                    )
                 )
 
     tap.captured = []

@@ -62,6 +62,7 @@ class VisionTokens:
         low_attention: like `cls_attention`, of the method's `low_layer`. Only if asked for.
         cls_query: (d_k,) query of [CLS], heads concatenated, or `None` in towers without [CLS].
             Only if asked for.
+        cls_key: (d_k,) its key. Comes with `cls_query`.
         encoder: (n, d_v) patch states that the projector receives. Only if asked for.
         encoder_cls: (d_v,) state of [CLS] in the same layer, or `None` in towers without. Comes
             with `encoder`.
@@ -83,6 +84,7 @@ class VisionTokens:
     heads: int = 1
     low_attention: Tensor | None = None
     cls_query: Tensor | None = None
+    cls_key: Tensor | None = None
     encoder: Tensor | None = None
     encoder_cls: Tensor | None = None
     project: Callable[[Tensor], Tensor] | None = None

@@ -30,7 +30,8 @@ class Correlation(Method):
     round(D n) tokens are sampled. Global branch: patches that [CLS] looks at far more than at
     others in the last layer, above Q3 + 1.5 (Q3 - Q1), are kept whatever D is. Local branch:
     round(D n) patches by the attention of [CLS] in an early layer. The rest joins the kept patch
-    with the most similar key, by means weighted with the attention of the last layer.
+    with the most similar key, by means weighted with the attention of the last layer. With a fixed
+    `keep` the global branch is part of the budget: its strongest first, then the local branch.
 
     The code was never released and the paper's layers and thresholds are not known: `alpha`,
     `beta`, `least` and the layers (keys and global attention: the last; local: a quarter of the
@@ -93,6 +94,8 @@ class Correlation(Method):
             ValueError: `tokens` comes without the signals in `needs`.
         """
         n, device = len(tokens), tokens.features.device
+        if self.keep is not None and budget(self.keep, n) >= n:
+            return Selection(torch.arange(n, device=device))
         if tokens.cls_attention is None or tokens.low_attention is None or tokens.keys is None:
             raise ValueError("cls_attention, low_attention, keys: needed, got tokens without")
         crops = torch.zeros(n, dtype=torch.long, device=device)
@@ -104,7 +107,9 @@ class Correlation(Method):
             attention, keys = tokens.cls_attention[places].float(), tokens.keys[places]
             low = tokens.low_attention[places].float()
             share = self.density(keys) if self.keep is None else self.keep
-            kept = self._kept(attention, low, budget(share, len(places)), int(crop))
+            # Generators tell seeds apart by their lower half.
+            seed = (self.seed * 1_000_003 + tokens.image * 1_009 + int(crop)) & 0xFFFFFFFF
+            kept = self._kept(attention, low, budget(share, len(places)), seed)
             features = tokens.features[places]
             indices.append(places[kept])
             contents.append(merge_into_nearest(features, keys, kept, attention))
@@ -114,17 +119,26 @@ class Correlation(Method):
         order = every.argsort()
         return Selection(every[order], torch.cat(contents)[order])
 
-    def _kept(self, attention: Tensor, low: Tensor, k: int, crop: int) -> Tensor:
-        """Ascending indices of a crop: k from the local branch, and outliers of the global one."""
+    def _kept(self, attention: Tensor, low: Tensor, k: int, seed: int) -> Tensor:
+        """Ascending indices of a crop: k of the local branch and the outliers of the global one, or
+        k in all with a fixed `keep`."""
         if k >= len(attention):
             return torch.arange(len(attention), device=attention.device)
         lower, upper = torch.quantile(attention, 0.25), torch.quantile(attention, 0.75)
         stays = attention > upper + 1.5 * (upper - lower)
+        low = low.clamp_min(1e-12)
+        if self.keep is not None:
+            strongest = torch.zeros_like(stays)
+            strongest[top_k(attention, k)] = True
+            stays &= strongest
+            k -= int(stays.sum())
+            low = low.masked_fill(stays, 0)
         if self.sampler == "topk":
             stays[top_k(low, k)] = True
         else:
             # On the CPU, so that a seed means the same on every device.
-            generator = torch.Generator().manual_seed(self.seed + crop)
-            weights = low.cpu().clamp_min(1e-12)
-            stays[torch.multinomial(weights, k, generator=generator).to(low.device)] = True
+            generator = torch.Generator().manual_seed(seed)
+            if k:
+                chosen = torch.multinomial(low.cpu(), k, generator=generator)
+                stays[chosen.to(low.device)] = True
         return stays.nonzero().squeeze(1)

@@ -26,7 +26,8 @@ from vtc.ops import top_k, unit_rows
 class PruMerge(Method):
     """Keep the outliers of [CLS]'s attention; add to each its nearest neighbours; sum up the rest.
 
-    Attention a is a softmax over the patches in the tower's last layer, all heads taken as one.
+    Attention a is a softmax over the patches and [CLS] itself in the tower's last layer, all heads
+    taken as one.
     Kept are the patches with a > Q3 + 1.5 (Q3 - Q1), at least one. With `plus` an even grid joins
     them: every s-th patch, s a third of n / outliers. Then x_i <- x_i + sum_j a_j x_j over the
     patches j with the most similar keys (kept ones included, i itself not), and one more token
@@ -36,9 +37,8 @@ class PruMerge(Method):
     The number kept follows the image, and so `keep` is `None` by default. A given `keep` counts all
     tokens, the last one too. Of the others, all go by attention, or with `plus` one half does and
     the rest lie evenly, as in the code's training mode; where two would meet, the nearest free
-    patch is taken, which the code lacks. Its softmax also holds [CLS] itself, whose key a method
-    does not see: ranks and outliers are the same, the weights here larger by one factor. Nor does
-    its grid reach the last patch. Towers without [CLS] use the attention a patch receives.
+    patch is taken, which the code lacks. Nor does its grid reach the last patch. Towers without
+    [CLS] use the attention a patch receives.
 
     Args:
         keep: `None`, a fraction of an image's tokens, or a whole number of tokens per image.
@@ -174,8 +174,11 @@ class PruMergePlus(PruMerge):
 def _attention(tokens: VisionTokens, keys: Tensor) -> Tensor:
     """(n,) attention to each patch: of [CLS] with its heads taken as one, or what it receives."""
     if tokens.cls_query is not None:
+        if tokens.cls_key is None:
+            raise ValueError("cls_key: PruMerge needs it beside cls_query, got tokens without")
         query = tokens.cls_query.to(torch.promote_types(keys.dtype, torch.float32))
-        return (keys.to(query.dtype) @ query / keys.shape[1] ** 0.5).softmax(0)
+        every = torch.cat([tokens.cls_key[None], keys]).to(query.dtype)
+        return (every @ query / keys.shape[1] ** 0.5).softmax(0)[1:]
     if tokens.cls_attention is None:
         raise ValueError("cls_query or cls_attention: PruMerge needs one, got tokens without")
     return tokens.cls_attention.to(torch.promote_types(tokens.cls_attention.dtype, torch.float32))

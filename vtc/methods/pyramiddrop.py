@@ -82,6 +82,8 @@ class PyramidDrop(Method):
         layers = self.prune_layers(state.num_layers)
         stage, vision = 1 + layers.index(state.layer), state.vision
         k = sum(self.left(n, stage, len(layers)) for n in state.original)
-        if k >= vision.shape[0] or state.ahead is None:
+        if k >= vision.shape[0]:
             return None
+        if state.ahead is None:
+            raise ValueError("ahead: PyramidDrop needs it, got a state without")
         return Selection(top_k(state.ahead[-1, vision], k).sort().values)

@@ -112,8 +112,10 @@ class TransPrune(Method):
             counted = (len(vision),)
             share = share if stage == 0 else shares[stage] / shares[stage - 1]
         k = max(1, sum(int(n * share) for n in counted))
-        if k >= vision.shape[0] or state.ahead is None:
+        if k >= vision.shape[0]:
             return None
+        if state.ahead is None:
+            raise ValueError("ahead: TransPrune needs it, got a state without")
         score = self.alpha * _shares(self.variation(state))
         if state.ahead.shape[0]:
             score = score + (1 - self.alpha) * _shares(state.ahead[:, vision].mean(0))

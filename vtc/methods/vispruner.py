@@ -80,16 +80,17 @@ class VisPruner(Method):
             raise ValueError("cls_attention, encoder: needed, got tokens without")
         ranked = top_k(tokens.cls_attention, n)
         first = int(k * self.important)
-        others = self.without_doubles(unit_rows(tokens.encoder.double()), ranked[first:], k - first)
+        rows = unit_rows(tokens.encoder.double())
+        others = self.without_doubles(rows @ rows.T, ranked[first:], k - first)
         return Selection(torch.cat([ranked[:first], others]).sort().values)
 
-    def without_doubles(self, rows: Tensor, left: Tensor, wanted: int) -> Tensor:
-        """(wanted,) of the indices `left` into (n, d) unit `rows`."""
+    def without_doubles(self, cosines: Tensor, left: Tensor, wanted: int) -> Tensor:
+        """(wanted,) of the indices `left` into the (n, n) `cosines`."""
         if wanted == 0:
             return left[:0]
         while len(left) > wanted:
             a, b = left[::2], left[1::2]
             count = min(self.at_once, len(left) - wanted, len(a))
-            double = (rows[a] @ rows[b].T).amax(1) if len(b) else rows.new_zeros(len(a))
+            double = cosines[a][:, b].amax(1) if len(b) else cosines.new_zeros(len(a))
             left = torch.cat([a[top_k(double, len(a))[count:]], b])
         return left

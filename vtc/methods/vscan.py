@@ -112,11 +112,15 @@ class VScan(Method):
         size = place.amax(0) + 1
         window = place * self.windows // size.clamp_min(self.windows)
         number = (place[:, 0] * self.windows + window[:, 1]) * self.windows + window[:, 2]
-        every = number.unique()
+        every, number = number.unique(return_inverse=True)
         share = wanted // len(every)
-        for one in every:
-            inside = (number == one).nonzero().squeeze(1)
-            stays[inside[top_k(attention[inside], min(share, len(inside)))]] = True
+        ranked = top_k(attention, len(attention))
+        ranked = ranked[number[ranked].argsort(stable=True)]
+        size = torch.bincount(number)
+        rank = (
+            torch.arange(len(ranked), device=grid.device) - (size.cumsum(0) - size)[number[ranked]]
+        )
+        stays[ranked[rank < share]] = True
         left = attention.masked_fill(stays, -torch.inf)
         stays[top_k(left, wanted - int(stays.sum()))] = True
         return stays
@@ -141,6 +145,8 @@ class VScan(Method):
         """Ascending indices among the sample's vision tokens, or `None` if all fit the budget."""
         vision = state.vision
         k = sum(max(1, round(self.then * budget(self.keep, n))) for n in state.original)
-        if k >= vision.shape[0] or state.ahead is None:
+        if k >= vision.shape[0]:
             return None
+        if state.ahead is None:
+            raise ValueError("ahead: VScan needs it, got a state without")
         return Selection(top_k(state.ahead[-1, vision], k).sort().values)

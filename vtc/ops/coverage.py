@@ -6,9 +6,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_ROWS_AT_ONCE = 512
+
 EQUAL = 1e-4
 """Gains this close to the best, as a share of it, count as equal. Two tokens that cover each other
 best have the same gain in exact arithmetic, and rounding must not choose between them."""
+
+SPENT = 1e-7
+"""As a share of the largest first gain, what is left of gains that are 0 in exact arithmetic."""
 
 
 def coverage_greedy(
@@ -38,21 +43,28 @@ def coverage_greedy(
     if not 0 <= k <= n:
         raise ValueError(f"k: expected a whole number from 0 to the {n} tokens given, got {k}")
     wide = similarity if similarity.dtype == torch.float64 else similarity.float()
-    # Candidates as rows, so that one candidate's similarities lie side by side.
-    by_candidate = wide.T.contiguous()
-    covered = by_candidate.new_zeros(by_candidate.shape[1])
-    taken = by_candidate.new_zeros(n)
+    covered = wide.new_zeros(wide.shape[0])
+    # What each candidate would add, kept up to date in fp64: only rows that the last choice covers
+    # better change it, which are few after the first choices.
+    added = wide.clamp_min(0).sum(0, dtype=torch.float64)
+    taken = torch.zeros_like(added)
+    spent = SPENT * added.amax() if n else added.sum()
     chosen = torch.empty(k, dtype=torch.long, device=similarity.device)
     for step in range(k):
-        gain = (by_candidate - covered).clamp_min_(0).sum(1)
-        if factor is not None:
-            gain = gain * factor
+        gain = added if factor is None else added * factor
         if bonus is not None:
             gain = gain + bonus
         gain = gain + taken
         best = gain.amax(0, keepdim=True)
-        index = (gain >= best - EQUAL * best.abs()).to(torch.uint8).argmax(0, keepdim=True)
+        index = (gain >= best - EQUAL * best.abs() - spent).to(torch.uint8).argmax(0, keepdim=True)
         chosen[step : step + 1] = index
-        covered = torch.maximum(covered, by_candidate.index_select(0, index).squeeze(0))
         taken.index_fill_(0, index, -torch.inf)
+        column = wide.index_select(1, index).squeeze(1)
+        rows = (column > covered).nonzero().squeeze(1)
+        for some in rows.split(_ROWS_AT_ONCE):
+            here = wide.index_select(0, some)
+            before, now = covered[some, None], column[some, None]
+            # max(0, S - before) - max(0, S - now), where now is the larger.
+            added -= here.clamp(before, now).sub_(before).sum(0, dtype=torch.float64)
+        covered[rows] = column[rows]
     return chosen

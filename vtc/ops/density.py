@@ -47,7 +47,7 @@ def density_peaks(points: Tensor, clusters: int, neighbours: int) -> tuple[Tenso
     squares = (wide**2).sum(1)
     distance = (squares[:, None] + squares - 2 * wide @ wide.T).clamp_min(0) / width
     distance.fill_diagonal_(0)
-    near = distance.sort(dim=1).values[:, :neighbours]
+    near = distance.topk(neighbours, dim=1, largest=False).values
     density = (-near.mean(1)).exp()
     distance = distance.sqrt()
     gap = density - density[:, None]

@@ -2,9 +2,11 @@
 """Greedy choice of k tokens that differ from one another, by cosine similarity.
 
 Both functions keep one running value per token and update it with the similarities to the token
-just chosen: O(n k d) time and O(n d) memory, never an n x n matrix. Nothing leaves the device
-inside the loop. The order of choice is returned, so the first j of k choices are the choice of
-j; sort them to put tokens back in sequence order.
+just chosen: O(n k d) time and O(n d) memory. Where many tokens are chosen out of few, one product
+of all pairs, read row by row, is faster than k products that each read all features again, and is
+made instead (`_all_pairs`). Nothing leaves the device inside the loop. The order of choice is
+returned, so the first j of k choices are the choice of j; sort them to put tokens back in sequence
+order.
 
 Ties go to the lowest index. Equal tokens tie only as far as the matrix product gives equal rows
 equal results, which BLAS does up to the last bit.
@@ -76,6 +78,11 @@ def most_isolated(features: Tensor, rows_at_once: int = 512) -> Tensor:
     return torch.cat(nearest).argmin()
 
 
+def _all_pairs(n: int, k: int) -> bool:
+    """Whether all n x n similarities are cheaper than k rows of them (`vtc.eval.bench_ops`)."""
+    return 12 * k >= n and n <= 4096
+
+
 def _greedy(
     features: Tensor, k: int, pivot: int | Tensor, combine: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
@@ -87,7 +94,14 @@ def _greedy(
         raise ValueError(f"pivot: expected an index from 0 to {n - 1}, got {pivot}")
     chosen = torch.empty(k, dtype=torch.long, device=rows.device)
     chosen[0] = pivot
-    running = rows.mv(rows.index_select(0, chosen[:1]).squeeze(0))
+    pairs = rows @ rows.T if _all_pairs(n, k) else None
+
+    def similar_to(index: Tensor) -> Tensor:
+        if pairs is not None:
+            return pairs.index_select(0, index).squeeze(0)
+        return rows.mv(rows.index_select(0, index).squeeze(0))
+
+    running = similar_to(chosen[:1])
     running.index_fill_(0, chosen[:1], torch.inf)
     for step in range(1, k):
         # argmin returns the first of several minima, which is the tie rule. Indexing with a
@@ -95,6 +109,6 @@ def _greedy(
         index = running.argmin(0, keepdim=True)
         chosen[step : step + 1] = index
         # Infinity stays infinity under + and max, so a chosen token never returns.
-        running = combine(running, rows.mv(rows.index_select(0, index).squeeze(0)))
+        running = combine(running, similar_to(index))
         running.index_fill_(0, index, torch.inf)
     return chosen

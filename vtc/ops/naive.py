@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vtc.ops.coverage import EQUAL
+from vtc.ops.coverage import EQUAL, SPENT
 from vtc.ops.similarity import unit_rows
 
 
@@ -114,11 +114,12 @@ def coverage_greedy(
         added *= 1.0 if factor is None else float(factor[j])
         return added + (0.0 if bonus is None else float(bonus[j]))
 
+    spent = SPENT * max(sum(max(0.0, row[j]) for row in rows) for j in range(n))
     while len(chosen) < k:
         rest = [j for j in range(n) if j not in chosen]
         gains = {j: gain(j) for j in rest}
         best = max(gains.values())
-        chosen.append(min(j for j in rest if gains[j] >= best - EQUAL * abs(best)))
+        chosen.append(min(j for j in rest if gains[j] >= best - EQUAL * abs(best) - spent))
     return torch.tensor(chosen, dtype=torch.long, device=similarity.device)
 
 
