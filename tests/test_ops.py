@@ -18,10 +18,12 @@ from torch.nn import functional as F
 
 import vtc
 from vtc.ops import (
+    bipartite_match,
     cell_grid,
     density_peaks,
     farthest_first,
     greedy,
+    max_min,
     max_sum,
     naive,
     pool_grid,
@@ -48,6 +50,44 @@ def gaussian(n: int, d: int, seed: int) -> Tensor:
     """Rows without ties, in fp64, where rounding cannot swap two candidates."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(n, d, generator=generator, dtype=torch.float64)
+
+
+# ---- matching -----------------------------------------------------------------------------------
+@given(features=tied_tokens(), begins=st.booleans(), data=st.data())
+@quick
+def test_matching_equals_twin_with_ties(features, begins, data):
+    n = len(features)
+    a = (n + begins) // 2
+    r = data.draw(st.integers(0, a if n > a else 0))
+    found = bipartite_match(features, r, begins)
+    assert found.tolist() == naive.bipartite_match(features, r, begins).tolist()
+    assert sorted(set(found.tolist())) == list(range(n - r))
+
+
+@given(n=st.integers(2, 20), seed=st.integers(0, 10**6), data=st.data())
+@quick
+def test_matching_equals_twin_without_ties(n, seed, data):
+    features, r = gaussian(n, 5, seed), data.draw(st.integers(0, n // 2))
+    found = bipartite_match(features, r)
+    assert found.tolist() == naive.bipartite_match(features, r).tolist()
+
+
+def test_matching_refuses():
+    for r in (-1, 3):
+        with pytest.raises(ValueError, match="r: expected 0 to 2 pairs"):
+            bipartite_match(gaussian(4, 2, 0), r)
+    with pytest.raises(ValueError, match="0 to 0 pairs of 1"):
+        bipartite_match(gaussian(1, 2, 0), 1)
+
+
+# ---- max-min ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("pairs", [1, 4096])
+@given(features=tied_tokens(), data=st.data())
+@quick
+def test_max_min_equals_twin(pairs, features, data):
+    k = data.draw(st.integers(1, len(features)))
+    with mock.patch.object(greedy, "_PAIRS_UP_TO", pairs):
+        assert max_min(features, k).tolist() == naive.max_min(features, k).tolist()
 
 
 # ---- clustering ---------------------------------------------------------------------------------
@@ -456,3 +496,14 @@ def test_no_model_sizes_in_code():
             if isinstance(node, ast.Constant) and type(node.value) is int and node not in settings
         }
         assert not numbers & {24, 32, 35, 36, 196, 256, 336, 576, 611, 729, 2048, 2880}, file
+
+
+# ---- benchmark ----------------------------------------------------------------------------------
+def test_the_benchmark_covers_every_function_that_selects_or_merges():
+    from vtc.eval.bench_ops import bench
+
+    rows = bench(40, 8, 6, torch.float32, 1, twins=True)
+    names = {"cell_grid", "pool_grid", "unit_rows", "most_isolated", "Kernel"}
+    assert {row[0] for row in rows} == set(vtc.ops.__all__) - names
+    assert all(float(row[1]) >= 0 and float(row[-1]) >= 0 for row in rows)
+    assert all(row[4] for row in rows if row[0] != "top_k")

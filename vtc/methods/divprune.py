@@ -16,7 +16,7 @@ from vtc.methods.base import (
     check_choice,
     check_keep,
 )
-from vtc.ops import farthest_first, most_isolated
+from vtc.ops import max_min
 
 
 @dataclass(frozen=True)
@@ -53,5 +53,4 @@ class DivPrune(Method):
         k = budget(self.keep, n)
         if k >= n:
             return Selection(torch.arange(n, device=tokens.features.device))
-        first = most_isolated(tokens.features)
-        return Selection(farthest_first(tokens.features, k, first).sort().values)
+        return Selection(max_min(tokens.features, k).sort().values)

@@ -5,9 +5,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch.nn.functional import normalize
-
 from vtc.methods.base import (
     EncoderState,
     Merging,
@@ -17,6 +14,7 @@ from vtc.methods.base import (
     check_choice,
     check_keep,
 )
+from vtc.ops import bipartite_match
 
 
 @dataclass(frozen=True)
@@ -79,20 +77,9 @@ class ToMe(Method):
         r = self.pairs(n, wanted, state.num_layers - state.layer)
         if r == 0:
             return None
-        keys = normalize(state.keys.float().mean(1), dim=-1)
         # [CLS] takes the first place of A, so that with it the patches begin with B.
-        in_a = torch.arange(n, device=keys.device) % 2 == int(state.has_cls)
-        a, b = in_a.nonzero().squeeze(1), (~in_a).nonzero().squeeze(1)
-        best, partner = (keys[a] @ keys[b].T).max(1)
-        order = best.argsort(descending=True, stable=True)
-        merged = torch.zeros_like(a, dtype=torch.bool)
-        merged[order[:r]] = True
-        target = torch.empty(n, dtype=torch.long, device=keys.device)
-        rest = a[~merged]
-        target[rest] = torch.arange(len(rest), device=keys.device)
-        target[b] = len(rest) + torch.arange(len(b), device=keys.device)
-        target[a[merged]] = len(rest) + partner[merged]
-        return Merging(target)
+        keys = state.keys.float().mean(1)
+        return Merging(bipartite_match(keys, r, begins_with_a=not state.has_cls))
 
     def pairs(self, n: int, wanted: int, layers_left: int) -> int:
         """Pairs to merge in a layer that n tokens enter, with `layers_left` layers, itself one."""

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from vtc.ops.coverage import EQUAL
 
+_ROWS_AT_ONCE = 128
+
 
 def density_peaks(points: Tensor, clusters: int, neighbours: int) -> tuple[Tensor, Tensor]:
     """DPC-KNN (Rodriguez and Laio, 2014; Du et al., 2016).
@@ -45,17 +47,25 @@ def density_peaks(points: Tensor, clusters: int, neighbours: int) -> tuple[Tenso
     # Centred, so that less is lost where squares are subtracted.
     wide = wide - wide.mean(0)
     squares = (wide**2).sum(1)
-    distance = (squares[:, None] + squares - 2 * wide @ wide.T).clamp_min(0) / width
+    distance = torch.addmm(squares[None], wide, wide.T, alpha=-2)
+    distance = distance.add_(squares[:, None]).clamp_min_(0).mul_(1 / width)
     distance.fill_diagonal_(0)
-    near = distance.topk(neighbours, dim=1, largest=False).values
-    density = (-near.mean(1)).exp()
-    distance = distance.sqrt()
-    gap = density - density[:, None]
+    # Some rows at a time, which stay in a CPU's cache.
+    blocks = distance.split(_ROWS_AT_ONCE)
+    near = torch.cat(
+        [rows.topk(neighbours, dim=1, largest=False).values.mean(1) for rows in blocks]
+    )
+    density = (-near).exp()
+    distance = distance.sqrt_()
     place = torch.arange(n, device=points.device)
-    alike = gap.abs() <= EQUAL * density[:, None]
-    denser = torch.where(alike, place < place[:, None], gap > 0)
-    separation = distance.masked_fill(~denser, torch.inf).amin(1)
-    separation = torch.where(denser.any(1), separation, distance.amax())
+    found = []
+    for at, rows in zip(place.split(_ROWS_AT_ONCE), blocks, strict=True):
+        own = density[at, None]
+        alike = (density - own).abs() <= EQUAL * own
+        denser = torch.where(alike, place < at[:, None], density > own)
+        found.append(rows.masked_fill(~denser, torch.inf).amin(1))
+    separation = torch.cat(found)
+    separation = torch.where(separation.isinf(), distance.amax(), separation)
     score = density * separation
     slack = EQUAL * score.amax()
     centres = torch.empty(clusters, dtype=torch.long, device=points.device)

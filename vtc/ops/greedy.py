@@ -21,6 +21,9 @@ from torch import Tensor
 
 from vtc.ops.similarity import unit_rows
 
+_PAIRS_UP_TO = 4096
+"""Tokens of which all pairs are kept in memory: 64 MiB."""
+
 
 def max_sum(features: Tensor, k: int, pivot: int | Tensor = 0) -> Tensor:
     """Greedy max-sum diversification (ToDRE v2, arXiv 2505.18757, eqs. 4-7, Algorithm 1).
@@ -55,6 +58,21 @@ def farthest_first(features: Tensor, k: int, pivot: int | Tensor = 0) -> Tensor:
     return _greedy(features, k, pivot, torch.maximum)
 
 
+def max_min(features: Tensor, k: int) -> Tensor:
+    """Max-min diversity (DivPrune, arXiv 2503.02175): `farthest_first` from the `most_isolated`.
+
+    Args, returns and raises as `max_sum`, which has a pivot.
+    """
+    rows = unit_rows(features)
+    n = rows.shape[0]
+    if n > _PAIRS_UP_TO:
+        return farthest_first(rows, k, most_isolated(rows))
+    pairs = rows @ rows.T
+    first = pairs.fill_diagonal_(-torch.inf).amax(1).argmin()
+    # A chosen token is out of the running, so that its similarity to itself is never looked at.
+    return _greedy(rows, k, first, torch.maximum, pairs)
+
+
 def most_isolated(features: Tensor, rows_at_once: int = 512) -> Tensor:
     """The token whose most similar other token is least similar to it, by cosine.
 
@@ -80,11 +98,15 @@ def most_isolated(features: Tensor, rows_at_once: int = 512) -> Tensor:
 
 def _all_pairs(n: int, k: int) -> bool:
     """Whether all n x n similarities are cheaper than k rows of them (`vtc.eval.bench_ops`)."""
-    return 12 * k >= n and n <= 4096
+    return 12 * k >= n and n <= _PAIRS_UP_TO
 
 
 def _greedy(
-    features: Tensor, k: int, pivot: int | Tensor, combine: Callable[[Tensor, Tensor], Tensor]
+    features: Tensor,
+    k: int,
+    pivot: int | Tensor,
+    combine: Callable[[Tensor, Tensor], Tensor],
+    pairs: Tensor | None = None,
 ) -> Tensor:
     rows = unit_rows(features)
     n = rows.shape[0]
@@ -94,7 +116,8 @@ def _greedy(
         raise ValueError(f"pivot: expected an index from 0 to {n - 1}, got {pivot}")
     chosen = torch.empty(k, dtype=torch.long, device=rows.device)
     chosen[0] = pivot
-    pairs = rows @ rows.T if _all_pairs(n, k) else None
+    if pairs is None and _all_pairs(n, k):
+        pairs = rows @ rows.T
 
     def similar_to(index: Tensor) -> Tensor:
         if pairs is not None:

@@ -52,6 +52,11 @@ def most_isolated(features: Tensor) -> Tensor:
     return torch.tensor(min(range(n), key=lambda v: (nearest[v], v)), device=features.device)
 
 
+def max_min(features: Tensor, k: int) -> Tensor:
+    """Twin of `greedy.max_min`."""
+    return farthest_first(features, k, int(most_isolated(features)))
+
+
 def top_k(scores: Tensor, k: int) -> Tensor:
     """Twin of `ranking.top_k`."""
     values = scores.tolist()
@@ -186,3 +191,15 @@ def density_peaks(points: Tensor, clusters: int, neighbours: int) -> tuple[Tenso
     joins = [centres.index(i) if i in centres else nearest(i) for i in range(n)]
     device = points.device
     return torch.tensor(centres, device=device), torch.tensor(joins, device=device)
+
+
+def bipartite_match(metric: Tensor, r: int, begins_with_a: bool = True) -> Tensor:
+    """Twin of `bipartite.bipartite_match`."""
+    similarity, n = cosines(metric).tolist(), metric.shape[0]
+    a = [i for i in range(n) if (i % 2 == 0) == begins_with_a]
+    b = [i for i in range(n) if i not in a]
+    partner = {i: min(b, key=lambda j: (-similarity[i][j], j)) for i in a} if b else {}
+    merged = sorted(partner, key=lambda i: (-similarity[i][partner[i]], i))[:r]
+    order = [i for i in a if i not in merged] + b
+    target = [order.index(partner[i] if i in merged else i) for i in range(n)]
+    return torch.tensor(target, device=metric.device)
