@@ -53,6 +53,11 @@ def embedded_path() -> Path:
     return Path(__file__).resolve().parent / "embedded"
 
 
+def embedded_atp_path() -> Path:
+    """The folder with the heads of ATP that were trained on the embedded VLM."""
+    return Path(__file__).resolve().parent / "embedded_atp"
+
+
 def load(
     dtype: torch.dtype | str = torch.float32, path: Path | None = None
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:

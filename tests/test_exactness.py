@@ -40,6 +40,7 @@ from tests.models import (
 )
 from tests.probes import Answers, Broken, Fixed, Merge, Nothing, Ragged, Spy, Stairs
 from tests.reference import Truth, token_loss
+from vtc.eval.embedded_vlm import embedded_atp_path
 from vtc.methods.base import LayerState, Method, Positions, VisionTokens
 
 TOLERANCE = 1e-4
@@ -93,6 +94,11 @@ METHODS: dict[str, Callable[[], Method]] = {
     "prumerge": lambda: vtc.make("prumerge", keep=0.3),
     "prumerge_plus": lambda: vtc.make("prumerge_plus", keep=0.3),
     "prumerge_plus-adapts": lambda: vtc.make("prumerge_plus", positions="original"),
+    "atp": lambda: vtc.ATP.from_pretrained(embedded_atp_path()),
+    "atp-fixed": lambda: vtc.ATP(theta_r=0.5, theta_s=0.9),
+    "atp-log-contiguous": lambda: vtc.ATP(
+        theta_r=0.6, theta_s=0.95, normalise="log", layers=(2, 5), positions="contiguous"
+    ),
     "holov": lambda: vtc.make("holov", keep=0.3),
     "holov-paper": lambda: vtc.make("holov", keep=0.3, variant="paper", positions="original"),
     "sparsevlm": lambda: vtc.make("sparsevlm", keep=(0.7, 0.5, 0.3)),

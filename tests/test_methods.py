@@ -121,7 +121,7 @@ def test_every_method_is_registered_frozen_and_documented():
     found = {k: v for k, v in methods().items() if v.__module__.startswith("vtc.")}
     assert {"full", "random", "pool", "downsample", "todre", "fastv"} <= set(found)
     for name, cls in found.items():
-        method = make(name)
+        method = make(name, **({"theta_r": 0.5, "theta_s": 0.9} if cls.trained else {}))
         assert type(method) is cls
         assert method.title
         assert cls.__doc__

@@ -502,7 +502,7 @@ def test_no_model_sizes_in_code():
 def test_the_benchmark_covers_every_function_that_selects_or_merges():
     from vtc.eval.bench_ops import bench
 
-    rows = bench(40, 8, 6, torch.float32, 1, twins=True)
+    rows = bench(100, 10, 6, torch.float32, 1, twins=True)
     names = {"cell_grid", "pool_grid", "unit_rows", "most_isolated", "Kernel"}
     assert {row[0] for row in rows} == set(vtc.ops.__all__) - names
     assert all(float(row[1]) >= 0 and float(row[-1]) >= 0 for row in rows)

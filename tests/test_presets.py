@@ -189,6 +189,7 @@ def selected(method: Method, n: int, tiles: int) -> int:
         cls_attention=rand(n, seed=3) / n,
         low_attention=rand(n, seed=4) / n,
         cls_query=rand(8, seed=5),
+        cls_key=rand(8, seed=6),
         keys=rand(n, 8, seed=6) - 0.5,
         heads=2,
         encoder=rand(n, 8, seed=7) - 0.5,

@@ -71,8 +71,9 @@ def _describe(cls: type[Method]) -> tuple[str, str]:
     """(stages, settings) of a method class."""
     try:
         stages = ", ".join(cls().stages)
-    except TypeError:  # a setting without a default
-        stages = ""
+    except (TypeError, ValueError):  # settings without which there is no method
+        names = {"select": "sequence", "prune": "layers"}
+        stages = ", ".join(stage for name, stage in names.items() if name in vars(cls))
     settings = []
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         if not field.init:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from vtc.methods.atp import ATP
 from vtc.methods.base import (
     Compose,
     EncoderState,
@@ -42,6 +43,7 @@ from vtc.methods.vispruner import VisPruner
 from vtc.methods.vscan import VScan
 
 __all__ = [
+    "ATP",
     "CATP",
     "DART",
     "SCOPE",
