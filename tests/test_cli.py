@@ -45,6 +45,11 @@ def test_methods_lists_every_method_with_its_settings(cli):
         assert name in result.output
         assert cls.title.split()[0] in result.output
     assert "keep=0.5, layer=2" in result.output
+    reads = {"divprune": "", "fastv": "decoder attention", "holov": "cls_attention"}
+    for name, wanted in reads.items():
+        row = next(line for line in result.output.splitlines() if line.startswith(name))
+        assert wanted in row
+        assert wanted or "attention" not in row
 
 
 def test_models_lists_every_family(cli):

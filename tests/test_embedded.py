@@ -16,7 +16,15 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
-from vtc.eval.embedded_vlm import EOS, IMAGE, IMAGE_TOKENS, build_model, embedded_path, load
+from vtc.eval.embedded_vlm import (
+    EOS,
+    IMAGE,
+    IMAGE_TOKENS,
+    build_model,
+    embedded_atp_path,
+    embedded_path,
+    load,
+)
 from vtc.eval.score import answers, is_right, prompt_of, score
 from vtc.eval.suite import scene_questions
 from vtc.eval.training.common import (
@@ -135,6 +143,17 @@ def test_scores_are_reported_with_the_weights() -> None:
     assert suites["vtc_photo"]["name"]["full"] >= 40
     digits = suites["vtc_scenes"]["digits"]
     assert digits["full"] - digits["random"] >= 15
+
+
+def test_the_heads_of_atp_meet_their_budget_and_spend_more_where_more_is_shown() -> None:
+    folder = embedded_atp_path()
+    figures = json.loads((folder / "figures.json").read_text())
+    weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert figures["weights"] == weights
+    assert abs(figures["tokens"] - figures["target"]) <= 0.1 * figures["target"]
+    assert figures["all"]["atp"] >= figures["all"]["random"] + 10
+    found = figures["correlation of tokens kept with"]["scenes of objects only"]["objects"]
+    assert min(found["pearson"]["r"], found["spearman"]["r"]) >= 0.3
 
 
 def test_exact_match_ignores_case_and_blanks() -> None:

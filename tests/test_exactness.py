@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softmax
 from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
+from vtc.eval.embedded_vlm import embedded_atp_path
 
 import vtc
 from tests.conftest import Recorder
@@ -40,7 +41,6 @@ from tests.models import (
 )
 from tests.probes import Answers, Broken, Fixed, Merge, Nothing, Ragged, Spy, Stairs
 from tests.reference import Truth, token_loss
-from vtc.eval.embedded_vlm import embedded_atp_path
 from vtc.methods.base import LayerState, Method, Positions, VisionTokens
 
 TOLERANCE = 1e-4

@@ -51,13 +51,13 @@ def methods() -> None:
     import vtc
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for header in ("method", "what it is", "stage", "settings", "paper"):
+    for header in ("method", "what it is", "stage", "reads", "settings", "paper"):
         table.add_column(header, overflow="fold", no_wrap=header == "method")
     for name, cls in vtc.methods().items():
         year = f" ({cls.year})" if cls.year else ""
-        stages, settings = _describe(cls)
+        stages, reads, settings = _describe(cls)
         trained = ", trained" if cls.trained else ""
-        table.add_row(name, cls.title, stages + trained, settings, f"{cls.paper}{year}")
+        table.add_row(name, cls.title, stages + trained, reads, settings, f"{cls.paper}{year}")
     console = _console()
     console.print(table)
     console.print(
@@ -67,20 +67,36 @@ def methods() -> None:
     )
 
 
-def _describe(cls: type[Method]) -> tuple[str, str]:
-    """(stages, settings) of a method class."""
+_DEPTH_ASKED_FOR = 32
+_OF_THE_DECODER = {
+    "taps": "decoder attention",
+    "peeks": "decoder attention ahead",
+    "records": "decoder states",
+}
+
+
+def _describe(cls: type[Method]) -> tuple[str, str, str]:
+    """(stages, what it reads, settings) of a method class."""
     try:
-        stages = ", ".join(cls().stages)
+        method = cls()
+        stages = ", ".join(method.stages)
     except (TypeError, ValueError):  # settings without which there is no method
+        method = None
         names = {"select": "sequence", "prune": "layers"}
         stages = ", ".join(stage for name, stage in names.items() if name in vars(cls))
+    reads: list[str] = [*sorted(cls.needs)]
+    for name, what in _OF_THE_DECODER.items():
+        # A method that cannot be made without settings is asked what it overrides.
+        depth = _DEPTH_ASKED_FOR
+        asks = name in vars(cls) if method is None else bool(getattr(method, name)(depth))
+        reads += [what] * asks
     settings = []
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         if not field.init:
             continue
-        default = "" if field.default is dataclasses.MISSING else f"={field.default}"
+        default = "" if field.default is dataclasses.MISSING else f"={_short(field.default)}"
         settings.append(f"{field.name}{default}")
-    return stages, ", ".join(settings)
+    return stages, ", ".join(reads), ", ".join(settings)
 
 
 @app.command()

@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import os
@@ -916,7 +917,8 @@ def main() -> None:
     held, scenes = args.pop("calibrate"), args.pop("measure")
     model, processor = load(torch.float32, folder)
     if scenes:
-        figures = measure(model, processor, args["out"], scenes)
+        weights = hashlib.sha256((args["out"] / "model.safetensors").read_bytes()).hexdigest()
+        figures = {"weights": weights, **measure(model, processor, args["out"], scenes)}
         (args["out"] / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
         print(json.dumps(figures, indent=2))
         return
