@@ -200,6 +200,7 @@ def save_heads(heads: ATPHeads, folder: Path | str, settings: Mapping[str, Any])
         name: tensor.detach().cpu().contiguous() for name, tensor in heads.state_dict().items()
     }
     save_file(tensors, path / f"{_TENSORS}.tmp")
+    (path / f"{_TENSORS}.tmp").chmod(0o644)  # safetensors writes for the owner alone
     (path / f"{_CONFIG}.tmp").write_text(json.dumps(config, indent=2) + "\n")
     for name in (_TENSORS, _CONFIG):
         (path / f"{name}.tmp").replace(path / name)
