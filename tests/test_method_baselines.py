@@ -288,6 +288,15 @@ def test_dart_follows_its_definition(vision: int, text: int, seed: int, wanted: 
     assert len(chosen) == k
 
 
+def test_the_code_of_dart_keeps_its_pivots_besides() -> None:
+    for target, kept_by_code in ((192, 196), (128, 132), (64, 68)):
+        state = dart_state(576, 12)
+        found = vtc.DART(keep=target, count_pivots=False).prune(state)
+        assert found is not None
+        assert len(found.indices) == kept_by_code
+    assert kept(vtc.DART(keep=9, count_pivots=False), dart_state()) is not None
+
+
 def test_dart_does_not_mind_the_length_of_states() -> None:
     state = dart_state()
     scaled = dict(state.recorded)

@@ -91,6 +91,26 @@ def test_a_copy_adds_nothing_and_ties_go_to_the_first() -> None:
 
 
 # ---- SCOPE --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("seed", range(3))
+def test_small_factors_are_weighed_like_large_ones(seed: int) -> None:
+    """Attention over hundreds of tokens makes factors, and so gains, of about a thousandth."""
+    x = randn(300, 16, seed=seed)
+    rows = x / x.norm(dim=1, keepdim=True)
+    similarity = (1 + rows @ rows.T) / 2
+    factor = (1.5 * randn(300, seed=seed + 7)).softmax(0)
+    found = coverage_greedy(similarity, 150, factor)
+    assert found.tolist() == coverage_greedy(similarity, 150, 1000 * factor).tolist()
+    # The definition, without any tolerance, in fp64.
+    covered, chosen = torch.zeros(300, dtype=torch.float64), list[int]()
+    for _ in range(150):
+        gain = (similarity - covered[:, None]).clamp_min(0).sum(0) * factor
+        gain[chosen] = -1
+        chosen.append(int(gain.argmax()))
+        covered = torch.maximum(covered, similarity[:, chosen[-1]])
+    assert len({*chosen} & {*found.tolist()}) >= 148
+    assert found.tolist()[:40] == chosen[:40]
+
+
 def test_scope_with_even_saliency_is_facility_location() -> None:
     tokens = vision_tokens(12, cls_attention=torch.full((12,), 0.1).double())
     assert tokens.encoder is not None
@@ -217,4 +237,6 @@ def test_catp_with_a_single_image_prunes_the_query_only() -> None:
     with pytest.raises(ValueError, match="layer"):
         vtc.CATP(layer=31).prune_layers(32)
     assert vtc.CATP().prune_layers(32) == (6, 7)
+    assert vtc.CATP().prune_layers(28) == (6, 7)
+    assert vtc.CATP().prune_layers(40) == (10, 11)
     assert vtc.CATP().prune_layers(8) == (2, 3)

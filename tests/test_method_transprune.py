@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -141,3 +142,23 @@ def test_layers_scale_and_everything_can_stay() -> None:
             vtc.TransPrune(**wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="alpha"):
         vtc.TransPrune(alpha=2)
+
+
+@pytest.mark.parametrize("scope", ["image", "sequence"])
+def test_an_answer_that_is_scored_changes_nothing(scope: Any) -> None:
+    state = state_of(9)
+    longer = {
+        key: torch.cat([rows, randn(7, rows.shape[1], seed=99)])
+        for key, rows in state.recorded.items()
+    }
+    s = len(state.image)
+    scored = dataclasses.replace(
+        state,
+        hidden=torch.cat([state.hidden, randn(7, state.hidden.shape[1], seed=98)]),
+        image=torch.cat([state.image, torch.full((7,), -1)]),
+        text=torch.cat([state.text, torch.zeros(7, dtype=torch.bool)]),
+        grid=torch.full((s + 7, 3), -1),
+        recorded=longer,
+    )
+    method = vtc.TransPrune(softmax_scope=scope)
+    assert torch.allclose(method.variation(scored), method.variation(state))

@@ -564,7 +564,7 @@ def test_settings_go_to_the_method() -> None:
             ("scope", "llava-1.5", 64),
             {"convention": "mean"},
             ValueError,
-            "expected one of 'exact', 'average', 'kept', got 'mean'",
+            "expected one of 'exact', 'average', 'kept', 'counted', got 'mean'",
         ),
         (("scope", "llava-1.5", 64), {"keep": 3}, TypeError, r"keep: .* make the method, scope\("),
         (("v2drop", "llava-1.5", 64), {"layers": (1, 2, 3)}, TypeError, "layers: the preset of 64"),

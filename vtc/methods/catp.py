@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +24,9 @@ from vtc.methods.base import (
 )
 from vtc.ops import coverage_greedy, top_k, unit_rows
 
+_USUAL_DEPTH: int = 32
+"""Layers of the deepest of the published models whose K is 6."""
+
 
 @dataclass(frozen=True)
 class CATP(Method):
@@ -32,13 +37,15 @@ class CATP(Method):
 
     Stage 1, each image alone: keep floor(n (1 - R / 2)) tokens by greedy facility location plus
     `align` times each token's similarity to the mean embedding of the text that belongs to the
-    image, which is what follows it up to the next image.
+    image: all that follows it up to the next image, with what a chat template adds, which the paper
+    strips and a method cannot tell apart.
 
     Stage 2, after decoder layer K (1-based): the tokens of all example images compete for the sum
     of their final budgets by max(0, A_K - A_{K-1}) + `guide` * cos(h, v_q). A is the attention of
     the prompt's last token, v_q the mean hidden state of the query: its image and all text after
     it. After layer K + 1, the query's tokens are ranked by the cosine to the mean hidden state of
-    what is left of the examples, images and text. Final budgets are those of `keep` for each image.
+    what is left of the examples, by `context_pool`. Final budgets are those of `keep` for each
+    image.
 
     The attention term is near 0.001 and the cosine near 0.5, so the ranking as published is nearly
     by cosine alone; `normalize` divides the term by its largest value. A prompt with one image has
@@ -48,9 +55,10 @@ class CATP(Method):
     Args:
         keep: 1 - R, as a fraction of an image's tokens or a whole number of tokens per image;
             published are 192, 128 and 64 of 576.
-        layer: K, at least 2; by default 6 of 32, scaled to the depth.
+        layer: K, at least 2; by default 6 of 28 and of 32, 10 of 40, scaled to other depths.
         align: weight of the text in stage 1 (lambda 1).
         guide: weight of the query in stage 2 (lambda 2).
+        context_pool: whose hidden states are the examples' mean: "image", or "image+text".
         normalize: whether to scale the attention term to 1.
         positions: of stage 1, "contiguous" or "original"; stage 2 keeps what stage 1 left.
     """
@@ -65,6 +73,7 @@ class CATP(Method):
     layer: int | None = None
     align: float = 0.7
     guide: float = 0.6
+    context_pool: Literal["image", "image+text"] = "image+text"
     normalize: bool = False
     positions: Positions = "contiguous"
 
@@ -79,6 +88,7 @@ class CATP(Method):
                 raise ValueError(f"{name}: expected a number of at least 0, got {value!r}")
         if not isinstance(self.normalize, bool):
             raise TypeError(f"normalize: expected True or False, got {self.normalize!r}")
+        check_choice("context_pool", self.context_pool, ("image", "image+text"))
         check_choice("positions", self.positions, ("original", "contiguous"))
 
     @property
@@ -120,7 +130,8 @@ class CATP(Method):
         """
         k = self.layer
         if k is None:
-            k = max(2, int(0.1875 * num_layers + 0.5))
+            share = 0.1875 if num_layers <= _USUAL_DEPTH else 0.25
+            k = max(2, math.ceil(share * num_layers))
         if k + 1 >= num_layers:
             raise ValueError(
                 f"layer: expected 2 to {num_layers - 2} in a model of {num_layers} decoder layers, "
@@ -150,7 +161,10 @@ class CATP(Method):
             target = hidden[of_query].mean(0)
         else:
             competing, k = owner == query_image, budgets[-1]
-            context = (place < start) & ((state.image >= 0) | state.text)
+            pooled = state.image >= 0
+            if self.context_pool == "image+text":
+                pooled = pooled | state.text
+            context = (place < start) & pooled
             target = hidden[context if bool(context.any()) else of_query].mean(0)
         if k >= int(competing.sum()):
             return None

@@ -43,6 +43,7 @@ class DART(Method):
         layer: K, at least 1.
         image_pivots: vision tokens that are pivots, at least 1.
         text_pivots: text tokens that are pivots.
+        count_pivots: whether vision pivots count in `keep`; `False` is the code.
         positions: "original" (as in the code) or "contiguous".
     """
 
@@ -55,6 +56,7 @@ class DART(Method):
     layer: int = 2
     image_pivots: int = 4
     text_pivots: int = 4
+    count_pivots: bool = True
     positions: Positions = "original"
 
     def __post_init__(self) -> None:
@@ -64,6 +66,8 @@ class DART(Method):
         check_layer("layer", self.layer, lowest=1)
         check_layer("image_pivots", self.image_pivots, lowest=1)
         check_layer("text_pivots", self.text_pivots)
+        if not isinstance(self.count_pivots, bool):
+            raise TypeError(f"count_pivots: expected True or False, got {self.count_pivots!r}")
         check_choice("positions", self.positions, ("original", "contiguous"))
 
     def prune_layers(self, num_layers: int) -> tuple[int, ...]:
@@ -93,6 +97,8 @@ class DART(Method):
         rows = unit_rows(state.recorded[self.layer - 1, "normed"])
         text = state.text.nonzero().squeeze(1)
         pivots = top_k(norms[vision], min(self.image_pivots, k))
+        if not self.count_pivots:
+            k = min(k + len(pivots), vision.shape[0])
         guides = text[top_k(norms[text], min(self.text_pivots, text.shape[0]))]
         cosines = rows[torch.cat([vision[pivots], guides])] @ rows[vision].T
         return Selection(_least_alike(cosines, pivots, k).sort().values)

@@ -136,7 +136,9 @@ class TransPrune(Method):
                 if self.softmax_scope == "image":
                     total = total + turned[vision].softmax(0) * stretched[vision]
                 else:
-                    total = total + (turned.softmax(0) * stretched)[vision]
+                    # An answer that is being scored is no part of the prompt.
+                    share = turned[: state.prompt_length].softmax(0)
+                    total = total + share[vision] * stretched[vision]
         return total
 
 

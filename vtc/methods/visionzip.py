@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, one_hot
 
 from vtc.methods.base import (
     Method,
@@ -121,8 +121,9 @@ class VisionZip(Method):
             return held
         metric = normalize(keys.float(), dim=1)
         nearest = (metric[joining] @ metric[targets].T).argmax(1)
-        count = held.new_zeros(len(targets)).index_add(0, nearest, held.new_ones(len(joining)))
-        total = torch.zeros_like(held).index_add(0, nearest, states[joining].float())
+        # A matrix product, not scattered additions, whose order is not fixed on a GPU.
+        member = one_hot(nearest, len(targets)).T.to(held.dtype)
+        count, total = member.sum(1), member @ states[joining].float()
         mean = total / count.clamp(min=1)[:, None]
         if self.merge_by == "sum":
             return held + mean

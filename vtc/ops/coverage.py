@@ -12,8 +12,8 @@ EQUAL = 1e-4
 """Gains this close to the best, as a share of it, count as equal. Two tokens that cover each other
 best have the same gain in exact arithmetic, and rounding must not choose between them."""
 
-SPENT = 1e-7
-"""As a share of the largest first gain, what is left of gains that are 0 in exact arithmetic."""
+SPENT = 1e-9
+"""As a share of a candidate's first gain, what rounding leaves of a gain that is 0."""
 
 
 def coverage_greedy(
@@ -47,8 +47,7 @@ def coverage_greedy(
     # What each candidate would add, kept up to date in fp64: only rows that the last choice covers
     # better change it, which are few after the first choices.
     added = wide.clamp_min(0).sum(0, dtype=torch.float64)
-    taken = torch.zeros_like(added)
-    spent = SPENT * added.amax() if n else added.sum()
+    taken, spent = torch.zeros_like(added), SPENT * added
     chosen = torch.empty(k, dtype=torch.long, device=similarity.device)
     for step in range(k):
         gain = added if factor is None else added * factor
@@ -56,7 +55,7 @@ def coverage_greedy(
             gain = gain + bonus
         gain = gain + taken
         best = gain.amax(0, keepdim=True)
-        index = (gain >= best - EQUAL * best.abs() - spent).to(torch.uint8).argmax(0, keepdim=True)
+        index = (gain >= best - EQUAL * best.abs()).to(torch.uint8).argmax(0, keepdim=True)
         chosen[step : step + 1] = index
         taken.index_fill_(0, index, -torch.inf)
         column = wide.index_select(1, index).squeeze(1)
@@ -66,5 +65,6 @@ def coverage_greedy(
             before, now = covered[some, None], column[some, None]
             # max(0, S - before) - max(0, S - now), where now is the larger.
             added -= here.clamp(before, now).sub_(before).sum(0, dtype=torch.float64)
+        added.masked_fill_(added < spent, 0)
         covered[rows] = column[rows]
     return chosen

@@ -5,8 +5,8 @@ Both functions keep one running value per token and update it with the similarit
 just chosen: O(n k d) time and O(n d) memory. Where many tokens are chosen out of few, one product
 of all pairs, read row by row, is faster than k products that each read all features again, and is
 made instead (`_all_pairs`). Nothing leaves the device inside the loop. The order of choice is
-returned, so the first j of k choices are the choice of j; sort them to put tokens back in sequence
-order.
+returned, so the first j of k choices are, up to rounding, the choice of j; sort them to put tokens
+back in sequence order.
 
 Ties go to the lowest index. Equal tokens tie only as far as the matrix product gives equal rows
 equal results, which BLAS does up to the last bit.

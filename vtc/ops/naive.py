@@ -116,15 +116,16 @@ def coverage_greedy(
 
     def gain(j: int) -> float:
         added = sum(max(0.0, row[j] - max([0.0, *(row[c] for c in chosen)])) for row in rows)
+        if added < SPENT * sum(max(0.0, row[j]) for row in rows):
+            added = 0.0
         added *= 1.0 if factor is None else float(factor[j])
         return added + (0.0 if bonus is None else float(bonus[j]))
 
-    spent = SPENT * max(sum(max(0.0, row[j]) for row in rows) for j in range(n))
     while len(chosen) < k:
         rest = [j for j in range(n) if j not in chosen]
         gains = {j: gain(j) for j in rest}
         best = max(gains.values())
-        chosen.append(min(j for j in rest if gains[j] >= best - EQUAL * abs(best) - spent))
+        chosen.append(min(j for j in rest if gains[j] >= best - EQUAL * abs(best)))
     return torch.tensor(chosen, dtype=torch.long, device=similarity.device)
 
 

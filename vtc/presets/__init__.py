@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Published token targets: `preset("visionzip", "llava-1.5", 64)` is a method that meets one.
 
-Papers mean three things by "N tokens", and tables that mix them compare nothing:
+Papers mean several things by "N tokens", and tables that mix them compare nothing:
 
 - "exact": vision tokens that enter the language model;
 - "average": vision tokens that a decoder layer processes, mean over the layers;
-- "kept": vision tokens left after one cut between layers; the layers before it see all.
+- "kept": vision tokens left after one cut between layers; the layers before it see all;
+- "counted": what the authors' own counter says, where it is short of what is processed.
 
-A preset says which one it meets, and `Preset.schedule` counts all three, with the bytes of the
+A preset says which one it meets, and `Preset.schedule` counts all of them, with the bytes of the
 cache and the FLOPs. For methods that act between layers the average is the default; "kept" has
 to be asked for where both are listed. Settings that follow from the target are solved for the
 decoder's depth, so that `preset("fastv", "llava-1.5", 64, layer=3)` still averages 64.
@@ -69,7 +70,7 @@ class Preset:
         method: its name.
         target: the model, a name of `TARGETS`.
         tokens: the target, a number of vision tokens, or a share where images differ in size.
-        convention: what of the three `tokens` counts.
+        convention: what `tokens` counts.
         settings: of the method.
         source: where they come from, or that they were solved or inferred.
     """

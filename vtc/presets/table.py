@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal
 
-Convention = Literal["exact", "average", "kept"]
+Convention = Literal["exact", "average", "kept", "counted"]
 
 
 # ---- the models that targets are published for --------------------------------------------------
@@ -136,9 +136,12 @@ _V2 = {"version": "v2", "layers": (2, 6, 15)}
 # The first row of a method and a model is the one that is meant where no convention is named.
 # fmt: off
 TABLE: tuple[Row, ...] = (
-    Row("catp", _LLAVA, "kept", _576, _KEEP, "paper; more before layer 7"),
+    Row("catp", _LLAVA, "kept", _576, _KEEP, "inferred; more before layer 7"),
+    Row("catp", _QWEN, "kept", (2 / 9,), {"keep": TARGET, "layer": 6}, "paper: 77.8 % go"),
     Row("cdpruner", _LLAVA, "exact", _576, _KEEP, "paper; relevance is ours"),
     Row("cdpruner", _NEXT, "exact", _2880, _KEEP, "README: 128, 64, 32 a tile"),
+    Row("cdpruner", _QWEN, "exact", (512 / 1296, 256 / 1296, 128 / 1296), _KEEP,
+        "paper: 512, 256, 128 of 1296; relevance is ours"),
     Row("dart", _LLAVA, "kept", _576, _CUT, "paper; its code keeps 4 more"),
     Row("dart", _NEXT, "kept", _2880, _CUT, "code, which keeps 4 more"),
     Row("dart", _QWEN, "kept", _THIRDS, _CUT, "ratios of the code"),
@@ -182,20 +185,21 @@ TABLE: tuple[Row, ...] = (
     Row("random", _QWEN, "exact", _SHARES, _KEEP, "baseline"),
     Row("scope", _LLAVA, "exact", _576, {"keep": TARGET, "alpha": 1.0}, "code"),
     Row("scope", _NEXT, "exact", _2880, {"keep": TARGET, "alpha": 1.0}, "code: 128, 64, 32 each"),
-    Row("sparsevlm", _LLAVA, "average", (192, 128, 96, 64),
+    Row("sparsevlm", _LLAVA, "counted", (192, 128, 96, 64),
          {"keep": _each((300, 200, 110), (303, 110, 36), (238, 48, 26), (66, 30, 17)), **_V1},
          "lists of the code, which counts short; processed are 206.5, 145.4, 114.1, 82.2"),
-    Row("sparsevlm", _LLAVA, "average", (192, 128, 96, 64),
+    Row("sparsevlm", _LLAVA, "counted", (192, 128, 96, 64),
          {"keep": _each((300, 200, 118), (238, 108, 60), (246, 54, 28), (66, 34, 20)), **_V2},
          "lists of the code, which counts short; processed are 206.8, 144.1, 113.9, 81.8"),
-    Row("sparsevlm", _NEXT, "average", _2880,
+    Row("sparsevlm", _NEXT, "counted", _2880,
          {"keep": _each(_of_576(303, 110, 36), _of_576(66, 30, 17), NEVER), **_V1},
-         "inferred: the lists of 128 and 64, scaled; processed are more, as there"),
-    Row("sparsevlm", _NEXT, "average", _2880,
+         "inferred: the lists of 128 and 64, scaled; processed are 725, 409"),
+    Row("sparsevlm", _NEXT, "counted", _2880,
          {"keep": _each(_of_576(238, 108, 60), _of_576(66, 34, 20), NEVER), **_V2},
-         "inferred: the lists of 128 and 64, scaled; processed are more, as there"),
-    Row("todre", _LLAVA, "exact", (144, 58, *_576), _KEEP, "paper: 25 and 10 %"),
+         "inferred: the lists of 128 and 64, scaled; processed are 721, 409"),
+    Row("todre", _LLAVA, "exact", (144, 58, *_576), _KEEP, "inferred: 25 and 10 %"),
     Row("todre", _NEXT, "exact", (720, 288, *_2880), _KEEP, "paper: 25 and 10 %"),
+    Row("todre", _QWEN, "exact", (0.25, 0.1), _KEEP, "paper: 25 and 10 %"),
     Row("tome", _LLAVA, "exact", _576, _KEEP, "inferred: 384, 448, 512 merged in 23 layers"),
     Row("tome", _NEXT, "exact", _2880, _KEEP, "inferred: 448, 512, 544 merged in each tile"),
     Row("transprune", _LLAVA, "average", _576, {"keep": SHARE, "schedule": "high"},

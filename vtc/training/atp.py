@@ -87,7 +87,7 @@ class Config:
         standardise: batches from which the scale of the statistics is taken first.
         clip: largest norm of the gradient.
         train_model: train the decoder too, at `model_rate`, and save the model in `out`/model.
-        precision: of `accelerate.Accelerator`: "no", "bf16" or "fp16".
+        precision: of `accelerate.Accelerator`: "no" or "bf16"; losses are not scaled for fp16.
         save_every: steps between checkpoints.
         seed: of the heads' first weights.
     """
@@ -141,7 +141,7 @@ class Config:
             )
         check_choice("target_over", self.target_over, ("image", "batch"))
         check_choice("normalise", self.normalise, NORMALISE)
-        check_choice("precision", self.precision, ("no", "bf16", "fp16"))
+        check_choice("precision", self.precision, ("no", "bf16"))
 
 
 # ---- the soft mask -------------------------------------------------------------------------------
@@ -500,6 +500,8 @@ def _train(model: Any, batches: Batches, config: Config, accelerator: Any, out: 
             for name, parameter in decoder.items():
                 parameter.copy_(state["decoder"][name])
         step, past, log = state["step"], state["past"], state["log"]
+        if step >= config.steps and (out / "model.safetensors").is_file():
+            return out  # done, and perhaps calibrated since
 
     soft = SoftPruning(model, heads, layers, config.normalise, config.sampling, config.temperature)
 
@@ -682,6 +684,9 @@ def calibrate(
 
     Returns:
         The average count, over layers and images, that was reached.
+
+    Raises:
+        RuntimeError: no shift brings it within a tenth of the target; nothing is written then.
     """
     from vtc.methods.atp import load_heads
 
@@ -712,6 +717,11 @@ def calibrate(
             count = reached(middle)
             best = min(best, (abs(count - target), middle, count))
             low, high = (middle, high) if count > target else (low, middle)
+    if best[0] > 0.1 * target:
+        raise RuntimeError(
+            f"target: no shift of theta_r reaches {target:g} tokens, the nearest is {best[2]:.1f}; "
+            "what is kept for its place alone may be more, or the heads need more training"
+        )
     for bias, first in zip(biases, start, strict=True):
         bias.copy_(first + best[1])
     save_heads(
@@ -794,9 +804,10 @@ def judge(model: Any, processor: Any, samples: Sequence[tuple[Any, Any]]) -> lis
 
 
 def measure(
-    model: Any, processor: Any, folder: str | Path, scenes: int, seeds: int = 3
+    model: Any, processor: Any, folder: str | Path, scenes: int, first: int = 0, seeds: int = 3
 ) -> dict[str, Any]:
-    """Hard pruning through `vtc.patch` on scenes of the test split, each with one question.
+    """Hard pruning through `vtc.patch` on scenes of the test split from number `first` on, each
+    with one question.
 
     Returns:
         Target and mean equivalent tokens; accuracy of the full model, with the heads, and of
@@ -807,7 +818,7 @@ def measure(
     from vtc.methods.atp import ATP, load_heads
 
     source = SceneBatches(processor, "test", 1, 0)
-    samples = [source.sample(number) for number in range(scenes)]
+    samples = [source.sample(number) for number in range(first, first + scenes)]
     full = judge(model, processor, samples)
     with vtc.patch(model, ATP.from_pretrained(folder)) as patch:
         mine = judge(model, processor, samples)
@@ -818,7 +829,7 @@ def measure(
         with vtc.patch(model, "random", keep=round(mean), seed=seed):
             drawn.append(judge(model, processor, samples))
     target = load_heads(str(folder))[1]["target"]
-    return {"target": target, **summarise(samples, per_image, full, mine, drawn)}
+    return {"target": target, "first": first, **summarise(samples, per_image, full, mine, drawn)}
 
 
 def summarise(
@@ -899,6 +910,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--calibrate", type=int, default=0, help="held-out batches to calibrate on")
     parser.add_argument("--measure", type=int, default=0, help="test scenes; no training then")
+    parser.add_argument("--first", type=int, default=0, help="number of the first of these")
     for field in dataclasses.fields(Config):
         if field.name in ("out", "layers", "train_model"):
             continue
@@ -914,11 +926,11 @@ def main() -> None:
 
     torch.set_num_threads(args.pop("threads"))
     folder, size = args.pop("model"), args.pop("batch")
-    held, scenes = args.pop("calibrate"), args.pop("measure")
+    held, scenes, first = args.pop("calibrate"), args.pop("measure"), args.pop("first")
     model, processor = load(torch.float32, folder)
     if scenes:
         weights = hashlib.sha256((args["out"] / "model.safetensors").read_bytes()).hexdigest()
-        figures = {"weights": weights, **measure(model, processor, args["out"], scenes)}
+        figures = {"weights": weights, **measure(model, processor, args["out"], scenes, first)}
         (args["out"] / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
         print(json.dumps(figures, indent=2))
         return
