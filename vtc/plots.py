@@ -58,7 +58,8 @@ def tradeoff(results: Mapping[str, Any]) -> Figure:
     styles = _styles(labels)
     across = min(len(tasks), 3)
     down = -(-len(tasks) // across)
-    figure = _figure(1.6 + 5.0 * across, 3.8 * down)
+    columns = 1 + (len(labels) - 1) // 16
+    figure = _figure(1.6 * columns + 5.0 * across, 3.8 * down)
     grid = figure.subplots(down, across, squeeze=False)
     for axes, task in zip(grid.flat, tasks, strict=False):
         _panel(axes, task, [c for c in cells if c["task"] == task], styles)
@@ -72,6 +73,7 @@ def tradeoff(results: Mapping[str, Any]) -> Figure:
         figure.legend(
             list(handles.values()),
             list(handles),
+            ncols=columns,
             loc="outside right upper",
             frameon=False,
             fontsize=9,
