@@ -15,6 +15,7 @@ from vtc.methods.base import Record, Rows
 
 from . import taps
 from .forward import Forward, Heard, rows_of
+from .ledger import CACHE
 from .plan import Plan
 
 
@@ -188,7 +189,7 @@ class DecoderSide:
                             self.backbone, layer, hidden, positions
                         ),
                         attention_mask=None,
-                        past_key_values=_ReadOnly(cache, past) if past else None,
+                        **{CACHE: _ReadOnly(cache, past) if past else None},
                     )
             finally:
                 tap.silent, tap.armed, self.forward = False, None, forward

@@ -39,7 +39,7 @@ from .forward import (
     select_in_sequence,
 )
 from .layout import Layout, gather_tokens
-from .ledger import Ledger, attach, ledger_of
+from .ledger import CACHE, Ledger, attach, cache_in, ledger_of
 from .override import Override
 from .plan import Plan
 from .report import Prefill, Report
@@ -164,7 +164,7 @@ class Engine:
     def _create_masks(self, original: Callable[..., Any] | None, **kwargs: Any) -> Any:
         """Static caches get 4-D masks ahead of the forward, sized for the full sequence. A
         compressed one needs the 2-D mask, so that the forward can build what fits."""
-        if kwargs.get("is_first_iteration") or ledger_of(kwargs.get("past_key_values")) is not None:
+        if kwargs.get("is_first_iteration") or ledger_of(cache_in(kwargs)) is not None:
             return kwargs.get("attention_mask")
         return (original or create_masks_for_generate)(**kwargs)
 
@@ -214,7 +214,7 @@ class Engine:
         shown = [encoded.get("image"), encoded.get("video")]
         shown += [given.get(name) for name in ("pixel_values", "pixel_values_videos")]
         images = any(value is not None for value in shown)
-        cache, ids = given.get("past_key_values"), given.get("input_ids")
+        cache, ids = cache_in(given), given.get("input_ids")
         if ids is None and not images and (cache is None or int(cache.get_seq_length()) == 0):
             raise ValueError(
                 "inputs_embeds: a patched model cannot tell vision tokens from text in embeddings; "
@@ -243,7 +243,7 @@ class Engine:
                 "attn_implementation: it was changed from or to flash attention under a patch; "
                 "call vtc.patch again"
             )
-        ledger = ledger_of(kwargs.get("past_key_values"))
+        ledger = ledger_of(cache_in(kwargs))
         if forward.vision is not None and bool(forward.vision.any()):
             forward.lm_started = forward.lm.start(kwargs["inputs_embeds"].device)
             self._compress(forward, kwargs)
@@ -255,7 +255,7 @@ class Engine:
 
     def _compress(self, forward: Forward, kwargs: dict[str, Any]) -> None:
         """Prefill with images: run the sequence stage and hand on what is left."""
-        embeds, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
+        embeds, cache = kwargs["inputs_embeds"], cache_in(kwargs)
         rows, length = embeds.shape[:2]
         ledger = ledger_of(cache)
         plain = ledger is None
@@ -341,7 +341,7 @@ class Engine:
             place = forward.layout.nearest(length).to(hidden.device)
             output.last_hidden_state = gather_tokens(hidden, place)
         forward.lm.stop(forward.lm_started, hidden.device)
-        ledger, cache = forward.ledger, getattr(output, "past_key_values", None)
+        ledger, cache = forward.ledger, cache_in(output)
         ledger.logical += length
         ledger.croppable = 0
         if cache is not None and any(group.diverged for group in ledger.groups):
@@ -389,7 +389,7 @@ class Engine:
             )
         if forward.phase == "prefill":
             if layer in self.plan.pruners:
-                hidden = self._prune(forward, layer, hidden, kwargs.get("past_key_values"))
+                hidden = self._prune(forward, layer, hidden, cache_in(kwargs))
                 if args:
                     args = (hidden, *args[1:])
                 else:
@@ -431,7 +431,7 @@ class Engine:
             return
         group = forward.ledger.groups[number]
         kind = self.family.layer_type(self.backbone, layer)
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         if (number, kind) not in forward.memo:
             build = (
                 create_sliding_window_causal_mask
@@ -445,8 +445,8 @@ class Engine:
                 config=self.backbone.decoder.config,
                 inputs_embeds=hidden,
                 attention_mask=mask,
-                past_key_values=cache,
                 layer_idx=layer,
+                **{CACHE: cache},
             )
         kwargs["attention_mask"] = forward.memo[number, kind]
         if number not in forward.memo:
