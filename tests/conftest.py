@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,14 @@ class Recorder:
             self.smallest_control = min(self.smallest_control, control)
 
 
+    def add(self, other: Recorder) -> None:
+        """What another process recorded."""
+        self.cells += other.cells
+        if other.largest >= self.largest:
+            self.largest, self.where = other.largest, other.where
+        self.smallest_control = min(self.smallest_control, other.smallest_control)
+
+
 _RECORDER = pytest.StashKey[Recorder]()
 
 
@@ -41,6 +50,18 @@ def pytest_configure(config: pytest.Config) -> None:
 def recorder(request: pytest.FixtureRequest) -> Recorder:
     """Counts the cells that were compared with the reference."""
     return request.config.stash[_RECORDER]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # one process of several
+        session.config.workeroutput["recorder"] = asdict(session.config.stash[_RECORDER])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: Any) -> None:
+    found = getattr(node, "workeroutput", {}).get("recorder")
+    if found is not None:
+        node.config.stash[_RECORDER].add(Recorder(**found))
 
 
 def pytest_terminal_summary(
