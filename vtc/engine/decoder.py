@@ -4,18 +4,16 @@
 from __future__ import annotations
 
 import functools
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vtc.families import Backbone, Family, UnsupportedModelError
+from vtc.families import CACHE, Backbone, Family
 from vtc.methods.base import Record, Rows
 
 from . import taps
 from .forward import Forward, Heard, rows_of
-from .ledger import CACHE
 from .plan import Plan
 
 
@@ -126,9 +124,16 @@ class DecoderSide:
 
         wanted = "keys" in recorded
         if places.shape[1] or wanted:
-            clock, by_head = forward.selector, layer in self.plan.by_head
             taps.listen_rows(
-                tap, places, group.valid, past, clock, note if wanted else None, by_head
+                tap,
+                places,
+                group.valid,
+                past,
+                forward.selector,
+                keys=note if wanted else None,
+                by_head=layer in self.plan.by_head,
+                blocks=forward.gather_blocks(group.length),
+                chunk=self.family.chunk(self.backbone, layer),
             )
         forward.attention[layer] = Heard(layout, rows, tap.captured, past)
 
@@ -150,16 +155,9 @@ class DecoderSide:
         return self._rotate(layer, ones[:, None], positions.to(hidden.device))[:, 0]
 
     def _rotate(self, layer: int, states: Tensor, positions: Tensor) -> Tensor:
-        """`states` (b, h, k, d) turned by `positions` (b, k) or (b, 1)."""
-        attention = self.backbone.layers[layer].self_attn
-        rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
-        if rotate is None:
-            raise UnsupportedModelError(
-                f"model: {type(attention).__name__} has no apply_rotary_pos_emb with which to "
-                "compare positions, or keys of padded rows"
-            )
-        cos, sin = self.family.rotary(self.backbone, layer, states, positions)
-        return rotate(states, states, cos, sin)[1]
+        """`states` (b, h, k, d) turned by `positions` (b, k), (b, 1) or with axes before."""
+        rotation = self.family.rotary(self.backbone, layer, states, positions)
+        return self.family.rotate(self.backbone, layer, states, rotation)
 
     def peek(
         self, forward: Forward, layer: int, kind: Rows, hidden: Tensor, cache: Any, by_head: bool
@@ -176,7 +174,16 @@ class DecoderSide:
             if before is None:
                 before = valid.new_ones(valid.shape[0], past)
             visible = torch.cat([before.to(valid.device), valid], dim=1)
-            taps.listen_rows(tap, places, visible, past, forward.selector, by_head=by_head)
+            taps.listen_rows(
+                tap,
+                places,
+                visible,
+                past,
+                forward.selector,
+                by_head=by_head,
+                blocks=forward.gather_blocks(visible.shape[1]),
+                chunk=self.family.chunk(self.backbone, layer),
+            )
             positions = forward.rotary_positions(self.plan.group_of[layer]).to(hidden.device)
             decoder: Any = self.backbone.layers[layer]
             # What runs now is not the forward: its inputs are not to be recorded.

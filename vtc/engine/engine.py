@@ -3,12 +3,12 @@
 
 A forward passes these stations, each a method of `Engine`:
 
-    get_image_features   vision signals are tapped; pixels are reduced
+    get_image_features   vision signals are tapped; pixels are reduced (clips likewise)
     model, base model    one call at a time; what kind of forward is this?
-    get_placeholder_mask where are the vision tokens?
-    language model       sequence stage; masks and positions of a compressed cache
+    the family's merger  where are the vision tokens?
+    decoder              sequence stage; masks and positions of a compressed cache
     decoder layers       layers stage; masks and positions of the layers after a prune
-    language model, out  hidden states back at full length; the cache learns what it holds
+    decoder, out         hidden states back at full length; the cache learns what it holds
 """
 
 from __future__ import annotations
@@ -22,13 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import (
-    create_causal_mask,
-    create_masks_for_generate,
-    create_sliding_window_causal_mask,
-)
+from transformers.masking_utils import create_masks_for_generate
 
-from vtc.families import Backbone, Family
+from vtc.families import Backbone, Family, Modality
 from vtc.methods.base import Method
 
 from .decoder import DecoderSide
@@ -39,7 +35,7 @@ from .forward import (
     select_in_sequence,
 )
 from .layout import Layout, gather_tokens
-from .ledger import CACHE, Ledger, attach, cache_in, ledger_of
+from .ledger import Ledger, attach, cache_in, ledger_of
 from .override import Override
 from .plan import Plan
 from .report import Prefill, Report
@@ -96,10 +92,13 @@ class Engine:
     def _install(self) -> None:
         b = self.backbone
         self.flash = self._flash()
-        self.overrides = [
-            Override(b.base, "get_image_features", self._get_image_features),
-            Override(b.base, "get_placeholder_mask", self._get_placeholder_mask),
-        ]
+        self.overrides = [Override(b.base, self.family.merger, self._merge_features)]
+        for modality in ("image", "video"):
+            if hasattr(b.base, name := f"get_{modality}_features"):
+                encode = functools.partial(self._encode, modality)
+                self.overrides.append(Override(b.base, name, encode))
+        if hasattr(b.decoder, "_deepstack_process"):
+            self.overrides.append(Override(b.decoder, "_deepstack_process", self._deepstack))
         # Not hooks: those of torch are left out when a forward is interrupted.
         self.overrides.append(Override(b.base, "forward", self._run_base))
         if b.model is not b.base:
@@ -110,10 +109,8 @@ class Engine:
                 Override(b.model, "create_masks_for_generate", self._create_masks),
             ]
         self.handles += [
-            b.language_model.register_forward_pre_hook(
-                self._enter_language_model, with_kwargs=True
-            ),
-            b.language_model.register_forward_hook(self._leave_language_model),
+            b.decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True),
+            b.decoder.register_forward_hook(self._leave_decoder),
         ]
         for i, layer in enumerate(b.layers):
             heard = i in self.plan.tapped or i in self.plan.recorded
@@ -143,7 +140,8 @@ class Engine:
                 f"prefill_chunk_size: a patched model takes the prompt in one piece, got {chunk}; "
                 "give None, or unpatch"
             )
-        images = kwargs.get("pixel_values") is not None or bool(kwargs.get("mm_encoder_outputs"))
+        images = any(kwargs.get(name) is not None for name in PIXELS)
+        images = images or bool(kwargs.get("mm_encoder_outputs"))
         for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
             if images and kwargs.get(name, getattr(given, name, None)) is not None:
                 raise ValueError(
@@ -169,23 +167,48 @@ class Engine:
         return (original or create_masks_for_generate)(**kwargs)
 
     # ---- base model ---------------------------------------------------------------------------
-    def _get_image_features(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _encode(
+        self, modality: Modality, original: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
         if args:
             kwargs = {**inspect.signature(original).bind_partial(*args).arguments, **kwargs}
-        out = self.vision.encode(original, kwargs)
+        if self.vision.listening:  # some models encode clips as images
+            return original(**kwargs)
+        clip = self.forward is not None and "video" not in self.forward.features
+        if modality == "image" and clip and self.family.clips_as_images:
+            pixels = self.forward.given.get("pixel_values_videos")  # type: ignore[union-attr]
+            if pixels is not None and kwargs.get("pixel_values") is pixels:
+                modality = "video"
+        out = self.vision.encode(modality, original, kwargs)
         if self.forward is not None:
-            self.forward.features = out.pooler_output
+            self.forward.features[modality] = self.family.features(out)
         return out
 
-    def _get_placeholder_mask(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _merge_features(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         out = original(*args, **kwargs)
         if self.forward is not None:
-            for mask in out if isinstance(out, tuple) else (out,):
-                if mask is not None:
-                    mask = mask[..., 0] if mask.dim() == 3 else mask
-                    seen = self.forward.vision
-                    self.forward.vision = mask if seen is None else seen | mask
+            given = _by_name(self.backbone.base, args, kwargs, self.family.merger)
+            found = self.family.placeholders(self.backbone, out, given)
+            for modality, mask in found.items():
+                seen = self.forward.vision.get(modality)
+                self.forward.vision[modality] = mask if seen is None else seen | mask
         return out
+
+    def _deepstack(
+        self,
+        original: Callable[..., Any],
+        hidden_states: Tensor,
+        visual_pos_masks: Tensor,
+        visual_embeds: Tensor,
+    ) -> Tensor:
+        """Features of tower layers are added to the vision tokens that are left."""
+        forward = self.forward
+        if forward is None or forward.phase != "prefill" or forward.deepstack is None:
+            return original(hidden_states, visual_pos_masks, visual_embeds)
+        index, every = forward.layout.index, forward.deepstack
+        left = every.gather(1, index) & forward.layout.valid
+        row = (every.flatten().cumsum(0) - 1).view_as(every).gather(1, index)[left]
+        return original(hidden_states, left, visual_embeds[row.to(visual_embeds.device)])
 
     def _run_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self.lock:
@@ -199,8 +222,13 @@ class Engine:
         with self.lock:
             labels, self.labels = self.labels, None
             try:
-                self.forward = forward = Forward(labels=labels)
-                self._look_at(forward, _by_name(self.backbone.base, args, kwargs))
+                given = _by_name(self.backbone.base, args, kwargs)
+                self.forward = forward = Forward(labels=labels, given=given)
+                self._look_at(forward, given)
+                compressed = forward.images_seen or ledger_of(cache_in(given)) is not None
+                if self.family.masks_in_base and compressed:
+                    # Those that the base model would make do not fit; `forward.given` has this one.
+                    args, kwargs = (), {**given, "attention_mask": None}
                 out = original(*args, **kwargs)
             finally:
                 self._forward_is_over()
@@ -211,8 +239,9 @@ class Engine:
     def _look_at(self, forward: Forward, given: dict[str, Any]) -> None:
         """Note what this forward was given, and refuse what cannot be told apart."""
         encoded = given.get("mm_encoder_outputs") or {}
-        shown = [encoded.get("image"), encoded.get("video")]
-        shown += [given.get(name) for name in ("pixel_values", "pixel_values_videos")]
+        names: tuple[Modality, ...] = ("image", "video")
+        shown = [encoded.get(name) for name in names]
+        shown += [given.get(name) for name in PIXELS]
         images = any(value is not None for value in shown)
         cache, ids = cache_in(given), given.get("input_ids")
         if ids is None and not images and (cache is None or int(cache.get_seq_length()) == 0):
@@ -221,8 +250,9 @@ class Engine:
                 "pass input_ids with pixel_values, inputs_embeds with pixel_values, or unpatch"
             )
         forward.images_seen = images
-        if encoded.get("image") is not None:
-            forward.features = encoded["image"].pooler_output
+        for name in names:
+            if encoded.get(name) is not None:
+                forward.features[name] = self.family.features(encoded[name])
 
     def _forward_is_over(self) -> None:
         """Also where it failed, or was interrupted."""
@@ -231,8 +261,8 @@ class Engine:
         if forward is not None and forward.ledger is not None:
             forward.ledger.may_write = False
 
-    # ---- language model -----------------------------------------------------------------------
-    def _enter_language_model(
+    # ---- decoder ------------------------------------------------------------------------------
+    def _enter_decoder(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         forward = self.forward
@@ -244,7 +274,8 @@ class Engine:
                 "call vtc.patch again"
             )
         ledger = ledger_of(cache_in(kwargs))
-        if forward.vision is not None and bool(forward.vision.any()):
+        shown = [mask for name, mask in forward.vision.items() if name in forward.features]
+        if any(bool(mask.any()) for mask in shown):
             forward.lm_started = forward.lm.start(kwargs["inputs_embeds"].device)
             self._compress(forward, kwargs)
         elif ledger is not None:
@@ -260,16 +291,21 @@ class Engine:
         ledger = ledger_of(cache)
         plain = ledger is None
         past = ledger.logical if ledger else int(cache.get_seq_length()) if cache is not None else 0
-        past_valid, valid = _split_mask(kwargs.get("attention_mask"), past, rows, length)
+        past_valid, valid = _split_mask(self._padding(forward, kwargs), past, rows, length)
         forward.valid = valid if valid is not None else _ones(embeds, length)
+        forward.blocks = self.family.blocks(self.backbone, forward.given)
+        forward.deepstack = kwargs.get("visual_pos_masks")
+        if "logits_to_keep" in kwargs:  # of the full length, which the decoder does not have
+            kwargs["logits_to_keep"] = 0
         forward.ledger = ledger or Ledger.fresh(self.plan.first_layers, past, past_valid)
         forward.ledger.may_write = True
         self._check_groups(forward.ledger)
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = torch.arange(past, past + length, device=embeds.device)[None]
-        forward.positions = positions.expand(rows, -1)
-        first = forward.positions.gather(1, forward.valid.long().argmax(1, keepdim=True))
+        forward.positions = positions.expand(*positions.shape[:-2], rows, -1)
+        axis = forward.positions if positions.dim() == 2 else forward.positions[0]
+        first = axis.gather(1, forward.valid.long().argmax(1, keepdim=True))
         seen = past if past_valid is None else past_valid.sum(1, keepdim=True)
         forward.offset = first - seen
         forward.past_shift = [group.shift for group in forward.ledger.groups]
@@ -293,14 +329,20 @@ class Engine:
                 new_embeds = new_embeds.masked_fill(~forward.layout.valid[..., None], 0)
                 for name, value in kwargs.items():
                     own = name in ("attention_mask", "position_ids")
-                    if not own and isinstance(value, Tensor) and value.shape == (rows, length):
-                        kwargs[name] = value.gather(1, place)
+                    if not own and _is_per_token(value, rows, length):
+                        kwargs[name] = _take(value, place)
             forward.count_tokens(0)
+        forward.entered = forward.layout
         kwargs["inputs_embeds"] = new_embeds
         self._open_group(forward, 0)
-        if plain and not forward.ledger.groups[0].diverged:
-            return  # nothing was dropped: the model makes its own masks and positions
         group = forward.ledger.groups[0]
+        if self.family.masks_in_base:
+            kwargs["attention_mask"] = self._masks(forward, new_embeds, cache)
+            if group.diverged or not plain:
+                kwargs["position_ids"] = forward.rotary_positions(0)
+            return
+        if plain and not group.diverged:
+            return  # nothing was dropped: the model makes its own masks and positions
         # Always a mask: without one, gaps in the positions would be taken for packed sequences.
         mask = group.valid if group.valid is not None else _ones(new_embeds, group.length)
         kwargs["attention_mask"] = mask.long()
@@ -312,13 +354,13 @@ class Engine:
         rows, count = embeds.shape[:2]
         self._check_groups(ledger)
         past = ledger.logical
-        _, valid = _split_mask(kwargs.get("attention_mask"), past, rows, count)
+        _, valid = _split_mask(self._padding(forward, kwargs), past, rows, count)
         if valid is not None and bool(valid.all()):
             valid = None
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = torch.arange(past, past + count, device=embeds.device)[None]
-        forward.positions = positions.expand(rows, -1)
+        forward.positions = positions.expand(*positions.shape[:-2], rows, -1)
         for group in ledger.groups:
             group.extend(valid, count)
         ledger.may_write = True
@@ -329,7 +371,34 @@ class Engine:
         kwargs["attention_mask"] = None if first.valid is None else first.valid.long()
         kwargs["position_ids"] = forward.rotary_positions(0)
 
-    def _leave_language_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _padding(self, forward: Forward, kwargs: dict[str, Any]) -> Any:
+        """The mask that the user, or `generate`, gave."""
+        own = forward.given if self.family.masks_in_base else kwargs
+        return own.get("attention_mask")
+
+    def _masks(self, forward: Forward, embeds: Tensor, cache: Any) -> Any:
+        """What the decoder takes of a base model that makes the masks, for the first group."""
+        found = {}
+        for layer in range(self.num_layers):
+            kind = self.family.layer_type(self.backbone, layer)
+            if kind not in found:
+                found[kind] = self._mask(forward, 0, layer, embeds, cache)
+        if getattr(self.backbone.decoder.config, "layer_types", None) is None:
+            return found.popitem()[1]
+        return found
+
+    def _mask(self, forward: Forward, number: int, layer: int, hidden: Tensor, cache: Any) -> Any:
+        group = forward.ledger.groups[number]
+        valid = group.valid
+        if valid is None and cache is None and group.diverged:
+            # Without one, gaps in the positions would be taken for packed sequences.
+            valid = _ones(hidden, group.length)
+        blocks = None
+        if forward.phase == "prefill":
+            blocks = forward.gather_blocks(group.length)
+        return self.family.mask(self.backbone, layer, hidden, valid, cache, blocks)
+
+    def _leave_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         forward = self.forward
         if forward is None or forward.phase != "prefill":
             return
@@ -397,6 +466,10 @@ class Engine:
             self.decoder.listen(forward, layer, hidden)
         if forward.ledger.groups[self.plan.group_of[layer]].diverged:
             self._adapt_layer(forward, layer, hidden, kwargs)
+            if forward.phase == "prefill" and self.plan.group_of[layer] > 0:
+                args = (*args[:1], *(self._cut(forward, value) for value in args[1:]))
+                for name in set(kwargs) - _ADAPTED:
+                    kwargs[name] = self._cut(forward, kwargs[name])
             if self.flash:
                 # Flash attention would take gapped positions for packed sequences; rotation is
                 # done by then, so the layer can do without them.
@@ -429,31 +502,26 @@ class Engine:
         number = self.plan.group_of[layer]
         if number == 0:
             return
-        group = forward.ledger.groups[number]
         kind = self.family.layer_type(self.backbone, layer)
         cache = cache_in(kwargs)
         if (number, kind) not in forward.memo:
-            build = (
-                create_sliding_window_causal_mask
-                if kind != "full_attention"
-                else create_causal_mask
-            )
-            mask = group.valid
-            if mask is None and cache is None:
-                mask = _ones(hidden, group.length)
-            forward.memo[number, kind] = build(
-                config=self.backbone.decoder.config,
-                inputs_embeds=hidden,
-                attention_mask=mask,
-                layer_idx=layer,
-                **{CACHE: cache},
-            )
+            forward.memo[number, kind] = self._mask(forward, number, layer, hidden, cache)
         kwargs["attention_mask"] = forward.memo[number, kind]
-        if number not in forward.memo:
+        if (number, kind, "rotary") not in forward.memo:
             positions = forward.rotary_positions(number).to(hidden.device)
             rotation = self.family.rotary(self.backbone, layer, hidden, positions)
-            forward.memo[number] = positions, rotation
-        kwargs["position_ids"], kwargs["position_embeddings"] = forward.memo[number]
+            forward.memo[number, kind, "rotary"] = positions, rotation
+        positions, kwargs["position_embeddings"] = forward.memo[number, kind, "rotary"]
+        if kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = positions if positions.dim() == 2 else positions[0]
+
+    def _cut(self, forward: Forward, value: Any) -> Any:
+        """`value` for the tokens held now, if it has a row for each that entered the decoder."""
+        first, rows = forward.entered, forward.layout.index.shape[0]
+        if first is None or not _is_per_token(value, rows, first.index.shape[1]):
+            return value
+        place = first.nearest(forward.valid.shape[1]).gather(1, forward.layout.index)
+        return _take(value, place)
 
     # ---- bookkeeping --------------------------------------------------------------------------
     def _flash(self) -> bool:
@@ -506,12 +574,32 @@ _UNHANDLED = (
 )
 
 
-def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a forward, whether they were named or not."""
+PIXELS = ("pixel_values", "pixel_values_videos", "pixel_values_images")
+
+_ADAPTED = {"hidden_states", "attention_mask", "position_ids", "position_embeddings"}
+
+
+def _by_name(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = "forward"
+) -> dict[str, Any]:
+    """The arguments of a method, whether they were named or not."""
     if not args:
         return kwargs
-    names = inspect.signature(type(module).forward).bind_partial(module, *args).arguments
+    names = inspect.signature(getattr(type(module), name)).bind_partial(module, *args).arguments
+    names.pop("self", None)
     return {**names, **kwargs}
+
+
+def _is_per_token(value: Any, rows: int, length: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() >= 2 and value.shape[:2] == (rows, length)
+
+
+def _take(value: Tensor, place: Tensor) -> Tensor:
+    """`value` (b, s, ...) at the (b, k) places `place`."""
+    place = place.to(value.device)
+    trailing = value.shape[2:]
+    index = place.view(*place.shape, *([1] * len(trailing))).expand(*place.shape, *trailing)
+    return value.gather(1, index)
 
 
 def _ones(like: Tensor, length: int) -> Tensor:

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vtc.families import ImageMap, Modality
 from vtc.methods.base import LayerState, Method, Record, Rows, Selection, VisionTokens
 
 from .layout import Layout, gather_last
@@ -23,7 +24,7 @@ class ImageSignals:
     """What the vision side left for one image.
 
     Attributes:
-        grid: (n, 3) positions of all its tokens.
+        map: what its placeholders stand for.
         kept: (k,) places filled by a run on fewer pixels or patches, or `None` if all are.
         passed: patches that entered each tower layer and left the last, if they were merged there.
         tower: what each tower layer that is read shows of the tokens that are filled.
@@ -31,7 +32,7 @@ class ImageSignals:
         cls: (d_v,) state of [CLS] beside it, where there is one.
     """
 
-    grid: Tensor
+    map: ImageMap
     kept: Tensor | None = None
     passed: tuple[int, ...] = ()
     tower: dict[int, TowerSignals] = field(default_factory=dict)
@@ -41,12 +42,48 @@ class ImageSignals:
 
 @dataclass(frozen=True)
 class ImageSpan:
-    """One image of one sample: its ordinal there, its (n,) places in the sequence, its signals."""
+    """One image of one sample.
+
+    Attributes:
+        ordinal: which of the sample's images it is.
+        index: (n,) places of its vision tokens in the sequence.
+        grid: (n, 3) their (frame, row, column).
+        crop: (n,) the tile of each, or `None`.
+        separators: (m,) places of the features that end its rows.
+        ends: (m, n) bool, the tokens of the row that each of them ends.
+    """
 
     sample: int
     ordinal: int
     index: Tensor
     signals: ImageSignals
+    grid: Tensor
+    crop: Tensor | None
+    separators: Tensor
+    ends: Tensor
+
+    @classmethod
+    def of(cls, sample: int, ordinal: int, place: Tensor, signals: ImageSignals) -> ImageSpan:
+        """The image whose placeholders are at `place` (n,)."""
+        found = signals.map
+        grid = found.grid.to(place.device)
+        crop = None if found.crop is None else found.crop.to(place.device)
+        none = place.new_empty(0)
+        if found.separator is None or not bool(found.separator.any()):
+            return cls(sample, ordinal, place, signals, grid, crop, none, none[:, None].bool())
+        ends = found.separator.to(place.device)
+        planes = grid[:, :2]
+        if crop is not None:
+            # Tiles side by side share their rows; the thumbnail has its own.
+            planes = torch.cat([planes, (crop == 0).long()[:, None]], dim=1)
+        closes = (planes[ends][:, None] == planes[~ends][None]).all(-1)
+        closes |= grid[ends][:, 1:2] < 0
+        crop = None if crop is None else crop[~ends]
+        return cls(sample, ordinal, place[~ends], signals, grid[~ends], crop, place[ends], closes)
+
+    def emptied(self, alive: Tensor) -> Tensor:
+        """Places of the separators none of whose row is left, of `alive` (n,) bool."""
+        return self.separators[~(self.ends & alive).any(1)]
 
 
 @dataclass(frozen=True)
@@ -103,33 +140,41 @@ class Forward:
 
     Attributes:
         images_seen: pixels or vision features were passed in.
-        features: what is scattered into the sequence, (n, d) an image or (images, n, d).
-        vision: (b, s) bool, placeholders that hold vision features.
+        features: what is scattered into the sequence, by modality: (n, d) an image, or
+            (images, n, d).
+        vision: (b, s) bool by modality, the placeholders that hold it.
+        given: the arguments of the base model.
         phase: "plain" leaves the model alone; "prefill" compresses; "decode" continues a
             compressed cache.
     """
 
     images_seen: bool = False
     labels: Tensor | None = None
-    features: list[Tensor] | Tensor | None = None
-    vision: Tensor | None = None
+    features: dict[Modality, Any] = field(default_factory=dict)
+    vision: dict[Modality, Tensor] = field(default_factory=dict)
+    given: Mapping[str, Any] = field(default_factory=dict)
     phase: str = "plain"
 
-    # Set at prefill. `valid`, `gap`, `image` and `text` are (b, s) over the whole sequence, `grid`
-    # is (b, s, 3).
+    # Set at prefill. `valid`, `gap`, `image`, `separator`, `text` and `blocks` are (b, s) over the
+    # whole sequence, `grid` is (b, s, 3).
     valid: Tensor = field(default_factory=lambda: torch.empty(0))
     gap: Tensor = field(default_factory=lambda: torch.empty(0))
     image: Tensor = field(default_factory=lambda: torch.empty(0))
+    separator: Tensor = field(default_factory=lambda: torch.empty(0))
+    blocks: Tensor | None = None
+    deepstack: Tensor | None = None
     text: Tensor = field(default_factory=lambda: torch.empty(0))
     grid: Tensor = field(default_factory=lambda: torch.empty(0))
     prompt_length: list[int] = field(default_factory=list)
     spans: list[ImageSpan] = field(default_factory=list)
     layout: Layout = None  # type: ignore[assignment]
+    entered: Layout | None = None
     decisions: Decisions = field(default_factory=dict)
     memory: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
     dropped: set[int] = field(default_factory=set)
     replay: bool = False
     counts: dict[int, list[list[int]]] = field(default_factory=dict)
+    held: dict[int, list[int]] = field(default_factory=dict)
     attention: dict[int, Heard] = field(default_factory=dict)
     recorded: dict[tuple[int, Record], tuple[Layout, Tensor]] = field(default_factory=dict)
 
@@ -149,9 +194,11 @@ class Forward:
         rows, length = self.valid.shape
         self.image = torch.full((rows, length), -1, device=self.valid.device)
         self.grid = self.image.new_full((rows, length, 3), -1)
+        self.separator = torch.zeros_like(self.valid)
         for span in self.spans:
             self.image[span.sample, span.index] = span.ordinal
-            self.grid[span.sample, span.index] = span.signals.grid.to(self.grid)
+            self.grid[span.sample, span.index] = span.grid.to(self.grid)
+            self.separator[span.sample, span.separators] = True
         place = torch.arange(length, device=self.valid.device)
         end = self.valid.new_full((rows,), length, dtype=torch.long)
         if self.labels is not None:
@@ -162,16 +209,20 @@ class Forward:
             end = torch.where(answer, place, length).min(dim=1).values
         is_vision = self.image >= 0
         started = is_vision.cumsum(1) > 0
-        self.text = ~is_vision & self.valid & started & (place < end[:, None])
+        fed = is_vision | self.separator
+        self.text = ~fed & self.valid & started & (place < end[:, None])
         self.prompt_length = end.tolist()
 
     def rotary_positions(self, number: int) -> Tensor:
-        """(b, k) rotary positions of this forward's tokens in layer group `number`."""
+        """(b, k) or (axes, b, k) rotary positions of this forward's tokens in layer group
+        `number`."""
         if self.phase == "decode":
             shift = self.ledger.groups[number].shift
             return self.positions if shift is None else self.positions - shift
         index = self.layout.index
         positions = gather_last(self.positions, index)
+        if positions.dim() == 3:
+            return positions  # several axes, on which no gap closes
         positions = positions - gather_last(self.gap.cumsum(1), index)
         shift = self.past_shift[number]
         positions = positions if shift is None else positions - shift
@@ -184,6 +235,14 @@ class Forward:
         counts = image.new_zeros(image.shape[0], most)
         counts.scatter_add_(1, image + 1, torch.ones_like(image))
         self.counts[layer] = counts[:, 1:].tolist()
+        self.held[layer] = self.layout.valid.sum(1).tolist()
+
+    def gather_blocks(self, length: int) -> Tensor | None:
+        """(b, length) blocks of all that a layer group of `length` tokens holds, these last."""
+        if self.blocks is None:
+            return None
+        blocks = self.blocks.gather(1, self.layout.index).masked_fill(~self.layout.valid, -1)
+        return torch.nn.functional.pad(blocks, (length - blocks.shape[1], 0), value=-1)
 
     def samples(self, num_layers: int) -> list[Sample]:
         """The report of this prefill."""
@@ -193,8 +252,10 @@ class Forward:
             encoded = len(span.index if kept is None else kept)
             sizes = len(span.index), encoded, span.signals.passed
             totals.setdefault(span.sample, []).append(sizes)
-        vision = (self.image >= 0).sum(1).tolist()
-        text = [int(n) - v for n, v in zip(self.valid.sum(1).tolist(), vision, strict=True)]
+        fed = ((self.image >= 0) | self.separator).sum(1).tolist()
+        text = [int(n) - v for n, v in zip(self.valid.sum(1).tolist(), fed, strict=True)]
+        steps = sorted(self.held)
+        ends = [*steps[1:], num_layers]
         return [
             Sample(
                 text[b],
@@ -208,7 +269,11 @@ class Forward:
                     )
                     for i, (original, encoded, passed) in enumerate(totals.get(b, []))
                 ),
-                num_layers,
+                tuple(
+                    self.held[layer][b]
+                    for layer, end in zip(steps, ends, strict=True)
+                    for _ in range(layer, end)
+                ),
             )
             for b in range(self.valid.shape[0])
         ]
@@ -235,6 +300,15 @@ def checked(method: Method, selection: Any, n: int) -> Selection:
             f"{method.name}: {len(features)} features for {len(indices)} indices; they must match"
         )
     return selection
+
+
+def _emptied(span: ImageSpan, kept: Tensor, held: Tensor) -> Tensor:
+    """Places, out of those `held` (b, s), of the separators of `span` whose rows are empty once
+    only its tokens `kept` (k,) are left."""
+    alive = torch.zeros(len(span.index), dtype=torch.bool, device=span.index.device)
+    alive[kept.to(alive.device)] = True
+    gone = span.emptied(alive)
+    return gone[held[span.sample, gone.to(held.device)].to(gone.device)]
 
 
 TowerPlace = Callable[[Method, int | float], int]
@@ -274,15 +348,19 @@ def select_in_sequence(
             else:
                 tokens = VisionTokens(
                     features=features,
-                    grid=signals.grid.to(embeds.device)[current],
+                    grid=span.grid.to(embeds.device)[current],
                     image=span.ordinal,
+                    crop=None if span.crop is None else span.crop.to(embeds.device)[current],
                     **_signals(forward, method, span, alive, embeds, tower_layer, project),
                 )
                 selection = checked(method, method.select(tokens), len(tokens))
                 forward.decisions[key] = selection
             assert selection is not None
             chosen = selection.indices.to(embeds.device)
+            gone = _emptied(span, current[chosen], keep)
+            keep[b, gone] = False
             if method.positions == "contiguous":
+                forward.gap[b, gone] = True
                 forward.gap[b, span.index[current]] = True
                 forward.gap[b, span.index[current[chosen]]] = False
             features = features[chosen]
@@ -413,10 +491,18 @@ def prune_between_layers(
         if selection.features is not None:
             hidden = hidden.clone()
             hidden[b, vision[chosen].to(hidden.device)] = selection.features.to(hidden)
+        gone = torch.ones_like(vision, dtype=torch.bool)
+        gone[chosen] = False
+        left = torch.zeros(length, dtype=torch.bool, device=index.device)
+        left[layout.index[b, vision[chosen]]] = True
+        emptied = torch.cat(
+            [span.emptied(left[span.index]) for span in forward.spans if span.sample == b]
+        )
+        ended = places[torch.isin(index, emptied)]
+        keep[b, ended] = False
         if method.prune_positions == "contiguous":
-            gone = torch.ones_like(vision, dtype=torch.bool)
-            gone[chosen] = False
             forward.gap[b, layout.index[b, vision[gone]]] = True
+            forward.gap[b, layout.index[b, ended]] = True
     return hidden, keep
 
 

@@ -8,17 +8,12 @@ logical length to whoever feeds tokens, the physical one to whoever builds masks
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import create_causal_mask
-
-CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
-"""What transformers calls the cache: `past_key_values` up to 5.23, `cache` from 5.24 on."""
 
 
 def cache_in(given: Mapping[str, Any]) -> Any:

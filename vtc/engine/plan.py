@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from typing import get_args
+import inspect
+import warnings
+from typing import Any, get_args
 
 from vtc.families import Backbone, Family, UnsupportedModelError
 from vtc.methods.base import Method, Record, Rows, Signal
@@ -49,6 +51,14 @@ class Plan:
                     f"method: {self.method} acts in the stage {stage!r}, which the family "
                     f"{self.family.name} has not; it has {', '.join(self.family.stages)}"
                 )
+        cut = {n for m in self.method.parts for n in m.prune_layers(self.num_layers)}
+        self.family.check_layers(self.backbone, sorted(cut))
+        if self.family.axial and any(m.positions == "contiguous" for m in self.method.parts):
+            warnings.warn(
+                f"{self.method}: positions='contiguous' has no meaning for {kind}, whose positions "
+                "are places in the picture; tokens keep theirs",
+                stacklevel=5,
+            )
         for number, method in enumerate(self.method.parts):
             unknown = method.needs - set(get_args(Signal))
             if unknown:
@@ -98,13 +108,25 @@ class Plan:
                 f"{method.name}: unknown rows {rows!r} in {where}; accepted are "
                 f"{', '.join(get_args(Rows))}"
             )
-        attention = getattr(self.backbone.layers[layer], "self_attn", None)
+        attention: Any = getattr(self.backbone.layers[layer], "self_attn", None)
         norm = getattr(self.backbone.layers[layer], "input_layernorm", None)
         if not hasattr(attention, "config") or (where == "peeks" and norm is None):
             raise UnsupportedModelError(
                 f"model: decoder layer {layer} of {type(self.backbone.model).__name__} has no "
                 f"self_attn that {method.name} could read"
             )
+        if where == "peeks":
+            needed = {
+                name
+                for name, value in inspect.signature(type(attention).forward).parameters.items()
+                if value.default is value.empty and value.kind is value.POSITIONAL_OR_KEYWORD
+            }
+            given = {"self", "hidden_states", "position_embeddings", "attention_mask"}
+            if unmet := needed - given - {"cache", "past_key_values"}:
+                raise UnsupportedModelError(
+                    f"model: attention of {type(self.backbone.model).__name__} takes "
+                    f"{', '.join(sorted(unmet))}, so {method.name} cannot look ahead at it"
+                )
 
     def _read_records(self, method: Method, last: int) -> None:
         """Read what `method` wants recorded, and refuse what is not there."""
@@ -134,6 +156,8 @@ class Plan:
                         f"model: decoder layer {layer} of {kind} has no {part} that "
                         f"{method.name} could record"
                     )
+            if names & {"keys", "rotary"}:
+                self.family.check_rotate(self.backbone)
             self.recorded.setdefault(layer, set()).update(names)
             if "keys" in names:
                 self.tapped.setdefault(layer, set())

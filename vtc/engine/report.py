@@ -96,19 +96,16 @@ class ImageTokens:
 
 @dataclass(frozen=True)
 class Sample:
-    """One row of a batch at prefill."""
+    """One row of a batch at prefill.
+
+    Attributes:
+        text_tokens: all but vision tokens and the separators of their rows.
+        lengths: tokens of any kind that each decoder layer processed.
+    """
 
     text_tokens: int
     images: tuple[ImageTokens, ...]
-    num_layers: int
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """Tokens (text and vision) that each decoder layer processed."""
-        return tuple(
-            self.text_tokens + sum(image.per_layer[layer] for image in self.images)
-            for layer in range(self.num_layers)
-        )
+    lengths: tuple[int, ...]
 
 
 @dataclass

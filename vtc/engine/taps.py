@@ -130,6 +130,8 @@ def listen_rows(
     clock: Stopwatch,
     keys: Callable[[Tensor], None] | None = None,
     by_head: bool = False,
+    blocks: Tensor | None = None,
+    chunk: int | None = None,
 ) -> None:
     """Arm `tap` for the rows (b, r) of a causal decoder layer; the result goes to `captured`.
 
@@ -139,6 +141,8 @@ def listen_rows(
         past: keys that come from the cache.
         keys: called with the (b, h_kv, s, d) keys of this forward's tokens.
         by_head: leave the heads apart, (b, h, r, k), instead of averaged, (b, 1, r, k).
+        blocks: (b, k) tokens with the same number see each other both ways, -1 for none.
+        chunk: length of the chunks within which the layer attends.
     """
 
     def capture(
@@ -165,12 +169,21 @@ def listen_rows(
                 place = torch.arange(key.shape[2], device=query.device) + lost
                 now = (places + past)[:, None, :, None]
                 allowed = place <= now
+                if blocks is not None:
+                    own = blocks.to(query.device)
+                    mine = own.gather(1, places + past)[..., None]
+                    theirs = own[:, lost:][:, None]
+                    spare = key.shape[2] - theirs.shape[2]
+                    theirs = nn.functional.pad(theirs, (0, spare), value=-1)
+                    allowed = allowed | ((mine == theirs) & (mine >= 0))[:, None]
+                if chunk is not None:
+                    allowed = allowed & (place // chunk == now // chunk)
                 if (window := options.get("sliding_window")) is not None:
                     allowed = allowed & (place > now - window)
                 if visible is not None:
                     seen = visible.to(query.device)[:, lost:]
-                    spare = seen.new_zeros(b, key.shape[2] - seen.shape[1])
-                    allowed = allowed & torch.cat([seen, spare], dim=1)[:, None, None]
+                    room = seen.new_zeros(b, key.shape[2] - seen.shape[1])
+                    allowed = allowed & torch.cat([seen, room], dim=1)[:, None, None]
             scaling, softcap = options.get("scaling"), options.get("softcap")
             heard = row_attention(picked, key, allowed, bias, scaling, softcap)
             tap.captured.append(heard if by_head else heard.mean(1, keepdim=True))
@@ -182,7 +195,7 @@ def listen_rows(
 
 @dataclass(frozen=True)
 class TowerSignals:
-    """What one layer of the vision tower shows of one image, its [CLS] token included.
+    """What one layer of the vision tower shows of the patches of an image.
 
     Attributes:
         attention: (n,) attention from [CLS], or received from all.
@@ -201,11 +214,24 @@ class TowerSignals:
         """The same without the first `prefix` tokens."""
         return replace(self, attention=self.attention[prefix:], keys=self.keys[prefix:])
 
+    def of(self, patches: Tensor) -> TowerSignals:
+        """The means over the patches (n, m) that each vision token is made of."""
+        patches = patches.to(self.attention.device)
+        if patches.shape[1] == 1:
+            patches = patches[:, 0]
+            return replace(self, attention=self.attention[patches], keys=self.keys[patches])
+        return replace(
+            self,
+            attention=self.attention[patches].mean(1),
+            keys=self.keys[patches].float().mean(1).to(self.keys.dtype),
+        )
+
 
 def listen_tower(tap: Tap, has_cls: bool, clock: Stopwatch) -> None:
-    """Arm `tap` in a vision tower: for each image, a `TowerSignals` goes to `captured`.
+    """Arm `tap` in a vision tower: for each row of its batch, a `TowerSignals` goes to `captured`.
 
-    The attention is [CLS]'s row where the tower has one, else what each token receives from all.
+    The attention is [CLS]'s row where the tower has one, else what each token receives, averaged
+    over the tokens that see it: packed images, and padding, do not count.
     """
 
     def capture(
@@ -217,10 +243,17 @@ def listen_tower(tap: Tap, has_cls: bool, clock: Stopwatch) -> None:
             queries = query.detach()[:, :, 0].flatten(1)
             for i in range(query.shape[0]):
                 rows = query[i : i + 1, :, :1] if has_cls else query[i : i + 1]
-                received = row_attention(rows, key[i : i + 1], None, None, scaling, softcap).mean(1)
+                seen = _visible(mask, i, rows.shape[2])
+                found = row_attention(rows, key[i : i + 1], seen, None, scaling, softcap)
+                received = found[0].mean(0)
+                if has_cls or seen is None:
+                    received = received.mean(0)
+                else:
+                    see = seen[0, 0] & seen[0, 0].diagonal()[:, None]
+                    received = (received * see).sum(0) / see.sum(0).clamp_min(1)
                 tap.captured.append(
                     TowerSignals(
-                        attention=received[0].mean(0),
+                        attention=received,
                         keys=keys[i],
                         cls_query=queries[i] if has_cls else None,
                         cls_key=keys[i, 0] if has_cls else None,
@@ -230,3 +263,11 @@ def listen_tower(tap: Tap, has_cls: bool, clock: Stopwatch) -> None:
 
     tap.captured = []
     tap.armed = capture
+
+
+def _visible(mask: Any, row: int, queries: int) -> Tensor | None:
+    """(1, 1, queries, k) bool of a row's (b, 1, q, k) mask, or `None` where all see all."""
+    if not isinstance(mask, Tensor) or mask.dim() != 4:
+        return None
+    own = mask[min(row, mask.shape[0] - 1)][None, :1, :queries]
+    return own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from vtc.families import Backbone, Family, UnsupportedModelError
+from vtc.families import Backbone, Family, ImageMap, Modality, UnsupportedModelError
 from vtc.methods.base import Method
 
 from . import taps
@@ -66,11 +66,20 @@ class VisionSide:
         self.cls_states: Tensor | None = None
         self.encoder_states: Tensor | None = None
         self.signals: Any = WeakTensorKeyDictionary()
+        self.recent: list[tuple[Tensor, list[ImageSignals]]] = []
         self.clock, self.heard = Stopwatch(), Stopwatch()
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for name in ("signals", "clock", "heard", "listening", "cls_states", "encoder_states"):
+        for name in (
+            "signals",
+            "recent",
+            "clock",
+            "heard",
+            "listening",
+            "cls_states",
+            "encoder_states",
+        ):
             del state[name]
         return state
 
@@ -139,8 +148,11 @@ class VisionSide:
         self.clock, self.heard = Stopwatch(), Stopwatch()
         return clocks
 
-    def encode(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
-        """`get_image_features`, on fewer pixels if the method says so, with the tower tapped."""
+    def encode(
+        self, modality: Modality, original: Callable[..., Any], kwargs: dict[str, Any]
+    ) -> Any:
+        """`get_image_features` (or of clips), on fewer pixels if the method says so, with the tower
+        tapped."""
         device = next(self.backbone.base.parameters()).device
         self.clock, self.heard = Stopwatch(), Stopwatch()
         has_cls = bool(self.taps) and self.family.has_cls(self.backbone)
@@ -150,6 +162,7 @@ class VisionSide:
         self.listening, self.cls_states, self.encoder_states = True, None, None
         reductions: list[tuple[tuple[int, int], tuple[int, int]]] | None = None
         merged: list[Merged] = []
+        given = dict(kwargs)
         try:
             if self.reducer is not None:
                 pixels = kwargs.pop("pixel_values")
@@ -165,8 +178,40 @@ class VisionSide:
             self.clock.stop(started, device)
             for tap in self.taps.values():
                 tap.armed = None
-        image_sizes = kwargs.get("image_sizes")
-        found, signals = [], []
+        if reductions is not None or merged:
+            signals = self._fewer(out, reductions, merged, given)
+        else:
+            features = self.family.features(out)
+            with self.heard.measure(device):
+                signals = self._all(modality, given, features)
+        self._remember(self.family.features(out), signals)
+        for tap in self.taps.values():
+            tap.captured = []
+        self.cls_states = self.encoder_states = None
+        return out
+
+    def _remember(self, features: Any, signals: list[list[ImageSignals]]) -> None:
+        # Models take a list, or one tensor of all images.
+        if isinstance(features, Tensor):
+            self.signals[features] = signals
+        else:
+            for own, of_one in zip(features, signals, strict=True):
+                self.signals[own] = [of_one]
+        # Beam search repeats features, at times as new tensors: what they begin with tells them.
+        self.recent = [
+            (own.detach().flatten(0, -2)[0].clone(), of_one)
+            for own, of_one in zip(features, signals, strict=True)
+        ]
+
+    def _fewer(
+        self,
+        out: Any,
+        reductions: list[tuple[tuple[int, int], tuple[int, int]]] | None,
+        merged: list[Merged],
+        given: dict[str, Any],
+    ) -> list[list[ImageSignals]]:
+        """Signals of a run on fewer pixels or patches; features are spread over the full grid."""
+        found, signals, first = [], [], 0
         for i, features in enumerate(out.pooler_output):
             kept = None
             if reductions is not None and reductions[i][0] != reductions[i][1]:
@@ -176,88 +221,201 @@ class VisionSide:
                 whole = features.new_zeros(merged[i].original, features.shape[1])
                 whole[kept] = features
                 features = whole
-            height_width = None
-            if image_sizes is not None:
-                height_width = (int(image_sizes[i][0]), int(image_sizes[i][1]))
-            signals.append(
-                ImageSignals(
-                    grid=self.family.grid(self.backbone, len(features), height_width),
-                    kept=kept,
-                    passed=merged[i].counts if merged else (),
-                    tower=self._tower_signals(i, len(features) if kept is None else len(kept)),
-                    **self._encoder_signals(i, len(features) if kept is None else len(kept)),
-                )
+            count = len(features) if kept is None else len(kept)
+            plain = self.family.plain_map(
+                self.backbone, len(features), first, self.family._size_of(given, i)
             )
+            patches = torch.arange(first, first + count)[:, None]
+            signals.append(
+                [
+                    ImageSignals(
+                        map=plain,
+                        kept=kept,
+                        passed=merged[i].counts if merged else (),
+                        **self._read(patches),
+                    )
+                ]
+            )
+            first += count
             found.append(features)
-        # Models take a list, or one tensor of all images; each goes back as it came.
-        if isinstance(out.pooler_output, Tensor):
-            out.pooler_output = torch.stack(found) if reductions else out.pooler_output
-            self.signals[out.pooler_output] = signals
-        else:
+        # Each goes back as it came.
+        if not isinstance(out.pooler_output, Tensor):
             out.pooler_output = found
-            for features, of_one in zip(found, signals, strict=True):
-                self.signals[features] = [of_one]
-        for tap in self.taps.values():
-            tap.captured = []
-        self.cls_states = self.encoder_states = None
-        return out
-
-    def _tower_signals(self, image: int, n: int) -> dict[int, taps.TowerSignals]:
-        signals = {}
-        for layer in self.tower_layers:
-            heard = self.taps[layer].captured[image]
-            prefix = len(heard.attention) - n
-            if prefix not in (0, 1):
-                raise RuntimeError(
-                    f"the vision tower has {len(heard.attention)} tokens for {n} vision tokens: "
-                    f"its attention does not map onto them, and {self.method} needs it"
-                )
-            signals[layer] = heard.without(prefix)
+        elif reductions:
+            out.pooler_output = torch.stack(found)
         return signals
 
-    def _encoder_signals(self, image: int, n: int) -> dict[str, Any]:
-        if not self.reads_encoder:
+    def _all(
+        self, modality: Modality, given: dict[str, Any], features: Any
+    ) -> list[list[ImageSignals]]:
+        """Signals of all images of a call, for each element of `features`."""
+        maps = self.family.image_maps(self.backbone, modality, given, features)
+        for own, of_one in zip(features, maps, strict=True):
+            count = own.shape[:-1].numel()
+            if sum(len(found) for found in of_one) != count:
+                raise RuntimeError(
+                    f"an image of {type(self.backbone.model).__name__} has {count} features, but "
+                    f"vtc knows the places of {sum(len(found) for found in of_one)}"
+                )
+        order = self.family.tower_order(self.backbone, given) if self.taps else None
+        return [
+            [ImageSignals(map=found, **self._of(found, order)) for found in of_one]
+            for of_one in maps
+        ]
+
+    def _of(self, found: ImageMap, order: Tensor | None) -> dict[str, Any]:
+        if not (self.taps or self.reads_encoder):
             return {}
-        states, cls = self.encoder_states, self.cls_states
-        if states is None or states.dim() != 3 or states.shape[1] != n:
-            shape = None if states is None else tuple(states.shape)
-            raise RuntimeError(
-                f"the projector received {shape} for {n} vision tokens of an image: its input does "
-                f"not map onto them, and {self.method} needs it"
+        if found.patches is None:
+            raise UnsupportedModelError(
+                f"model: {self.method} reads the vision tower, whose patches vtc cannot match to "
+                f"the vision tokens of these inputs of {type(self.backbone.model).__name__}"
             )
-        return {"encoder": states[image], "cls": None if cls is None else cls[image]}
+        patches = found.patches
+        if found.separator is not None:
+            patches = patches[~found.separator]
+        return self._read(patches if order is None else order[patches])
+
+    def _read(self, patches: Tensor) -> dict[str, Any]:
+        """What the tower and the projector showed of the patches (n, m) of the tokens of an image,
+        numbered through all tiles."""
+        found: dict[str, Any] = {}
+        if self.taps:
+            found["tower"] = {layer: self._heard(layer, patches) for layer in self.tower_layers}
+        if self.reads_encoder:
+            states, cls = self.encoder_states, self.cls_states
+            if states is None or states.dim() != 3 or patches.shape[1] != 1:
+                shape = None if states is None else tuple(states.shape)
+                raise RuntimeError(
+                    f"the projector received {shape} for {len(patches)} vision tokens of an image: "
+                    f"its input does not map onto them, and {self.method} needs it"
+                )
+            flat = patches[:, 0].to(states.device)
+            found["encoder"] = states.flatten(0, 1)[flat]
+            if cls is not None:
+                found["cls"] = cls[int(flat[0]) // states.shape[1]]
+        return found
+
+    def _heard(self, layer: int, patches: Tensor) -> taps.TowerSignals:
+        rows, prefix = self.taps[layer].captured, self.family.prefix(self.backbone)
+        rows = [row.without(prefix) for row in rows]
+        size = sum(len(row.attention) for row in rows)
+        if int(patches.max()) >= size:
+            raise RuntimeError(
+                f"the vision tower showed {size} patches, and vtc looked for patch "
+                f"{int(patches.max())}: its attention does not map onto the vision tokens, and "
+                f"{self.method} needs it"
+            )
+        first, start = 0, int(patches.min())
+        while start >= len(rows[first].attention):
+            start -= len(rows[first].attention)
+            first += 1
+        if patches.shape[1] == 1 and start == 0 and len(rows[first].attention) == len(patches):
+            return rows[first]  # one grid, one token a patch
+        joined = taps.TowerSignals(
+            attention=torch.cat([row.attention for row in rows]),
+            keys=torch.cat([row.keys for row in rows]),
+            # Of a tiled image, that of the thumbnail.
+            cls_query=rows[first].cls_query,
+            cls_key=rows[first].cls_key,
+            heads=rows[first].heads,
+        )
+        return joined.of(patches)
 
     def spans(self, forward: Forward) -> list[ImageSpan]:
         """The images of this forward by sample, in the order in which they stand."""
-        assert forward.vision is not None
-        sample, place = forward.vision.expand_as(forward.valid).nonzero(as_tuple=True)
-        given = forward.features if forward.features is not None else []
-        sizes = [len(features) for features in given]
-        if isinstance(given, Tensor):
-            known = self.signals.get(given, [None] * len(sizes))
-        else:
-            known = [self.signals.get(features, [None])[0] for features in given]
-        if sum(sizes) != len(place):
+        found: list[tuple[int, Tensor, ImageSignals]] = []
+        for modality, mask in forward.vision.items():
+            if modality in forward.features:
+                found += self._pieces(modality, mask.expand_as(forward.valid), forward)
+        found.sort(key=lambda piece: (piece[0], int(piece[1][0])))
+        seen = [0] * len(forward.valid)
+        spans = []
+        for b, place, signals in found:
+            spans.append(ImageSpan.of(b, seen[b], place, signals))
+            seen[b] += 1
+        return spans
+
+    def _pieces(
+        self, modality: Modality, mask: Tensor, forward: Forward
+    ) -> list[tuple[int, Tensor, ImageSignals]]:
+        """(sample, places, signals) of each image, or clip, of one modality."""
+        sample, place = mask.nonzero(as_tuple=True)
+        given = forward.features[modality]
+        known = [signals for of_one in self._known(given, modality) for signals in of_one]
+        size = sum(len(signals.map) for signals in known)
+        if size != len(place):
             raise RuntimeError(
-                f"{len(place)} vision tokens in the prompt, but {sum(sizes)} vision features in "
-                f"{len(sizes)} images: vtc cannot tell which image a token belongs to"
+                f"{len(place)} vision tokens in the prompt, but {size} vision features in "
+                f"{len(known)} images: vtc cannot tell which image a token belongs to"
             )
-        spans, seen = [], [0] * len(forward.valid)
-        start = 0
-        rows = sample.tolist()
-        for signals, size in zip(known, sizes, strict=True):
-            b = rows[start]
+        pieces: list[tuple[int, Tensor, list[ImageSignals]]] = []
+        start, rows = 0, sample.tolist()
+        for signals in known:
+            b, own = rows[start], place[start : start + len(signals.map)]
+            start += len(signals.map)
+            before = pieces[-1] if pieces else None
+            follows = (
+                before is not None and before[0] == b and int(before[1][-1]) + 1 == int(own[0])
+            )
+            if self.family.joins_runs and follows:
+                assert before is not None
+                pieces[-1] = b, torch.cat([before[1], own]), [*before[2], signals]
+            else:
+                pieces.append((b, own, [signals]))
+        return [(b, own, self._joined(signals, modality)) for b, own, signals in pieces]
+
+    def _joined(self, signals: list[ImageSignals], modality: Modality) -> ImageSignals:
+        if len(signals) == 1:
+            return signals[0]
+        tower = {
+            layer: taps.TowerSignals(
+                attention=torch.cat([own.tower[layer].attention for own in signals]),
+                keys=torch.cat([own.tower[layer].keys for own in signals]),
+                cls_query=signals[-1].tower[layer].cls_query,
+                cls_key=signals[-1].tower[layer].cls_key,
+                heads=signals[-1].tower[layer].heads,
+            )
+            for layer in signals[0].tower
+        }
+        states = [own.encoder for own in signals if own.encoder is not None]
+        return ImageSignals(
+            map=self.family.join([own.map for own in signals], modality),
+            tower=tower,
+            encoder=torch.cat(states) if states else None,
+            cls=signals[-1].cls,
+        )
+
+    def _known(self, given: Any, modality: Modality) -> list[list[ImageSignals]]:
+        """For each element of `given`, what was seen of its images when they were encoded."""
+        if isinstance(given, Tensor):
+            known = self.signals.get(given) or [None] * len(given)
+        else:
+            known = [self.signals.get(own, [None])[0] for own in given]
+        found = []
+        for own, signals in zip(given, known, strict=True):
+            if signals is None:
+                begins = own.detach().flatten(0, -2)[0]
+                for start, candidate in self.recent:
+                    same = start.shape == begins.shape and start.device == begins.device
+                    if same and torch.equal(start.to(begins), begins):
+                        signals = candidate
+                        break
             if signals is None:
                 if self.tower_layers or self.reads_encoder or self.shortens is not None:
                     raise ValueError(
                         f"mm_encoder_outputs: {self.method} reads the vision tower, and these "
                         "features did not come from get_image_features of the patched model"
                     )
-                signals = ImageSignals(self.family.grid(self.backbone, size, None))
-            spans.append(ImageSpan(b, seen[b], place[start : start + size], signals))
-            seen[b] += 1
-            start += size
-        return spans
+                if type(self.family).image_maps is not Family.image_maps:
+                    raise ValueError(
+                        "mm_encoder_outputs: vtc must see how images of "
+                        f"{type(self.backbone.model).__name__} are laid out, and these features "
+                        f"did not come from get_{modality}_features of the patched model"
+                    )
+                signals = [ImageSignals(self.family.plain_map(self.backbone, len(own), 0))]
+            found.append(signals)
+        return found
 
     @property
     def shortens(self) -> Method | None:

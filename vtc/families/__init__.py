@@ -8,10 +8,34 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .base import Backbone, Family, UnsupportedModelError
-from .llava import Llava
+from .base import CACHE, Backbone, Family, ImageMap, Modality, UnsupportedModelError
+from .gemma import Gemma3, Gemma4, PaliGemma
+from .llava import Convolutional, DeepseekVL, Llava, Ovis2, VideoLlava, VipLlava
+from .qwen import Qwen3_5, QwenVL
+from .shuffle import CohereVision, Idefics2, Idefics3, InternVL, Llama4, Mistral3
+from .tiles import LlavaNext, LlavaOnevision
 
-FAMILIES: tuple[Family, ...] = (Llava(),)
+FAMILIES: tuple[Family, ...] = (
+    Llava(),
+    VipLlava(),
+    LlavaNext(),
+    LlavaOnevision(),
+    VideoLlava(),
+    InternVL(),
+    QwenVL(),
+    Qwen3_5(),
+    Idefics2(),
+    Idefics3(),
+    PaliGemma(),
+    Gemma3(),
+    Gemma4(),
+    Mistral3(),
+    CohereVision(),
+    DeepseekVL(),
+    Ovis2(),
+    Llama4(),
+    Convolutional(),
+)
 GENERIC = Family()
 
 
@@ -71,10 +95,13 @@ def find(model: nn.Module) -> tuple[Family, Backbone]:
 
 
 __all__ = [
+    "CACHE",
     "FAMILIES",
     "Backbone",
     "Family",
     "FamilyInfo",
+    "ImageMap",
+    "Modality",
     "UnsupportedModelError",
     "find",
     "models",

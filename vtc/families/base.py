@@ -5,12 +5,25 @@ from __future__ import annotations
 
 import inspect
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_chunked_causal_mask,
+    create_sliding_window_causal_mask,
+)
+
+Modality = Literal["image", "video"]
+CACHE = (
+    "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+)
+"""What transformers calls the cache: `past_key_values` up to 5.23, `cache` from 5.24 on."""
 
 
 class UnsupportedModelError(TypeError):
@@ -23,15 +36,14 @@ class Backbone:
 
     Attributes:
         model: what the user called `vtc.patch` on, without wrappers.
-        base: merges vision features into the text embeddings (`get_placeholder_mask`).
-        language_model: called by `base` with `inputs_embeds`.
-        decoder: holds the decoder `layers` and their `config`.
+        base: merges vision features into the text embeddings.
+        decoder: called, directly or not, by `base` with `inputs_embeds`; holds the decoder `layers`
+            and their `config`.
         tower: the vision encoder, or `None` where it was not found.
     """
 
     model: Any
     base: Any
-    language_model: Any
     decoder: Any
     tower: Any
 
@@ -40,30 +52,70 @@ class Backbone:
         return self.decoder.layers
 
 
+@dataclass(frozen=True)
+class ImageMap:
+    """What the placeholders of one image (or clip) stand for, in their order.
+
+    Attributes:
+        grid: (n, 3) whole numbers (frame, row, column). In a tiled image they count over the plane
+            that its tiles make up, and from 0 in the thumbnail. A separator has the frame and the
+            row that it ends, or row -1 if it ends the image.
+        crop: (n,) the tile of each token, 0 for the thumbnail, or `None` without tiles.
+        separator: (n,) bool, features that are no vision tokens (ends of rows), or `None`.
+        patches: (n, m) the tower's patches that each token is made of, numbered through all that
+            `base` encoded in one call, -1 at separators; `None` where they are not known.
+    """
+
+    grid: Tensor
+    crop: Tensor | None = None
+    separator: Tensor | None = None
+    patches: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.grid.shape[0]
+
+
 class Family:
     """The common shape: projected features are scattered over placeholder tokens, and a causal
-    decoder with one-dimensional positions runs on the result. Families override what differs."""
+    decoder with one-dimensional positions runs on the result. Families override what differs.
+
+    Class attributes:
+        name: what `vtc models` calls it.
+        model_types: the `config.model_type` of its models.
+        stages: where methods can act.
+        merger: the method of the base model that puts features into the sequence.
+        masks_in_base: the base model makes the attention masks, not the decoder.
+        axial: rotary positions have several axes (m-RoPE), on which vision tokens stand by their
+            place in the picture: gaps of dropped tokens cannot close.
+        joins_runs: features that follow one another without text between are one image or clip.
+        video: whether clips are supported.
+        clips_as_images: the base model encodes clips with `get_image_features`.
+    """
 
     name: ClassVar[str] = "generic"
     model_types: ClassVar[tuple[str, ...]] = ()
     stages: ClassVar[tuple[str, ...]] = ("pixels", "encoder", "sequence", "layers")
+    merger: ClassVar[str] = "get_placeholder_mask"
+    masks_in_base: ClassVar[bool] = False
+    axial: ClassVar[bool] = False
+    joins_runs: ClassVar[bool] = False
+    video: ClassVar[bool] = False
+    clips_as_images: ClassVar[bool] = False
 
     # ---- where things are ---------------------------------------------------------------------
     def backbone(self, model: nn.Module) -> Backbone:
         """Find the modules, or raise `UnsupportedModelError` naming what is missing."""
-        base: Any = (
-            model if hasattr(model, "get_placeholder_mask") else getattr(model, "model", None)
-        )
-        missing = [
-            name
-            for name in ("get_placeholder_mask", "get_image_features", "language_model")
-            if not hasattr(base, name)
-        ]
+        base: Any = model if hasattr(model, self.merger) else getattr(model, "model", None)
+        language_model = getattr(base, "language_model", None)
+        if language_model is None:
+            language_model = getattr(base, "text_model", None)
+        missing = [name for name in (self.merger, "get_image_features") if not hasattr(base, name)]
+        if language_model is None:
+            missing.append("language_model")
         if base is None or missing:
             raise UnsupportedModelError(
                 f"model: {type(model).__name__} lacks {', '.join(missing) or 'a base model'}"
             )
-        language_model = base.language_model
         decoder = language_model
         while not hasattr(decoder, "layers"):
             decoder = getattr(decoder, "model", None) or getattr(decoder, "decoder", None)
@@ -71,11 +123,19 @@ class Family:
                 raise UnsupportedModelError(
                     f"model: found no decoder layers in {type(language_model).__name__}"
                 )
-        tower = getattr(base, "vision_tower", None) or getattr(base, "vision_model", None)
-        return Backbone(model, base, language_model, decoder, tower)
+        towers = (getattr(base, name, None) for name in ("vision_tower", "vision_model", "visual"))
+        return Backbone(model, base, decoder, next((t for t in towers if t is not None), None))
 
     def check(self, backbone: Backbone) -> None:
         """Raise `UnsupportedModelError` for what this family cannot do right."""
+        kind = type(backbone.model).__name__
+        own = getattr(type(backbone.model), "generate", GenerationMixin.generate)
+        if own is not GenerationMixin.generate:
+            raise UnsupportedModelError(
+                f"model: {kind} has a generate of its own, which needs a family of its own"
+            )
+        if self.model_types:
+            return
         kinds = set(getattr(backbone.decoder.config, "layer_types", None) or ())
         foreign = kinds - {"full_attention", "sliding_attention"}
         if foreign:
@@ -83,16 +143,10 @@ class Family:
                 f"model: {type(backbone.decoder).__name__} has layers of kind "
                 f"{', '.join(sorted(foreign))}; supported are full and sliding attention"
             )
-        kind = type(backbone.model).__name__
         if "token_type_ids" in inspect.signature(type(backbone.base).forward).parameters:
             raise UnsupportedModelError(
                 f"model: in {kind} the tokens of an image attend to one another in both "
                 "directions, which needs a family of its own"
-            )
-        own = getattr(type(backbone.model), "generate", GenerationMixin.generate)
-        if own is not GenerationMixin.generate:
-            raise UnsupportedModelError(
-                f"model: {kind} has a generate of its own, which needs a family of its own"
             )
         rotary = getattr(backbone.decoder, "rotary_emb", None)
         accepted = inspect.signature(rotary.forward).parameters if rotary is not None else {}
@@ -107,11 +161,77 @@ class Family:
                     f"model: {kind} has {name}, which needs a family of its own"
                 )
 
+    def check_layers(self, backbone: Backbone, layers: Sequence[int]) -> None:
+        """Raise `UnsupportedModelError` if tokens cannot be dropped before these decoder layers."""
+
+    # ---- features and placeholders ------------------------------------------------------------
+    def features(self, output: Any) -> Any:
+        """What `get_image_features` returned for the placeholders: one tensor (images, n, d), or
+        a list of (n, d)."""
+        return output.pooler_output
+
+    def placeholders(
+        self, backbone: Backbone, output: Any, given: Mapping[str, Any]
+    ) -> dict[Modality, Tensor]:
+        """(b, s) bool by modality, from what `merger` was given and returned."""
+        names: tuple[Modality, ...] = ("image", "video")
+        masks = output if isinstance(output, tuple) else (output,)
+        return {
+            name: mask[..., 0] if mask.dim() == 3 else mask
+            for name, mask in zip(names, masks, strict=False)
+            if mask is not None
+        }
+
+    def image_maps(
+        self, backbone: Backbone, modality: Modality, given: Mapping[str, Any], features: Any
+    ) -> list[list[ImageMap]]:
+        """For each element of `features`, what its placeholders stand for: one map an image.
+
+        Args:
+            given: the arguments of `get_image_features` (or `get_video_features`).
+        """
+        maps, first = [], 0
+        for i, own in enumerate(features):
+            found = self.plain_map(backbone, len(own), first, self._size_of(given, i))
+            first += len(own)
+            maps.append([found])
+        return maps
+
+    def _size_of(self, given: Mapping[str, Any], i: int) -> tuple[int, int] | None:
+        sizes = given.get("image_sizes")
+        return None if sizes is None else (int(sizes[i][0]), int(sizes[i][1]))
+
+    def plain_map(
+        self, backbone: Backbone, n: int, first: int, image_size: tuple[int, int] | None = None
+    ) -> ImageMap:
+        """One patch a token, in raster order, the first being patch `first`."""
+        patches = torch.arange(first, first + n)[:, None]
+        return ImageMap(self.grid(backbone, n, image_size), patches=patches)
+
+    def join(self, maps: list[ImageMap], modality: Modality) -> ImageMap:
+        """One map of several that stand side by side: the tiles of an image, the last of them the
+        thumbnail, or the frames of a clip."""
+        if len(maps) == 1:
+            return maps[0]
+        grids, crops = [], []
+        for i, own in enumerate(maps):
+            grid = own.grid.clone()
+            if modality == "video":
+                grid[:, 0] = i
+            grids.append(grid)
+            crops.append(torch.full((len(own),), 0 if i == len(maps) - 1 else i + 1))
+        patches = [own.patches for own in maps if own.patches is not None]
+        return ImageMap(
+            torch.cat(grids),
+            crop=None if modality == "video" else torch.cat(crops),
+            patches=torch.cat(patches) if len(patches) == len(maps) else None,
+        )
+
     # ---- vision -------------------------------------------------------------------------------
     def tower_attention(self, backbone: Backbone) -> list[nn.Module]:
         """The attention module of each layer of the vision tower, first to last."""
         encoder = getattr(backbone.tower, "encoder", None)
-        layers = getattr(encoder, "layers", None) or ()
+        layers: Any = getattr(encoder, "layers", None) or ()
         modules = [getattr(layer, "self_attn", None) for layer in layers]
         if not modules or any(m is None or not hasattr(m, "config") for m in modules):
             raise UnsupportedModelError(
@@ -148,6 +268,16 @@ class Family:
         embeddings = getattr(backbone.tower, "embeddings", None)
         return any(hasattr(embeddings, name) for name in ("class_embedding", "cls_token"))
 
+    def prefix(self, backbone: Backbone) -> int:
+        """Tokens of the tower that stand before an image's patches and make no vision token."""
+        full = getattr(backbone.model.config, "vision_feature_select_strategy", "default") == "full"
+        return int(self.has_cls(backbone) and not full)
+
+    def tower_order(self, backbone: Backbone, given: Mapping[str, Any]) -> Tensor | None:
+        """(patches,) where each patch, in the order that `ImageMap.patches` counts in, stands in
+        the tower, if that is another order."""
+        return None
+
     def projector(self, backbone: Backbone) -> nn.Module | None:
         """The module from patch states to embeddings, one row each, or `None` if not known."""
         return getattr(backbone.base, "multi_modal_projector", None)
@@ -157,7 +287,10 @@ class Family:
         output, or `None` where there is no [CLS]."""
         if not self.has_cls(backbone):
             return None
-        wanted = backbone.model.config.vision_feature_layer
+        config = backbone.model.config
+        wanted = getattr(config, "vision_feature_layer", None)
+        if wanted is None:
+            wanted = getattr(config, "vision_feature_layers", -1)
         layers = [wanted] if isinstance(wanted, int) else wanted
         return torch.cat([output.hidden_states[layer][:, 0] for layer in layers], dim=-1)
 
@@ -229,10 +362,30 @@ class Family:
     # ---- decoder ------------------------------------------------------------------------------
     def rotary(self, backbone: Backbone, layer: int, hidden: Tensor, positions: Tensor) -> Any:
         """The position embeddings that decoder layer `layer` takes, at `positions` (b, k)."""
-        return backbone.decoder.rotary_emb(hidden, position_ids=positions)
+        embed = backbone.decoder.rotary_emb
+        if "layer_type" in inspect.signature(embed.forward).parameters:
+            return embed(hidden, positions, self.layer_type(backbone, layer))
+        return embed(hidden, position_ids=positions)
+
+    def check_rotate(self, backbone: Backbone) -> None:
+        """Raise `UnsupportedModelError` if `rotate` cannot turn what this decoder turns."""
+        attention = backbone.layers[0].self_attn
+        apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+        names = list(inspect.signature(apply).parameters)[:4] if apply is not None else []
+        if names != ["q", "k", "cos", "sin"]:
+            raise UnsupportedModelError(
+                f"model: {type(attention).__name__} has no apply_rotary_pos_emb(q, k, cos, sin) "
+                "with which to compare positions, or keys of padded rows"
+            )
+
+    def rotate(self, backbone: Backbone, layer: int, states: Tensor, rotation: Any) -> Tensor:
+        """`states` (b, h, k, d) turned by what `rotary` returned."""
+        attention = backbone.layers[layer].self_attn
+        apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+        return apply(states, states, *rotation)[1]
 
     def layer_type(self, backbone: Backbone, layer: int) -> str:
-        """ "full_attention" or "sliding_attention"."""
+        """ "full_attention", "sliding_attention", "chunked_attention" or "linear_attention"."""
         config = backbone.decoder.config
         kinds = getattr(config, "layer_types", None)
         if kinds:
@@ -240,8 +393,67 @@ class Family:
         sliding = getattr(config, "sliding_window", None) is not None
         return "sliding_attention" if sliding else "full_attention"
 
+    def chunk(self, backbone: Backbone, layer: int) -> int | None:
+        """The length of the chunks within which decoder layer `layer` attends, if it does so."""
+        if self.layer_type(backbone, layer) != "chunked_attention":
+            return None
+        return int(backbone.decoder.config.attention_chunk_size)
+
+    def blocks(self, backbone: Backbone, given: Mapping[str, Any]) -> Tensor | None:
+        """(b, s) whole numbers: tokens with the same one see each other in both directions, -1 for
+        those that see what is before them; `None` if all are such.
+
+        Args:
+            given: the arguments of the base model's forward.
+        """
+        return None
+
+    def mask(
+        self,
+        backbone: Backbone,
+        layer: int,
+        embeds: Tensor,
+        valid: Tensor | None,
+        cache: Any,
+        blocks: Tensor | None,
+    ) -> Any:
+        """The mask that decoder layer `layer` takes for `embeds` (b, q, d) behind its `cache`.
+
+        Windows and chunks count the tokens that the layer holds, at prefill as in decoding.
+
+        Args:
+            valid: (b, k) bool, all tokens held and these, or `None` if none is padding.
+            blocks: (b, k) as in `blocks`, or `None`.
+        """
+        build = {
+            "sliding_attention": create_sliding_window_causal_mask,
+            "chunked_attention": create_chunked_causal_mask,
+        }.get(self.layer_type(backbone, layer), create_causal_mask)
+        extra = {} if blocks is None else {"block_sequence_ids": blocks}
+        return build(
+            config=backbone.decoder.config,
+            inputs_embeds=embeds,
+            attention_mask=valid,
+            layer_idx=layer,
+            **{CACHE: cache},
+            **extra,
+        )
+
+
+def shift_patches(found: ImageMap, by: int) -> ImageMap:
+    """The same image, its patches numbered from `by` on."""
+    if found.patches is None:
+        return found
+    return replace(found, patches=torch.where(found.patches < 0, -1, found.patches + by))
+
 
 def grid_positions(rows: int, columns: int) -> Tensor:
     """(rows * columns, 3) whole numbers (0, row, column) in raster order."""
     place = torch.arange(rows * columns)
     return torch.stack([torch.zeros_like(place), place // columns, place % columns], dim=1)
+
+
+def merged_patches(rows: int, columns: int, by: int, first: int = 0) -> Tensor:
+    """(rows * columns / by ** 2, by ** 2) the patches of a raster that by x by cells join."""
+    index = torch.arange(first, first + rows * columns).view(rows // by, by, columns // by, by)
+    return index.transpose(1, 2).reshape(-1, by * by)
