@@ -77,7 +77,9 @@ class ImageSpan:
             # Tiles side by side share their rows; the thumbnail has its own.
             planes = torch.cat([planes, (crop == 0).long()[:, None]], dim=1)
         closes = (planes[ends][:, None] == planes[~ends][None]).all(-1)
-        closes |= grid[ends][:, 1:2] < 0
+        of_frame = grid[ends][:, 1:2] == -1
+        closes |= of_frame & (grid[ends][:, None, 0] == grid[~ends][None, :, 0])
+        closes |= grid[ends][:, 1:2] == -2
         crop = None if crop is None else crop[~ends]
         return cls(sample, ordinal, place[~ends], signals, grid[~ends], crop, place[ends], closes)
 

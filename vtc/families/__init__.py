@@ -10,7 +10,16 @@ from torch import nn
 
 from .base import CACHE, Backbone, Family, ImageMap, Modality, UnsupportedModelError
 from .gemma import Gemma3, Gemma4, PaliGemma
-from .llava import Convolutional, DeepseekVL, Llava, Ovis2, VideoLlava, VipLlava
+from .llava import (
+    Convolutional,
+    DeepseekVL,
+    KimiK25,
+    Llava,
+    Ovis2,
+    PerceptionLM,
+    VideoLlava,
+    VipLlava,
+)
 from .qwen import Qwen3_5, QwenVL
 from .shuffle import CohereVision, Idefics2, Idefics3, InternVL, Llama4, Mistral3
 from .tiles import LlavaNext, LlavaOnevision
@@ -35,6 +44,8 @@ FAMILIES: tuple[Family, ...] = (
     Ovis2(),
     Llama4(),
     Convolutional(),
+    PerceptionLM(),
+    KimiK25(),
 )
 GENERIC = Family()
 

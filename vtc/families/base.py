@@ -59,7 +59,7 @@ class ImageMap:
     Attributes:
         grid: (n, 3) whole numbers (frame, row, column). In a tiled image they count over the plane
             that its tiles make up, and from 0 in the thumbnail. A separator has the frame and the
-            row that it ends, or row -1 if it ends the image.
+            row that it ends, or row -1 if it belongs to the frame, -2 to all of the image.
         crop: (n,) the tile of each token, 0 for the thumbnail, or `None` without tiles.
         separator: (n,) bool, features that are no vision tokens (ends of rows), or `None`.
         patches: (n, m) the tower's patches that each token is made of, numbered through all that
@@ -219,11 +219,13 @@ class Family:
             if modality == "video":
                 grid[:, 0] = i
             grids.append(grid)
-            crops.append(torch.full((len(own),), 0 if i == len(maps) - 1 else i + 1))
+            crops.append(torch.full((len(own),), (i + 1) % len(maps)))
         patches = [own.patches for own in maps if own.patches is not None]
+        ends = [own.separator for own in maps if own.separator is not None]
         return ImageMap(
             torch.cat(grids),
             crop=None if modality == "video" else torch.cat(crops),
+            separator=torch.cat(ends) if len(ends) == len(maps) else None,
             patches=torch.cat(patches) if len(patches) == len(maps) else None,
         )
 
@@ -232,12 +234,12 @@ class Family:
         """The attention module of each layer of the vision tower, first to last."""
         encoder = getattr(backbone.tower, "encoder", None)
         layers: Any = getattr(encoder, "layers", None) or ()
-        modules = [getattr(layer, "self_attn", None) for layer in layers]
+        modules: list[Any] = [getattr(layer, "self_attn", None) for layer in layers]
         if not modules or any(m is None or not hasattr(m, "config") for m in modules):
             raise UnsupportedModelError(
                 f"model: cannot read attention in the vision tower {type(backbone.tower).__name__}"
             )
-        return modules  # type: ignore[return-value]
+        return modules
 
     def encoder_layers(self, backbone: Backbone) -> list[Any]:
         """The layers of the vision tower, if their parts are where a plain ViT has them."""
@@ -387,7 +389,7 @@ class Family:
     def layer_type(self, backbone: Backbone, layer: int) -> str:
         """ "full_attention", "sliding_attention", "chunked_attention" or "linear_attention"."""
         config = backbone.decoder.config
-        kinds = getattr(config, "layer_types", None)
+        kinds: list[str] | None = getattr(config, "layer_types", None)
         if kinds:
             return kinds[layer]
         sliding = getattr(config, "sliding_window", None) is not None

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
-from .base import Backbone, Family, ImageMap, Modality
+from .base import Backbone, Family, ImageMap, Modality, UnsupportedModelError, grid_positions
 
 
 class Llava(Family):
@@ -28,7 +30,8 @@ class VipLlava(Family):
 
 
 class VideoLlava(Family):
-    """Two towers, for images and for clips; all tokens of a frame count, its [CLS] too."""
+    """Two towers, for images and for clips. The [CLS] of a frame is a separator: it goes when its
+    frame is empty."""
 
     name: ClassVar[str] = "video_llava"
     model_types: ClassVar[tuple[str, ...]] = ("video_llava",)
@@ -46,8 +49,14 @@ class VideoLlava(Family):
         maps = super().image_maps(backbone, modality, given, features)
         if modality == "image":
             return maps
-        # The other tower's patches are not those that a method could read.
-        return [[ImageMap(found.grid) for found in of_one] for of_one in maps]
+        maps = []
+        for own in features:  # the other tower's patches are not those that methods read
+            grid = self.grid(backbone, len(own) - 1, None)
+            separator = torch.zeros(len(own), dtype=torch.bool)
+            separator[0] = True
+            grid = torch.cat([torch.tensor([[0, -1, 0]]), grid])
+            maps.append([ImageMap(grid, separator=separator)])
+        return maps
 
 
 class DeepseekVL(Family):
@@ -76,11 +85,58 @@ class Convolutional(Family):
     """Towers without attention of a plain kind: tokens have a grid, but nothing of the tower can
     be read."""
 
-    name: ClassVar[str] = "got_ocr2, fast_vlm, perception_lm"
-    model_types: ClassVar[tuple[str, ...]] = ("got_ocr2", "fast_vlm", "perception_lm")
+    name: ClassVar[str] = "got_ocr2, fast_vlm"
+    model_types: ClassVar[tuple[str, ...]] = ("got_ocr2", "fast_vlm")
     stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
+
+    def tower_attention(self, backbone: Backbone) -> list[Any]:
+        raise UnsupportedModelError(
+            f"model: the vision tower of {type(backbone.model).__name__} has no attention of a "
+            "kind that vtc reads"
+        )
 
     def image_maps(
         self, backbone: Backbone, modality: Modality, given: Mapping[str, Any], features: Any
     ) -> list[list[ImageMap]]:
         return [[ImageMap(self.grid(backbone, len(own), None))] for own in features]
+
+
+class PerceptionLM(Convolutional):
+    """A tower of timm. The thumbnail and the tiles, or the frames of a clip, stand side by side
+    and are one image."""
+
+    name: ClassVar[str] = "perception_lm"
+    model_types: ClassVar[tuple[str, ...]] = ("perception_lm",)
+    joins_runs: ClassVar[bool] = True
+    video: ClassVar[bool] = True
+    clips_as_images: ClassVar[bool] = True
+
+    def join(self, maps: list[ImageMap], modality: Modality) -> ImageMap:
+        found = super().join(maps, modality)
+        if found.crop is None:
+            return found
+        count = len(maps)  # here the thumbnail comes first
+        return replace(found, crop=(found.crop - 1) % count)
+
+
+class KimiK25(Family):
+    """Kimi K2.5: images of any size, latent attention, a mixture of experts."""
+
+    name: ClassVar[str] = "kimi_k25"
+    model_types: ClassVar[tuple[str, ...]] = ("kimi_k25",)
+    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
+
+    def image_maps(
+        self, backbone: Backbone, modality: Modality, given: Mapping[str, Any], features: Any
+    ) -> list[list[ImageMap]]:
+        sizes = given["image_grid_thw" if modality == "image" else "video_grid_thw"].tolist()
+        maps = []
+        for own, (_, rows, columns) in zip(features, sizes, strict=True):
+            by = round((rows * columns / len(own)) ** 0.5)
+            maps.append([ImageMap(grid_positions(rows // by, columns // by))])
+        return maps
+
+    def tower_attention(self, backbone: Backbone) -> list[Any]:
+        raise UnsupportedModelError(
+            "model: vtc reads no attention in the vision tower of Kimi K2.5"
+        )

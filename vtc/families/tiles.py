@@ -87,7 +87,7 @@ class LlavaNext(Family):
             last = torch.cat([last.new_full((1,), area), last[:-1]])
             grid[plane, 2] = (torch.arange(n) - last)[plane]
         if int(plane.sum()) == 1:  # one tile, and a newline after it that ends the image
-            grid[separator] = torch.tensor([0, -1, 0])
+            grid[separator] = torch.tensor([0, -2, 0])
             return ImageMap(grid, separator=separator, patches=patch[:, None])
         # A newline belongs to the plane of tiles, not to the thumbnail.
         crop = torch.where(separator, 1, tile)
@@ -112,7 +112,7 @@ class LlavaNext(Family):
             return ImageMap(grid)
         separator = torch.zeros(n, dtype=torch.bool)
         separator[-1] = True
-        grid = torch.cat([grid, torch.tensor([[frames - 1, -1, 0]])])
+        grid = torch.cat([grid, torch.tensor([[0, -2, 0]])])
         return ImageMap(grid, separator=separator)
 
 
