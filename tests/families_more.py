@@ -56,7 +56,7 @@ class OneGrid(TinyFamily):
 class VipLlava(OneGrid):
     name = model_type = "vipllava"
     model_class = "VipLlavaForConditionalGeneration"
-    notes = "features of five tower layers are joined before the projector"
+    notes = "features of several tower layers (three here) are joined before the projector"
 
     def config(self) -> Any:
         return hf.VipLlavaConfig(
@@ -375,7 +375,9 @@ class Llama4(Tiled):
         self.name, self.chunk = name, chunk
         self.notes = (
             f"chunked attention of {chunk} and full layers without rotary positions; mixture of "
-            "experts; the projector runs after get_image_features; separators between tiles"
+            "experts; the projector runs after get_image_features; separators between tiles; "
+            "build repairs the plain model, whose forward fails in transformers 5.24.0; beams with "
+            "images fail there too, since pooler_output is None; attn_temperature_tuning is off"
         )
 
     def config(self) -> Any:

@@ -133,6 +133,12 @@ class Masked:
     def image_id(self) -> int:
         return int(getattr(self.family, "image_id", IMAGE))
 
+    @property
+    def recurrent(self) -> bool:
+        """A layer that reads tokens one after the other cannot be masked: dropped tokens are left
+        out by hand, without padding and without a cache."""
+        return "linear_attention" in (getattr(self.config, "layer_types", None) or ())
+
     # ---- masks and positions --------------------------------------------------------------------
     def _blocks(self, total: int) -> Tensor:
         blocks = torch.full((total,), -1)
@@ -198,9 +204,7 @@ class Masked:
         if kind == "video_llava":  # [CLS] of a frame, before its patches
             after = [i for i in image.index if i > place]
             frame = image.grid[image.index.index(after[0])][0]
-            return [
-                i for i, (f, _, _) in zip(image.index, image.grid, strict=True) if f == frame
-            ]
+            return [i for i, (f, _, _) in zip(image.index, image.grid, strict=True) if f == frame]
         if image.video or image.crop is None:  # one newline after all
             return list(image.index)
         before = max(i for i in image.index if i < place)
@@ -343,12 +347,18 @@ class Masked:
                 batch[name] = torch.cat([batch[name], filling], dim=1)
         handles = [self.decoder.register_forward_pre_hook(self._enter(total), with_kwargs=True)]
         for i, layer in enumerate(self.decoder.layers):
+            if self.recurrent:
+                break
             hook = self._layer(i, total)
             handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
             if not self.decided:
                 handles += self._listen(i, layer)
         try:
-            return self.model(**batch, use_cache=False, **more).logits[0]
+            found = self.model(**batch, use_cache=False, **more).logits[0]
+            if self.recurrent and self.parts:
+                kept = torch.cat([self.alive, self.alive.new_ones(len(extra))])
+                found = found[(kept.cumsum(0) - 1).clamp_min(0)]
+            return found
         finally:
             for handle in handles:
                 handle.remove()
@@ -367,6 +377,11 @@ class Masked:
                     positions = torch.arange(total)[None]
                 self.positions = positions
                 kwargs["position_ids"] = self._moved(step)
+                if self.recurrent:
+                    kept = torch.cat([step.alive, step.alive.new_ones(total - self.length)])
+                    embeds = embeds[:, kept]
+                    kwargs["position_ids"] = kwargs["position_ids"][..., kept]
+                    kwargs["attention_mask"] = None
             kwargs["inputs_embeds"] = embeds
             return args, kwargs
 
@@ -469,7 +484,9 @@ class Masked:
 
     @property
     def alive_at_end(self) -> Tensor:
-        return self.steps[self.num_layers - 1].alive if self.parts else self.alive
+        if not self.parts:
+            return self.alive
+        return self.steps[-1 if self.recurrent else self.num_layers - 1].alive
 
     def step_logits(self, produced: Tensor) -> Tensor:
         """(b, e, V): what each of the tokens `produced` (b, e) was chosen from."""
@@ -480,9 +497,8 @@ class Masked:
         """For each image, its tokens in each decoder layer."""
         return tuple(
             tuple(
-                int((self.steps[layer].alive & (self.image == i)).sum())
+                int((self.steps[-1 if self.recurrent else layer].alive & (self.image == i)).sum())
                 for layer in range(self.num_layers)
             )
             for i in range(len(self.images))
         )
-

@@ -520,8 +520,7 @@ class Engine:
         first, rows = forward.entered, forward.layout.index.shape[0]
         if first is None or not _is_per_token(value, rows, first.index.shape[1]):
             return value
-        place = first.nearest(forward.valid.shape[1]).gather(1, forward.layout.index)
-        return _take(value, place)
+        return _take(value, first.places_of(forward.layout.index, forward.valid.shape[1]))
 
     # ---- bookkeeping --------------------------------------------------------------------------
     def _flash(self) -> bool:

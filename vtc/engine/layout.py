@@ -46,6 +46,15 @@ class Layout:
         index = self.index.gather(1, place).masked_fill(~valid, 0)
         return Layout(index, valid), place
 
+    def places_of(self, index: Tensor, length: int) -> Tensor:
+        """(b, m) the places here of the tokens at `index` (b, m) of a sequence of `length`."""
+        rows, width = self.index.shape
+        where = torch.zeros(rows, length, dtype=torch.long, device=self.index.device)
+        here = torch.arange(width, device=self.index.device).expand(rows, -1)
+        sample = torch.arange(rows, device=self.index.device)[:, None].expand(-1, width)
+        where[sample[self.valid], self.index[self.valid]] = here[self.valid]
+        return where.gather(1, index)
+
     def nearest(self, length: int) -> Tensor:
         """(b, length) for each place of the full sequence, the place here of the last token held
         at or before it (the first token held where there is none)."""

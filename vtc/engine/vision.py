@@ -201,6 +201,7 @@ class VisionSide:
         self.recent = [
             (own.detach().flatten(0, -2)[0].clone(), of_one)
             for own, of_one in zip(features, signals, strict=True)
+            if len(own)
         ]
 
     def _fewer(
@@ -358,7 +359,11 @@ class VisionSide:
             follows = (
                 before is not None and before[0] == b and int(before[1][-1]) + 1 == int(own[0])
             )
-            if self.family.joins_runs and follows:
+            if modality in self.family.joins and follows and before is not None:
+                follows = before[2][-1].map.group == signals.map.group
+            else:
+                follows = False
+            if follows:
                 assert before is not None
                 pieces[-1] = b, torch.cat([before[1], own]), [*before[2], signals]
             else:
@@ -394,7 +399,7 @@ class VisionSide:
             known = [self.signals.get(own, [None])[0] for own in given]
         found = []
         for own, signals in zip(given, known, strict=True):
-            if signals is None:
+            if signals is None and len(own):
                 begins = own.detach().flatten(0, -2)[0]
                 for start, candidate in self.recent:
                     same = start.shape == begins.shape and start.device == begins.device

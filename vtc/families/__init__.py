@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .base import CACHE, Backbone, Family, ImageMap, Modality, UnsupportedModelError
-from .gemma import Gemma3, Gemma4, PaliGemma
+from .gemma import Gemma3, Gemma3n, Gemma4, PaliGemma
 from .llava import (
     Convolutional,
     DeepseekVL,
@@ -21,7 +21,7 @@ from .llava import (
     VipLlava,
 )
 from .qwen import Qwen3_5, QwenVL
-from .shuffle import CohereVision, Idefics2, Idefics3, InternVL, Llama4, Mistral3
+from .shuffle import CohereVision, Idefics2, Idefics3, InternVL, Llama4, Mistral3, SmolVLM
 from .tiles import LlavaNext, LlavaOnevision
 
 FAMILIES: tuple[Family, ...] = (
@@ -35,8 +35,10 @@ FAMILIES: tuple[Family, ...] = (
     Qwen3_5(),
     Idefics2(),
     Idefics3(),
+    SmolVLM(),
     PaliGemma(),
     Gemma3(),
+    Gemma3n(),
     Gemma4(),
     Mistral3(),
     CohereVision(),

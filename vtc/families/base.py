@@ -64,12 +64,14 @@ class ImageMap:
         separator: (n,) bool, features that are no vision tokens (ends of rows), or `None`.
         patches: (n, m) the tower's patches that each token is made of, numbered through all that
             `base` encoded in one call, -1 at separators; `None` where they are not known.
+        group: tells apart images that stand side by side, for families that join tiles.
     """
 
     grid: Tensor
     crop: Tensor | None = None
     separator: Tensor | None = None
     patches: Tensor | None = None
+    group: int | None = None
 
     def __len__(self) -> int:
         return self.grid.shape[0]
@@ -87,7 +89,8 @@ class Family:
         masks_in_base: the base model makes the attention masks, not the decoder.
         axial: rotary positions have several axes (m-RoPE), on which vision tokens stand by their
             place in the picture: gaps of dropped tokens cannot close.
-        joins_runs: features that follow one another without text between are one image or clip.
+        joins: modalities of which features that follow one another without text between, and are
+            of one `ImageMap.group`, are one image or clip.
         video: whether clips are supported.
         clips_as_images: the base model encodes clips with `get_image_features`.
     """
@@ -98,7 +101,7 @@ class Family:
     merger: ClassVar[str] = "get_placeholder_mask"
     masks_in_base: ClassVar[bool] = False
     axial: ClassVar[bool] = False
-    joins_runs: ClassVar[bool] = False
+    joins: ClassVar[tuple[Modality, ...]] = ()
     video: ClassVar[bool] = False
     clips_as_images: ClassVar[bool] = False
 
@@ -290,7 +293,7 @@ class Family:
         if not self.has_cls(backbone):
             return None
         config = backbone.model.config
-        wanted = getattr(config, "vision_feature_layer", None)
+        wanted: Any = getattr(config, "vision_feature_layer", None)
         if wanted is None:
             wanted = getattr(config, "vision_feature_layers", -1)
         layers = [wanted] if isinstance(wanted, int) else wanted

@@ -54,7 +54,7 @@ class Gemma3(Family):
         kinds = given.get(self.kinds)
         if kinds is None:
             return None
-        image = kinds == 1
+        image = kinds > 0
         before = torch.nn.functional.pad(image, (1, 0))[:, :-1]
         return torch.where(image, (image & ~before).long().cumsum(1) - 1, -1)
 
@@ -100,6 +100,28 @@ class Gemma3(Family):
             and_mask_function=sliding_window_overlay(backbone.decoder.config.sliding_window),
             **{CACHE: cache},
         )
+
+
+class Gemma3n(Family):
+    """A convolutional tower, causal attention, hidden states in several streams (AltUp), so that
+    methods act before the language model only."""
+
+    name: ClassVar[str] = "gemma3n"
+    model_types: ClassVar[tuple[str, ...]] = ("gemma3n",)
+    stages: ClassVar[tuple[str, ...]] = ("sequence",)
+
+    def placeholders(
+        self, backbone: Backbone, output: Any, given: Mapping[str, Any]
+    ) -> dict[Modality, Tensor]:
+        return super().placeholders(backbone, output[0], given)  # the other is of sounds
+
+    def tower_attention(self, backbone: Backbone) -> list[Any]:
+        raise UnsupportedModelError("model: the vision tower of Gemma 3n has no attention to read")
+
+    def image_maps(
+        self, backbone: Backbone, modality: Modality, given: Mapping[str, Any], features: Any
+    ) -> list[list[ImageMap]]:
+        return [[ImageMap(self.grid(backbone, len(own), None))] for own in features]
 
 
 class Gemma4(Gemma3):

@@ -36,7 +36,7 @@ class VideoLlava(Family):
     name: ClassVar[str] = "video_llava"
     model_types: ClassVar[tuple[str, ...]] = ("video_llava",)
     stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
-    joins_runs: ClassVar[bool] = True
+    joins: ClassVar[tuple[Modality, ...]] = ("video",)
     video: ClassVar[bool] = True
 
     def backbone(self, model: nn.Module) -> Backbone:
@@ -107,9 +107,16 @@ class PerceptionLM(Convolutional):
 
     name: ClassVar[str] = "perception_lm"
     model_types: ClassVar[tuple[str, ...]] = ("perception_lm",)
-    joins_runs: ClassVar[bool] = True
+    joins: ClassVar[tuple[Modality, ...]] = ("image", "video")
     video: ClassVar[bool] = True
     clips_as_images: ClassVar[bool] = True
+
+    def image_maps(
+        self, backbone: Backbone, modality: Modality, given: Mapping[str, Any], features: Any
+    ) -> list[list[ImageMap]]:
+        tiles = given["pixel_values"].shape[1]
+        maps = super().image_maps(backbone, modality, given, features)
+        return [[replace(found, group=i // tiles)] for i, (found,) in enumerate(maps)]
 
     def join(self, maps: list[ImageMap], modality: Modality) -> ImageMap:
         found = super().join(maps, modality)

@@ -45,7 +45,7 @@ class InternVL(Shuffled):
 
     name: ClassVar[str] = "internvl"
     model_types: ClassVar[tuple[str, ...]] = ("internvl",)
-    joins_runs: ClassVar[bool] = True
+    joins: ClassVar[tuple[Modality, ...]] = ("image",)
 
     def tower_attention(self, backbone: Backbone) -> list[Any]:
         layers = backbone.tower.encoder.layer
@@ -63,11 +63,11 @@ class CohereVision(Shuffled):
 
 
 class Idefics3(Shuffled):
-    """Idefics 3 and SmolVLM. Each tile, and each frame of a clip, is an image of its own: the model
+    """Each tile, and each frame of a clip, is an image of its own: the model
     is not told which belong together."""
 
-    name: ClassVar[str] = "idefics3, smolvlm"
-    model_types: ClassVar[tuple[str, ...]] = ("idefics3", "smolvlm")
+    name: ClassVar[str] = "idefics3"
+    model_types: ClassVar[tuple[str, ...]] = ("idefics3",)
     merger: ClassVar[str] = "inputs_merger"
 
     def per_side(self, backbone: Backbone) -> int:
@@ -94,6 +94,19 @@ class Idefics3(Shuffled):
                 of_one.append(ImageMap(self.grid(backbone, n, None), patches=patches))
             maps.append(of_one)
         return maps
+
+
+class SmolVLM(Idefics3):
+    """As Idefics 3, with a mask of placeholders."""
+
+    name: ClassVar[str] = "smolvlm"
+    model_types: ClassVar[tuple[str, ...]] = ("smolvlm",)
+    merger: ClassVar[str] = "get_placeholder_mask"
+
+    def placeholders(
+        self, backbone: Backbone, output: Any, given: Mapping[str, Any]
+    ) -> dict[Modality, Tensor]:
+        return Family.placeholders(self, backbone, output, given)
 
 
 class Idefics2(Family):
