@@ -17,42 +17,22 @@ from tests.families import (
     TAG,
     VIDEO,
     VOCABULARY,
+    OneGrid,
     Piece,
+    Tiled,
     TinyFamily,
     cells,
     join,
+    long,
     marks,
+    pixels,
     register,
     text_settings,
     vision_settings,
 )
 
 
-def pixels(generator: torch.Generator, *shape: int) -> Tensor:
-    """Random pixel values."""
-    return torch.randn(*shape, generator=generator)
-
-
-def long(*values: Any) -> Tensor:
-    """(1, n) whole numbers."""
-    return torch.tensor([values])
-
-
 # ---- one grid per image -------------------------------------------------------------------------
-class OneGrid(TinyFamily):
-    """All images have one size and one grid of `side` x `side` tokens, `side_pixels` wide."""
-
-    side, side_pixels = 4, 28
-    before: tuple[int, ...] = ()
-    after: tuple[int, ...] = ()
-
-    def image(self, which: int, generator: torch.Generator, count: int) -> Piece:
-        tokens = [*marks(*self.before, kind="text"), *cells(self.side, self.side)]
-        tokens += marks(*self.after, kind="text")
-        size = self.side_pixels
-        return Piece(tokens, {"pixel_values": pixels(generator, 1, 3, size, size)})
-
-
 class VipLlava(OneGrid):
     name = model_type = "vipllava"
     model_class = "VipLlavaForConditionalGeneration"
@@ -259,21 +239,6 @@ register(
 
 
 # ---- tiles after tiles --------------------------------------------------------------------------
-class Tiled(TinyFamily):
-    """An image is a thumbnail and, but for the smallest, tiles; each has a grid of its own."""
-
-    side, side_pixels = 3, 42
-    tiling: Sequence[tuple[int, int]] = ((1, 2), (2, 1), (0, 0))
-    """Rows and columns of tiles by size; none means the thumbnail alone."""
-
-    def tile(self, crop: int | None) -> list[Any]:
-        return cells(self.side, self.side, crop=crop)
-
-    def extras(self, tiles: int, generator: torch.Generator) -> dict[str, Tensor]:
-        size = self.side_pixels
-        return {"pixel_values": pixels(generator, tiles, 3, size, size)}
-
-
 class InternVL(Tiled):
     name = model_type = "internvl"
     model_class = "InternVLForConditionalGeneration"

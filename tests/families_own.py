@@ -19,17 +19,19 @@ from tests.families import (
     TAG,
     VIDEO,
     VOCABULARY,
+    OneGrid,
     Piece,
     Row,
+    Tiled,
     TinyFamily,
     cells,
     join,
     marks,
+    pixels,
     register,
     text_settings,
     vision_settings,
 )
-from tests.families_more import OneGrid, Tiled, pixels
 
 
 # ---- towers -------------------------------------------------------------------------------------

@@ -19,12 +19,13 @@ from tests.families import (
     Piece,
     TinyFamily,
     cells,
+    long,
     marks,
+    pixels,
     register,
     text_settings,
     vision_settings,
 )
-from tests.families_more import long, pixels
 
 
 # ---- grids of any size --------------------------------------------------------------------------

@@ -416,7 +416,7 @@ class Masked:
                 handle = module.self_attn.register_forward_hook(
                     lambda module, args, output: found.append(output[1][0])
                 )
-                decided, self.decided = self.decided, True
+                decided, self.decided = self.decided, True  # what runs now is not the run
                 module.forward(hidden, *args[1:], **given)
                 self.decided = decided
                 handle.remove()
@@ -465,6 +465,15 @@ class Masked:
                 note("normed", self.decoder.norm(value))
 
         handles = [layer.register_forward_hook(leave_layer)]
+        if hasattr(layer, "mlp"):
+            handles += [
+                layer.mlp.register_forward_pre_hook(lambda m, args: note("mlp_in", args[0])),
+                layer.mlp.register_forward_hook(
+                    lambda m, args, output: note(
+                        "mlp_out", output[0] if isinstance(output, tuple) else output
+                    )
+                ),
+            ]
         if hasattr(layer, "self_attn"):
             handles += [
                 layer.self_attn.register_forward_hook(leave_attention),

@@ -223,6 +223,8 @@ class Engine:
             labels, self.labels = self.labels, None
             try:
                 given = _by_name(self.backbone.base, args, kwargs)
+                if labels is None:  # the base model may be all there is
+                    labels = given.get("labels")
                 self.forward = forward = Forward(labels=labels, given=given)
                 self._look_at(forward, given)
                 compressed = forward.images_seen or ledger_of(cache_in(given)) is not None
@@ -273,6 +275,8 @@ class Engine:
                 "attn_implementation: it was changed from or to flash attention under a patch; "
                 "call vtc.patch again"
             )
+        if "logits_to_keep" in kwargs:  # layers that share keys would see the last tokens only
+            kwargs["logits_to_keep"] = 0
         ledger = ledger_of(cache_in(kwargs))
         shown = [mask for name, mask in forward.vision.items() if name in forward.features]
         if any(bool(mask.any()) for mask in shown):
@@ -295,8 +299,6 @@ class Engine:
         forward.valid = valid if valid is not None else _ones(embeds, length)
         forward.blocks = self.family.blocks(self.backbone, forward.given)
         forward.deepstack = kwargs.get("visual_pos_masks")
-        if "logits_to_keep" in kwargs:  # of the full length, which the decoder does not have
-            kwargs["logits_to_keep"] = 0
         forward.ledger = ledger or Ledger.fresh(self.plan.first_layers, past, past_valid)
         forward.ledger.may_write = True
         self._check_groups(forward.ledger)
@@ -552,7 +554,7 @@ class Engine:
             )
         group.extend(valid, layout.index.shape[1])
         total = forward.gap.sum(1, keepdim=True)
-        if bool(total.any()):
+        if bool(total.any()) and not self.family.axial:
             group.shift = total if group.shift is None else group.shift + total
 
     def _freeze(self, forward: Forward, cache: Any) -> None:

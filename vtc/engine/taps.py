@@ -78,7 +78,8 @@ def _tapped_attention(
         with torch.no_grad():
             tap.armed(query, key, value, attention_mask, kwargs)
     if tap.silent:
-        return torch.zeros_like(query.transpose(1, 2)), None
+        b, h, q = query.shape[:3]
+        return query.new_zeros(b, q, h, value.shape[-1]), None
     default = _default_attention(module)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(tap.config._attn_implementation, default)
     return attend(module, query, key, value, attention_mask, **kwargs)

@@ -32,11 +32,16 @@ class LlavaNext(Family):
         maps, first = [], 0
         for i, own in enumerate(features):
             tiles = self.tiles(backbone, given, i)
-            # The model's own packing, run on numbers: each token says which patch it is.
-            numbers = torch.arange(first, first + tiles * side * side, dtype=torch.float64)
+            across = self.across(backbone, given, i) if tiles > 1 else 1
+            # The model's own packing, run on places: each token says where it comes from.
+            tile = torch.arange(tiles)[:, None].clamp_min(1) - 1
+            place = torch.arange(side * side)[None]
+            row = tile // across * side + place // side
+            column = tile % across * side + place % side
+            places = torch.stack([row, column], dim=2).to(torch.float64)
+            packed = self.pack(backbone, given, i, places)
+            maps.append([self._map(packed, side, across, first, len(own))])
             first += tiles * side * side
-            packed = self.pack(backbone, given, i, numbers.view(tiles, side * side, 1))
-            maps.append([self._map(packed, side, numbers[0], len(own))])
         return maps
 
     def side(self, backbone: Backbone) -> int:
@@ -55,24 +60,37 @@ class LlavaNext(Family):
             patch_size=config.vision_config.image_size,
         )
 
-    def pack(self, backbone: Backbone, given: Mapping[str, Any], i: int, numbers: Tensor) -> Tensor:
-        """(n,) what the model makes of one number a patch, (tiles, patches, 1); -1 at newlines."""
+    def across(self, backbone: Backbone, given: Mapping[str, Any], i: int) -> int:
+        """Columns of tiles of image `i`."""
+        from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+        config = backbone.model.config
+        return get_anyres_image_grid_shape(
+            given["image_sizes"][i], config.image_grid_pinpoints, config.vision_config.image_size
+        )[1]
+
+    def pack(self, backbone: Backbone, given: Mapping[str, Any], i: int, places: Tensor) -> Tensor:
+        """(n, 2) what the model makes of two numbers a patch, (tiles, patches, 2); -1 at
+        newlines."""
         packed, _ = backbone.base.pack_image_features(
-            [numbers],
+            [places],
             given["image_sizes"][i : i + 1],
             vision_feature_select_strategy="full",
-            image_newline=numbers.new_full((1,), -1),
+            image_newline=places.new_full((2,), -1),
         )
-        return packed[0][:, 0]
+        return packed[0]
 
-    def _map(self, packed: Tensor, side: int, first: Tensor, n: int) -> ImageMap:
+    def _map(self, packed: Tensor, side: int, across: int, first: int, n: int) -> ImageMap:
         if len(packed) != n:
             raise RuntimeError(f"an image has {n} features, but its tiles give {len(packed)}")
         area = side * side
-        separator = packed < 0
-        # Bilinear shrinking of large planes leaves fractions: the nearest patch stands for them.
-        patch = torch.where(separator, -1, packed.round().long())
-        tile = torch.where(separator, 0, (patch - first.long()) // area)
+        separator = packed[:, 0] < 0
+        # Shrinking of large planes leaves fractions: the nearest patch stands for them.
+        row, column = (packed + 0.5).floor().long().unbind(1)
+        tile = row // side * across + column // side + 1
+        tile[:area] = 0
+        patch = first + tile * area + row % side * side + column % side
+        patch = torch.where(separator, -1, patch)
         grid = torch.zeros(n, 3, dtype=torch.long)
         plane = torch.arange(n) >= area
         grid[:area] = grid_positions(side, side)
@@ -81,9 +99,7 @@ class LlavaNext(Family):
             # Each row of the plane ends in a newline, so rows are counted by the newlines before.
             row = ends.cumsum(0) - ends.long()
             grid[plane, 1] = row[plane]
-            begins = torch.zeros(n, dtype=torch.long)
-            begins[area:] = area
-            last = torch.where(ends, torch.arange(n) + 1, begins).cummax(0).values
+            last = torch.where(ends, torch.arange(n) + 1, area).cummax(0).values
             last = torch.cat([last.new_full((1,), area), last[:-1]])
             grid[plane, 2] = (torch.arange(n) - last)[plane]
         if int(plane.sum()) == 1:  # one tile, and a newline after it that ends the image
@@ -131,12 +147,12 @@ class LlavaOnevision(LlavaNext):
                 return 1
         return super().tiles(backbone, given, i)
 
-    def pack(self, backbone: Backbone, given: Mapping[str, Any], i: int, numbers: Tensor) -> Tensor:
+    def pack(self, backbone: Backbone, given: Mapping[str, Any], i: int, places: Tensor) -> Tensor:
         ratio = given.get("vision_aspect_ratio") or backbone.model.config.vision_aspect_ratio
         packed, _ = backbone.base.pack_image_features(
-            [numbers],
+            [places],
             given["image_sizes"][i : i + 1],
-            image_newline=numbers.new_full((1,), -1),
+            image_newline=places.new_full((2,), -1),
             vision_aspect_ratio=ratio,
         )
-        return packed[0][:, 0]
+        return packed[0]

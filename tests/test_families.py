@@ -1,0 +1,430 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The matrix of the design, for every family of transformers that vtc supports.
+
+Tiny models of `tests.families` run patched, the way a user would run them, and are held to
+`tests/masked.py`, in which nothing is removed. A covering part of the product runs unmarked.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import softmax
+
+import vtc
+from tests.conftest import Recorder
+from tests.families import FAMILIES, Row, TinyFamily, Unsupported
+from tests.masked import Masked, images_of
+from tests.probes import Fixed, Probe, Ragged, Spy
+from tests.reference import token_loss
+from tests.test_exactness import (
+    ANSWER,
+    CONTROL,
+    NEW,
+    TOLERANCE,
+    assert_greedy,
+    difference,
+    generate,
+    steps_of,
+)
+from vtc.methods.base import (
+    LayerState,
+    Method,
+    Positions,
+    Record,
+    Rows,
+    Selection,
+    VisionTokens,
+)
+
+
+# ---- probes -------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Blend(Probe):
+    """Sequence stage: reads all that no tower is needed for, and gives new contents."""
+
+    positions: Positions = "original"
+    needs = frozenset({"text", "segment"})
+
+    def select(self, tokens: VisionTokens) -> Selection:
+        assert tokens.text is not None
+        assert tokens.segment is not None
+        n = len(tokens)
+        score = tokens.features[:, 1] + 0.01 * (tokens.grid * torch.tensor([5, 3, 1])).sum(1)
+        if tokens.crop is not None:
+            score = score + 0.1 * tokens.crop
+        chosen = score.topk(max(1, n // 3 + tokens.image % 2)).indices.sort().values
+        hint = tokens.text.mean(0) if len(tokens.text) else 0.0
+        if len(tokens.segment):
+            hint = hint + tokens.segment[0]
+        return Selection(
+            chosen, 0.7 * tokens.features[chosen] + 0.2 * tokens.features.mean(0) + 0.1 * hint
+        )
+
+
+@dataclass(frozen=True)
+class Steps(Probe):
+    """Layers stage: reads attention of layers that ran and, unless it is `plain`, of the one about
+    to run and what goes through layers; drops twice, rewrites what stays."""
+
+    first: int = 2
+    second: int = 5
+    positions: Positions = "original"
+    plain: bool = False
+
+    def prune_layers(self, num_layers: int) -> tuple[int, ...]:
+        return (self.first, self.second)
+
+    def taps(self, num_layers: int) -> dict[int, Rows]:
+        return {0: "vision_text", self.first - 1: "last", self.second - 1: "text"}
+
+    def peeks(self, num_layers: int) -> dict[int, Rows]:
+        return {} if self.plain else {self.first: "text", self.second: "last"}
+
+    def records(self, num_layers: int) -> dict[int, frozenset[Record]]:
+        if self.plain:
+            return {}
+        return {
+            0: frozenset({"input", "attention_in", "attention_out"}),
+            self.first - 1: frozenset({"mlp_in", "mlp_out"}),
+            self.second - 1: frozenset({"output", "normed"}),
+        }
+
+    def prune(self, state: LayerState) -> Selection | None:
+        vision = state.vision
+        score = state.attention[state.layer - 1].sum(0)[vision]
+        assert (state.ahead is None) == self.plain
+        if state.ahead is not None:
+            score = score + state.ahead.sum(0)[vision]
+        for kept in state.recorded.values():
+            score = score + 0.01 * kept[vision].mean(1).tanh()
+        score = score + state.attention[0].sum(0)[vision] / len(vision)
+        score = score + 0.001 * state.grid[vision].sum(1)
+        count = len(vision) - len(vision) // (2 + int((score[0] > score.mean()).item()))
+        chosen = score.topk(count).indices.sort().values
+        if state.layer == self.first:
+            return Selection(chosen)
+        contents = state.hidden[vision]
+        return Selection(chosen, 0.8 * contents[chosen] + 0.2 * contents.mean(0))
+
+
+SEQUENCE_ONLY = {"qwen3_5", "gemma3n"}
+"""Families without a layers stage."""
+PLAIN = {"llama4", "gemma4"}
+"""Families of which not all can be read between layers; what cannot is refused."""
+REFUSED = {"mllama", "blip-2", "blip_2", "instructblip"}
+EVERY, NOW = 11, 7
+"""One in so many of the product runs at all, and of these one in so many unmarked."""
+PROBES: dict[str, Callable[[TinyFamily], Method | None]] = {
+    "ragged": lambda family: Ragged(),
+    "ragged-contiguous": lambda family: Ragged(positions="contiguous"),
+    "blend": lambda family: Blend(),
+    "blend-contiguous|fixed": lambda family: (
+        Blend(positions="contiguous") | Fixed(stride=2, positions="contiguous")
+    ),
+    "layers": lambda family: _layers(family, "original"),
+    "layers-contiguous": lambda family: _layers(family, "contiguous"),
+    "ragged|layers": lambda family: _with(
+        Ragged(positions="contiguous"), _layers(family, "contiguous")
+    ),
+    "divprune": lambda family: vtc.DivPrune(keep=0.4),
+    "fastv": lambda family: _with(None, _fastv(family)),
+}
+KINDS = ("one", "ragged", "images", "mixed", "video")
+MODES = (
+    "forward",
+    "greedy",
+    "beam",
+    "sampling",
+    "no_cache",
+    "static_cache",
+    "second_turn",
+    "second_generate",
+    "labels",
+)
+
+
+def _layers(family: TinyFamily, positions: Positions) -> Method | None:
+    if family.model_type in SEQUENCE_ONLY:
+        return None
+    first, second = (1, 2) if "device" in family.name else (2, 5)
+    return Steps(first, second, positions, plain=family.model_type in PLAIN)
+
+
+def _fastv(family: TinyFamily) -> Method | None:
+    return None if family.model_type in SEQUENCE_ONLY else vtc.FastV(keep=0.5, layer=2)
+
+
+def _with(first: Method | None, second: Method | None) -> Method | None:
+    return second if first is None or second is None else first | second
+
+
+# ---- shared -------------------------------------------------------------------------------------
+@cache
+def shared(name: str, attention: str) -> Any:
+    return FAMILIES[name].build(attention)
+
+
+@cache
+def pristine(name: str) -> Any:
+    """For the reference: never patched."""
+    return FAMILIES[name].build("eager")
+
+
+@cache
+def rows_of(name: str, kind: str) -> tuple[Row, ...]:
+    return FAMILIES[name].rows(kind)
+
+
+@cache
+def truths(name: str, probe: str, kind: str, scored: bool = False) -> tuple[Masked, ...]:
+    family = FAMILIES[name]
+    model, method = pristine(name), PROBES[probe](family)
+    return tuple(
+        Masked(family, model, method, row, len(row.input_ids) - (ANSWER if scored else 0))
+        for row in rows_of(name, kind)
+    )
+
+
+@cache
+def distance(name: str, probe: str, kind: str) -> float:
+    """How far the plain model is away at the end of the prompt: the furthest row of the batch."""
+    family, model = FAMILIES[name], pristine(name)
+    found = []
+    for row, truth in zip(rows_of(name, kind), truths(name, probe, kind), strict=True):
+        plain = Masked(family, model, None, row).logits()[0]
+        away = difference(truth.logits()[0][-1], plain[-1])
+        if row.images:
+            found.append(away)
+        else:
+            assert away < TOLERANCE
+    return max(found)
+
+
+def skip_reason(name: str, kind: str, attention: str, mode: str) -> str | None:
+    """Why transformers itself has no such cell, without a patch."""
+    family = FAMILIES[name]
+    if attention not in family.attentions:
+        return f"{name} has no {attention} attention"
+    try:
+        family.rows(kind)
+    except Unsupported as error:
+        return str(error)
+    if kind in family.unstable:
+        return f"{name}: a row of {kind} has other logits in a batch, unpatched"
+    if mode == "beam" and (family.model_type == "llama4" or (name, kind) == ("glm4v", "video")):
+        return f"transformers itself cannot expand the features of {name} for beams"
+    return None
+
+
+def cells() -> list[Any]:
+    found, number = [], 0
+    for name, family in FAMILIES.items():
+        if family.model_type in REFUSED:
+            continue
+        for probe, made in PROBES.items():
+            if made(family) is None:
+                continue
+            for kind in KINDS:
+                for attention in ("eager", "sdpa"):
+                    for mode in MODES:
+                        if skip_reason(name, kind, attention, mode) is not None:
+                            continue
+                        number += 1
+                        if number % EVERY:
+                            continue
+                        marks = [] if number % (EVERY * NOW) == 0 else [pytest.mark.slow]
+                        values = (name, probe, kind, attention, mode)
+                        found.append(pytest.param(*values, marks=marks, id="-".join(values)))
+    return found
+
+
+# ---- running ------------------------------------------------------------------------------------
+def run_forward(family: TinyFamily, model: Any, rows: tuple[Row, ...], expected: Any) -> float:
+    worst = 0.0
+    for side in ("left", "right"):
+        batch = family.collate(rows, side)
+        with torch.no_grad():
+            logits = model(**batch).logits
+        for i, truth in enumerate(expected):
+            real = batch["attention_mask"][i].bool()
+            worst = max(worst, difference(logits[i, real], truth.logits()[0]))
+    return worst
+
+
+def run_generate(
+    family: TinyFamily, model: Any, rows: tuple[Row, ...], expected: Any, **settings: Any
+) -> float:
+    batch = family.collate(rows)
+    if settings.get("do_sample"):  # a placeholder must not be drawn: its features are not there
+        settings["suppress_tokens"] = list(family.never)
+    output = generate(model, batch, **settings)
+    width = batch["input_ids"].shape[1]
+    produced, logits = output.sequences[:, width:], steps_of(output)
+    steps = [t.step_logits(p[None])[0] for t, p in zip(expected, produced, strict=True)]
+    if settings.get("do_sample"):
+        torch.manual_seed(0)
+        for step in range(NEW):
+            found = torch.stack([s[step] for s in steps])
+            found[:, list(family.never)] = -torch.inf
+            chances = softmax(found, dim=-1)
+            assert torch.equal(torch.multinomial(chances, 1)[:, 0], produced[:, step])
+    else:
+        assert_greedy(logits, produced)
+    return max(difference(logits[i], found) for i, found in enumerate(steps))
+
+
+def run_beam(family: TinyFamily, model: Any, rows: tuple[Row, ...], expected: Any) -> float:
+    """The score of the best beam is that of its tokens in the reference."""
+    batch = family.collate(rows)
+    output = generate(model, batch, num_beams=3, output_scores=True)
+    width, worst = batch["input_ids"].shape[1], 0.0
+    for i, truth in enumerate(expected):
+        tokens = output.sequences[i, width:]
+        chances = truth.step_logits(tokens[None])[0].log_softmax(-1)
+        score = float(chances.gather(1, tokens[:, None]).sum()) / NEW
+        worst = max(worst, abs(float(output.sequences_scores[i]) - score))
+    return worst
+
+
+def axial(model: Any) -> bool:
+    return hasattr(getattr(model, "model", model), "rope_deltas")
+
+
+def run_second_turn(family: TinyFamily, model: Any, rows: tuple[Row, ...], expected: Any) -> float:
+    """Two more forwards on the cache of `generate`, with the new tokens only."""
+    batch = family.collate(rows)
+    first = generate(model, batch)
+    width = batch["input_ids"].shape[1]
+    past, sequences, mask = first.past_key_values, first.sequences, batch["attention_mask"]
+    known, worst = width + NEW - 1, 0.0
+    assert past.get_seq_length() == known
+    for turn, count in enumerate((3, 1)):
+        generator = torch.Generator().manual_seed(turn)
+        words = torch.randint(24, family.words_end, (len(rows), count), generator=generator)
+        sequences = torch.cat((sequences, words), dim=1)
+        mask = nn.functional.pad(mask, (0, sequences.shape[1] - mask.shape[1]), value=1)
+        positions = (mask.cumsum(1) - 1).clamp_min(0)[:, known:]
+        if axial(model):
+            deltas = model.model.rope_deltas
+            positions = (positions + deltas)[None].expand(3, -1, -1)
+        elif family.model_type == "paligemma":
+            positions = positions + 1
+        with torch.no_grad():
+            output = model(
+                input_ids=sequences[:, known:],
+                attention_mask=mask,
+                past_key_values=past,
+                position_ids=positions,
+                use_cache=True,
+            )
+        for i, truth in enumerate(expected):
+            answer = truth.logits(sequences[i : i + 1, width:])[0]
+            fed = sequences.shape[1] - known
+            worst = max(worst, difference(output.logits[i], answer[-fed:]))
+        known = sequences.shape[1]
+    return worst
+
+
+def run_second_generate(
+    family: TinyFamily, model: Any, rows: tuple[Row, ...], expected: Any
+) -> float:
+    """`generate` again, with all ids and a copy of the cache of the first turn."""
+    batch = family.collate(rows)
+    first = generate(model, batch)
+    width = batch["input_ids"].shape[1]
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(24, family.words_end, (len(rows), 3), generator=generator)
+    ids = torch.cat((first.sequences, words), dim=1)
+    mask = nn.functional.pad(batch["attention_mask"], (0, ids.shape[1] - width), value=1)
+    second = generate(
+        model,
+        {"input_ids": ids, "attention_mask": mask},
+        past_key_values=copy.deepcopy(first.past_key_values),
+    )
+    logits, worst = steps_of(second), 0.0
+    for i, truth in enumerate(expected):
+        tail = second.sequences[i : i + 1, width:]
+        worst = max(worst, difference(logits[i], truth.step_logits(tail)[0, -NEW:]))
+    return worst
+
+
+def run_labels(family: TinyFamily, model: Any, rows: tuple[Row, ...], expected: Any) -> float:
+    batch = family.collate(rows, "right")
+    from_end = batch["attention_mask"].flip(1).cumsum(1).flip(1)
+    answer = (from_end <= ANSWER) & batch["attention_mask"].bool()
+    labels = batch["input_ids"].masked_fill(~answer, -100)
+    with torch.no_grad():
+        output = model(**batch, labels=labels)
+    worst, own = 0.0, []
+    for i, truth in enumerate(expected):
+        real = batch["attention_mask"][i].bool()
+        own.append(labels[i, real])
+        worst = max(worst, difference(output.logits[i, real], truth.logits()[0]))
+    return max(worst, abs(float(output.loss) - token_loss(list(expected), own)))
+
+
+def run(mode: str, model: Any, name: str, probe: str, kind: str) -> float:
+    family, rows = FAMILIES[name], rows_of(name, kind)
+    expected = truths(name, probe, kind, mode == "labels")
+    runs: dict[str, Callable[..., float]] = {
+        "forward": run_forward,
+        "beam": run_beam,
+        "second_turn": run_second_turn,
+        "second_generate": run_second_generate,
+        "labels": run_labels,
+    }
+    if mode in runs:
+        return runs[mode](family, model, rows, expected)
+    settings: dict[str, dict[str, Any]] = {
+        "greedy": {},
+        "sampling": {"do_sample": True, "top_k": 0, "temperature": 1.0},
+        "no_cache": {"use_cache": False},
+        "static_cache": {"cache_implementation": "static"},
+    }
+    return run_generate(family, model, rows, expected, **settings[mode])
+
+
+@pytest.mark.filterwarnings("ignore:.*positions='contiguous' has no meaning")
+@pytest.mark.parametrize(("name", "probe", "kind", "attention", "mode"), cells())
+def test_cell(
+    name: str, probe: str, kind: str, attention: str, mode: str, recorder: Recorder
+) -> None:
+    method = PROBES[probe](FAMILIES[name])
+    assert method is not None
+    with vtc.patch(shared(name, attention), method) as patch:
+        found = run(mode, patch.model, name, probe, kind)
+    control = distance(name, probe, kind)
+    recorder.note(f"{name} {probe} {kind} {attention} {mode}", found, control)
+    assert control > CONTROL
+    assert found < TOLERANCE
+
+
+# ---- what methods are shown ---------------------------------------------------------------------
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "name", [n for n, family in FAMILIES.items() if family.model_type not in REFUSED]
+)
+def test_methods_are_shown_places_and_tiles(name: str, kind: str) -> None:
+    """Every image and clip with its own grid and tiles; newlines and frame marks are not shown."""
+    family = FAMILIES[name]
+    attention = family.attentions[-1]
+    if (reason := skip_reason(name, kind, attention, "forward")) is not None:
+        pytest.skip(reason)
+    spy, rows = Spy(Fixed(stride=1)), rows_of(name, kind)
+    with vtc.patch(shared(name, attention), spy) as patch, torch.no_grad():
+        patch.model(**family.collate(rows))
+    shown = [tokens for tokens, _ in spy.notes if isinstance(tokens, VisionTokens)]
+    expected = [image for row in rows for image in images_of(family, row)]
+    assert len(shown) == len(expected)
+    for tokens, image in zip(shown, expected, strict=True):
+        assert tokens.grid.tolist() == [list(place) for place in image.grid]
+        crop = None if tokens.crop is None else tuple(tokens.crop.tolist())
+        assert crop == image.crop
