@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +35,8 @@ from tests.test_exactness import (
     generate,
     steps_of,
 )
+from vtc.families import FAMILIES as SUPPORTED
+from vtc.families.page import page
 from vtc.methods.base import (
     LayerState,
     Method,
@@ -428,3 +431,16 @@ def test_methods_are_shown_places_and_tiles(name: str, kind: str) -> None:
         assert tokens.grid.tolist() == [list(place) for place in image.grid]
         crop = None if tokens.crop is None else tuple(tokens.crop.tolist())
         assert crop == image.crop
+
+
+def test_the_page_of_models_is_current() -> None:
+    """As `vtc models --markdown > MODELS.md` makes it."""
+    assert (Path(__file__).parent.parent / "MODELS.md").read_text() == page()
+
+
+def test_every_supported_model_type_is_in_the_matrix() -> None:
+    """The families of tests/test_exactness.py and of this file are all that is called tested."""
+    here = {family.model_type for family in FAMILIES.values()} | {"llava"}
+    supported = {kind for family in SUPPORTED for kind in family.model_types}
+    assert supported <= here
+    assert here - supported <= REFUSED

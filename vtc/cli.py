@@ -100,17 +100,21 @@ def _describe(cls: type[Method]) -> tuple[str, str, str]:
 
 
 @app.command()
-def models() -> None:
+def models(
+    markdown: Annotated[bool, typer.Option(help="Print the page MODELS.md.")] = False,
+) -> None:
     """List the model families that vtc patches."""
     import vtc
+    from vtc.families.page import COLUMNS, page, row
 
+    if markdown:
+        print(page(), end="")
+        return
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for header in ("family", "model types of transformers", "stages", "tested"):
+    for header in COLUMNS:
         table.add_column(header, overflow="fold")
     for family in vtc.models():
-        types = ", ".join(family.model_types) or "any other of the common shape, with a warning"
-        tested = "yes" if family.tested else "no"
-        table.add_row(family.name, types, ", ".join(family.stages), tested)
+        table.add_row(*row(family))
     _console().print(table)
 
 

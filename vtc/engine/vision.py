@@ -182,7 +182,8 @@ class VisionSide:
             signals = self._fewer(out, reductions, merged, given)
         else:
             features = self.family.features(out)
-            with self.heard.measure(device):
+            # The vision clock includes what is heard, and the report takes it off again.
+            with self.clock.measure(device), self.heard.measure(device):
                 signals = self._all(modality, given, features)
         self._remember(self.family.features(out), signals)
         for tap in self.taps.values():

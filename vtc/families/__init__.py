@@ -54,18 +54,47 @@ GENERIC = Family()
 
 @dataclass(frozen=True)
 class FamilyInfo:
-    """What `vtc.models()` tells of a family."""
+    """What `vtc.models()` tells of a family.
+
+    Attributes:
+        name: of the family.
+        model_types: the `config.model_type` of its models; none for the generic family.
+        stages: where methods can act.
+        video: whether clips are compressed.
+        positions: "one axis", on which gaps can close, or "places in the picture" (m-RoPE).
+        attention: how the tokens of an image see one another.
+        tower: whether methods can read the vision tower.
+        tested: whether it is held to the reference; else it works with a warning.
+        about: what is particular to it.
+    """
 
     name: str
     model_types: tuple[str, ...]
     stages: tuple[str, ...]
+    video: bool
+    positions: str
+    attention: str
+    tower: bool
     tested: bool
+    about: str
 
 
 def models() -> list[FamilyInfo]:
     """The supported families; "generic" stands for any other model of the common shape."""
-    tested = [FamilyInfo(f.name, f.model_types, f.stages, True) for f in FAMILIES]
-    return [*tested, FamilyInfo(GENERIC.name, (), GENERIC.stages, False)]
+    return [
+        FamilyInfo(
+            name=f.name,
+            model_types=f.model_types,
+            stages=f.stages,
+            video=f.video,
+            positions="places in the picture" if f.axial else "one axis",
+            attention=f.attention,
+            tower=f.tower,
+            tested=bool(f.model_types),
+            about=" ".join((type(f).__doc__ or "").split("\n\n")[0].split()),
+        )
+        for f in (*FAMILIES, GENERIC)
+    ]
 
 
 def find(model: nn.Module) -> tuple[Family, Backbone]:

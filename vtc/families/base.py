@@ -87,11 +87,13 @@ class Family:
         stages: where methods can act.
         merger: the method of the base model that puts features into the sequence.
         masks_in_base: the base model makes the attention masks, not the decoder.
+        attention: how the tokens of an image see one another, for `vtc models`.
         axial: rotary positions have several axes (m-RoPE), on which vision tokens stand by their
             place in the picture: gaps of dropped tokens cannot close.
         joins: modalities of which features that follow one another without text between, and are
             of one `ImageMap.group`, are one image or clip.
         video: whether clips are supported.
+        tower: whether attention and keys of the vision tower can be read for methods that need it.
         clips_as_images: the base model encodes clips with `get_image_features`.
     """
 
@@ -100,9 +102,11 @@ class Family:
     stages: ClassVar[tuple[str, ...]] = ("pixels", "encoder", "sequence", "layers")
     merger: ClassVar[str] = "get_placeholder_mask"
     masks_in_base: ClassVar[bool] = False
+    attention: ClassVar[str] = "causal"
     axial: ClassVar[bool] = False
     joins: ClassVar[tuple[Modality, ...]] = ()
     video: ClassVar[bool] = False
+    tower: ClassVar[bool] = True
     clips_as_images: ClassVar[bool] = False
 
     # ---- where things are ---------------------------------------------------------------------
@@ -235,6 +239,11 @@ class Family:
     # ---- vision -------------------------------------------------------------------------------
     def tower_attention(self, backbone: Backbone) -> list[nn.Module]:
         """The attention module of each layer of the vision tower, first to last."""
+        if not self.tower:
+            raise UnsupportedModelError(
+                f"model: in the vision tower of {type(backbone.model).__name__} vtc reads no "
+                "attention and no keys; use a method that needs neither"
+            )
         encoder = getattr(backbone.tower, "encoder", None)
         layers: Any = getattr(encoder, "layers", None) or ()
         modules: list[Any] = [getattr(layer, "self_attn", None) for layer in layers]

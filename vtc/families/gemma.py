@@ -34,6 +34,7 @@ class PaliGemma(Family):
     model_types: ClassVar[tuple[str, ...]] = ("paligemma",)
     stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
     masks_in_base: ClassVar[bool] = True
+    attention: ClassVar[str] = "both directions, all of the prompt"
 
     def blocks(self, backbone: Backbone, given: Mapping[str, Any]) -> Tensor | None:
         kinds = given.get("token_type_ids")
@@ -48,6 +49,7 @@ class Gemma3(Family):
     model_types: ClassVar[tuple[str, ...]] = ("gemma3",)
     stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
     masks_in_base: ClassVar[bool] = True
+    attention: ClassVar[str] = "both directions"
     kinds: ClassVar[str] = "token_type_ids"
 
     def blocks(self, backbone: Backbone, given: Mapping[str, Any]) -> Tensor | None:
@@ -109,14 +111,12 @@ class Gemma3n(Family):
     name: ClassVar[str] = "gemma3n"
     model_types: ClassVar[tuple[str, ...]] = ("gemma3n",)
     stages: ClassVar[tuple[str, ...]] = ("sequence",)
+    tower: ClassVar[bool] = False
 
     def placeholders(
         self, backbone: Backbone, output: Any, given: Mapping[str, Any]
     ) -> dict[Modality, Tensor]:
         return super().placeholders(backbone, output[0], given)  # the other is of sounds
-
-    def tower_attention(self, backbone: Backbone) -> list[Any]:
-        raise UnsupportedModelError("model: the vision tower of Gemma 3n has no attention to read")
 
     def image_maps(
         self, backbone: Backbone, modality: Modality, given: Mapping[str, Any], features: Any
@@ -130,6 +130,8 @@ class Gemma4(Gemma3):
 
     name: ClassVar[str] = "gemma4"
     model_types: ClassVar[tuple[str, ...]] = ("gemma4",)
+    tower: ClassVar[bool] = False
+    attention: ClassVar[str] = "both directions; causal in the small models"
     kinds: ClassVar[str] = "mm_token_type_ids"
     video: ClassVar[bool] = True
 
@@ -137,9 +139,6 @@ class Gemma4(Gemma3):
         if backbone.decoder.config.use_bidirectional_attention != "vision":
             return None
         return super().blocks(backbone, given)
-
-    def tower_attention(self, backbone: Backbone) -> list[Any]:
-        raise UnsupportedModelError("model: vtc reads no attention in the vision tower of Gemma 4")
 
     def image_maps(
         self, backbone: Backbone, modality: Modality, given: Mapping[str, Any], features: Any

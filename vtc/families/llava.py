@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from .base import Backbone, Family, ImageMap, Modality, UnsupportedModelError, grid_positions
+from .base import Backbone, Family, ImageMap, Modality, grid_positions
 
 
 class Llava(Family):
@@ -73,6 +73,7 @@ class Ovis2(Family):
     name: ClassVar[str] = "ovis2"
     model_types: ClassVar[tuple[str, ...]] = ("ovis2",)
     stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
+    tower: ClassVar[bool] = False
 
     def image_maps(
         self, backbone: Backbone, modality: Modality, given: Mapping[str, Any], features: Any
@@ -88,12 +89,7 @@ class Convolutional(Family):
     name: ClassVar[str] = "got_ocr2, fast_vlm"
     model_types: ClassVar[tuple[str, ...]] = ("got_ocr2", "fast_vlm")
     stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
-
-    def tower_attention(self, backbone: Backbone) -> list[Any]:
-        raise UnsupportedModelError(
-            f"model: the vision tower of {type(backbone.model).__name__} has no attention of a "
-            "kind that vtc reads"
-        )
+    tower: ClassVar[bool] = False
 
     def image_maps(
         self, backbone: Backbone, modality: Modality, given: Mapping[str, Any], features: Any
@@ -107,6 +103,7 @@ class PerceptionLM(Convolutional):
 
     name: ClassVar[str] = "perception_lm"
     model_types: ClassVar[tuple[str, ...]] = ("perception_lm",)
+    tower: ClassVar[bool] = False
     joins: ClassVar[tuple[Modality, ...]] = ("image", "video")
     video: ClassVar[bool] = True
     clips_as_images: ClassVar[bool] = True
@@ -132,6 +129,7 @@ class KimiK25(Family):
     name: ClassVar[str] = "kimi_k25"
     model_types: ClassVar[tuple[str, ...]] = ("kimi_k25",)
     stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
+    tower: ClassVar[bool] = False
 
     def image_maps(
         self, backbone: Backbone, modality: Modality, given: Mapping[str, Any], features: Any
@@ -142,8 +140,3 @@ class KimiK25(Family):
             by = round((rows * columns / len(own)) ** 0.5)
             maps.append([ImageMap(grid_positions(rows // by, columns // by))])
         return maps
-
-    def tower_attention(self, backbone: Backbone) -> list[Any]:
-        raise UnsupportedModelError(
-            "model: vtc reads no attention in the vision tower of Kimi K2.5"
-        )

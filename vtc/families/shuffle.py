@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .base import Backbone, Family, ImageMap, Modality, UnsupportedModelError, merged_patches
+from .base import Backbone, Family, ImageMap, Modality, merged_patches
 
 
 class Shuffled(Family):
@@ -115,6 +115,7 @@ class Idefics2(Family):
     name: ClassVar[str] = "idefics2"
     model_types: ClassVar[tuple[str, ...]] = ("idefics2",)
     stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
+    tower: ClassVar[bool] = False
     merger: ClassVar[str] = "inputs_merger"
 
     def placeholders(
@@ -139,15 +140,14 @@ class Llama4(Shuffled):
 
     name: ClassVar[str] = "llama4"
     model_types: ClassVar[tuple[str, ...]] = ("llama4",)
+    tower: ClassVar[bool] = False
+    attention: ClassVar[str] = "causal, in chunks"
 
     def features(self, output: Any) -> Any:
         return output.last_hidden_state
 
     def per_side(self, backbone: Backbone) -> int:
         return round(1 / backbone.model.config.vision_config.pixel_shuffle_ratio)
-
-    def tower_attention(self, backbone: Backbone) -> list[Any]:
-        raise UnsupportedModelError("model: vtc reads no attention in the vision tower of Llama 4")
 
 
 class Mistral3(Family):

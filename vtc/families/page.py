@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page MODELS.md, made from the families."""
+
+from __future__ import annotations
+
+from . import FamilyInfo, models
+
+COLUMNS = (
+    "family",
+    "stages",
+    "video",
+    "positions",
+    "tokens of an image see",
+    "tower read",
+    "tested",
+)
+
+_HEAD = """# Models
+
+Made by `vtc models --markdown > MODELS.md`; CI checks that it is current.
+
+Tested means: held to a reference in which dropped tokens are masked instead of removed, on small
+random models of the family, at prefill and through cached decoding (greedy, beams, sampling, static
+caches, no cache, further turns, labels), at batch 1 and in padded batches with several images, rows
+without images and, where there are any, clips (`tests/test_families.py`). Real checkpoints load on
+your machine. Methods that read the vision tower work where it says so; elsewhere they are refused.
+
+"""
+
+
+def row(family: FamilyInfo) -> tuple[str, ...]:
+    """The cells of one family."""
+    return (
+        family.name if family.model_types else "any other of the common shape, with a warning",
+        ", ".join(family.stages),
+        "yes" if family.video else "-",
+        family.positions,
+        family.attention,
+        "yes" if family.tower else "-",
+        "matrix" if family.tested else "-",
+    )
+
+
+def page() -> str:
+    """All of MODELS.md."""
+    lines = [" | ".join(COLUMNS), " | ".join("---" for _ in COLUMNS)]
+    lines += [" | ".join(row(family)) for family in models()]
+    table = "\n".join(f"| {line} |" for line in lines)
+    about = "\n".join(f"- **{f.name}**: {f.about}" for f in models())
+    return f"{_HEAD}{table}\n\n## What is particular\n\n{about}\n"
