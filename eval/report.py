@@ -80,13 +80,14 @@ def _block(title: str, rows: Sequence[Mapping[str, Any]], scale: float, unit: st
         title=title + size, title_justify="left", title_style="bold", box=SIMPLE_HEAD,
         pad_edge=False, show_edge=False,
     )  # fmt: skip
-    drawn.add_column("\nmethod", overflow="fold", max_width=26)
+    drawn.add_column("\nmethod", overflow="fold", max_width=22)
     drawn.add_column("\nkeep", justify="right")
     drawn.add_column("accuracy, %\n[95 % interval]", justify="right", no_wrap=True)
     drawn.add_column("same as\nfull, %", justify="right")
-    drawn.add_column("vision tokens per\nlayer × layers", overflow="fold", max_width=24)
+    drawn.add_column("vision tokens per\nlayer × layers", overflow="fold", max_width=20)
     drawn.add_column("tokens,\nmean", justify="right")
     drawn.add_column(f"LM,\n{unit}", justify="right")
+    drawn.add_column("KV,\nMiB", justify="right")
     drawn.add_column("prefill,\nms", justify="right")
     drawn.add_column("selector,\nms", justify="right")
     for cell in rows:
@@ -104,6 +105,7 @@ def _block(title: str, rows: Sequence[Mapping[str, Any]], scale: float, unit: st
             runs(tokens["per_layer"]) if tokens else _NONE,
             _number(tokens["equivalent"] if tokens else None),
             _NONE if lm is None else f"{lm / scale:.3g}",
+            _NONE if cell["kv_bytes"] is None else f"{cell['kv_bytes'] / 2**20:.3g}",
             _number(ms["lm"] if ms else None),
             _number(ms["selector"] if ms else None, 2),
         )

@@ -514,6 +514,8 @@ def run(settings: Settings, observer: Observer | None = None) -> dict[str, Any]:
     Raises:
         BadInput: something given does not work; nothing was run then.
     """
+    from .page import machine  # the page imports this module
+
     observer = observer or Observer()
     cells = plan(settings)
     try:
@@ -555,6 +557,7 @@ def run(settings: Settings, observer: Observer | None = None) -> dict[str, Any]:
             "vtc": vtc.__version__,
             "settings": _json({**vars(settings), "model": source.id}),
             "model": source.summary,
+            "machine": machine(source.device),
         }
         for i in todo:
             cell = cells[i]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `vtc methods | models | show | suite | eval`.
+"""The command line: `vtc methods | models | presets | show | suite | eval | bench`.
 
 Heavy imports (PyTorch, transformers, lmms-eval) wait until a command needs them, so that `--help`
 and bad input answer at once.
@@ -211,6 +211,9 @@ def evaluate(
     lmms_model: Annotated[
         str | None, typer.Option(help="lmms-eval's class, if the model's type does not tell.")
     ] = None,
+    page: Annotated[
+        bool, typer.Option(help="Write report.html, with samples and the tokens kept of them.")
+    ] = True,
 ) -> None:
     """Run methods on tasks through lmms-eval; print a table, write results.json and a picture.
 
@@ -249,7 +252,7 @@ def evaluate(
             results = run(settings, _observer(progress))
     except BadInput as error:
         raise _fail(error.option, error.message) from None
-    _present(results, settings.out, time.perf_counter() - started)
+    _present(results, settings.out, started, page)
 
 
 def _progress(console: Console) -> Progress:
@@ -297,8 +300,9 @@ def _observer(progress: Progress) -> Observer:
     return Bar()
 
 
-def _present(results: Mapping[str, Any], out: Path, seconds: float) -> None:
-    """Print the table, draw the picture; exit code 1 if a cell failed."""
+def _present(results: Mapping[str, Any], out: Path, started: float, page: bool) -> None:
+    """Print the table, draw the picture, write the page; exit code 1 if a cell failed."""
+    from vtc.eval.page import write_page
     from vtc.eval.report import table
 
     from .plots import tradeoff
@@ -309,8 +313,95 @@ def _present(results: Mapping[str, Any], out: Path, seconds: float) -> None:
     if any(c["status"] == "done" and c["tokens"] for c in results["cells"]):
         tradeoff(results).savefig(out / "tradeoff.png")
         written.append("tradeoff.png")
+    if page:
+        try:
+            written.append(write_page(out).name)
+        except (OSError, ValueError) as error:  # the figures stand without it
+            console.print(f"no page: {error}", style="red", markup=False)
+    seconds = time.perf_counter() - started
     console.print(f"\n{out}: {', '.join(written)} ({seconds:.0f} s)", soft_wrap=True)
     if any(c["status"] != "done" for c in results["cells"]):
+        raise typer.Exit(1)
+
+
+# ---- vtc bench ----------------------------------------------------------------------------------
+@app.command()
+def bench(
+    config: Annotated[
+        str, typer.Option(help="speed-bar, llava-1.5-7b, ..., a folder, or an id on the hub.")
+    ] = "speed-bar",
+    layers: Annotated[int | None, typer.Option(help="Decoder layers, if not all.")] = None,
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained", help="The checkpoint's weights, not random ones.")
+    ] = False,
+    methods: Annotated[
+        str, typer.Option(help="Methods, with commas between: todre,fastv:layer=3.")
+    ] = "todre,divprune,visionzip,fastv",
+    keep: Annotated[
+        str, typer.Option(help="Fractions or numbers of tokens per image, with commas between.")
+    ] = "0.1",
+    batch: Annotated[str, typer.Option(help="Batch sizes, with commas between: 1,4,8.")] = "1",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, float16, with commas between.")
+    ] = "float32",
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1. Without it, a GPU if there is one.")
+    ] = None,
+    image: Annotated[str | None, typer.Option(help="Height x width in pixels, 672x840.")] = None,
+    text: Annotated[int, typer.Option(help="Tokens of text in the prompt.")] = 64,
+    decode: Annotated[int, typer.Option(help="New tokens after each prefill.")] = 8,
+    unpatched: Annotated[
+        bool, typer.Option(help="Run the plain model on all tokens, which takes longest.")
+    ] = True,
+    warmup: Annotated[int, typer.Option(help="Turns that do not count.")] = 1,
+    repeats: Annotated[int, typer.Option(help="Turns that count.")] = 7,
+    threads: Annotated[int | None, typer.Option(help="Threads of PyTorch on a CPU.")] = None,
+    seed: Annotated[int, typer.Option(help="Of weights, inputs and sampling methods.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.csv.")] = Path(
+        "results/bench"
+    ),
+) -> None:
+    """Time prefill, selection and decoding, and the memory they take, beside the plain model.
+
+    Every method also beside the plain model that was given the short sequence outright. Exit code
+    1 if something failed, 2 if something given does not work.
+    """
+    from vtc.eval import bench as timing
+    from vtc.eval.run import BadInput
+    from vtc.spec import parse_keep, split_list
+
+    try:
+        keeps = tuple(parse_keep(part) for part in split_list(keep))
+        names = tuple(split_list(methods))
+    except ValueError as error:
+        raise _fail("--keep" if "keep:" in str(error) else "--methods", str(error)) from None
+    try:
+        batches = tuple(int(part) for part in split_list(batch))
+    except ValueError:
+        raise _fail("--batch", f"expected whole numbers, got {batch!r}") from None
+    size = None
+    if image is not None:
+        height, cross, width = image.partition("x")
+        if not (cross and height.isdecimal() and width.isdecimal()):
+            raise _fail("--image", f"expected height x width, as 672x840, got {image!r}")
+        size = int(height), int(width)
+    settings = timing.Settings(
+        config=config, layers=layers, pretrained=pretrained, methods=names, keeps=keeps,
+        batches=batches, dtypes=tuple(split_list(dtype)), device=device, image=size, text=text,
+        decode=decode, unpatched=unpatched, warmup=warmup, repeats=repeats, threads=threads,
+        seed=seed, out=out,
+    )  # fmt: skip
+    started = time.perf_counter()
+    try:
+        with _progress(Console(file=sys.stderr, highlight=False)) as progress:
+            results = timing.run(settings, _observer(progress))
+    except BadInput as error:
+        raise _fail(error.option, error.message) from None
+    console = _console()
+    console.print(timing.table(results))
+    seconds = time.perf_counter() - started
+    console.print(f"\n{out}: bench.json, bench.csv ({seconds:.0f} s)", soft_wrap=True)
+    if any(row["status"] != "done" for row in results["rows"]):
         raise typer.Exit(1)
 
 

@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sorting of tables and the sample viewer. What is chosen is kept in the address after "#", so that
+// a link shows the same: sort=TABLE.COLUMN.ascending, sample=ID, cell=NUMBER. Text from data is only
+// ever set as text.
+"use strict";
+(() => {
+  const state = new URLSearchParams(location.hash.includes("=") ? location.hash.slice(1) : "");
+  const remember = (name, value) => {
+    state.set(name, value);
+    try { history.replaceState(null, "", "#" + state); } catch { /* some browsers refuse for files */ }
+  };
+
+  // ---- tables ----
+  const order = (table, column, direction) => {
+    const body = table.tBodies[0];
+    const sign = direction === "ascending" ? 1 : -1;
+    const key = (row) => row.cells[column].dataset.sort;
+    const numeric = table.tHead.rows[0].cells[column].classList.contains("number");
+    const rows = [...body.rows];
+    rows.sort((a, b) => {
+      const x = key(a), y = key(b);
+      // Rows without a value stay at the end, whichever way.
+      if (x === undefined || y === undefined) return (x === undefined) - (y === undefined);
+      return sign * (numeric ? x - y : x.localeCompare(y, "en", { numeric: true }));
+    });
+    body.append(...rows);
+    for (const cell of table.tHead.rows[0].cells) cell.setAttribute("aria-sort", "none");
+    table.tHead.rows[0].cells[column].setAttribute("aria-sort", direction);
+  };
+  for (const table of document.querySelectorAll("table.sortable")) {
+    [...table.tHead.rows[0].cells].forEach((cell, column) => {
+      cell.querySelector("button").addEventListener("click", () => {
+        const down = cell.getAttribute("aria-sort") === "ascending" ||
+          (cell.getAttribute("aria-sort") === "none" && cell.classList.contains("number"));
+        const direction = down ? "descending" : "ascending";
+        order(table, column, direction);
+        remember("sort", `${table.id}.${column}.${direction}`);
+      });
+    });
+  }
+  const asked = /^([\w-]+)\.(\d+)\.(ascending|descending)$/.exec(state.get("sort") || "");
+  const sorted = asked && document.getElementById(asked[1]);
+  if (sorted && sorted.matches("table.sortable") && sorted.tHead.rows[0].cells[asked[2]]) {
+    const cell = sorted.tHead.rows[0].cells[asked[2]];
+    cell.setAttribute("aria-sort", asked[3] === "ascending" ? "descending" : "ascending");
+    cell.querySelector("button").click(); // the other way round
+  }
+
+  // ---- samples ----
+  const holder = document.getElementById("data");
+  if (!holder) return;
+  const data = JSON.parse(holder.textContent);
+  const at = (id) => document.getElementById(id);
+  const make = (name, text, parent, kind) => {
+    const made = document.createElement(name);
+    made.textContent = text;
+    if (kind) made.className = kind;
+    parent.append(made);
+    return made;
+  };
+  const draw = (name, attributes) => {
+    const made = document.createElementNS("http://www.w3.org/2000/svg", name);
+    for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+    at("picture").append(made);
+  };
+  const verdict = (score) =>
+    score === 1 ? ["\u2713 right", "good"] : score === 0 ? ["\u2717 wrong", "bad"]
+      : score === null ? ["not scored", ""] : [`score ${Number(score.toFixed(3))}`, ""];
+
+  const drawTokens = (stage, grid, width, height) => {
+    const [rows, columns] = grid;
+    const on = (r, c) => r >= 0 && c >= 0 && r < rows && c < columns &&
+      (parseInt(stage.bits[(r * columns + c) >> 2], 16) >> (3 - ((r * columns + c) & 3))) & 1;
+    const w = width / columns, h = height / rows;
+    let dark = "", border = "";
+    for (let r = 0; r <= rows; r++) {
+      for (let c = 0; c <= columns; c++) {
+        const x = (c * w).toFixed(2), y = (r * h).toFixed(2);
+        if (r < rows && c < columns && !on(r, c)) {
+          dark += `M${x} ${y}h${(w + 0.05).toFixed(2)}v${(h + 0.05).toFixed(2)}h${(-w - 0.05).toFixed(2)}z`;
+        }
+        if (!on(r, c) !== !on(r - 1, c)) border += `M${x} ${y}h${w.toFixed(2)}`;
+        if (!on(r, c) !== !on(r, c - 1)) border += `M${x} ${y}v${h.toFixed(2)}`;
+      }
+    }
+    draw("path", { d: dark, class: "dropped" });
+    draw("path", { d: border, class: "border" });
+  };
+
+  let now = { sample: 0, cell: 0, stage: null };
+  const cellsOf = (sample) => data.cells.map((cell, i) => i).filter((i) => sample.cells[i]);
+  const show = () => {
+    const sample = data.samples[now.sample];
+    const mine = cellsOf(sample);
+    if (!mine.includes(now.cell)) now.cell = mine[mine.length - 1];
+    const cell = data.cells[now.cell], said = sample.cells[now.cell];
+    at("pick-sample").value = now.sample;
+    const pick = at("pick-cell");
+    pick.replaceChildren();
+    for (const i of mine) make("option", data.cells[i].name, pick).value = i;
+    pick.value = now.cell;
+
+    const stages = said.stages || [];
+    const chooser = at("pick-stage");
+    chooser.replaceChildren();
+    stages.forEach((stage, i) => { make("option", stage.name, chooser).value = i; });
+    // Unless one was chosen, the last that still has tokens: some methods drop all in the end.
+    const stage = stages.find((each) => each.name === now.stage) ||
+      stages.findLast((each) => each.kept) || stages[0];
+    if (stage) chooser.value = stages.indexOf(stage);
+    at("stage-label").hidden = stages.length < 2;
+
+    const picture = at("picture");
+    picture.replaceChildren();
+    picture.toggleAttribute("hidden", !sample.image);
+    const caption = [];
+    if (sample.image) {
+      const [width, height] = sample.size;
+      picture.setAttribute("viewBox", `0 0 ${width} ${height}`);
+      draw("image", { href: "data:image/jpeg;base64," + sample.image, width, height });
+      if (stage) {
+        drawTokens(stage, said.grid, width, height);
+        caption.push(`${cell.name}, ${stage.name}: ${stage.kept} of ${said.grid[0] * said.grid[1]} tokens`);
+      } else if (cell.blind) {
+        caption.push("blind: the model was shown grey in place of this picture");
+      } else {
+        caption.push(sample.note || "what was kept is not known");
+      }
+    } else {
+      caption.push(sample.note || "the picture is not at hand");
+    }
+    at("caption").textContent = caption.join(" ");
+
+    const facts = at("facts");
+    facts.replaceChildren();
+    const fact = (name, value, kind) => { make("dt", name, facts); make("dd", value, facts, kind); };
+    fact("question", sample.question === null ? "(not at hand)" : sample.question);
+    fact("truth", sample.truth);
+    fact("answer", said.answer);
+    fact("result", ...verdict(said.score));
+    if (sample.type) fact("type", sample.type);
+    if (said.second !== null) fact("second pass", `answered "${said.second}", not what was logged: the tokens drawn may not be those of the run`);
+
+    const body = at("all").tBodies[0];
+    body.replaceChildren();
+    for (const i of mine) {
+      const row = make("tr", "", body);
+      if (i === now.cell) row.setAttribute("aria-current", "true");
+      const head = make("th", "", row);
+      head.scope = "row";
+      const button = make("button", data.cells[i].name, head);
+      button.type = "button";
+      button.addEventListener("click", () => choose({ cell: i }));
+      make("td", sample.cells[i].answer, row);
+      const [text, kind] = verdict(sample.cells[i].score);
+      make("td", text, row, kind);
+    }
+  };
+  const choose = (change) => {
+    now = { ...now, ...change };
+    show();
+    remember("sample", data.samples[now.sample].id);
+    remember("cell", now.cell);
+  };
+  data.samples.forEach((sample, i) => {
+    const text = sample.question === null ? "" : ": " + sample.question;
+    make("option", (sample.id + text).slice(0, 90), at("pick-sample")).value = i;
+  });
+  const number = (element) => Number(element.value);
+  at("pick-sample").addEventListener("change", (event) => choose({ sample: number(event.target) }));
+  at("pick-cell").addEventListener("change", (event) => choose({ cell: number(event.target) }));
+  at("pick-stage").addEventListener("change", (event) => {
+    choose({ stage: event.target.selectedOptions[0].textContent });
+  });
+  const step = (by) => {
+    const count = data.samples.length;
+    choose({ sample: (now.sample + by + count) % count });
+  };
+  at("previous").addEventListener("click", () => step(-1));
+  at("next").addEventListener("click", () => step(1));
+  now.sample = Math.max(0, data.samples.findIndex((sample) => sample.id === state.get("sample")));
+  now.cell = state.has("cell") && data.cells[state.get("cell")] ? Number(state.get("cell")) : data.first;
+  show();
+})();
