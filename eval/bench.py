@@ -434,7 +434,8 @@ class _Tower:
         if self.patch is not None:
             # What vtc reads afterwards is on the same clock, and no part of this one. A copy of
             # the events, as asking for milliseconds would wait for the device.
-            heard = self.patch._engine.vision.heard
+            engine: Any = self.patch._engine
+            heard = engine.vision.heard
             self.heard._host_ms, self.heard._events = heard._host_ms, list(heard._events)
         if self.keep is not None:
             out.pooler_output = [features[: self.keep] for features in out.pooler_output]

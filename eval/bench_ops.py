@@ -4,9 +4,11 @@
     python -m vtc.eval.bench_ops                  288 of 2880 tokens at d = 1024
     python -m vtc.eval.bench_ops --n 576 --k 58 --d 4096 --threads 1
 
-A selector that compares tokens can work in steps, with one product of a row and all tokens for each
-choice, or make all pairs at once. Both are timed here, with the library's own function, in turns in
-one process; `ratio` is the library's time over that of the better way. The naive twins loop in
+A selector that compares tokens can work in steps, with products for the similarities that a choice
+needs, or make all pairs at once. Both are timed here, with the library's own function, in turns in
+one process; `ratio` is the library's time over that of the better way. Density peaks need all
+pairs whichever way: beside them stands what PyTorch's own functions take for the distances and the
+nearest points alone. Ranking compares nothing. The naive twins loop in
 Python and are timed with a tenth of the tokens, against the library with as many.
 """
 
@@ -57,36 +59,95 @@ def _similarity(x: Tensor) -> Tensor:
     return rows @ rows.T
 
 
+def _least_similar(
+    running: Tensor, row: Callable[[Tensor], Tensor], k: int, first: Tensor
+) -> Tensor:
+    """Farthest-first from `first`, given `running` similarities to it."""
+    chosen = [first]
+    for _ in range(1, k):
+        running = running.index_fill(0, torch.stack(chosen), torch.inf)
+        chosen.append(running.argmin())
+        running = torch.maximum(running, row(chosen[-1]))
+    return torch.stack(chosen)
+
+
 def _max_min_in_steps(x: Tensor, k: int) -> Tensor:
-    with mock.patch.object(greedy, "_all_pairs", return_value=False):
-        return ops.farthest_first(x, k, ops.most_isolated(x))
+    """The start needs all pairs, a block of rows at a time; the rest a product for each choice."""
+    rows, first = unit_rows(x), ops.most_isolated(x)
+    return _least_similar(rows.mv(rows[first]), lambda i: rows.mv(rows[i]), k, first)
 
 
-def _coverage_in_steps(x: Tensor, k: int) -> Tensor:
-    """Facility location with every gain taken anew in every step."""
-    similarity = _similarity(x).T.contiguous()
-    covered = similarity.new_zeros(len(x))
-    chosen = torch.empty(k, dtype=torch.long)
+def _max_min_of_pairs(x: Tensor, k: int) -> Tensor:
+    pairs = _similarity(x)
+    first = pairs.fill_diagonal_(-torch.inf).amax(1).argmin()
+    return _least_similar(pairs[first], lambda i: pairs[i], k, first)
+
+
+def _coverage(x: Tensor, k: int, pairs: bool) -> Tensor:
+    """Facility location; each step mends the gains by the rows that are now covered better.
+
+    The first gains need all pairs, in blocks of rows if they are not kept; the rows of a step are
+    looked up in them, or made anew.
+    """
+    rows = unit_rows(x)
+    similarity = rows @ rows.T if pairs else None
+    covered, chosen = rows.new_zeros(len(x)), torch.empty(k, dtype=torch.long)
+    gain = sum((part @ rows.T).clamp_min_(0).sum(0) for part in rows.split(512))
+    assert isinstance(gain, Tensor)
+    if similarity is not None:
+        gain = similarity.clamp_min(0).sum(0)
     for step in range(k):
-        index = (similarity - covered).clamp_min_(0).sum(1).argmax()
-        chosen[step] = index
-        covered = torch.maximum(covered, similarity[index])
+        chosen[step] = index = gain.argmax()
+        column = rows.mv(rows[index]) if similarity is None else similarity[index]
+        some = (column > covered).nonzero().squeeze(1)
+        here = rows[some] @ rows.T if similarity is None else similarity[some]
+        before, now = covered[some, None], column[some, None]
+        gain = gain - (here.clamp_min(before) - here.clamp_min(now) + now - before).sum(0)
+        gain[index] = -torch.inf
+        covered[some] = column[some]
     return chosen
 
 
-def _dpp_in_steps(x: Tensor, k: int) -> Tensor:
-    """The same determinantal point process, rows of its kernel made when they are needed."""
+def _dpp(x: Tensor, k: int, pairs: bool) -> Tensor:
+    """A determinantal point process whose kernel's rows are looked up, or made when needed."""
     rows = unit_rows(x)
+    kernel = rows @ rows.T if pairs else None
     left, columns = rows.square().sum(1), rows.new_zeros(len(x), k)
     chosen = torch.empty(k, dtype=torch.long)
     for step in range(k):
         index = int(left.argmax())
         chosen[step] = index
-        row = rows.mv(rows[index]) - columns[:, :step] @ columns[index, :step]
+        row = rows.mv(rows[index]) if kernel is None else kernel[index]
+        row = row - columns[:, :step] @ columns[index, :step]
         columns[:, step] = row / left[index].sqrt()
         left = left - columns[:, step].square()
         left[index] = -torch.inf
     return chosen
+
+
+def _merge(x: Tensor, k: int, pairs: bool) -> Tensor:
+    """Means of the kept and of what is nearest to them, by all similarities or those that count."""
+    rows, kept = unit_rows(x), _even(x, k)
+    group = ((rows @ rows.T)[:, kept] if pairs else rows @ rows[kept].T).argmax(1)
+    group[kept] = torch.arange(k)
+    total = rows.new_zeros(k, x.shape[1]).index_add_(0, group, x.to(rows))
+    return total / torch.bincount(group, minlength=k)[:, None]
+
+
+def _match(x: Tensor, k: int, pairs: bool) -> tuple[Tensor, Tensor]:
+    """The k best pairs, by all similarities or those of every other token with the rest."""
+    rows = unit_rows(x)
+    similarity = (rows @ rows.T)[::2, 1::2] if pairs else rows[::2] @ rows[1::2].T
+    best, partner = similarity.max(1)
+    merged = best.argsort(descending=True, stable=True)[:k]
+    return merged, partner[merged]
+
+
+def _both(way: Callable[[Tensor, int, bool], object]) -> dict[str, Callable[[Tensor, int], object]]:
+    return {
+        "steps": functools.partial(way, pairs=False),  # type: ignore[call-arg]
+        "pairs": functools.partial(way, pairs=True),  # type: ignore[call-arg]
+    }
 
 
 def _even(x: Tensor, k: int) -> Tensor:
@@ -108,29 +169,34 @@ def cases() -> list[Case]:
                 ("farthest_first", ops.farthest_first, naive.farthest_first),
             )
         ),
-        Case("max_min", ops.max_min, {"steps": _max_min_in_steps}, naive.max_min),
+        Case(
+            "max_min",
+            ops.max_min,
+            {"steps": _max_min_in_steps, "pairs": _max_min_of_pairs},
+            naive.max_min,
+        ),
         Case(
             "coverage_greedy",
             lambda x, k: ops.coverage_greedy(_similarity(x), k),
-            {"steps": _coverage_in_steps},
+            _both(_coverage),
             lambda x, k: naive.coverage_greedy(_similarity(x), k),
         ),
         Case(
             "dpp_greedy",
             lambda x, k: ops.dpp_greedy(_similarity(x), k),
-            {"steps": _dpp_in_steps},
+            _both(_dpp),
             lambda x, k: naive.dpp_greedy(_similarity(x.double()), k),
         ),
         Case(
             "merge_into_nearest",
             lambda x, k: ops.merge_into_nearest(x, x, _even(x, k)),
-            {"pairs": lambda x, k: _similarity(x)[:, _even(x, k)].argmax(1)},
+            _both(_merge),
             lambda x, k: naive.merge_into_nearest(x, x, _even(x, k)),
         ),
         Case(
             "bipartite_match",
             lambda x, k: ops.bipartite_match(x, k),
-            {"pairs": lambda x, k: _similarity(x)[::2, 1::2].max(1)},
+            _both(_match),
             naive.bipartite_match,
         ),
         Case(

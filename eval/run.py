@@ -68,6 +68,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ from typing import Any
 import vtc
 from vtc.spec import Keep, parse_method, takes_keep
 
-from . import stats
+from . import parallel, stats
 from .quiet import hub_answers, offline, quiet
 
 __all__ = ["BASELINES", "SUITE", "BadInput", "Observer", "Settings", "plan", "run", "write_suite"]
@@ -303,7 +304,10 @@ def _versions() -> dict[str, str]:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file at once: readers see the old one or the new one."""
+    """Write a file at once: readers see the old one or the new one. Of several processes the first
+    writes."""
+    if parallel.rank() != 0:
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, "utf-8")
     os.replace(temporary, path)
@@ -359,6 +363,8 @@ def _source(settings: Settings) -> _Source:
         raise BadInput("--device", f"expected cpu, cuda or cuda:0, got {device!r}") from None
     if kind == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device", f"got {device!r}, but PyTorch sees no GPU here")
+    if device == "cuda" and parallel.world() > 1:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     embedded = settings.model is None
     model = str(embedded_path()) if settings.model is None else settings.model
     folder = Path(model).expanduser()
@@ -453,7 +459,8 @@ class _Tasks:
                 size = "all" if settings.limit is None else settings.limit
                 folder = settings.out / "data" / f"{name}-{size}-{settings.seed}"
                 try:
-                    parquet = write_suite(name, folder, settings.limit, settings.seed)
+                    limit, seed = settings.limit, settings.seed
+                    parquet = parallel.from_first(partial(write_suite, name, folder, limit, seed))
                 except Exception as error:  # the photos' folder is not set, the disk is full, ...
                     raise BadInput("--tasks", f"{name}: {error}") from error
                 self.data[name] = hashlib.sha256(parquet.read_bytes()).hexdigest()[:20]
@@ -526,7 +533,10 @@ def run(settings: Settings, observer: Observer | None = None) -> dict[str, Any]:
     local = settings.model is None or Path(settings.model).expanduser().is_dir()
     all_local = local and all(task in SUITE for task in settings.tasks)
     observer.stage("looking at the model")
-    with quiet(settings.out / "log.txt"), offline(all_local or not hub_answers()):
+    number = parallel.rank()
+    log = settings.out / ("log.txt" if number == 0 else f"log.{number}.txt")
+    with quiet(log), offline(all_local or not hub_answers()):
+        parallel.start(settings.device)
         _import_lmms_eval(observer)
         source = _source(settings)
         observer.stage("preparing the data")
@@ -543,9 +553,15 @@ def run(settings: Settings, observer: Observer | None = None) -> dict[str, Any]:
             "sources": _own_sources(),
         }
         keys = [cell.key({**fixed, "data": tasks.data.get(cell.task)}) for cell in cells]
-        rows: list[dict[str, Any] | None] = [_finished(settings.out, key) for key in keys]
+        # Asked of one process, as they must agree on what is to be done.
+        rows: list[dict[str, Any] | None] = parallel.from_first(
+            lambda: [_finished(settings.out, key) for key in keys]
+        )
         todo = [i for i, row in enumerate(rows) if row is None]
-        total = sum(tasks.samples[cells[i].task] for i in todo)
+        # `advanced` hears of this process's share only.
+        shares = [math.ceil(n / parallel.world()) for n in tasks.samples.values()]
+        share = dict(zip(tasks.samples, shares, strict=True))
+        total = sum(share[cells[i].task] for i in todo)
         observer.planned(total, len(cells), len(cells) - len(todo))
         model = None
         if todo:
@@ -639,9 +655,16 @@ def _run_cell(
             fewshot_random_seed=settings.seed,
             process_docs_parallel=1,
         )
+        report = model.vtc_patch.report
+        shared = [prefill for part in parallel.everyone(report.prefills) for prefill in part]
+        if parallel.rank() != 0:  # all that lmms-eval found is with the first
+            return {**row, "status": "done"}
+        report.reset()
+        for prefill in shared:
+            report.add(prefill)
         samples = list(_samples(found, cell.task))
         row |= _scores(found, cell.task, samples)
-        row |= _figures(model.vtc_patch.report)
+        row |= _figures(report)
     except Exception as error:
         row["error"] = f"{type(error).__name__}: {error}"
         return row
@@ -668,7 +691,8 @@ def _samples(found: Mapping[str, Any], task: str) -> Iterator[dict[str, Any]]:
     """What is kept of each sample: enough for loyalty, paired tests and scores by type."""
     metric = _first_metric(found, task)
     for name, logged in found["samples"].items():
-        for sample in logged:
+        # Several processes hand over theirs one after the other.
+        for sample in sorted(logged, key=lambda s: s["doc_id"]):
             doc = sample.get("doc", {})
             kinds = (doc.get(k) for k in ("type", "category", "question_type"))
             answer = sample["filtered_resps"]
@@ -810,6 +834,8 @@ def _at(cell: Any, path: Sequence[Any]) -> Any:
 
 
 def _write_results(out: Path, results: dict[str, Any]) -> None:
+    if parallel.rank() != 0:
+        return
     _compare(out, results["cells"])
     _write(out / "results.json", json.dumps(_json(results), indent=1, ensure_ascii=False))
     table = io.StringIO()

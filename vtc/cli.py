@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `vtc methods | models | presets | show | suite | eval | bench`.
+"""The command line: `vtc eval | bench | autotune | reproduce | show | methods | ...`.
 
 Heavy imports (PyTorch, transformers, lmms-eval) wait until a command needs them, so that `--help`
 and bad input answer at once.
@@ -22,7 +22,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from vtc.eval.run import Observer
+    from vtc.eval.run import Observer, Settings
     from vtc.methods.base import Method
 
 app = typer.Typer(
@@ -130,7 +130,11 @@ def presets(
     method: Annotated[str | None, typer.Argument(help="One method only.")] = None,
     target: Annotated[str | None, typer.Option(help="llava-1.5, llava-next, qwen2.5-vl.")] = None,
 ) -> None:
-    """List published token targets, and what meeting them really costs."""
+    """List published token targets, and what meeting them really costs the language model.
+
+    KV MiB and TFLOPs are those of its prefill with one image and no text, 2 bytes a value and 2
+    FLOPs a multiply-add.
+    """
     import vtc
 
     try:
@@ -140,7 +144,17 @@ def presets(
             "METHOD" if str(error).startswith("method") else "--target", str(error)
         ) from None
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for header in ("method", "model", "target", "which is", "enter", "mean", "last", "KV MiB"):
+    for header in (
+        "method",
+        "model",
+        "target",
+        "which is",
+        "enter",
+        "mean",
+        "last",
+        "KV MiB",
+        "TFLOPs",
+    ):
         table.add_column(header, justify="left" if header in ("method", "model") else "right")
     table.add_column("settings", overflow="fold")
     table.add_column("source", overflow="fold")
@@ -150,7 +164,8 @@ def presets(
         counts = (str(seen.entering), f"{seen.average:.1f}", str(seen.kept))
         settings = ", ".join(f"{name}={_short(value)}" for name, value in each.settings.items())
         cache = f"{seen.kv_bytes / 2**20:.1f}"
-        row = (each.method, each.target, tokens, each.convention, *counts, cache, settings)
+        flops = f"{seen.flops / 1e12:.2f}"  # of the language model's prefill, by vtc.cost
+        row = (each.method, each.target, tokens, each.convention, *counts, cache, flops, settings)
         table.add_row(*row, each.source)
     _console().print(table)
 
@@ -186,9 +201,12 @@ def evaluate(
         str, typer.Option(help="Fractions or numbers of tokens per image, with commas between.")
     ] = "0.25,0.1",
     tasks: Annotated[
-        str,
+        str | None,
         typer.Option(help="vtc_scenes, vtc_photo, vtc_mosaic, or lmms-eval's: pope,mme,gqa."),
-    ] = "vtc_scenes",
+    ] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="Tasks by name: embedded, image, doc, video, reasoning.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Samples of each task.")] = None,
     out: Annotated[
         Path, typer.Option(help="Folder for results; finished cells are reused.")
@@ -214,12 +232,16 @@ def evaluate(
     page: Annotated[
         bool, typer.Option(help="Write report.html, with samples and the tokens kept of them.")
     ] = True,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Processes that share each task's samples.")
+    ] = 1,
 ) -> None:
     """Run methods on tasks through lmms-eval; print a table, write results.json and a picture.
 
     Finished (method, keep, task) cells in --out are not run again. Exit code 1 if a cell failed,
     2 if something given does not work.
     """
+    from vtc.eval import parallel
     from vtc.eval.run import BadInput, Settings, plan, run
     from vtc.spec import parse_keep, split_list
 
@@ -233,7 +255,7 @@ def evaluate(
         model=model,
         methods=names,
         keeps=keeps,
-        tasks=tuple(split_list(tasks)),
+        tasks=_tasks(tasks, suite),
         limit=limit,
         batch_size=batch_size,
         device=device,
@@ -245,13 +267,49 @@ def evaluate(
     started = time.perf_counter()
     try:
         plan(settings)
-        # Progress on the error stream, so that the table alone can be piped; on the stream itself,
-        # as `sys.stderr` is redirected while lmms-eval talks.
-        console = Console(file=sys.stderr, highlight=False)
-        with _progress(console) as progress:
-            results = run(settings, _observer(progress))
+        if processes > 1 and not parallel.launched():
+            _shared(settings, processes, page)
+            return
+        if parallel.rank() == 0:
+            # Progress on the error stream, so that the table alone can be piped; on the stream
+            # itself, as `sys.stderr` is redirected while lmms-eval talks.
+            console = Console(file=sys.stderr, highlight=False)
+            with _progress(console) as progress:
+                results = run(settings, _observer(progress))
+        else:
+            results = run(settings)
     except BadInput as error:
         raise _fail(error.option, error.message) from None
+    if parallel.rank() == 0 and not parallel.launched():
+        _present(results, settings.out, started, page)
+
+
+def _tasks(tasks: str | None, suite: str | None) -> tuple[str, ...]:
+    """The tasks that --tasks or --suite names; the generated scenes without either."""
+    from vtc.eval.suites import expand
+    from vtc.spec import split_list
+
+    if tasks is not None and suite is not None:
+        raise _fail("--suite", "expected --tasks or --suite, got both")
+    if suite is None:
+        return tuple(split_list(tasks or "vtc_scenes"))
+    try:
+        return tuple(expand(suite))
+    except ValueError as error:
+        raise _fail("--suite", str(error).removeprefix("suite: ")) from None
+
+
+def _shared(settings: Settings, processes: int, page: bool) -> None:
+    """This very command in several processes; prints what they have written."""
+    import json
+
+    from vtc.eval import parallel
+
+    started = time.perf_counter()
+    code = parallel.launch(sys.argv[1:], processes)
+    if code != 0:  # they have said why
+        raise typer.Exit(code)
+    results = json.loads((settings.out / "results.json").read_text("utf-8"))
     _present(results, settings.out, started, page)
 
 
@@ -274,7 +332,7 @@ def _progress(console: Console) -> Progress:
 
 
 def _observer(progress: Progress) -> Observer:
-    from vtc.eval.run import Observer
+    from vtc.eval.run import Observer, Settings
 
     class Bar(Observer):
         def __init__(self) -> None:
@@ -321,6 +379,124 @@ def _present(results: Mapping[str, Any], out: Path, started: float, page: bool) 
     seconds = time.perf_counter() - started
     console.print(f"\n{out}: {', '.join(written)} ({seconds:.0f} s)", soft_wrap=True)
     if any(c["status"] != "done" for c in results["cells"]):
+        raise typer.Exit(1)
+
+
+# ---- vtc reproduce ------------------------------------------------------------------------------
+@app.command()
+def reproduce(
+    name: Annotated[str, typer.Argument(help="A model with published tables: llava-1.5-7b.")],
+    model: Annotated[
+        str | None, typer.Option(help="Folder or id of the checkpoint, if not the usual one.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Samples of each task.")] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder for results; finished cells are reused.")
+    ] = Path("results"),
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would run.")] = False,
+) -> None:
+    """Run the published tables of a model, and print how far off each published figure is.
+
+    Exit code 1 if a cell failed or something it needs is not here, 2 if something given does not
+    work.
+    """
+    import json
+
+    from vtc.eval import reproduce as published
+    from vtc.eval.run import BadInput, run
+
+    try:
+        plan = published.plan_reproduction(name)
+    except ValueError as error:
+        raise _fail("NAME", str(error).removeprefix("name: ")) from None
+    console = _console()
+    if dry_run:
+        console.print(f"tasks: {', '.join(plan.tasks)}", markup=False)
+        for planned in plan.methods:
+            what = f" ({planned.convention})" if planned.convention else ""
+            console.print(f"{planned.tokens} tokens{what}: {planned.text}", markup=False)
+        for what, why in plan.left_out:
+            console.print(f"not run: {what}: {why}", markup=False)
+        return
+    try:
+        published.require(plan, model)
+    except published.MissingError as error:
+        Console(file=sys.stderr, highlight=False).print(str(error), markup=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    options = {"limit": limit, "device": device} | ({"model": model} if model else {})
+    settings = published.settings_of(plan, out, **options)
+    try:
+        with _progress(Console(file=sys.stderr, highlight=False)) as progress:
+            results = run(settings, _observer(progress))
+    except BadInput as error:
+        raise _fail(error.option, error.message) from None
+    rows = published.compare(results, plan.tables)
+    (out / "reproduced.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False), "utf-8")
+    console.print(published.table_of(rows))
+    for what, why in plan.left_out:
+        console.print(f"not run: {what}: {why}", markup=False, style="dim")
+    if any(cell["status"] != "done" for cell in results["cells"]):
+        raise typer.Exit(1)
+
+
+# ---- vtc autotune -------------------------------------------------------------------------------
+@app.command()
+def autotune(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder, or id on the hub. Without it, the model that comes with vtc."),
+    ] = None,
+    methods: Annotated[str, typer.Option(help="Candidates, with commas between.")] = (
+        "todre,divprune,visionzip,fastv"
+    ),
+    keep: Annotated[str, typer.Option(help="For each method.")] = "0.5,0.25,0.1",
+    tasks: Annotated[
+        str, typer.Option(help="Of vtc or lmms-eval; the loss is a mean over them.")
+    ] = "vtc_scenes",
+    loss: Annotated[float, typer.Option(help="Allowed loss of accuracy, in points.")] = 1.0,
+    start: Annotated[int, typer.Option(help="Samples of each task in the first round.")] = 32,
+    most: Annotated[int, typer.Option(help="Samples of each task in the last round.")] = 512,
+    confidence: Annotated[float, typer.Option(help="Of what is dropped and of a winner.")] = 0.95,
+    out: Annotated[
+        Path, typer.Option(help="Folder for results; finished cells are reused.")
+    ] = Path("results"),
+    batch_size: Annotated[int, typer.Option(help="For lmms-eval's class of the model.")] = 1,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.")] = None,
+    seed: Annotated[int, typer.Option(help="Of sampling methods and generated tasks.")] = 0,
+) -> None:
+    """Find the cheapest method and keep that loses at most so much against the full model.
+
+    Writes autotune.json. Exit code 1 if a candidate failed, 2 if something given does not work.
+    """
+    from vtc.eval import autotune as tuner
+    from vtc.eval.run import BadInput, Settings
+    from vtc.spec import parse_keep, split_list
+
+    if not 0 <= loss < 100:
+        raise _fail("--loss", f"expected points in [0, 100), got {loss:g}")
+    try:
+        keeps = tuple(parse_keep(text) for text in split_list(keep))
+        names = tuple(split_list(methods))
+    except ValueError as error:
+        raise _fail("--keep" if "keep:" in str(error) else "--methods", str(error)) from None
+    settings = Settings(
+        out=out, model=model, methods=names, keeps=keeps, tasks=tuple(split_list(tasks)),
+        batch_size=batch_size, device=device, seed=seed,
+    )  # fmt: skip
+    try:
+        with _progress(Console(file=sys.stderr, highlight=False)) as progress:
+            found = tuner.autotune(
+                settings, loss / 100, start, most, confidence, _observer(progress)
+            )
+    except BadInput as error:
+        raise _fail(error.option, error.message) from None
+    except RuntimeError as error:  # the full model failed: there is nothing to compare with
+        raise _fail("vtc autotune", str(error)) from None
+    console = _console()
+    console.print(tuner.table(found))
+    console.print(f"\n{out}: autotune.json", soft_wrap=True)
+    if found["failed"]:
         raise typer.Exit(1)
 
 

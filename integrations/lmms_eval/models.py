@@ -195,9 +195,28 @@ class VtcModel:
             out.append(changed)
         return out
 
+    def _vtc_shared(
+        self, requests: Sequence[Any], ask: Callable[[list[Any]], list[Any]]
+    ) -> list[Any]:
+        """Answers to requests, of which other processes may have others.
+
+        lmms-eval gives each process as many, the last of them copies where samples do not divide.
+        That is for models spread over processes; here it would only count samples twice.
+        """
+        from vtc.eval.parallel import together
+
+        real = [r for r in requests if not (r.metadata or {}).get("__padding_only__")]
+        answers = together(lambda: ask(real) if real else [])
+        return [*answers, *answers[-1:] * (len(requests) - len(real))]
+
     def generate_until(self, requests: Sequence[Any]) -> list[Any]:
-        with self._vtc_guard():
-            return super().generate_until(self._vtc_requests(requests))  # type: ignore[misc]
+        def ask(mine: list[Any]) -> list[Any]:
+            with self._vtc_guard():
+                return super(VtcModel, self).generate_until(  # type: ignore[misc]
+                    self._vtc_requests(mine)
+                )
+
+        return self._vtc_shared(requests, ask)
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[Any]:
         if self.vtc_blind:
@@ -210,8 +229,13 @@ class VtcModel:
         and then cannot score them."""
         from lmms_eval.api.instance import GenerationResult
 
-        pairs = super().loglikelihood(self._vtc_requests(requests))  # type: ignore[misc]
-        return [GenerationResult(text=pair) for pair in pairs]
+        def ask(mine: list[Any]) -> list[Any]:
+            pairs = super(VtcModel, self).loglikelihood(  # type: ignore[misc]
+                self._vtc_requests(mine)
+            )
+            return [GenerationResult(text=pair) for pair in pairs]
+
+        return self._vtc_shared(requests, ask)
 
 
 class _LlavaScores:
