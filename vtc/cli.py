@@ -332,7 +332,7 @@ def _progress(console: Console) -> Progress:
 
 
 def _observer(progress: Progress) -> Observer:
-    from vtc.eval.run import Observer, Settings
+    from vtc.eval.run import Observer
 
     class Bar(Observer):
         def __init__(self) -> None:
