@@ -224,6 +224,8 @@ def skip_reason(name: str, kind: str, attention: str, mode: str) -> str | None:
         return f"{name}: a row of {kind} has other logits in a batch, unpatched"
     if mode == "beam" and (family.model_type == "llama4" or (name, kind) == ("glm4v", "video")):
         return f"transformers itself cannot expand the features of {name} for beams"
+    if mode.startswith("second") and (name, kind) == ("qwen2_5_vl", "video"):
+        return "transformers itself goes on at other positions after a clip in a further turn"
     return None
 
 
@@ -236,6 +238,8 @@ def cells() -> list[Any]:
             if made(family) is None:
                 continue
             for kind in KINDS:
+                if (name, kind) == ("idefics2", "one") and probe.startswith("ragged"):
+                    continue  # its image has fewer tokens than that probe keeps
                 for attention in ("eager", "sdpa"):
                     for mode in MODES:
                         if skip_reason(name, kind, attention, mode) is not None:

@@ -66,7 +66,7 @@ class VisionSide:
         self.cls_states: Tensor | None = None
         self.encoder_states: Tensor | None = None
         self.signals: Any = WeakTensorKeyDictionary()
-        self.recent: list[tuple[Tensor, list[ImageSignals]]] = []
+        self.recent: dict[Modality, list[tuple[Tensor, list[ImageSignals]]]] = {}
         self.clock, self.heard = Stopwatch(), Stopwatch()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -185,13 +185,15 @@ class VisionSide:
             # The vision clock includes what is heard, and the report takes it off again.
             with self.clock.measure(device), self.heard.measure(device):
                 signals = self._all(modality, given, features)
-        self._remember(self.family.features(out), signals)
+        self._remember(modality, self.family.features(out), signals)
         for tap in self.taps.values():
             tap.captured = []
         self.cls_states = self.encoder_states = None
         return out
 
-    def _remember(self, features: Any, signals: list[list[ImageSignals]]) -> None:
+    def _remember(
+        self, modality: Modality, features: Any, signals: list[list[ImageSignals]]
+    ) -> None:
         # Models take a list, or one tensor of all images.
         if isinstance(features, Tensor):
             self.signals[features] = signals
@@ -199,7 +201,7 @@ class VisionSide:
             for own, of_one in zip(features, signals, strict=True):
                 self.signals[own] = [of_one]
         # Beam search repeats features, at times as new tensors: what they begin with tells them.
-        self.recent = [
+        self.recent[modality] = [
             (own.detach().flatten(0, -2)[0].clone(), of_one)
             for own, of_one in zip(features, signals, strict=True)
             if len(own)
@@ -402,7 +404,7 @@ class VisionSide:
         for own, signals in zip(given, known, strict=True):
             if signals is None and len(own):
                 begins = own.detach().flatten(0, -2)[0]
-                for start, candidate in self.recent:
+                for start, candidate in self.recent.get(modality, ()):
                     same = start.shape == begins.shape and start.device == begins.device
                     if same and torch.equal(start.to(begins), begins):
                         signals = candidate
