@@ -18,6 +18,7 @@ from pathlib import Path
 import ray
 from vtc.eval.report import table
 from vtc.eval.run import BASELINES, Settings, run
+
 from vtc.spec import parse_keep, split_list
 
 
