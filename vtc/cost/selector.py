@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a method's choice costs: counted on random tensors of the right sizes, without a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from vtc.methods.base import LayerState, Method, VisionTokens, make
+
+_PRODUCTS = {
+    # PyTorch counts products of matrices only; greedy choices take one vector at a time.
+    torch.ops.aten.mv: lambda matrix, vector, **_: 2 * matrix[0] * matrix[1],
+    torch.ops.aten.addmv: lambda bias, matrix, vector, **_: 2 * matrix[0] * matrix[1],
+    torch.ops.aten.dot: lambda one, other, **_: 2 * one[0],
+}
+_TOWER = frozenset({"cls_attention", "cls_query", "keys"})
+"""Signals for which a layer of the tower is tapped."""
+_KNOWN = _TOWER | {"low_attention", "encoder", "text", "segment"}
+
+
+def selector_flops(
+    method: str | Method | Mapping[str, Any],
+    tokens: int,
+    d: int,
+    *,
+    text: int = 32,
+    layers: int = 32,
+    vision_d: int | None = None,
+    cls: bool = True,
+    heads: int = 16,
+    q: int | None = None,
+    seed: int = 0,
+    **settings: Any,
+) -> float:
+    """FLOPs of `method`'s choice for one image, 2 per multiply-add; `nan` where not known.
+
+    Before the language model, `select` runs on random tensors of these sizes, and PyTorch's counter
+    counts it. Between layers, `prune` is counted alike. Attention rows that either reads are
+    arithmetic: 2 r s w for r rows over s tokens in a layer w wide, which the engine computes beside
+    the layer's own attention. Products of matrices and vectors alone count: norms, softmax, sorting
+    and gathering do not; nor does the projector through which merged patches go. Where a choice
+    depends on the contents, so may its cost.
+
+    The prompt is the image and then the text. It takes about as long as the choice itself, on the
+    CPU in float32.
+
+    Args:
+        method: a name (then `settings` are its own), a method, or a dictionary of one.
+        tokens: vision tokens of the image, n.
+        d: width of the language model.
+        text: tokens of the prompt after the image.
+        layers: decoder layers.
+        vision_d: width of the vision tower, `d` if not given.
+        cls: whether the tower has [CLS], whose one row is read of it; else every patch's is. Each
+            vision token is taken for one patch.
+        heads: attention heads, of the tower and of the decoder.
+        q: width of the decoder's queries, heads times their size; `d` if not given.
+        seed: of the random tensors.
+
+    Returns:
+        `nan` for methods within the vision tower, for those that run a part of a layer ahead, and
+        for those that need what is not known here. 0 for those that choose without products, and
+        for fewer pixels.
+
+    Raises:
+        ValueError: a size is not positive, or the method is not known or refuses its settings.
+    """
+    sizes = {"tokens": tokens, "d": d, "text": text, "layers": layers, "heads": heads}
+    sizes |= {"vision_d": d if vision_d is None else vision_d, "q": d if q is None else q}
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+    made = make(method, **settings)
+    if "encoder" in made.stages or any(part.peeks(layers) for part in made.parts):
+        return math.nan
+    if any(part.needs - _KNOWN for part in made.parts):
+        return math.nan
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        return float(_Run(sizes, cls, generator).flops(made))
+
+
+class _Run:
+    """One image on its way through the methods."""
+
+    def __init__(self, sizes: Mapping[str, int], cls: bool, generator: torch.Generator) -> None:
+        self.generator = generator
+        self.sizes, self.cls = sizes, cls
+        self.heard: list[dict[int, Tensor]] = []
+        self.memory: list[Tensor | None] = []
+        side = math.isqrt(sizes["tokens"] - 1) + 1
+        raster = torch.arange(sizes["tokens"])
+        self.grid = torch.stack([raster * 0, raster // side, raster % side], dim=1)
+        self.original = sizes["tokens"]
+
+    def random(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator)
+
+    def rows(self, *shape: int) -> Tensor:
+        """Attention probabilities."""
+        return self.random(*shape).softmax(-1)
+
+    def flops(self, method: Method) -> int:
+        total = sum(self._select(part) for part in method.parts if "sequence" in part.stages)
+        acting = [part for part in method.parts if "layers" in part.stages]
+        layers = self.sizes["layers"]
+        self.heard, self.memory = [{} for _ in acting], [None for _ in acting]
+        for layer in range(layers):
+            for i, part in enumerate(acting):
+                if layer in part.prune_layers(layers):
+                    total += self._prune(part, layer, i)
+            for i, part in enumerate(acting):
+                rows = part.taps(layers).get(layer)
+                if rows is not None:
+                    self.heard[i][layer], cost = self._tap(part, rows)
+                    total += cost
+        return total
+
+    def _counted(self, run: Any, argument: Any) -> tuple[Any, int]:
+        with FlopCounterMode(display=False, custom_mapping=_PRODUCTS) as counter:
+            found = run(argument)
+        return found, counter.get_total_flops()
+
+    # ---- before the language model ------------------------------------------------------------
+    def _select(self, part: Method) -> int:
+        n, d, wide = len(self.grid), self.sizes["d"], self.sizes["vision_d"]
+        text = self.sizes["text"]
+        state = self.random(wide) if self.cls else None
+        every: dict[str, dict[str, Any]] = {
+            "cls_attention": {"cls_attention": self.rows(n)},
+            "low_attention": {"low_attention": self.rows(n)},
+            "keys": {"keys": self.random(n, wide)},
+            "cls_query": {"cls_query": state, "cls_key": state},
+            "encoder": {
+                "encoder": self.random(n, wide),
+                "encoder_cls": state,
+                "project": lambda states: self.random(len(states), d),
+            },
+            "text": {"text": self.random(text, d)},
+            "segment": {"segment": self.random(text, d)},
+        }
+        signals = {name: value for need in part.needs for name, value in every[need].items()}
+        shown = VisionTokens(
+            features=self.random(n, d),
+            grid=self.grid,
+            heads=math.gcd(self.sizes["heads"], wide),
+            **signals,
+        )
+        found, flops = self._counted(part.select, shown)
+        taps = bool(part.needs & _TOWER) + ("low_attention" in part.needs)
+        flops += taps * 2 * (1 if self.cls else self.original) * self.original * wide
+        self.grid = self.grid[found.indices]
+        return flops
+
+    # ---- between layers -----------------------------------------------------------------------
+    def _tap(self, part: Method, which: str) -> tuple[Tensor, int]:
+        n, text = len(self.grid), self.sizes["text"]
+        r = {"last": 1, "text": text, "vision": n, "vision_text": n + text}[which]
+        shape = (self.sizes["heads"], r, n + text) if part.by_head else (r, n + text)
+        return self.rows(*shape), 2 * r * (n + text) * self.sizes["q"]
+
+    def _prune(self, part: Method, layer: int, i: int) -> int:
+        n, text, d = len(self.grid), self.sizes["text"], self.sizes["d"]
+        if not n:
+            return 0
+        seen = n + text
+        is_text = torch.arange(seen) >= n
+        head = max(1, self.sizes["q"] // self.sizes["heads"])
+        recorded = {
+            (at, name): torch.ones(seen, head) if name == "rotary" else self.random(seen, d)
+            for at, names in part.records(self.sizes["layers"]).items()
+            if at <= layer
+            for name in sorted(names)
+        }
+        state = LayerState(
+            layer=layer,
+            num_layers=self.sizes["layers"],
+            hidden=self.random(seen, d),
+            image=torch.where(is_text, -1, 0),
+            text=is_text,
+            grid=torch.cat([self.grid, self.grid.new_full((text, 3), -1)]),
+            prompt_length=seen,
+            original=(self.original,),
+            attention=self.heard[i],
+            recorded=recorded,
+            memory=self.memory[i],
+        )
+        found, flops = self._counted(part.prune, state)
+        if found is not None:
+            self.memory[i] = found.memory
+            # The columns of what is gone leave what all methods heard, as the engine's do.
+            stay = torch.cat([found.indices, torch.arange(n, seen)])
+            for heard in self.heard:
+                heard.update({at: rows[..., stay] for at, rows in heard.items()})
+            self.grid = self.grid[found.indices]
+        return flops

@@ -1,0 +1,419 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a vision tower and a projector cost, from a configuration and the tokens of each image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .configs import Unknown, get, pair, size, text_of
+
+Grid = tuple[int, int, int]
+"""Frames, rows and columns of an image's (or clip's) vision tokens."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a sample.
+
+    Attributes:
+        tokens: vision tokens of each, before compression.
+        tiles: of each, or `None` where the caller does not know.
+        grids: of each, or `None` where the caller does not know.
+        patches: of each tile, where they are not what the configuration says: those that enter
+            each tower layer, and those that leave the last; layers beyond are as the last.
+    """
+
+    tokens: Sequence[int]
+    tiles: Sequence[int] | None = None
+    grids: Sequence[Grid] | None = None
+    patches: Sequence[int] | None = None
+
+
+def vision_flops(config: Any, images: Images) -> float:
+    """FLOPs of the vision tower over all images; raises `Unknown`."""
+    vision, family = _vision(config), _family(config)
+    kind = get(vision, "model_type", default="")
+    if kind in _NATIVE:
+        return _NATIVE[kind](vision, _segments(images, family.shrink(config)))
+    if kind in _TILED:
+        tiles = sum(family.tiles(config, images))
+        return tiles * _TILED[kind](vision, images.patches or [_grid_patches(vision)])
+    if kind == "gemma4_vision":
+        frames = len(images.tokens) if images.tiles is None else sum(images.tiles)
+        return frames * _gemma4(vision, images.patches)
+    raise Unknown(kind)
+
+
+def projector_flops(config: Any, images: Images) -> float:
+    """FLOPs of the projector over all images; raises `Unknown`."""
+    vision, family = _vision(config), _family(config)
+    shrink = family.shrink(config)
+    if get(vision, "model_type") in _TILED:
+        tiles = sum(family.tiles(config, images))
+        per_tile = images.patches[-1] if images.patches else _grid_patches(vision)
+        patches, tokens = per_tile * tiles, int(per_tile / shrink) * tiles
+        if family.cls:
+            tokens = sum(images.tokens)
+    else:
+        tokens = sum(images.tokens)
+        patches = round(tokens * shrink)
+    return 2.0 * family.macs(config, patches, tokens)
+
+
+def tile_tokens(config: Any) -> int:
+    """Vision tokens of one tile at the tower's fixed size; raises `Unknown` where it has none."""
+    return int(_grid_patches(_vision(config)) / _family(config).shrink(config))
+
+
+# ---- towers -------------------------------------------------------------------------------------
+def _vision(config: Any) -> Any:
+    vision = get(config, "vision_config")
+    if vision is None:
+        raise Unknown("vision_config")
+    return vision
+
+
+def _grid_patches(vision: Any) -> int:
+    (height, width), (ph, pw) = pair(vision, "image_size"), pair(vision, "patch_size")
+    return (height // ph) * (width // pw)
+
+
+def _embedding(vision: Any, d: int) -> int:
+    """Multiply-adds of a patch's embedding."""
+    height, width = pair(vision, "patch_size")
+    frames = size(vision, "temporal_patch_size", default=1)
+    return size(vision, "num_channels", "in_channels", default=3) * frames * height * width * d
+
+
+def _fixed(prefix: int, matrices: int = 2, head: bool = False) -> Callable[..., float]:
+    """A ViT over tiles of one size.
+
+    Args:
+        prefix: tokens beside the patches.
+        matrices: of the feed-forward.
+        head: whether there may be SigLIP's head, which runs even where nothing reads it.
+    """
+
+    def flops(vision: Any, passed: Sequence[int]) -> float:
+        d = size(vision, "hidden_size")
+        m = size(vision, "intermediate_size", default=4 * d)
+        total = 2.0 * passed[0] * _embedding(vision, d)
+        for i in range(size(vision, "num_hidden_layers")):
+            n, after = (passed[min(k, len(passed) - 1)] + prefix for k in (i, i + 1))
+            total += 8 * n * d * d + 4 * n * n * d + 2 * matrices * after * d * m
+        if head and get(vision, "vision_use_head", default=True):
+            n = passed[-1]
+            total += 2 * (2 * d * d + 2 * n * d * d) + 4 * n * d + 4 * d * m
+        return total
+
+    return flops
+
+
+Segments = list[list[tuple[int, int, int]]]
+
+
+def _segments(images: Images, shrink: float) -> Segments:
+    """For each image, its frames as (patches, rows of tokens, columns of tokens); 0 x 0 is not
+    known."""
+    found = []
+    for i, tokens in enumerate(images.tokens):
+        frames, rows, columns = images.grids[i] if images.grids is not None else (1, 0, 0)
+        found.append([(round(tokens * shrink) // frames, rows, columns)] * frames)
+    return found
+
+
+def _native_total(
+    vision: Any, d: int, n: int, layer_macs: int, pairs: Sequence[int], embedding: int
+) -> float:
+    """A tower over `n` patches whose layer i attends between `pairs[i]` pairs of patches."""
+    linear = n * (4 * d * d + layer_macs)
+    return 2.0 * (n * embedding + sum(linear + 2 * p * d for p in pairs))
+
+
+def _patches(images: Segments) -> list[int]:
+    return [n for frames in images for n, _, _ in frames]
+
+
+def _pixtral(vision: Any, images: Segments) -> float:
+    """Images are packed into one sequence, whose blocks a mask keeps apart."""
+    d, n = size(vision, "hidden_size"), sum(_patches(images))
+    depth = size(vision, "num_hidden_layers")
+    macs = 3 * d * size(vision, "intermediate_size")
+    return _native_total(vision, d, n, macs, [n * n] * depth, _embedding(vision, d))
+
+
+def _qwen2(vision: Any, images: Segments) -> float:
+    """Full attention within a frame."""
+    d, own = size(vision, "embed_dim"), _patches(images)
+    macs = 2 * d * int(d * get(vision, "mlp_ratio", default=4))
+    pairs = [sum(n * n for n in own)] * size(vision, "depth")
+    return _native_total(vision, d, sum(own), macs, pairs, _embedding(vision, d))
+
+
+def _qwen2_5(vision: Any, images: Segments) -> float:
+    """Most layers attend within windows, which are smaller at a frame's borders."""
+    d, own = size(vision, "hidden_size"), _patches(images)
+    merge, full = size(vision, "spatial_merge_size"), sum(n * n for n in own)
+    side = size(vision, "window_size") // merge // size(vision, "patch_size")
+    windowed = 0
+    for frames in images:
+        for n, rows, columns in frames:
+            if rows:
+                squares = [
+                    sum(min(side, length - at) ** 2 for at in range(0, length, side))
+                    for length in (rows, columns)
+                ]
+                windowed += squares[0] * squares[1] * merge**4
+            else:
+                windowed += n * min(n, side**2 * merge**2)
+    chosen = get(vision, "fullatt_block_indexes", default=())
+    pairs = [full if i in chosen else windowed for i in range(size(vision, "depth"))]
+    macs = 3 * d * size(vision, "intermediate_size")
+    return _native_total(vision, d, sum(own), macs, pairs, _embedding(vision, d))
+
+
+def _qwen3(vision: Any, images: Segments) -> float:
+    d, own = size(vision, "hidden_size"), _patches(images)
+    macs = 2 * d * size(vision, "intermediate_size")
+    pairs = [sum(n * n for n in own)] * size(vision, "depth", "num_hidden_layers")
+    return _native_total(vision, d, sum(own), macs, pairs, _embedding(vision, d))
+
+
+def _glm4v(vision: Any, images: Segments) -> float:
+    """The feed-forward is as wide as the language model, not as `intermediate_size` says."""
+    d, own = size(vision, "hidden_size"), _patches(images)
+    macs = 3 * d * size(vision, "out_hidden_size")
+    pairs = [sum(n * n for n in own)] * size(vision, "depth")
+    return _native_total(vision, d, sum(own), macs, pairs, _embedding(vision, d))
+
+
+def _gemma4(vision: Any, passed: Sequence[int] | None) -> float:
+    """Images are padded to a number of patches that only the processor knows."""
+    if passed is None:
+        raise Unknown("patches")
+    n, d = passed[0], size(vision, "hidden_size")
+    heads = size(vision, "num_attention_heads")
+    head = size(vision, "head_dim", default=d // heads)
+    kv = size(vision, "num_key_value_heads", default=heads)
+    linear = 2 * d * head * (heads + kv) + 3 * d * size(vision, "intermediate_size")
+    layer = n * linear + 2 * n * n * heads * head
+    pooled = n * d * (n // size(vision, "pooling_kernel_size") ** 2)
+    return 2.0 * (n * _embedding(vision, d) + size(vision, "num_hidden_layers") * layer + pooled)
+
+
+_TILED: dict[str, Callable[[Any, Sequence[int]], float]] = {
+    "clip_vision_model": _fixed(1),
+    "idefics3_vision": _fixed(0),
+    "internvl_vision": _fixed(1),
+    "llama4_vision_model": _fixed(1),
+    "ovis2_vision": _fixed(0, matrices=3),
+    "siglip_vision_model": _fixed(0, head=True),
+    "smolvlm_vision": _fixed(0),
+}
+_NATIVE: dict[str, Callable[[Any, Segments], float]] = {
+    "glm4v_vision": _glm4v,
+    "kimi_k25_vision": _qwen3,
+    "pixtral": _pixtral,
+    "qwen2_5_vl_vision": _qwen2_5,
+    "qwen2_vl_vision": _qwen2,
+    "qwen3_5_moe_vision": _qwen3,
+    "qwen3_5_vision": _qwen3,
+    "qwen3_vl_moe_vision": _qwen3,
+    "qwen3_vl_vision": _qwen3,
+}
+
+
+# ---- projectors ---------------------------------------------------------------------------------
+# Each takes the configuration, patches (of all tiles) and vision tokens, and gives multiply-adds.
+def _widths(config: Any) -> tuple[int, int]:
+    """Of the tower, times the layers that are read of it, and of the language model."""
+    layers = get(config, "vision_feature_layers", "vision_feature_layer", default=-2)
+    stacked = 1 if isinstance(layers, int) else len(layers)
+    return size(_vision(config), "hidden_size") * stacked, size(text_of(config), "hidden_size")
+
+
+def _llava(config: Any, patches: int, tokens: int) -> int:
+    a, b = _widths(config)
+    return patches * (a * b + b * b)
+
+
+def _video_llava(config: Any, patches: int, tokens: int) -> int:
+    """Each frame of a clip has its [CLS] projected too."""
+    a, b = _widths(config)
+    return tokens * (a * b + b * b)
+
+
+def _paligemma(config: Any, patches: int, tokens: int) -> int:
+    vision = _vision(config)
+    return patches * size(vision, "hidden_size") * size(vision, "projection_dim")
+
+
+def _gemma(config: Any, patches: int, tokens: int) -> int:
+    """Gemma 3 and 4: pooled, then one matrix."""
+    width = size(_vision(config), "output_proj_dims", "hidden_size")
+    return tokens * width * size(text_of(config), "hidden_size")
+
+
+def _swiglu(config: Any, patches: int, tokens: int) -> int:
+    """Aya Vision and Cohere 2 Vision: half of the middle gates the other half."""
+    a = size(_vision(config), "hidden_size") * size(config, "downsample_factor") ** 2
+    b = size(text_of(config), "hidden_size")
+    m = size(config, "alignment_intermediate_size", default=b)
+    return tokens * (a * m + m // 2 * b)
+
+
+def _internvl(config: Any, patches: int, tokens: int) -> int:
+    a = round(size(_vision(config), "hidden_size") * _shuffled(config))
+    b = size(text_of(config), "hidden_size")
+    return tokens * (a * b + b * b)
+
+
+def _idefics3(config: Any, patches: int, tokens: int) -> int:
+    a = size(_vision(config), "hidden_size") * size(config, "scale_factor") ** 2
+    return tokens * a * size(text_of(config), "hidden_size")
+
+
+def _llama4(config: Any, patches: int, tokens: int) -> int:
+    """The adapter within the tower, and a matrix."""
+    vision = _vision(config)
+    adapter = size(vision, "intermediate_size") * size(vision, "projector_input_dim")
+    adapter += size(vision, "projector_output_dim") ** 2
+    last = size(vision, "vision_output_dim") * size(text_of(config), "hidden_size")
+    return tokens * (adapter + last)
+
+
+def _mistral3(config: Any, patches: int, tokens: int) -> int:
+    """Squares of patches become one, then two layers."""
+    d = size(_vision(config), "hidden_size")
+    a, b = _widths(config)
+    return tokens * (size(config, "spatial_merge_size") ** 2 * d * d + a * b + b * b)
+
+
+def _ovis2(config: Any, patches: int, tokens: int) -> int:
+    """Onto the visual vocabulary, whose embeddings are then mixed."""
+    vision = _vision(config)
+    wide = size(vision, "hidden_size") * size(vision, "hidden_stride") ** 2
+    words = size(vision, "vocab_size")
+    real = words - size(vision, "num_visual_indicator_tokens")
+    return tokens * (wide * real + words * size(text_of(config), "hidden_size"))
+
+
+def _qwen(config: Any, patches: int, tokens: int) -> int:
+    """Patches side by side through a square layer and one out; as often as features are deep."""
+    vision = _vision(config)
+    wide = size(vision, "embed_dim", "hidden_size") * round(_merged(config))
+    times = 1 + len(get(vision, "deepstack_visual_indexes", default=()))
+    return times * tokens * (wide * wide + wide * size(text_of(config), "hidden_size"))
+
+
+def _glm4v_merger(config: Any, patches: int, tokens: int) -> int:
+    """A convolution that merges, a square layer, and a gated feed-forward."""
+    vision = _vision(config)
+    d, out = size(vision, "hidden_size"), size(vision, "out_hidden_size")
+    m = size(vision, "intermediate_size")
+    return tokens * (round(_merged(config)) * d * out + out * out + 3 * out * m)
+
+
+def _kimi(config: Any, patches: int, tokens: int) -> int:
+    wide = size(_vision(config), "hidden_size") * round(_kernel(config))
+    return tokens * (wide * wide + wide * size(text_of(config), "hidden_size"))
+
+
+# ---- families -----------------------------------------------------------------------------------
+# Patches that make one vision token.
+def _one(config: Any) -> float:
+    return 1.0
+
+
+def _shuffled(config: Any) -> float:
+    return 1 / get(config, "downsample_ratio", default=0.5) ** 2
+
+
+def _llama4_shuffled(config: Any) -> float:
+    return 1 / get(_vision(config), "pixel_shuffle_ratio", default=0.5) ** 2
+
+
+def _factor(config: Any) -> float:
+    return size(config, "downsample_factor", "scale_factor") ** 2
+
+
+def _pooled(config: Any) -> float:
+    return _grid_patches(_vision(config)) / size(config, "mm_tokens_per_image")
+
+
+def _merged(config: Any) -> float:
+    where = config if get(config, "spatial_merge_size") is not None else _vision(config)
+    return size(where, "spatial_merge_size", default=2) ** 2
+
+
+def _kernel(config: Any) -> float:
+    height, width = pair(_vision(config), "merge_kernel_size")
+    return height * width
+
+
+def _stride(config: Any) -> float:
+    return size(_vision(config), "hidden_stride") ** 2
+
+
+@dataclass(frozen=True)
+class _Family:
+    """How a family makes vision tokens of patches.
+
+    Attributes:
+        macs: multiply-adds of its projector.
+        shrink: patches that make one vision token.
+        cls: clips keep [CLS] of each frame.
+    """
+
+    macs: Callable[[Any, int, int], int]
+    shrink: Callable[[Any], float] = _one
+    cls: bool = False
+
+    def tiles(self, config: Any, images: Images) -> Sequence[int]:
+        """Of each image, as few as hold its tokens unless they are known."""
+        if images.tiles is not None:
+            return images.tiles
+        per_tile = tile_tokens(config)
+        if self.cls:  # an image is one tile
+            return [1 if n == per_tile else -(-n // (per_tile + 1)) for n in images.tokens]
+        return [max(1, -(-n // per_tile)) for n in images.tokens]
+
+
+def _family(config: Any) -> _Family:
+    name = get(config, "model_type", default="")
+    if name not in _FAMILIES:
+        raise Unknown(name)
+    return _FAMILIES[name]
+
+
+_FAMILIES = {
+    "aya_vision": _Family(_swiglu, _factor),
+    "cohere2_vision": _Family(_swiglu, _factor),
+    "deepseek_vl": _Family(_llava),
+    "gemma3": _Family(_gemma, _pooled),
+    "gemma4": _Family(_gemma),
+    "glm4v": _Family(_glm4v_merger, _merged),
+    "glm4v_moe": _Family(_glm4v_merger, _merged),
+    "idefics3": _Family(_idefics3, _factor),
+    "internvl": _Family(_internvl, _shuffled),
+    "kimi_k25": _Family(_kimi, _kernel),
+    "llama4": _Family(_llama4, _llama4_shuffled),
+    "llava": _Family(_llava),
+    "llava_next": _Family(_llava),
+    "llava_next_video": _Family(_llava),
+    "llava_onevision": _Family(_llava),
+    "mistral3": _Family(_mistral3, _merged),
+    "ovis2": _Family(_ovis2, _stride),
+    "paligemma": _Family(_paligemma),
+    "qwen2_5_vl": _Family(_qwen, _merged),
+    "qwen2_vl": _Family(_qwen, _merged),
+    "qwen3_5": _Family(_qwen, _merged),
+    "qwen3_5_moe": _Family(_qwen, _merged),
+    "qwen3_vl": _Family(_qwen, _merged),
+    "qwen3_vl_moe": _Family(_qwen, _merged),
+    "smolvlm": _Family(_idefics3, _factor),
+    "video_llava": _Family(_video_llava, cls=True),
+    "vipllava": _Family(_llava),
+}
