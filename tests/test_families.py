@@ -123,6 +123,7 @@ SEQUENCE_ONLY = {"qwen3_5", "gemma3n"}
 PLAIN = {"llama4", "gemma4"}
 """Families of which not all can be read between layers; what cannot is refused."""
 REFUSED = {"mllama", "blip-2", "blip_2", "instructblip"}
+"""Not here: mllama has tests/test_mllama.py, the others are refused."""
 EVERY, NOW = 11, 7
 """One in so many of the product runs at all, and of these one in so many unmarked."""
 PROBES: dict[str, Callable[[TinyFamily], Method | None]] = {

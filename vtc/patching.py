@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from .engine.cross import CrossEngine
 from .engine.engine import Engine
 from .engine.report import Report
 from .families import find
@@ -23,7 +24,7 @@ class Patch:
         method: the method.
     """
 
-    def __init__(self, model: nn.Module, engine: Engine) -> None:
+    def __init__(self, model: nn.Module, engine: Engine | CrossEngine) -> None:
         self.model, self._engine = model, engine
         self._disabled = 0
 
@@ -103,7 +104,9 @@ def patch(model: nn.Module, method: str | Method | dict[str, Any], **settings: A
     chosen = make(method, **settings)
     inner = _unwrapped(model)
     family, backbone = find(inner)
-    engine = Engine(family, backbone, chosen)  # all checks are done by here
+    # All checks are done by the time the engine is made.
+    make_engine: Any = CrossEngine if family.crosses else Engine
+    engine = make_engine(family, backbone, chosen)
     made = Patch(inner, engine)
     before = _patch_of(inner)
     if before is not None:

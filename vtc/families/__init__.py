@@ -20,6 +20,7 @@ from .llava import (
     VideoLlava,
     VipLlava,
 )
+from .mllama import Mllama
 from .qwen import Qwen3_5, QwenVL
 from .shuffle import CohereVision, Idefics2, Idefics3, InternVL, Llama4, Mistral3, SmolVLM
 from .tiles import LlavaNext, LlavaOnevision
@@ -48,6 +49,7 @@ FAMILIES: tuple[Family, ...] = (
     Convolutional(),
     PerceptionLM(),
     KimiK25(),
+    Mllama(),
 )
 GENERIC = Family()
 
@@ -61,7 +63,7 @@ class FamilyInfo:
         model_types: the `config.model_type` of its models; none for the generic family.
         stages: where methods can act.
         video: whether clips are compressed.
-        positions: "one axis", on which gaps can close, or "places in the picture" (m-RoPE).
+        positions: "one axis", on which gaps can close, "places in the picture" (m-RoPE), or "none".
         attention: how the tokens of an image see one another.
         tower: whether methods can read the vision tower.
         tested: whether it is held to the reference; else it works with a warning.
@@ -87,7 +89,7 @@ def models() -> list[FamilyInfo]:
             model_types=f.model_types,
             stages=f.stages,
             video=f.video,
-            positions="places in the picture" if f.axial else "one axis",
+            positions=f.positions,
             attention=f.attention,
             tower=f.tower,
             tested=bool(f.model_types),

@@ -88,6 +88,8 @@ class Family:
         merger: the method of the base model that puts features into the sequence.
         masks_in_base: the base model makes the attention masks, not the decoder.
         attention: how the tokens of an image see one another, for `vtc models`.
+        positions: what rotary positions tell, for `vtc models`.
+        crosses: vision tokens stand in no sequence; cross-attention layers read them.
         axial: rotary positions have several axes (m-RoPE), on which vision tokens stand by their
             place in the picture: gaps of dropped tokens cannot close.
         joins: modalities of which features that follow one another without text between, and are
@@ -103,6 +105,8 @@ class Family:
     merger: ClassVar[str] = "get_placeholder_mask"
     masks_in_base: ClassVar[bool] = False
     attention: ClassVar[str] = "causal"
+    positions: ClassVar[str] = "one axis"
+    crosses: ClassVar[bool] = False
     axial: ClassVar[bool] = False
     joins: ClassVar[tuple[Modality, ...]] = ()
     video: ClassVar[bool] = False

@@ -22,7 +22,8 @@ Made by `vtc models --markdown > MODELS.md`; CI checks that it is current.
 Tested means: held to a reference in which dropped tokens are masked instead of removed, on small
 random models of the family, at prefill and through cached decoding (greedy, beams, sampling, static
 caches, no cache, further turns, labels), at batch 1 and in padded batches with several images, rows
-without images and, where there are any, clips (`tests/test_families.py`). Real checkpoints load on
+without images and, where there are any, clips (`tests/test_families.py`,
+`tests/test_mllama.py`). Real checkpoints load on
 your machine. Methods that read the vision tower work where it says so; elsewhere they are refused.
 
 """

@@ -26,6 +26,7 @@ class QwenVL(Family):
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v")
     stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
     axial: ClassVar[bool] = True
+    positions: ClassVar[str] = "places in the picture"
     video: ClassVar[bool] = True
 
     def tower_attention(self, backbone: Backbone) -> list[Any]:
