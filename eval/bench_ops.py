@@ -112,7 +112,7 @@ def _dpp(x: Tensor, k: int, pairs: bool) -> Tensor:
     """A determinantal point process whose kernel's rows are looked up, or made when needed."""
     rows = unit_rows(x)
     kernel = rows @ rows.T if pairs else None
-    left, columns = rows.square().sum(1), rows.new_zeros(len(x), k)
+    left, columns = rows.new_ones(len(x)), rows.new_zeros(len(x), k)  # units
     chosen = torch.empty(k, dtype=torch.long)
     for step in range(k):
         index = int(left.argmax())

@@ -71,7 +71,9 @@ def test_they_are_registered_with_their_source_and_refuse_nonsense(name: str) ->
     assert cls.paper.startswith("arXiv:")
     assert cls.year
     for wrong in (0.0, 1.5, -3):
-        with pytest.raises(ValueError, match="keep"):
+        # A share is no whole number.
+        error = TypeError if name == "v2drop" and isinstance(wrong, int) else ValueError
+        with pytest.raises(error, match="keep"):
             vtc.make(name, keep=wrong)
     with pytest.raises(TypeError, match="keep"):
         vtc.make(name, keep="half")
@@ -260,6 +262,23 @@ def test_v2drop_drops_what_a_layer_left_as_it_was() -> None:
     assert len(kept(vtc.V2Drop(one_stays=True), last) or []) == 1
     with pytest.raises(ValueError, match="layers"):
         vtc.V2Drop(layers=(3, 4))
+    assert vtc.V2Drop(then=(0.25, 0)) == vtc.V2Drop()
+
+
+@pytest.mark.parametrize("name", ["v2drop", "transprune"])
+def test_shares_are_no_numbers_of_tokens(name: str) -> None:
+    with pytest.raises(TypeError, match=r"^keep: a share such as 0.25; got 1$"):
+        vtc.make(name, keep=1)
+    for wrong in (0.0, -0.1, 1.01, float("nan")):
+        with pytest.raises(ValueError, match=r"^keep: a share must lie in \(0, 1\], got "):
+            vtc.make(name, keep=wrong)
+
+
+def test_v2drop_later_shares() -> None:
+    with pytest.raises(TypeError, match=r"then: a share such as 0.25; got 1"):
+        vtc.V2Drop(then=(1, 0.0))
+    with pytest.raises(ValueError, match=r"then: a share must lie in \[0, 1\], got 1.5"):
+        vtc.V2Drop(then=(1.5, 0.0))
 
 
 # ---- DART ---------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -240,3 +241,76 @@ def test_catp_with_a_single_image_prunes_the_query_only() -> None:
     assert vtc.CATP().prune_layers(28) == (6, 7)
     assert vtc.CATP().prune_layers(40) == (10, 11)
     assert vtc.CATP().prune_layers(8) == (2, 3)
+
+
+@quick
+@given(st.data(), st.integers(0, 99))
+def test_what_catp_maximises_is_monotone_and_submodular(data: st.DataObject, seed: int) -> None:
+    """F(Y) = what Y covers + align * how Y matches the text; Y a subset of Z, x in neither."""
+    tokens, align = vision_tokens(9, seed), vtc.CATP().align
+    assert tokens.segment is not None
+    similarity = (1 + naive.cosines(tokens.features)) / 2
+    mean = tokens.segment.mean(0)
+    meant = (1 + torch.cosine_similarity(tokens.features, mean[None], dim=1)) / 2
+
+    def value(chosen: set[int]) -> float:
+        here = sorted(chosen)
+        return covered(similarity, tuple(here)) + align * float(meant[here].sum()) if here else 0.0
+
+    large = data.draw(st.sets(st.integers(0, 8), max_size=8))
+    small = set(data.draw(st.lists(st.sampled_from(sorted(large))))) if large else set()
+    more = data.draw(st.sampled_from(sorted(set(range(9)) - large)))
+    gain = value(large | {more}) - value(large)
+    assert value(small | {more}) - value(small) >= gain - 1e-9
+    assert gain >= -1e-9
+    # Its choice is that of the greedy maximiser of F, and hence within 1 - 1/e of the best.
+    k = data.draw(st.integers(1, 4))
+    found = vtc.CATP(keep=2 * k - 9 if k > 4 else 1).select(tokens).indices.tolist()
+    size = len(found)
+    chosen: set[int] = set()
+    while len(chosen) < size:
+        chosen.add(max(sorted(set(range(9)) - chosen), key=lambda i: value(chosen | {i})))
+    assert set(found) == chosen
+    best = max(value(set(some)) for some in combinations(range(9), size))
+    assert value(set(found)) >= (1 - 1 / 2.718281828) * best
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("normalize", [False, True])
+def test_catp_s_counts_follow_the_examples(seed: int, normalize: bool) -> None:
+    """Examples in another order, with what they score, keep as many tokens each as before."""
+    sizes, order = (7, 5, 6), (2, 0, 1)
+    state = icl_state(6, (*sizes, 4), seed=seed)
+    rows = {
+        layer: torch.rand(
+            1, len(state.image), generator=torch.Generator().manual_seed(seed + layer)
+        )
+        for layer in (4, 5)
+    }
+    blocks, start = [], 1
+    for n in (*sizes, 4):
+        blocks.append(list(range(start, start + n + 2)))
+        start += n + 2
+    moved = [0, *(i for e in order for i in blocks[e]), *blocks[3]]
+    ordinal = [-1, *(new if k < n else -1 for new, e in enumerate((*order, 3))
+                     for n in [len(blocks[e]) - 2] for k in range(n + 2))]  # fmt: skip
+    first = dataclasses.replace(state, attention=rows)
+    second = dataclasses.replace(
+        state,
+        hidden=state.hidden[moved],
+        image=torch.tensor(ordinal),
+        text=state.text[moved],
+        original=(*(state.original[e] for e in order), state.original[3]),
+        attention={layer: row[:, moved] for layer, row in rows.items()},
+    )
+    method = vtc.CATP(keep=0.25, normalize=normalize)
+
+    def counts(given: LayerState) -> list[int]:
+        found = method.prune(given)
+        assert found is not None
+        owner = given.image[given.vision][found.indices]
+        return [int((owner == e).sum()) for e in range(4)]
+
+    before, after = counts(first), counts(second)
+    assert after == [*(before[e] for e in order), before[3]]
+    assert len({*before[:3]}) > 1 or seed  # they do differ

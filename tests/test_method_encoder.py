@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections import Counter
 from itertools import pairwise
 
@@ -98,6 +99,25 @@ def test_tome_merges_the_most_similar_pairs(n: int, seed: int, cls: bool) -> Non
     assert sorted(token for group in groups for token in group) == list(range(n))
 
 
+@quick
+@given(st.integers(4, 60), st.integers(1, 12), st.floats(0.05, 1.0), st.booleans())
+def test_tome_s_sizes_sum_to_the_patches_after_every_layer(
+    n: int, layers: int, share: float, cls: bool
+) -> None:
+    wanted = max(1, round(share * n), -(-n // 2 ** min(layers, 6)))
+    size = torch.ones(n)
+    for layer in range(layers):
+        state = state_of(len(size), layer, layers, seed=layer, cls=cls)
+        merging = ToMe(wanted).merge(dataclasses.replace(state, original=n, size=size))
+        if merging is None:
+            continue
+        assert int(merging.target.min()) == 0
+        size = torch.zeros(int(merging.target.max()) + 1).index_add(0, merging.target, size)
+        assert float(size.sum()) == n
+        assert float(size.min()) >= 1
+    assert len(size) == wanted
+
+
 def test_tome_halves_at_best_and_says_what_is_possible() -> None:
     assert [n for n, _ in run(ToMe(9), 36, layers=2)] == [36, 18, 9]
     with pytest.raises(ValueError, match="at least 9"):
@@ -182,6 +202,73 @@ def test_flowcut_without_cls_uses_what_patches_receive() -> None:
     score = state.attention * state.values.mean(1).abs().sum(1)
     best = score.topk(5).indices.sort().values.tolist()
     assert (merging.target >= 0).nonzero().flatten().tolist() == best
+
+
+@quick
+@given(st.integers(8, 40), st.integers(0, 9), st.integers(3, 12), st.booleans())
+def test_flowcut_replays_naively(n: int, seed: int, layers: int, cls: bool) -> None:
+    """All layers, by the published formulas, patch by patch."""
+    wanted = n // 3
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randn(layers, n, 2, 4, generator=generator)
+    values = torch.randn(layers, n, 2, 4, generator=generator)
+    attention = torch.rand(layers, n, generator=generator) ** 3
+    alive, memory, alone, past = list(range(n)), None, list(range(n)), dict[int, float]()
+    for layer in range(layers):
+        value, paid = values[layer, alive], attention[layer, alive]
+        state = EncoderState(
+            layer=layer, num_layers=layers, original=n, has_cls=cls, attention=paid,
+            keys=keys[layer, alive], values=value,
+            cls_value=values[layer].mean(0) if cls else None,
+            size=torch.ones(len(alive)), memory=memory,
+        )  # fmt: skip
+        merging = FlowCut(wanted).merge(state)
+        if merging is not None:
+            alive = [alive[i] for i in (merging.target >= 0).nonzero().flatten().tolist()]
+            memory = merging.memory
+        alone, past = _flowcut_layer(
+            attention[layer], values[layer], layer, layers, cls, wanted, alone, past
+        )
+        assert alive == alone
+    assert len(alive) == wanted
+
+
+def _flowcut_layer(
+    paid: Tensor,
+    values: Tensor,
+    layer: int,
+    layers: int,
+    cls: bool,
+    wanted: int,
+    alone: list[int],
+    past: dict[int, float],
+) -> tuple[list[int], dict[int, float]]:
+    """The patches that are left of `alone`, and their scores so far."""
+    if len(alone) <= wanted or layer > layers - 2:
+        return alone, past
+    total = sum(float(paid[i]) for i in alone)
+    share = {i: float(paid[i]) / total for i in alone}
+    score = dict(share)
+    if cls:
+        query = values.mean(0)
+        semantic = dict.fromkeys(alone, 0.0)
+        for head in range(2):
+            powers = {i: math.exp(float(values[i, head] @ query[head])) for i in alone}
+            norm = sum(powers.values()) + math.exp(float(query[head] @ query[head]))
+            for i in alone:
+                semantic[i] += powers[i] / norm / 2
+        norm = sum(semantic.values())
+        score = {i: share[i] + semantic[i] / norm for i in alone}
+    score = {i: score[i] * float(values[i].mean(0).abs().sum()) for i in alone}
+    score = {i: (past[i] + score[i]) / 2 if i in past else score[i] for i in alone}
+    rem = layers - 2 - layer
+    leaving = len(alone) - wanted
+    if rem:
+        entropy = -sum(p * math.log(p) for p in share.values() if p) / math.log(len(alone))
+        rate = max(1 - entropy**2, 0) / math.sqrt(rem)
+        leaving = 0 if rem % 2 else round((len(alone) - wanted) * rate)
+    best = sorted(alone, key=lambda i: -score[i])[: max(len(alone) - leaving, wanted)]
+    return sorted(best), {i: score[i] for i in best}
 
 
 # ---- in a model ---------------------------------------------------------------------------------

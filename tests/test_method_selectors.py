@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import time
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,8 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import vtc
+from vtc.methods import vispruner
 from vtc.methods.base import LayerState, VisionTokens
-from vtc.ops import dpp_greedy, merge_into_nearest, naive
+from vtc.ops import dpp_greedy, merge_into_nearest, merging, naive
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -87,6 +91,15 @@ def test_merging_is_the_naive_one(n: int, seed: int, weighted: bool) -> None:
     torch.testing.assert_close(found, naive.merge_into_nearest(contents, metric, kept, weights))
 
 
+@quick
+@given(st.integers(1, 20), st.integers(1, 9), st.integers(0, 9))
+def test_sums_of_groups_are_the_same_by_a_product_as_on_gpus(n: int, k: int, seed: int) -> None:
+    values, group = randn(n, 3, seed=seed), (rand(n, seed) * k).long()
+    summed = merging._sums(values, group, k)
+    torch.testing.assert_close(merging._product_sums(values, group, k), summed)
+    torch.testing.assert_close(summed.sum(0), values.sum(0))
+
+
 def test_merging_alike_tokens_changes_nothing() -> None:
     contents = torch.ones(6, 3)
     assert torch.equal(
@@ -157,6 +170,37 @@ def test_vispruner_drops_doubles_first_and_odd_numbers_work() -> None:
     assert len(vtc.VisPruner(keep=4).select(same).indices) == 4
 
 
+@quick
+@given(st.integers(8, 60), st.integers(0, 9), st.integers(1, 9), st.integers(1, 4))
+def test_vispruner_chooses_the_same_however_many_neighbours_it_remembers(
+    n: int, seed: int, at_once: int, nearest: int
+) -> None:
+    """Sets hold few of the nearest tokens towards the end, and then all are looked at."""
+    tokens = vision_tokens(1, n, seed)
+    assert tokens.cls_attention is not None
+    assert tokens.encoder is not None
+    cosines = naive.cosines(tokens.encoder)
+    left = tokens.cls_attention.argsort(descending=True)
+    method = vtc.VisPruner(at_once=at_once)
+    with mock.patch.object(vispruner, "_NEAREST", nearest):
+        found = method.without_doubles(cosines, left, n // 4)
+    expected = left
+    while len(expected) > n // 4:  # as published
+        a, b = expected[::2], expected[1::2]
+        count = min(at_once, len(expected) - n // 4, len(a))
+        double = cosines[a][:, b].amax(1)
+        expected = torch.cat([a[double.argsort(descending=True, stable=True)[count:]], b])
+    assert found.tolist() == expected.tolist()
+
+
+@pytest.mark.slow
+def test_vispruner_is_quick_at_2880_tokens() -> None:
+    tokens = vision_tokens(1, 2880, encoder=randn(2880, 64).float())
+    since = time.process_time()
+    assert len(vtc.VisPruner(keep=288).select(tokens).indices) == 288
+    assert time.process_time() - since < 3
+
+
 # ---- VScan --------------------------------------------------------------------------------------
 @quick
 @given(st.integers(0, 9), st.sampled_from([32, 64, 96, 33]))
@@ -182,6 +226,22 @@ def test_vscan_scans_windows_and_the_whole(seed: int, k: int) -> None:
     assert set(chosen) == local | set(seen)
     expected = naive.merge_into_nearest(tokens.features, tokens.features, found.indices)
     torch.testing.assert_close(found.features, expected)
+
+
+@quick
+@given(st.integers(0, 99), st.integers(1, 40))
+def test_vscan_s_means_weighted_by_their_counts_sum_to_all_tokens(seed: int, k: int) -> None:
+    """Each mean times the tokens it stands for, added up, is the sum of the image."""
+    tokens = vision_tokens(7, 7, seed)
+    found = vtc.VScan(keep=k, then=1).select(tokens)
+    assert found.features is not None
+    cosines = naive.cosines(tokens.features)
+    group = cosines[:, found.indices].argmax(1)
+    group[found.indices] = torch.arange(k)
+    counts = torch.bincount(group, minlength=k)
+    assert int(counts.sum()) == 49
+    total = (counts[:, None] * found.features).sum(0)
+    torch.testing.assert_close(total, tokens.features.sum(0))
 
 
 def test_vscan_cuts_in_the_middle_by_the_last_token() -> None:
@@ -271,6 +331,51 @@ def test_sampling_repeats_itself_by_its_seed() -> None:
     second = dataclasses.replace(tokens, image=1)
     method = vtc.Correlation(keep=9, sampler="multinomial", seed=1)
     assert method.select(second).indices.tolist() != drawn(1)
+
+
+@quick
+@given(st.integers(0, 30), st.floats(-1, 1), st.floats(0, 1), st.floats(0.05, 1))
+def test_a_crop_keeps_its_density_and_at_most_its_outliers_besides(
+    seed: int, alpha: float, beta: float, least: float
+) -> None:
+    method = vtc.Correlation(alpha=alpha, beta=beta, least=least)
+    tokens = vision_tokens(6, 6, seed, cls_attention=rand(36, seed).double() ** 6)
+    assert tokens.keys is not None
+    assert tokens.cls_attention is not None
+    low, high = tokens.cls_attention.quantile(torch.tensor([0.25, 0.75]).double())
+    outliers = int((tokens.cls_attention > high + 1.5 * (high - low)).sum())
+    sampled = max(1, round(method.density(tokens.keys) * 36))
+    kept = len(method.select(tokens).indices)
+    assert max(sampled, outliers) <= kept <= min(36, sampled + outliers)
+
+
+def test_a_tiled_image_without_redundancy_stays_as_it_is() -> None:
+    crop = torch.arange(3).repeat_interleave(12)
+    tokens = vision_tokens(6, 6, keys=torch.eye(36).double(), crop=crop)
+    found = vtc.Correlation().select(tokens)  # D = 1 in every crop
+    assert found.indices.tolist() == list(range(36))
+    assert found.features is None
+    assert tokens.keys is not None
+    keys = tokens.keys.clone()
+    keys[:12] = 1.0
+    some = vtc.Correlation().select(dataclasses.replace(tokens, keys=keys))
+    assert some.features is not None
+    stays = some.indices >= 12
+    assert some.indices[stays].tolist() == list(range(12, 36))
+    torch.testing.assert_close(some.features[stays], tokens.features[12:])
+
+
+@pytest.mark.parametrize(
+    ("name", "accepted"), [("alpha", "[-1, 1]"), ("beta", "[0, 1]"), ("least", "(0, 1]")]
+)
+def test_thresholds_say_what_they_accept(name: str, accepted: str) -> None:
+    wrong: Any
+    for wrong, error in ((1.5, ValueError), (float("nan"), ValueError), ("1", TypeError)):
+        with pytest.raises(error, match=re.escape(f"{name}: expected a number in {accepted}, got")):
+            vtc.Correlation(**{name: wrong})
+    if name == "least":
+        with pytest.raises(ValueError, match=r"least: expected a number in \(0, 1\], got 0"):
+            vtc.Correlation(least=0)
 
 
 @pytest.mark.parametrize("sampler", ["topk", "multinomial"])

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 import vtc
+from tests.models import collate, samples, shared_model
 from vtc.methods.base import LayerState
 
 PARTS = ("attention", "mlp")
@@ -140,8 +142,43 @@ def test_layers_scale_and_everything_can_stay() -> None:
     for wrong in ({"schedule": "medium"}, {"direction": "up"}, {"softmax_scope": "batch"}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             vtc.TransPrune(**wrong)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="alpha"):
+    with pytest.raises(ValueError, match=r"alpha: expected a number in \[0, 1\], got 2"):
         vtc.TransPrune(alpha=2)
+
+
+def test_a_schedule_of_ones_own() -> None:
+    method = vtc.TransPrune(schedule=(0.75, 0.5, 0.25))
+    left, found = 16, []
+    for layer in method.prune_layers(32):
+        selection = method.prune(state_of(layer, vision=left, original=(16,)))
+        assert selection is not None
+        left = len(selection.indices)
+        found.append(left)
+    assert found == [12, 8, 4]
+    seen = vtc.describe(method, "llava-1.5").per_layer
+    assert seen == (576,) * 7 + (432,) * 2 + (288,) * 3 + (144,) * 20
+    again = vtc.make(json.loads(json.dumps(method.to_dict())))
+    assert again == method
+    assert hash(again) == hash(method)
+    assert vtc.TransPrune(schedule=(1, 1, 1)) == vtc.TransPrune(schedule=(1.0, 1.0, 1.0))
+    wrong: Any
+    for wrong in ((0.5, 0.25), (0.5, 0.6, 0.1), (0.5, 0.25, 0.0), (1.5, 0.5, 0.1), (True, 1, 1)):
+        with pytest.raises(ValueError, match=r"schedule: .* or three shares in \(0, 1\]"):
+            vtc.TransPrune(schedule=wrong)
+    wrong = 0.5
+    with pytest.raises(TypeError, match="schedule"):
+        vtc.TransPrune(schedule=wrong)
+
+
+def test_a_schedule_of_ones_is_the_plain_model() -> None:
+    model = shared_model("clip+llama", "sdpa")
+    batch = collate(samples("images", "clip"))
+    with torch.no_grad():
+        plain = model(**batch).logits
+        with vtc.patch(model, vtc.TransPrune(schedule=(1, 1, 1))):
+            assert torch.equal(model(**batch).logits, plain)
+        with vtc.patch(model, vtc.TransPrune(schedule=(1, 1, 0.5))):
+            assert not torch.equal(model(**batch).logits, plain)
 
 
 @pytest.mark.parametrize("scope", ["image", "sequence"])

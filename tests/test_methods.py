@@ -385,12 +385,12 @@ def test_todre_asks_for_the_attention_it_needs():
 def test_todre_checks_after_seven_eighths_of_the_layers(num_layers, expected):
     layers = () if expected is None else (expected,)
     assert ToDRE().prune_layers(num_layers) == layers
-    assert ToDRE().taps(num_layers) == {layer - 1: "text" for layer in layers}
+    assert ToDRE().taps(num_layers) == {layer - 1: "vision_text" for layer in layers}
 
 
 def test_todre_layer_can_be_given():
     assert ToDRE(layer=16).prune_layers(32) == (16,)
-    assert ToDRE(layer=16).taps(32) == {15: "text"}
+    assert ToDRE(layer=16).taps(32) == {15: "vision_text"}
     assert ToDRE(layer=31).prune_layers(32) == (31,)
     for num_layers in (16, 3, 1):
         with pytest.raises(ValueError, match=f"layer: .*{num_layers} decoder layers, got 16"):
@@ -413,8 +413,11 @@ IMAGES = [-1, -1, 0, 0, 0, -1, 1, 1, -1, -1, -1]
 @given(seed=st.integers(0, 10**6))
 @quick
 def test_todre_drops_all_below_the_threshold(seed):
-    rows = probabilities(4, len(IMAGES), seed)
-    mass = sum(rows[i, j].item() for i in range(4) for j in (2, 3, 4, 6, 7)) / 4
+    rows = probabilities(9, len(IMAGES), seed)  # 3 of vision, 1 of text, 2 of vision, 3 of text
+    text, vision = [5, 8, 9, 10], [2, 3, 4, 6, 7]
+    text_to_vision = sum(rows[i, j].item() for i in (3, 6, 7, 8) for j in vision) / 4
+    vision_to_text = sum(rows[i, j].item() for i in (0, 1, 2, 4, 5) for j in text) / 5
+    mass = max(text_to_vision, vision_to_text)
     assert 0 <= mass <= 1
     state = layer_state({6: rows}, IMAGES, 7, (3, 2))
     for tau, drops in [(mass - 1e-4, False), (mass + 1e-4, True), (0, False), (1.5, True)]:
@@ -428,15 +431,48 @@ def test_todre_drops_all_below_the_threshold(seed):
 
 
 def test_todre_reads_the_layer_before():
-    blind, looking = torch.zeros(4, len(IMAGES)), torch.zeros(4, len(IMAGES))
+    blind, looking = torch.zeros(9, len(IMAGES)), torch.zeros(9, len(IMAGES))
     blind[:, 0] = 1
     looking[:, 3] = 1
     assert ToDRE(layer=3).prune(layer_state({2: blind, 6: looking}, IMAGES, 3, (3, 2))) is not None
     assert ToDRE(layer=7).prune(layer_state({2: blind, 6: looking}, IMAGES, 7, (3, 2))) is None
 
 
+def causal(image: list[int], seed: int) -> Tensor:
+    """Probabilities of the rows of vision and text, which see nothing after themselves."""
+    first, s = image.index(0), len(image)
+    scores = torch.randn(s, s, generator=torch.Generator().manual_seed(seed))
+    rows = scores.masked_fill(torch.ones(s, s).triu(1).bool(), -torch.inf).softmax(1)
+    return rows[first:]
+
+
+@given(seed=st.integers(0, 10**6))
+@quick
+def test_todre_with_all_text_after_the_image_hears_the_text_alone(seed):
+    image = [-1, -1, 0, 0, 0, 0, -1, -1, -1]
+    rows = causal(image, seed)
+    assert not rows[:4, 6:].any()  # vision to text
+    mass = rows[4:, 2:6].sum(1).mean().item()
+    for tau, drops in ((mass - 1e-4, False), (mass + 1e-4, True)):
+        found = ToDRE(tau=tau).prune(layer_state({6: rows}, image, 7, (4,)))
+        assert (found is not None) == drops
+
+
+def test_todre_keeps_tokens_that_still_look_at_text_between_images():
+    # The text looks at <s> alone; the second image at the text before it.
+    image = [-1, 0, 0, -1, -1, 1, 1, -1]
+    rows = torch.zeros(7, len(image))
+    rows[:, 0] = 1
+    assert ToDRE().prune(layer_state({6: rows}, image, 7, (2, 2))) is not None
+    for row in (4, 5):
+        rows[row, 0], rows[row, 3] = 0.6, 0.4
+    # 0.4 of two of four rows: 0.2
+    assert ToDRE(tau=0.19).prune(layer_state({6: rows}, image, 7, (2, 2))) is None
+    assert ToDRE(tau=0.21).prune(layer_state({6: rows}, image, 7, (2, 2))) is not None
+
+
 def test_todre_keeps_tokens_when_no_text_follows():
-    state = layer_state({6: torch.zeros(0, 3)}, [-1, 0, 0], 7, (2,))
+    state = layer_state({6: torch.zeros(2, 3)}, [-1, 0, 0], 7, (2,))
     assert ToDRE(tau=2.0).prune(state) is None
 
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from vtc.cost import prefill_flops
 from vtc.methods import CATP, Correlation, FastV, Full, Method, PruMerge, Random, ToDRE, methods
 from vtc.methods.base import EncoderState, LayerState, VisionTokens, budget
 from vtc.presets import (
@@ -233,7 +234,7 @@ def pruned(method: Method, n: int, original: int, num_layers: int) -> list[int]:
             s, image = left + 3, torch.full((left + 3,), -1)
             image[:left] = 0
             text = image < 0
-            rows = {"last": 1, "text": 3}
+            rows = {"last": 1, "text": 3, "vision": left, "vision_text": s}
             heads = (2,) if getattr(method, "by_head", False) else ()
             state = LayerState(
                 layer=layer,
@@ -624,3 +625,22 @@ def test_vscan_rounds_its_second_cut() -> None:
     found = describe(made, "llava-1.5")
     assert found.per_layer == (98,) * 16 + (33,) * 16
     assert list(found.per_layer) == measured(made, "llava-1.5")
+
+
+def test_the_command_shows_what_a_target_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from vtc.cli import app
+
+    monkeypatch.setenv("COLUMNS", "250")
+    result = CliRunner().invoke(app, ["presets", "visionzip", "--target", "llava-1.5"])
+    assert result.exit_code == 0, result.output
+    header, *lines = [line.split() for line in result.output.splitlines() if line.strip()]
+    assert header[8:12] == ["KV", "MiB", "TFLOPs", "settings"]
+    found = {line[2]: line[7:9] for line in lines if line[0] == "visionzip"}
+    assert set(found) == {"192", "128", "64"}
+    for tokens, (cache, flops) in found.items():
+        seen = find("visionzip", "llava-1.5", int(tokens)).schedule()
+        lm = prefill_flops(TARGETS["llava-1.5"].decoder, seen.per_layer).lm
+        assert flops == f"{lm / 1e12:.2f}"
+        assert cache == f"{seen.kv_bytes / 2**20:.1f}"

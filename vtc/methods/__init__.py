@@ -34,6 +34,7 @@ from vtc.methods.pyramiddrop import PyramidDrop
 from vtc.methods.random import Random
 from vtc.methods.scope import SCOPE
 from vtc.methods.sparsevlm import SparseVLM
+from vtc.methods.split import PerFrame, PerTile
 from vtc.methods.todre import ToDRE
 from vtc.methods.tome import ToMe
 from vtc.methods.transprune import TransPrune
@@ -61,6 +62,8 @@ __all__ = [
     "MMTok",
     "Merging",
     "Method",
+    "PerFrame",
+    "PerTile",
     "Pool",
     "Positions",
     "PruMerge",

@@ -212,6 +212,8 @@ class Method:
         vision_layer: 0-based layer of the vision tower these are read from, negative from the
             last; a fraction is a share of the tower's depth.
         low_layer: layer of the vision tower that `low_attention` is read from.
+        listed: whether `methods()` has it; wrappers, which need another method, are found by `make`
+            only.
         weighs_sizes: whether, once tokens were merged in the tower, its attention counts a token
             as often as it stands for patches: the logarithm of its size is added to the logits.
 
@@ -224,6 +226,7 @@ class Method:
     paper: ClassVar[str] = ""
     year: ClassVar[int | None] = None
     trained: ClassVar[bool] = False
+    listed: ClassVar[bool] = True
     needs: ClassVar[frozenset[Signal]] = frozenset()
     vision_layer: ClassVar[int | float] = -1
     low_layer: ClassVar[int | float] = 0.25
@@ -240,10 +243,10 @@ class Method:
             raise ValueError(
                 f"{cls.__name__}.name must be lower-case letters and digits, got {name!r}"
             )
-        known = _REGISTRY.get(name)
+        known = _found(name)
         if known is not None and known.__qualname__ != cls.__qualname__:
             raise ValueError(f"a method named {name!r} exists already: {known.__qualname__}")
-        _REGISTRY[name] = cls
+        (_REGISTRY if cls.listed else _WRAPPERS)[name] = cls
 
     # ---- what a method implements -------------------------------------------------------------
     @property
@@ -347,6 +350,11 @@ class Compose(Method):
 
 
 _REGISTRY: dict[str, type[Method]] = {}
+_WRAPPERS: dict[str, type[Method]] = {}
+
+
+def _found(name: str) -> type[Method] | None:
+    return _REGISTRY.get(name) or _WRAPPERS.get(name)
 
 
 def methods() -> dict[str, type[Method]]:
@@ -407,7 +415,7 @@ def make(method: str | Method | Mapping[str, Any], **settings: Any) -> Method:
         raise TypeError(
             f"method: expected a name, a method or a composition, got {type(method).__name__}"
         )
-    cls = _REGISTRY.get(method.lower())
+    cls = _found(method.lower())
     if cls is None:
         raise ValueError(f"method: unknown name {method!r}; known are {', '.join(methods())}")
     accepted = list(_accepted_fields(cls))

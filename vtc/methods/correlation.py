@@ -70,12 +70,13 @@ class Correlation(Method):
     def __post_init__(self) -> None:
         if self.keep is not None:
             check_keep(self.keep)
-        for name, lowest in (("alpha", -1.0), ("beta", 0.0), ("least", 1e-9)):
+        for name, accepted in (("alpha", "[-1, 1]"), ("beta", "[0, 1]"), ("least", "(0, 1]")):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name}: expected a number up to 1, got {value!r}")
-            if not lowest <= value <= 1:
-                raise ValueError(f"{name}: expected {lowest:g} to 1, got {value!r}")
+                raise TypeError(f"{name}: expected a number in {accepted}, got {value!r}")
+            lowest = -1 if name == "alpha" else 0
+            if not lowest <= value <= 1 or (name == "least" and value == 0):
+                raise ValueError(f"{name}: expected a number in {accepted}, got {value!r}")
         check_choice("sampler", self.sampler, ("topk", "multinomial"))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"seed: expected a whole number, got {self.seed!r}")

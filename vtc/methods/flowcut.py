@@ -35,7 +35,9 @@ class FlowCut(Method):
     entropy of the attention from [CLS]: concentrated attention drops more. At `rem` = 0 exactly T
     are left. All as in the official code for LLaVA-1.5, which takes the largest drop of a batch
     for all of it; here each image has its own. The stage between decoder layers that the code adds
-    for LLaVA-NeXT is left out: `FlowCut(...) | FastV(...)` does as much.
+    for LLaVA-NeXT is left out: `FlowCut(...) | FastV(...)` also cuts there, but by attention alone,
+    softmax over all keys, where the code takes the softmax over the vision tokens only and weighs
+    values in, as in the tower.
 
     Towers without [CLS] have no semantic term, and the attention that a patch receives is its
     relation (the code averages the queries instead).

@@ -38,14 +38,14 @@ class ToDRE(Method):
     without [CLS] give the attention each token receives instead, where the paper draws the pivot
     at random and finds it to matter little.
 
-    Stage 2, after l* decoder layers have run: if the text gives vision tokens less than `tau` of
-    its attention in layer l* (1-based; softmax over all keys, mean over heads and text rows), all
-    vision tokens are dropped for the layers after it. One check; all or none. The paper further
-    asks that the vision tokens' attention to the text be below `tau`. Under a causal mask that
-    attention is 0 towards all text after the image, so the condition always holds and is not
-    computed. "Text" is the prompt's text after the first vision token: in prompts that interleave
-    images and text, later images could see text between them, and there this stage drops where
-    the full condition might not.
+    Stage 2, after l* decoder layers have run: if in layer l* (1-based; softmax over all keys, mean
+    over heads) the text gives less than `tau` of its attention to the vision tokens, and these less
+    than `tau` of theirs to the text, all vision tokens are dropped for the layers after it. One
+    check; all or none. The quotients of the paper are means over the rows of all text and of all
+    vision tokens of the sample. "Text" is the prompt's text after the first vision token; what
+    precedes it counts as the system prompt. Under a causal mask, vision tokens hence see text only
+    where a prompt goes on to a further image: with all text after the image their attention to it
+    is 0, and the first condition decides.
 
     Evaluated in the paper at 25 % and 10 % of the tokens. `keep=1.0` switches off both stages; a
     whole number beyond any image's size keeps all in stage 1 and leaves stage 2 on.
@@ -132,8 +132,8 @@ class ToDRE(Method):
         return (self.layer,)
 
     def taps(self, num_layers: int) -> dict[int, Rows]:
-        """The text rows of the last layer that sees the vision tokens."""
-        return {layer - 1: "text" for layer in self.prune_layers(num_layers)}
+        """The rows of text and vision, of the last layer that sees the vision tokens."""
+        return {layer - 1: "vision_text" for layer in self.prune_layers(num_layers)}
 
     @property
     def prune_positions(self) -> Positions:
@@ -141,16 +141,19 @@ class ToDRE(Method):
         return "original"
 
     def prune(self, state: LayerState) -> Selection | None:
-        """No index at all if the text no longer looks at the image, else `None`.
+        """No index at all if text and vision no longer look at each other, else `None`.
 
         A prompt without text after its image gives no evidence, and keeps its tokens.
         """
-        rows = state.attention[state.layer - 1]
-        if rows.shape[0] == 0:
+        rows, is_vision = state.attention[state.layer - 1], state.image >= 0
+        # The rows are those of vision and text, in sequence order.
+        of_vision = is_vision[is_vision | state.text]
+        if bool(of_vision.all()) or not bool(of_vision.any()):
             return None
-        # Rows sum to 1, so the paper's quotient of sums is the mean of the rows' vision mass.
-        text_to_vision = rows[:, state.vision].sum(1).mean()
-        if text_to_vision < self.tau:
+        # Rows sum to 1, so the paper's quotients of sums are means of the rows' mass.
+        text_to_vision = rows[~of_vision][:, is_vision].sum(1).mean()
+        vision_to_text = rows[of_vision][:, state.text].sum(1).mean()
+        if torch.maximum(text_to_vision, vision_to_text) < self.tau:
             return Selection(torch.empty(0, dtype=torch.long, device=rows.device))
         return None
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -52,8 +52,10 @@ class TransPrune(Method):
     another method has left: each cut halves what it finds.
 
     Args:
-        schedule: "high" (1.557 of 3.817 TFLOPs on LLaVA-1.5-7B), "low", or "after_selection".
-        keep: multiplies all shares of the schedule, in (0, 1].
+        schedule: "high" (1.557 of 3.817 TFLOPs on LLaVA-1.5-7B), "low", "after_selection", or the
+            shares of an image's tokens that the three cuts leave, in (0, 1], none above the one
+            before; (1, 1, 1) drops nothing.
+        keep: multiplies all shares of the schedule, a fraction in (0, 1].
         alpha: weight of the variation, in [0, 1].
         direction: "abs" or "signed".
         softmax_scope: "image" (all vision tokens held) or "sequence".
@@ -65,7 +67,7 @@ class TransPrune(Method):
     paper = "arXiv:2507.20630"
     year = 2026
 
-    schedule: Literal["high", "low", "after_selection"] = "high"
+    schedule: Literal["high", "low", "after_selection"] | tuple[float, float, float] = "high"
     keep: float = 1.0
     alpha: float = 0.5
     direction: Literal["abs", "signed"] = "abs"
@@ -73,16 +75,27 @@ class TransPrune(Method):
     positions: Positions = "contiguous"
 
     def __post_init__(self) -> None:
-        check_choice("schedule", self.schedule, tuple(SCHEDULES))
-        for name, lowest in (("keep", 1e-9), ("alpha", 0.0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name}: expected a number up to 1, got {value!r}")
-            if not lowest <= value <= 1:
-                raise ValueError(f"{name}: expected a number up to 1, got {value!r}")
+        if isinstance(self.schedule, str):
+            check_choice("schedule", self.schedule, tuple(SCHEDULES))
+        else:
+            object.__setattr__(self, "schedule", _three_shares(self.schedule))
+        # A whole number would be one of tokens: 1 is not all of them.
+        if not isinstance(self.keep, float):
+            raise TypeError(f"keep: a share such as 0.25; got {self.keep!r}")
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"keep: a share must lie in (0, 1], got {self.keep!r}")
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)):
+            raise TypeError(f"alpha: expected a number in [0, 1], got {self.alpha!r}")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha: expected a number in [0, 1], got {self.alpha!r}")
         check_choice("direction", self.direction, ("abs", "signed"))
         check_choice("softmax_scope", self.softmax_scope, ("image", "sequence"))
         check_choice("positions", self.positions, ("original", "contiguous"))
+
+    @property
+    def shares(self) -> tuple[float, float, float]:
+        """What the three cuts leave, before `keep`."""
+        return SCHEDULES[self.schedule] if isinstance(self.schedule, str) else self.schedule
 
     def prune_layers(self, num_layers: int) -> tuple[int, ...]:
         """After layers 7, 9 and 12 of 32 (1-based), scaled to the depth."""
@@ -105,7 +118,7 @@ class TransPrune(Method):
     def prune(self, state: LayerState) -> Selection | None:
         """Ascending indices among the sample's vision tokens, or `None` if all fit the budget."""
         cuts, vision = self.prune_layers(state.num_layers), state.vision
-        stage, shares = cuts.index(state.layer), SCHEDULES[self.schedule]
+        stage, shares = cuts.index(state.layer), self.shares
         share, counted = self.keep * shares[stage], state.original
         if self.schedule == "after_selection":
             # What entered the decoder is not known here; each cut takes its part of what it finds.
@@ -140,6 +153,20 @@ class TransPrune(Method):
                     share = turned[: state.prompt_length].softmax(0)
                     total = total + share[vision] * stretched[vision]
         return total
+
+
+def _three_shares(given: Any) -> tuple[float, float, float]:
+    """The shares of a schedule of one's own, checked."""
+    wanted = (
+        f"schedule: expected one of {', '.join(map(repr, SCHEDULES))}, or three shares in (0, 1]"
+    )
+    if not isinstance(given, (tuple, list)):
+        raise TypeError(f"{wanted}, got {given!r}")
+    numbers = [v for v in given if isinstance(v, (int, float)) and not isinstance(v, bool)]
+    if len(given) != 3 or len(numbers) != 3 or not 1 >= numbers[0] >= numbers[1] >= numbers[2] > 0:
+        raise ValueError(f"{wanted}, none above the one before, got {given!r}")
+    first, second, third = map(float, numbers)
+    return (first, second, third)
 
 
 def _shares(values: Tensor) -> Tensor:

@@ -36,8 +36,8 @@ class V2Drop(Method):
     own literal is (0.5, 0.5, 0), which is none of these.
 
     Args:
-        keep: share left by the first cut, in (0, 1]; 1.0 drops nothing anywhere.
-        then: shares left by the later cuts, of what they find.
+        keep: share left by the first cut, a fraction in (0, 1]; 1.0 drops nothing anywhere.
+        then: shares left by the later cuts, of what they find, each in [0, 1].
         layers: 0-based layers before which it cuts, ascending; by default 3, 17 and 22, scaled from
             32 layers to the depth.
         one_stays: whether a share of 0 leaves one token.
@@ -58,11 +58,12 @@ class V2Drop(Method):
     def __post_init__(self) -> None:
         object.__setattr__(self, "then", tuple(self.then))
         for name, share in (("keep", self.keep), *(("then", share) for share in self.then)):
-            lowest = 0.0 if name == "then" else 1e-9
-            if isinstance(share, bool) or not isinstance(share, (int, float)):
-                raise TypeError(f"{name}: expected a share of the tokens, got {share!r}")
-            if not lowest <= share <= 1:
-                raise ValueError(f"{name}: a share must lie in [0, 1], got {share!r}")
+            # A whole number would be one of tokens: 1 is not all of them.
+            if not isinstance(share, float) and (name, share) != ("then", 0):
+                raise TypeError(f"{name}: a share such as 0.25; got {share!r}")
+            if not (0 < share <= 1 or (name, share) == ("then", 0)):
+                accepted = "(0, 1]" if name == "keep" else "[0, 1]"
+                raise ValueError(f"{name}: a share must lie in {accepted}, got {share!r}")
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(self.layers))
             if len(self.layers) != 1 + len(self.then):
@@ -88,7 +89,7 @@ class V2Drop(Method):
 
     def prune(self, state: LayerState) -> Selection | None:
         """Ascending indices among the sample's vision tokens, or `None` to keep all."""
-        if self.keep == 1:
+        if self.keep == 1.0:
             return None
         stage = self.prune_layers(state.num_layers).index(state.layer)
         share, vision = (self.keep, *self.then)[stage], state.vision

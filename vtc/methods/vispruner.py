@@ -19,6 +19,9 @@ from vtc.methods.base import (
 )
 from vtc.ops import top_k, unit_rows
 
+_NEAREST: int = 32
+"""Most similar tokens that are remembered of each. The choice is the same for any number."""
+
 
 @dataclass(frozen=True)
 class VisPruner(Method):
@@ -88,9 +91,20 @@ class VisPruner(Method):
         """(wanted,) of the indices `left` into the (n, n) `cosines`."""
         if wanted == 0:
             return left[:0]
+        # A token's most similar one of a set is the first of its nearest that is in the set; only
+        # where none of them is, all similarities have to be looked at.
+        near = cosines.topk(min(_NEAREST, len(cosines)), dim=1)
+        inside = torch.zeros(len(cosines), dtype=torch.bool, device=cosines.device)
         while len(left) > wanted:
             a, b = left[::2], left[1::2]
             count = min(self.at_once, len(left) - wanted, len(a))
-            double = cosines[a][:, b].amax(1) if len(b) else cosines.new_zeros(len(a))
+            if len(b):
+                inside.zero_()[b] = True
+                found = near.values[a].masked_fill(~inside[near.indices[a]], -torch.inf)
+                double = found.amax(1)
+                far = double.isinf().nonzero().squeeze(1)
+                double[far] = cosines[a[far, None], b].amax(1)
+            else:
+                double = cosines.new_zeros(len(a))
             left = torch.cat([a[top_k(double, len(a))[count:]], b])
         return left

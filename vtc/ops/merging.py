@@ -28,10 +28,19 @@ def merge_into_nearest(
     rows = unit_rows(metric)
     group = (rows @ rows[kept].T).argmax(1)
     group[kept] = torch.arange(len(kept), device=device)
-    # A matrix product, not scattered additions, whose order is not fixed on a GPU.
-    member = torch.nn.functional.one_hot(group, len(kept)).T.to(rows.dtype)
-    wide = rows.new_ones(n) if weights is None else weights.to(rows.dtype)
-    wide = torch.where((member @ wide)[group] > 0, wide, torch.ones_like(wide))
-    shares = member * wide
-    summed = shares @ contents.to(rows.dtype)
-    return (summed / shares.sum(1, keepdim=True)).to(contents.dtype)
+    wide = rows.new_ones(n, 1) if weights is None else weights.to(rows.dtype)[:, None]
+    wide = torch.where(_sums(wide, group, len(kept))[group] > 0, wide, torch.ones_like(wide))
+    summed = _sums(contents.to(rows.dtype) * wide, group, len(kept))
+    return (summed / _sums(wide, group, len(kept))).to(contents.dtype)
+
+
+def _sums(values: Tensor, group: Tensor, k: int) -> Tensor:
+    """(k, d) sums of the (n, d) rows of each group."""
+    if values.device.type == "cpu":
+        return values.new_zeros(k, values.shape[1]).index_add_(0, group, values)
+    return _product_sums(values, group, k)
+
+
+def _product_sums(values: Tensor, group: Tensor, k: int) -> Tensor:
+    """The same as a matrix product: the order of scattered additions is not fixed on a GPU."""
+    return torch.nn.functional.one_hot(group, k).T.to(values.dtype) @ values

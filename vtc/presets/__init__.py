@@ -20,7 +20,7 @@ that act in the vision tower (`tome`, `flowcut`) see one tile at a time, and `po
 for which the tiles compete, where VisionZip, VisPruner, CDPruner, SCOPE, MMTok, PruMerge+ and
 VScan's first stage were published with the same budget for every tile. The totals are equal;
 which tokens stay is not, and VisionZip and PruMerge+ add one [CLS] or one sum for the image, not
-one a tile. `Preset.scope` says which it is.
+one a tile. `Preset.scope` says which it is; `vtc.PerTile` gives a method a budget for every tile.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ from typing import Any
 from vtc.cost import equivalent_tokens, kv_bytes, prefill_flops, visual_flops
 from vtc.methods import Compose, Method
 from vtc.methods.base import budget
-from vtc.methods.transprune import SCHEDULES
 from vtc.ops import cell_grid
 
 from .table import target_of
@@ -60,7 +59,7 @@ def _pyramid(method: Any, n: int, layers: int, tiles: int) -> list[int]:
 def _v2drop(method: Any, n: int, layers: int, tiles: int) -> list[int]:
     left, cuts = n, []
     for layer, share in zip(method.prune_layers(layers), (method.keep, *method.then), strict=False):
-        if method.keep == 1:
+        if method.keep == 1.0:
             break
         least = 0 if share == 0 and not method.one_stays else 1
         left = min(left, max(least, int(left * share)))
@@ -69,7 +68,7 @@ def _v2drop(method: Any, n: int, layers: int, tiles: int) -> list[int]:
 
 
 def _transprune(method: Any, n: int, layers: int, tiles: int) -> list[int]:
-    shares, left, cuts = SCHEDULES[method.schedule], n, []
+    shares, left, cuts = method.shares, n, []
     for stage, layer in enumerate(method.prune_layers(layers)):
         counted, share = n, method.keep * shares[stage]
         if method.schedule == "after_selection":

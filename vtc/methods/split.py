@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A budget for every tile of a tiled image, or for every frame of a clip."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtc.methods.base import Method, Positions, Selection, Signal, VisionTokens, check_keep, make
+
+_OF_TOKENS = ("features", "grid", "cls_attention", "keys", "low_attention", "encoder", "crop")
+"""What `VisionTokens` holds one row of for each token."""
+
+_AT_VISION_LAYER: frozenset[Signal] = frozenset({"cls_attention", "cls_query", "keys"})
+_AT_LOW_LAYER: frozenset[Signal] = frozenset({"low_attention"})
+
+
+class _Split(Method):
+    """What `PerTile` and `PerFrame` share."""
+
+    listed = False
+    inner: Method
+
+    @property
+    def needs(self) -> frozenset[Signal]:  # type: ignore[override]
+        """What any of the methods needs."""
+        return frozenset().union(*(method.needs for method in self._methods))
+
+    @property
+    def vision_layer(self) -> int | float:  # type: ignore[override]
+        """Of the method that reads it."""
+        return self._reader(_AT_VISION_LAYER).vision_layer
+
+    @property
+    def low_layer(self) -> int | float:  # type: ignore[override]
+        """Of the method that reads it."""
+        return self._reader(_AT_LOW_LAYER).low_layer
+
+    @property
+    def positions(self) -> Positions:  # type: ignore[override]
+        """That of the inner method."""
+        return self.inner.positions
+
+    @property
+    def _methods(self) -> tuple[Method, ...]:
+        return (self.inner,)
+
+    def _reader(self, signals: frozenset[Signal]) -> Method:
+        return next((m for m in self._methods if m.needs & signals), self.inner)
+
+    def _apply(self, tokens: VisionTokens, part: Tensor, first: Method) -> Selection:
+        """Ascending indices, (k,), and (k, d) contents where a part was merged.
+
+        Args:
+            part: (n,) the part each token belongs to.
+            first: acts on the part 0, the inner method on all others.
+        """
+        indices, contents, merged = [], [], False
+        for number, name in enumerate(part.unique().tolist()):
+            places = (part == name).nonzero().squeeze(1)
+            signals: dict[str, Any] = {
+                field: None if (value := getattr(tokens, field)) is None else value[places]
+                for field in _OF_TOKENS
+            }
+            # Methods that draw by the image's ordinal must not draw alike in all parts.
+            image = tokens.image + (number << 16)
+            method = first if name == 0 else self.inner
+            found = method.select(dataclasses.replace(tokens, image=image, **signals))
+            chosen = places[found.indices]
+            indices.append(chosen)
+            merged = merged or found.features is not None
+            contents.append(tokens.features[chosen] if found.features is None else found.features)
+        every = torch.cat(indices)
+        order = every.argsort()
+        features = torch.cat([rows.to(tokens.features) for rows in contents]) if merged else None
+        return Selection(every[order], None if features is None else features[order])
+
+
+def _checked(name: str, method: Any) -> Method:
+    """A simple method of the sequence stage, from a method, its name or its dictionary."""
+    found = make(method)
+    if found.parts != (found,) or found.stages != ("sequence",):
+        acts = ", ".join(found.stages) or "nothing"
+        raise ValueError(
+            f"{name}: expected one method that acts in the sequence stage alone, got {found} "
+            f"({acts}); compose others with `|`"
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class PerTile(_Split):
+    """Apply a method to each tile of a tiled image by itself, so that `inner.keep` is per tile.
+
+    What [CLS], its query and the text say comes as for the whole image; all else is the tile's
+    own. An image that is not tiled, or has one tile only, is one tile. In a clip whose frames are
+    not tiled nothing is split; see `PerFrame`.
+
+    Args:
+        inner: a method of the sequence stage, its name, or its dictionary.
+        thumbnail: what acts on the thumbnail (crop 0 of several) instead: such a method, or
+            another `keep` for the inner one; `None` treats it as any tile.
+    """
+
+    name = "per_tile"
+    title = "A method for each tile of an image by itself"
+
+    inner: Method
+    thumbnail: Method | float | int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "inner", _checked("inner", self.inner))
+        given = self.thumbnail
+        if given is None:
+            return
+        if isinstance(given, (str, Mapping, Method)):
+            object.__setattr__(self, "thumbnail", _checked("thumbnail", given))
+        else:
+            try:
+                check_keep(given)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"thumbnail: {error}") from None
+            if "keep" not in {f.name for f in dataclasses.fields(self.inner)}:  # type: ignore[arg-type]
+                raise ValueError(
+                    f"thumbnail: {self.inner.name} has no keep; give a method, got {given!r}"
+                )
+        other = self._thumbnail
+        shared = self.inner.needs & other.needs
+        for what, counts in (
+            ("positions", True),
+            ("vision_layer", bool(shared & _AT_VISION_LAYER)),
+            ("low_layer", bool(shared & _AT_LOW_LAYER)),
+        ):
+            mine, its = getattr(self.inner, what), getattr(other, what)
+            if counts and mine != its:
+                raise ValueError(
+                    f"thumbnail: expected {what} {mine!r} as {self.inner.name} has it, got {its!r}"
+                )
+
+    @property
+    def _thumbnail(self) -> Method:
+        if self.thumbnail is None:
+            return self.inner
+        if isinstance(self.thumbnail, Method):
+            return self.thumbnail
+        return dataclasses.replace(self.inner, keep=self.thumbnail)  # type: ignore[type-var]
+
+    @property
+    def _methods(self) -> tuple[Method, ...]:
+        return (self.inner, self._thumbnail)
+
+    def select(self, tokens: VisionTokens) -> Selection:
+        """(k,) ascending indices, and (k, d) contents where the method merges."""
+        if tokens.crop is None or not bool((tokens.crop != tokens.crop[0]).any()):
+            return self.inner.select(tokens)
+        return self._apply(tokens, tokens.crop, self._thumbnail)
+
+    def to_dict(self) -> dict[str, Any]:
+        given = self.thumbnail
+        thumbnail = given.to_dict() if isinstance(given, Method) else given
+        return {"method": self.name, "inner": self.inner.to_dict(), "thumbnail": thumbnail}
+
+    def __str__(self) -> str:
+        other = "" if self.thumbnail is None else f", thumbnail={self.thumbnail}"
+        return f"{self.name}({self.inner}{other})"
+
+
+@dataclass(frozen=True)
+class PerFrame(_Split):
+    """Apply a method to each frame of a clip by itself, so that `inner.keep` is per frame.
+
+    Without it, a clip is one image to a method, and `keep` its budget. What [CLS] and the text say
+    comes as for the whole clip; all else is the frame's own. An image is one frame.
+
+    Args:
+        inner: a method of the sequence stage, its name, or its dictionary.
+    """
+
+    name = "per_frame"
+    title = "A method for each frame of a clip by itself"
+
+    inner: Method
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "inner", _checked("inner", self.inner))
+
+    def select(self, tokens: VisionTokens) -> Selection:
+        """(k,) ascending indices, and (k, d) contents where the method merges."""
+        frame = tokens.grid[:, 0]
+        if not bool((frame != frame[:1]).any()):
+            return self.inner.select(tokens)
+        return self._apply(tokens, frame, self.inner)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"method": self.name, "inner": self.inner.to_dict()}
+
+    def __str__(self) -> str:
+        return f"{self.name}({self.inner})"
