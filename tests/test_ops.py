@@ -289,6 +289,20 @@ def test_greedy_never_waits_for_the_device(fast, slow, monkeypatch):
 
 
 @pytest.mark.parametrize(("fast", "slow"), GREEDY)
+@pytest.mark.parametrize("k", [1, 40, 700])
+def test_many_tokens_on_a_cpu_are_chosen_as_in_steps(fast, slow, k):
+    """Rows made some at a time give the order that the naive twin has."""
+    features = torch.randn(1500, 12, generator=torch.Generator().manual_seed(k)).double()
+    assert torch.equal(fast(features, k, 7), slow(features, k, 7))
+
+
+@pytest.mark.parametrize("d", [3, 40])
+def test_the_most_isolated_of_many_tokens(d):
+    features = torch.randn(1500, d, generator=torch.Generator().manual_seed(d)).double()
+    assert torch.equal(max_min(features, 60), naive.max_min(features, 60))
+
+
+@pytest.mark.parametrize(("fast", "slow"), GREEDY)
 def test_greedy_refuses(fast, slow):
     features = torch.randn(5, 3)
     for k in (0, 6):

@@ -4,9 +4,9 @@
 Both functions keep one running value per token and update it with the similarities to the token
 just chosen: O(n k d) time and O(n d) memory. Where a sixth of the tokens or more are chosen, one
 product of all pairs, read row by row, is faster than k products that each read all features again,
-and is made instead (`_all_pairs`). Nothing leaves the device inside the loop. The order of choice
-is returned, so the first j of k choices are, up to rounding, the choice of j; sort them to put
-tokens back in sequence order.
+and is made instead (`_all_pairs`). Nothing leaves the device inside the loop. For many tokens on a
+CPU, rows are made some at a time (`vtc.ops.ahead`). The order of choice is returned, so the first j
+of k choices are, up to rounding, the choice of j; sort them to put tokens back in sequence order.
 
 Ties go to the lowest index. Equal tokens tie only as far as the matrix product gives equal rows
 equal results, which BLAS does up to the last bit.
@@ -19,7 +19,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from vtc.ops.ahead import greedy_ahead, search_isolated
 from vtc.ops.similarity import unit_rows
+
+_AHEAD_FROM = 1024
+"""Tokens from which on a CPU makes rows some at a time."""
 
 _PAIRS_UP_TO = 4096
 """Tokens of which all pairs are kept in memory: 64 MiB."""
@@ -65,6 +69,9 @@ def max_min(features: Tensor, k: int) -> Tensor:
     """
     rows = unit_rows(features)
     n = rows.shape[0]
+    if _many_on_cpu(rows):
+        first, made = search_isolated(rows)
+        return _greedy(rows, k, first, torch.maximum, made=made)
     if n > _PAIRS_UP_TO:
         return farthest_first(rows, k, most_isolated(rows))
     pairs = rows @ rows.T
@@ -105,12 +112,19 @@ def _all_pairs(n: int, k: int) -> bool:
     return 6 * k >= n and n <= _PAIRS_UP_TO
 
 
+def _many_on_cpu(rows: Tensor) -> bool:
+    """Whether rows of similarities are best made some at a time. With few tokens there is little to
+    gain, and exact duplicates tie to the lowest index in the other ways only."""
+    return rows.device.type == "cpu" and rows.shape[0] >= _AHEAD_FROM
+
+
 def _greedy(
     features: Tensor,
     k: int,
     pivot: int | Tensor,
     combine: Callable[[Tensor, Tensor], Tensor],
     pairs: Tensor | None = None,
+    made: dict[int, Tensor] | None = None,
 ) -> Tensor:
     rows = unit_rows(features)
     n = rows.shape[0]
@@ -118,6 +132,8 @@ def _greedy(
         raise ValueError(f"k: expected a whole number from 1 to the {n} tokens given, got {k}")
     if isinstance(pivot, int) and not 0 <= pivot < n:
         raise ValueError(f"pivot: expected an index from 0 to {n - 1}, got {pivot}")
+    if pairs is None and _many_on_cpu(rows):
+        return greedy_ahead(rows, k, int(pivot), combine, made)
     chosen = torch.empty(k, dtype=torch.long, device=rows.device)
     chosen[0] = pivot
     if pairs is None and _all_pairs(n, k):
