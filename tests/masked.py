@@ -164,9 +164,11 @@ class Masked:
         place = torch.arange(total)
         blocks = self._blocks(total)
         seen = place[:, None] >= place
-        seen |= (blocks[:, None] == blocks) & (blocks[:, None] >= 0)
-        rank = alive.cumsum(0) - 1
         kinds = getattr(self.config, "layer_types", None)
+        # Of Gemma 4, only layers with a window see images in both directions.
+        if self.family.model_type != "gemma4" or kinds[layer] == "sliding_attention":
+            seen |= (blocks[:, None] == blocks) & (blocks[:, None] >= 0)
+        rank = alive.cumsum(0) - 1
         window = getattr(self.config, "sliding_window", None)
         if window and (kinds is None or kinds[layer] == "sliding_attention"):
             seen &= rank > rank[:, None] - window

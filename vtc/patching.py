@@ -148,4 +148,5 @@ def _forget(patch: Patch) -> None:
 
 
 def _unwrapped(model: Any) -> Any:
+    model = getattr(model, "_orig_mod", model)  # what torch.compile returned
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -77,11 +77,13 @@ class DecoderSide:
             tap.armed, tap.captured, tap.silent = None, [], False
 
     # ---- records ------------------------------------------------------------------------------
+    @torch.compiler.disable
     def _entering(
         self, layer: int, name: Record, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         self._note(layer, name, args[0] if args else kwargs["hidden_states"])
 
+    @torch.compiler.disable
     def _leaving(
         self, layer: int, name: Record, module: Any, args: tuple[Any, ...], output: Any
     ) -> None:
@@ -132,10 +134,14 @@ class DecoderSide:
                 forward.selector,
                 keys=note if wanted else None,
                 by_head=layer in self.plan.by_head,
-                blocks=forward.gather_blocks(group.length),
+                blocks=self._blocks(forward, layer, group.length),
                 chunk=self.family.chunk(self.backbone, layer),
             )
         forward.attention[layer] = Heard(layout, rows, tap.captured, past)
+
+    def _blocks(self, forward: Forward, layer: int, length: int) -> Tensor | None:
+        blocks = forward.gather_blocks(length)
+        return self.family.layer_blocks(self.backbone, layer, blocks)
 
     def _turned_back(self, forward: Forward, layer: int, keys: Tensor) -> Tensor:
         """Keys (b, h, k, d) as if every sample began at position 0.
@@ -181,7 +187,7 @@ class DecoderSide:
                 past,
                 forward.selector,
                 by_head=by_head,
-                blocks=forward.gather_blocks(visible.shape[1]),
+                blocks=self._blocks(forward, layer, visible.shape[1]),
                 chunk=self.family.chunk(self.backbone, layer),
             )
             positions = forward.rotary_positions(self.plan.group_of[layer]).to(hidden.device)

@@ -66,7 +66,7 @@ class Engine:
         self.frozen: tuple[Decisions, list[int]] | None = None
         self.generating = False
         self.handled = 0
-        self.warned = False
+        self.warned = self.told = False
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -103,6 +103,9 @@ class Engine:
         self.overrides.append(Override(b.base, "forward", self._run_base))
         if b.model is not b.base:
             self.overrides.append(Override(b.model, "forward", self._run_model))
+        for part in {id(b.base): b.base, id(b.model): b.model}.values():
+            refuse = Override(part, "_replicate_for_data_parallel", self._refuse_replicas)
+            self.overrides.append(refuse)
         if hasattr(b.model, "generate"):
             self.overrides += [
                 Override(b.model, "generate", self._generate),
@@ -130,6 +133,12 @@ class Engine:
         self.handles, self.overrides = [], []
         self._forget()
 
+    def _refuse_replicas(self, original: Callable[..., Any]) -> Any:
+        raise RuntimeError(
+            "DataParallel: its replicas share the hooks of a patched model, which lead to the "
+            "first device; copy.deepcopy the patched model for each device, or use one process for each"
+        )
+
     # ---- generate -----------------------------------------------------------------------------
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         own = self.backbone.model.generation_config
@@ -149,6 +158,8 @@ class Engine:
                     "reach it together with the prompt and steer what is kept; leave it out, or "
                     "unpatch"
                 )
+        if kwargs.get("compile_config") is not None or given.compile_config is not None:
+            self._warn_of_compiling()
         with self.lock:
             before, self.generating, self.frozen = self.handled, True, None
             try:
@@ -211,6 +222,8 @@ class Engine:
         return original(hidden_states, left, visual_embeds[row.to(visual_embeds.device)])
 
     def _run_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.backbone.model._compiled_call_impl is not None:
+            self._warn_of_compiling()
         with self.lock:
             self.labels = _by_name(self.backbone.model, args, kwargs).get("labels")
             try:
@@ -264,6 +277,7 @@ class Engine:
             forward.ledger.may_write = False
 
     # ---- decoder ------------------------------------------------------------------------------
+    @torch.compiler.disable
     def _enter_decoder(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -275,8 +289,6 @@ class Engine:
                 "attn_implementation: it was changed from or to flash attention under a patch; "
                 "call vtc.patch again"
             )
-        if "logits_to_keep" in kwargs:  # layers that share keys would see the last tokens only
-            kwargs["logits_to_keep"] = 0
         ledger = ledger_of(cache_in(kwargs))
         shown = [mask for name, mask in forward.vision.items() if name in forward.features]
         if any(bool(mask.any()) for mask in shown):
@@ -338,6 +350,8 @@ class Engine:
         kwargs["inputs_embeds"] = new_embeds
         self._open_group(forward, 0)
         group = forward.ledger.groups[0]
+        if group.diverged or len(forward.ledger.groups) > 1:
+            _keep_all_states(kwargs)
         if self.family.masks_in_base:
             kwargs["attention_mask"] = self._masks(forward, new_embeds, cache)
             if group.diverged or not plain:
@@ -369,6 +383,7 @@ class Engine:
         ledger.logical += count
         ledger.croppable += count
         forward.ledger, forward.phase = ledger, "decode"
+        _keep_all_states(kwargs)
         first = ledger.groups[0]
         kwargs["attention_mask"] = None if first.valid is None else first.valid.long()
         kwargs["position_ids"] = forward.rotary_positions(0)
@@ -398,8 +413,10 @@ class Engine:
         blocks = None
         if forward.phase == "prefill":
             blocks = forward.gather_blocks(group.length)
+            blocks = self.family.layer_blocks(self.backbone, layer, blocks)
         return self.family.mask(self.backbone, layer, hidden, valid, cache, blocks)
 
+    @torch.compiler.disable
     def _leave_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         forward = self.forward
         if forward is None or forward.phase != "prefill":
@@ -424,6 +441,15 @@ class Engine:
             self.report.add(Prefill(samples, size, *clocks))
             self._warn_of_idle_parts(forward)
 
+    def _warn_of_compiling(self) -> None:
+        if not self.told:
+            self.told = True
+            warnings.warn(
+                "torch.compile: of a patched model only the decoder can be compiled, the rest runs "
+                "as it is; use model.model.language_model = torch.compile(...)",
+                stacklevel=2,
+            )
+
     def _warn_of_idle_parts(self, forward: Forward) -> None:
         """Say once that a part of a composition finds its budget met by those before it."""
         if self.warned or len(self.method.parts) == 1:
@@ -441,6 +467,7 @@ class Engine:
             )
 
     # ---- decoder layers -----------------------------------------------------------------------
+    @torch.compiler.disable
     def _enter_layer(
         self,
         layer: int,
@@ -601,6 +628,13 @@ def _take(value: Tensor, place: Tensor) -> Tensor:
     trailing = value.shape[2:]
     index = place.view(*place.shape, *([1] * len(trailing))).expand(*place.shape, *trailing)
     return value.gather(1, index)
+
+
+def _keep_all_states(kwargs: dict[str, Any]) -> None:
+    """Layers that share keys with earlier ones may run for the last tokens only; masks and
+    positions of a compressed sequence are made for all of them."""
+    if "logits_to_keep" in kwargs:
+        kwargs["logits_to_keep"] = 0
 
 
 def _ones(like: Tensor, length: int) -> Tensor:

@@ -7,6 +7,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 
 class Override:
     """Shadows a method of one instance; `remove` brings the instance back as it was.
@@ -32,6 +34,8 @@ class Override:
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.original or self.replacement)
 
+    # Compiled, the method that is shadowed would be looked up on the instance, and be this again.
+    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.removed:  # somebody wrapped it in between
             return self.original(*args, **kwargs)

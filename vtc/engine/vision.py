@@ -111,10 +111,12 @@ class VisionSide:
                 projector.register_forward_hook(self._leave_projector),
             ]
 
+    @torch.compiler.disable
     def _leave_tower(self, module: Any, args: Any, output: Any) -> None:
         if self.listening:
             self.cls_states = self.family.cls_states(self.backbone, output)
 
+    @torch.compiler.disable
     def _leave_projector(self, module: Any, args: Any, output: Tensor) -> None:
         if not self.listening:
             return

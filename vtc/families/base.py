@@ -426,6 +426,10 @@ class Family:
         """
         return None
 
+    def layer_blocks(self, backbone: Backbone, layer: int, blocks: Tensor | None) -> Tensor | None:
+        """`blocks` as far as decoder layer `layer` heeds them."""
+        return blocks
+
     def mask(
         self,
         backbone: Backbone,

@@ -131,7 +131,7 @@ class Gemma4(Gemma3):
     name: ClassVar[str] = "gemma4"
     model_types: ClassVar[tuple[str, ...]] = ("gemma4",)
     tower: ClassVar[bool] = False
-    attention: ClassVar[str] = "both directions; causal in the small models"
+    attention: ClassVar[str] = "both directions in windows; causal in the small models"
     kinds: ClassVar[str] = "mm_token_type_ids"
     video: ClassVar[bool] = True
 
@@ -139,6 +139,11 @@ class Gemma4(Gemma3):
         if backbone.decoder.config.use_bidirectional_attention != "vision":
             return None
         return super().blocks(backbone, given)
+
+    def layer_blocks(self, backbone: Backbone, layer: int, blocks: Tensor | None) -> Tensor | None:
+        # Full layers are causal, images included.
+        full = self.layer_type(backbone, layer) != "sliding_attention"
+        return None if full else blocks
 
     def image_maps(
         self, backbone: Backbone, modality: Modality, given: Mapping[str, Any], features: Any

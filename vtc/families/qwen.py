@@ -50,10 +50,18 @@ class QwenVL(Family):
         return maps
 
     def tower_order(self, backbone: Backbone, given: Mapping[str, Any]) -> Tensor | None:
-        if not hasattr(backbone.tower, "get_window_index"):
+        tower = backbone.tower
+        if not hasattr(tower, "fullatt_block_indexes"):  # no windows, no other order
             return None
         grid = given.get("image_grid_thw", given.get("video_grid_thw"))
-        windows, _ = backbone.tower.get_window_index(grid)
+        if hasattr(tower, "get_window_index"):  # transformers up to 5.23
+            windows, _ = tower.get_window_index(grid)
+        else:
+            from transformers.vision_utils import get_vision_window_index
+
+            windows, _ = get_vision_window_index(
+                grid, tower.spatial_merge_size, tower.window_size, tower.patch_size
+            )
         unit = backbone.tower.spatial_merge_unit
         windows = torch.as_tensor(windows).cpu()
         place = torch.empty_like(windows)

@@ -70,8 +70,8 @@ def max_min(features: Tensor, k: int) -> Tensor:
     rows = unit_rows(features)
     n = rows.shape[0]
     if _many_on_cpu(rows):
-        first, made = search_isolated(rows)
-        return _greedy(rows, k, first, torch.maximum, made=made)
+        isolated, made = search_isolated(rows)
+        return _greedy(rows, k, isolated, torch.maximum, made=made)
     if n > _PAIRS_UP_TO:
         return farthest_first(rows, k, most_isolated(rows))
     pairs = rows @ rows.T
