@@ -30,7 +30,6 @@ class Recorder:
         if control is not None:
             self.smallest_control = min(self.smallest_control, control)
 
-
     def add(self, other: Recorder) -> None:
         """What another process recorded."""
         self.cells += other.cells

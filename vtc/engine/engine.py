@@ -35,7 +35,7 @@ from .forward import (
     select_in_sequence,
 )
 from .layout import Layout, gather_tokens
-from .ledger import Ledger, attach, cache_in, ledger_of
+from .ledger import Group, Ledger, attach, cache_in, ledger_of
 from .override import Override
 from .plan import Plan
 from .report import Prefill, Report
@@ -136,7 +136,7 @@ class Engine:
     def _refuse_replicas(self, original: Callable[..., Any]) -> Any:
         raise RuntimeError(
             "DataParallel: its replicas share the hooks of a patched model, which lead to the "
-            "first device; copy.deepcopy the patched model for each device, or use one process for each"
+            "first device; copy.deepcopy the patched model for each, or use one process for each"
         )
 
     # ---- generate -----------------------------------------------------------------------------
@@ -179,6 +179,13 @@ class Engine:
 
     # ---- base model ---------------------------------------------------------------------------
     def _encode(
+        self, modality: Modality, original: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        # What another thread encodes must not be taken for that of a forward under way.
+        with self.lock:
+            return self._encode_alone(modality, original, *args, **kwargs)
+
+    def _encode_alone(
         self, modality: Modality, original: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         if args:
@@ -378,6 +385,8 @@ class Engine:
             positions = torch.arange(past, past + count, device=embeds.device)[None]
         forward.positions = positions.expand(*positions.shape[:-2], rows, -1)
         for group in ledger.groups:
+            self._refuse_padding(group, valid, count)
+        for group in ledger.groups:
             group.extend(valid, count)
         ledger.may_write = True
         ledger.logical += count
@@ -555,9 +564,27 @@ class Engine:
     def _flash(self) -> bool:
         return "flash" in (self.backbone.decoder.config._attn_implementation or "")
 
-    def _has_window(self) -> bool:
-        kinds = (self.family.layer_type(self.backbone, i) for i in range(self.num_layers))
-        return any(kind == "sliding_attention" for kind in kinds)
+    def _refuse_padding(self, group: Group, valid: Tensor | None, count: int) -> None:
+        """Refuse rows of unequal length behind tokens that a window, a chunk or a recurrent state
+        would count together with the padding.
+
+        Args:
+            valid: (b, count) bool of the new tokens, or `None` if none is padding.
+        """
+        if valid is None or not group.length:
+            return
+        config = self.backbone.decoder.config
+        window = getattr(config, "sliding_window", None) or getattr(
+            config, "attention_chunk_size", None
+        )
+        for kind in {self.family.layer_type(self.backbone, i) for i in range(self.num_layers)}:
+            short = window is None or window < group.length + count
+            if kind == "linear_attention" or (kind != "full_attention" and short):
+                raise ValueError(
+                    "past_key_values: rows that add unequal numbers of tokens cannot follow on "
+                    "this cache, as a window, a chunk or a recurrent state would count their "
+                    "padding; send the rows one by one, or start with a new cache"
+                )
 
     def _check_groups(self, ledger: Ledger) -> None:
         if tuple(group.first_layer for group in ledger.groups) != self.plan.first_layers:
@@ -573,12 +600,7 @@ class Engine:
         if not (whole and torch.equal(layout.valid, forward.valid)):
             group.diverged = True
         valid = None if bool(layout.valid.all()) else layout.valid
-        if valid is not None and group.length and self._has_window():
-            raise ValueError(
-                "past_key_values: a batch that keeps unequal numbers of tokens cannot follow on a "
-                "cache with a sliding window, which would count its padding; send the rows one by "
-                "one, or start with a new cache"
-            )
+        self._refuse_padding(group, valid, layout.index.shape[1])
         group.extend(valid, layout.index.shape[1])
         total = forward.gap.sum(1, keepdim=True)
         if bool(total.any()) and not self.family.axial:

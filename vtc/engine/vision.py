@@ -46,10 +46,11 @@ class VisionSide:
             for layer in layers_read(part):
                 self.tower_layers.add(self.tower_layer(part, layer))
             if "encoder" in part.needs:
-                if family.projector(backbone) is None:
+                if family.projector(backbone) is None or not family.projects_patches:
                     raise UnsupportedModelError(
-                        f"model: {part.name} reads what the projector receives, and vtc knows no "
-                        f"projector of {type(backbone.model).__name__}"
+                        f"model: {part.name} reads what the projector receives for each token, and "
+                        f"vtc knows no projector of {type(backbone.model).__name__} that makes one "
+                        "token of each patch"
                     )
                 self.reads_encoder = True
         if self.merger is not None and (self.tower_layers or self.reads_encoder):
@@ -66,7 +67,7 @@ class VisionSide:
         self.cls_states: Tensor | None = None
         self.encoder_states: Tensor | None = None
         self.signals: Any = WeakTensorKeyDictionary()
-        self.recent: dict[Modality, list[tuple[Tensor, list[ImageSignals]]]] = {}
+        self.recent: dict[Modality, list[tuple[torch.Size, Tensor, list[ImageSignals]]]] = {}
         self.clock, self.heard = Stopwatch(), Stopwatch()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -202,9 +203,9 @@ class VisionSide:
         else:
             for own, of_one in zip(features, signals, strict=True):
                 self.signals[own] = [of_one]
-        # Beam search repeats features, at times as new tensors: what they begin with tells them.
+        # Beam search repeats features, at times as new tensors: what they begin and end with tells them.
         self.recent[modality] = [
-            (own.detach().flatten(0, -2)[0].clone(), of_one)
+            (own.shape, own.detach().flatten(0, -2)[[0, -1]].clone(), of_one)
             for own, of_one in zip(features, signals, strict=True)
             if len(own)
         ]
@@ -262,6 +263,17 @@ class VisionSide:
                 raise RuntimeError(
                     f"an image of {type(self.backbone.model).__name__} has {count} features, but "
                     f"vtc knows the places of {sum(len(found) for found in of_one)}"
+                )
+        if self.taps and type(self.family).image_maps is Family.image_maps:
+            rows = next(iter(self.taps.values())).captured
+            prefix = self.family.prefix(self.backbone)
+            heard = sum(len(row.without(prefix).attention) for row in rows)
+            tokens = sum(own.shape[:-1].numel() for own in features)
+            if heard != tokens:
+                raise UnsupportedModelError(
+                    f"model: the tower of {type(self.backbone.model).__name__} showed {heard} "
+                    f"patches for {tokens} vision tokens, and {self.method} reads one patch for "
+                    "each; use a method that does not read the tower"
                 )
         order = self.family.tower_order(self.backbone, given) if self.taps else None
         return [
@@ -359,6 +371,14 @@ class VisionSide:
         start, rows = 0, sample.tolist()
         for signals in known:
             b, own = rows[start], place[start : start + len(signals.map)]
+            last = rows[start + len(signals.map) - 1]
+            if b != last:
+                raise RuntimeError(
+                    f"the vision features of {type(self.backbone.model).__name__} do not follow "
+                    f"the order of the samples: those of an image lie in samples {b} and {last}; "
+                    "transformers may repeat several images of one sample so for beams: use "
+                    "num_beams=1"
+                )
             start += len(signals.map)
             before = pieces[-1] if pieces else None
             follows = (
@@ -405,10 +425,10 @@ class VisionSide:
         found = []
         for own, signals in zip(given, known, strict=True):
             if signals is None and len(own):
-                begins = own.detach().flatten(0, -2)[0]
-                for start, candidate in self.recent.get(modality, ()):
-                    same = start.shape == begins.shape and start.device == begins.device
-                    if same and torch.equal(start.to(begins), begins):
+                ends = own.detach().flatten(0, -2)[[0, -1]]
+                for shape, known_ends, candidate in self.recent.get(modality, ()):
+                    same = shape == own.shape and known_ends.device == ends.device
+                    if same and torch.equal(known_ends.to(ends), ends):
                         signals = candidate
                         break
             if signals is None:

@@ -62,10 +62,11 @@ class FamilyInfo:
         name: of the family.
         model_types: the `config.model_type` of its models; none for the generic family.
         stages: where methods can act.
-        video: whether clips are compressed.
+        video: "clips", "frames" (each an image of its own) or "none".
         positions: "one axis", on which gaps can close, "places in the picture" (m-RoPE), or "none".
         attention: how the tokens of an image see one another.
-        tower: whether methods can read the vision tower.
+        tower: what methods can read of the vision tower: "attention, keys", with "patch states"
+            where the projector makes one token of each, or "nothing".
         tested: whether it is held to the reference; else it works with a warning.
         about: what is particular to it.
     """
@@ -73,12 +74,20 @@ class FamilyInfo:
     name: str
     model_types: tuple[str, ...]
     stages: tuple[str, ...]
-    video: bool
+    video: str
     positions: str
     attention: str
-    tower: bool
+    tower: str
     tested: bool
     about: str
+
+
+def _readable(family: Family) -> str:
+    if not family.tower:
+        return "nothing"
+    known = type(family).projector is not Family.projector or not family.axial
+    known = known and family.projects_patches and not isinstance(family, DeepseekVL)
+    return "attention, keys" + ", patch states" * known
 
 
 def models() -> list[FamilyInfo]:
@@ -88,10 +97,10 @@ def models() -> list[FamilyInfo]:
             name=f.name,
             model_types=f.model_types,
             stages=f.stages,
-            video=f.video,
+            video="clips" if f.video else "frames" if f.frames else "none",
             positions=f.positions,
             attention=f.attention,
-            tower=f.tower,
+            tower=_readable(f),
             tested=bool(f.model_types),
             about=" ".join((type(f).__doc__ or "").split("\n\n")[0].split()),
         )

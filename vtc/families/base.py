@@ -94,7 +94,9 @@ class Family:
             place in the picture: gaps of dropped tokens cannot close.
         joins: modalities of which features that follow one another without text between, and are
             of one `ImageMap.group`, are one image or clip.
-        video: whether clips are supported.
+        video: whether clips are compressed as one, for `vtc models`.
+        frames: clips are sets of images, one a frame, for `vtc models`.
+        projects_patches: the projector makes one token of each patch state.
         tower: whether attention and keys of the vision tower can be read for methods that need it.
         clips_as_images: the base model encodes clips with `get_image_features`.
     """
@@ -110,6 +112,8 @@ class Family:
     axial: ClassVar[bool] = False
     joins: ClassVar[tuple[Modality, ...]] = ()
     video: ClassVar[bool] = False
+    frames: ClassVar[bool] = False
+    projects_patches: ClassVar[bool] = True
     tower: ClassVar[bool] = True
     clips_as_images: ClassVar[bool] = False
 
@@ -154,14 +158,14 @@ class Family:
                 f"model: {type(backbone.decoder).__name__} has layers of kind "
                 f"{', '.join(sorted(foreign))}; supported are full and sliding attention"
             )
-        if "token_type_ids" in inspect.signature(type(backbone.base).forward).parameters:
+        accepted = inspect.signature(type(backbone.base).forward).parameters
+        if accepted.keys() & {"token_type_ids", "mm_token_type_ids"}:
             raise UnsupportedModelError(
                 f"model: in {kind} the tokens of an image attend to one another in both "
                 "directions, which needs a family of its own"
             )
         rotary = getattr(backbone.decoder, "rotary_emb", None)
-        accepted = inspect.signature(rotary.forward).parameters if rotary is not None else {}
-        if rotary is None or "layer_type" in accepted:
+        if rotary is None or "layer_type" in inspect.signature(rotary.forward).parameters:
             raise UnsupportedModelError(
                 f"model: {type(backbone.decoder).__name__} has not one rotary embedding for all "
                 "layers, and so needs a family of its own"

@@ -47,6 +47,7 @@ class Gemma3(Family):
 
     name: ClassVar[str] = "gemma3"
     model_types: ClassVar[tuple[str, ...]] = ("gemma3",)
+    projects_patches: ClassVar[bool] = False
     stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
     masks_in_base: ClassVar[bool] = True
     attention: ClassVar[str] = "both directions"

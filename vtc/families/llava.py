@@ -128,6 +128,7 @@ class KimiK25(Family):
 
     name: ClassVar[str] = "kimi_k25"
     model_types: ClassVar[tuple[str, ...]] = ("kimi_k25",)
+    frames: ClassVar[bool] = True
     stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
     tower: ClassVar[bool] = False
 

@@ -24,7 +24,10 @@ random models of the family, at prefill and through cached decoding (greedy, bea
 caches, no cache, further turns, labels), at batch 1 and in padded batches with several images, rows
 without images and, where there are any, clips (`tests/test_families.py`,
 `tests/test_mllama.py`). Real checkpoints load on
-your machine. Methods that read the vision tower work where it says so; elsewhere they are refused.
+your machine. Methods that read the vision tower work where its column says so, and are refused
+elsewhere: attention and keys (ToDRE, token correlation, HoloV, ...), or patch states that the
+projector receives as well (VisionZip, VisPruner, SCOPE, PruMerge). On clips only Qwen-VL's and
+GLM-V's towers can be read.
 
 """
 
@@ -34,10 +37,10 @@ def row(family: FamilyInfo) -> tuple[str, ...]:
     return (
         family.name if family.model_types else "any other of the common shape, with a warning",
         ", ".join(family.stages),
-        "yes" if family.video else "-",
+        family.video,
         family.positions,
         family.attention,
-        "yes" if family.tower else "-",
+        family.tower,
         "matrix" if family.tested else "-",
     )
 

@@ -18,6 +18,7 @@ class Shuffled(Family):
     """Square images, of which squares of patches become one token each ("pixel shuffle")."""
 
     stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
+    projects_patches: ClassVar[bool] = False
 
     def per_side(self, backbone: Backbone) -> int:
         """Patches along a side of the square that one token is made of."""
@@ -45,6 +46,7 @@ class InternVL(Shuffled):
 
     name: ClassVar[str] = "internvl"
     model_types: ClassVar[tuple[str, ...]] = ("internvl",)
+    frames: ClassVar[bool] = True
     joins: ClassVar[tuple[Modality, ...]] = ("image",)
 
     def tower_attention(self, backbone: Backbone) -> list[Any]:
@@ -101,6 +103,7 @@ class SmolVLM(Idefics3):
 
     name: ClassVar[str] = "smolvlm"
     model_types: ClassVar[tuple[str, ...]] = ("smolvlm",)
+    frames: ClassVar[bool] = True
     merger: ClassVar[str] = "get_placeholder_mask"
 
     def placeholders(
@@ -155,6 +158,7 @@ class Mistral3(Family):
 
     name: ClassVar[str] = "mistral3"
     model_types: ClassVar[tuple[str, ...]] = ("mistral3",)
+    projects_patches: ClassVar[bool] = False
     stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
 
     def tower_attention(self, backbone: Backbone) -> list[Any]:
