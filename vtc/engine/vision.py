@@ -203,7 +203,7 @@ class VisionSide:
         else:
             for own, of_one in zip(features, signals, strict=True):
                 self.signals[own] = [of_one]
-        # Beam search repeats features, at times as new tensors: what they begin and end with tells them.
+        # Beam search may repeat features as new tensors: their first and last rows tell them.
         self.recent[modality] = [
             (own.shape, own.detach().flatten(0, -2)[[0, -1]].clone(), of_one)
             for own, of_one in zip(features, signals, strict=True)
