@@ -385,7 +385,7 @@ class Engine:
             positions = torch.arange(past, past + count, device=embeds.device)[None]
         forward.positions = positions.expand(*positions.shape[:-2], rows, -1)
         for group in ledger.groups:
-            self._refuse_padding(group, valid, count)
+            self._refuse_padding(group, valid)
         for group in ledger.groups:
             group.extend(valid, count)
         ledger.may_write = True
@@ -564,27 +564,22 @@ class Engine:
     def _flash(self) -> bool:
         return "flash" in (self.backbone.decoder.config._attn_implementation or "")
 
-    def _refuse_padding(self, group: Group, valid: Tensor | None, count: int) -> None:
+    def _refuse_padding(self, group: Group, valid: Tensor | None) -> None:
         """Refuse rows of unequal length behind tokens that a window, a chunk or a recurrent state
         would count together with the padding.
 
         Args:
-            valid: (b, count) bool of the new tokens, or `None` if none is padding.
+            valid: (b, q) bool of the new tokens, or `None` if none is padding.
         """
         if valid is None or not group.length:
             return
-        config = self.backbone.decoder.config
-        window = getattr(config, "sliding_window", None) or getattr(
-            config, "attention_chunk_size", None
-        )
-        for kind in {self.family.layer_type(self.backbone, i) for i in range(self.num_layers)}:
-            short = window is None or window < group.length + count
-            if kind == "linear_attention" or (kind != "full_attention" and short):
-                raise ValueError(
-                    "past_key_values: rows that add unequal numbers of tokens cannot follow on "
-                    "this cache, as a window, a chunk or a recurrent state would count their "
-                    "padding; send the rows one by one, or start with a new cache"
-                )
+        kinds = {self.family.layer_type(self.backbone, i) for i in range(self.num_layers)}
+        if kinds - {"full_attention"}:  # also while a window is longer: decoding may reach it
+            raise ValueError(
+                "past_key_values: rows that add unequal numbers of tokens cannot follow on this "
+                "cache, as a sliding window, a chunk or a recurrent state would count their "
+                "padding; send the rows one by one, or start with a new cache"
+            )
 
     def _check_groups(self, ledger: Ledger) -> None:
         if tuple(group.first_layer for group in ledger.groups) != self.plan.first_layers:
@@ -600,7 +595,7 @@ class Engine:
         if not (whole and torch.equal(layout.valid, forward.valid)):
             group.diverged = True
         valid = None if bool(layout.valid.all()) else layout.valid
-        self._refuse_padding(group, valid, layout.index.shape[1])
+        self._refuse_padding(group, valid)
         group.extend(valid, layout.index.shape[1])
         total = forward.gap.sum(1, keepdim=True)
         if bool(total.any()) and not self.family.axial:
