@@ -6,8 +6,6 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -484,22 +482,3 @@ def test_the_table_fits_and_names_its_units(done):
 
 def test_runs_of_layers():
     assert runs([576, 576, 144.2, 143.8, 10]) == "576×2 144×2 10×1"
-
-
-@pytest.mark.slow
-def test_two_processes_score_what_one_does(tmp_path: Path) -> None:
-    """An odd number of samples, so that one process has one more than the other."""
-    found = {}
-    for processes in (1, 2):
-        out = tmp_path / str(processes)
-        command = [
-            sys.executable, "-m", "vtc.cli", "eval", "--methods", "divprune", "--keep", "0.1",
-            "--tasks", "vtc_scenes", "--limit", "5", "--no-baselines", "--no-page",
-            "--out", str(out), "--processes", str(processes),
-        ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
-        assert done.returncode == 0, done.stderr[-2000:]
-        found[processes] = json.loads((out / "results.json").read_text())["cells"]
-    for one, two in zip(found[1], found[2], strict=True):
-        for name in ("label", "score", "interval", "tokens", "flops", "kv_bytes", "samples"):
-            assert one[name] == two[name]
