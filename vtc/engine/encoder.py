@@ -127,8 +127,8 @@ class EncoderSide:
             rows = query[:, :, :1] if self.has_cls else query
             bias = None if mask is None else mask[:, :, : rows.shape[2]]
             scaling, softcap = options.get("scaling"), options.get("softcap")
-            received = taps.row_attention(rows, key, None, bias, scaling, softcap).mean(1)
-            heard["attention"] = received[0].mean(0)
+            received = taps.mean_attention(rows, key, None, bias, scaling, softcap)
+            heard["attention"] = received[0, 0].mean(0)
             heard["keys"], heard["values"] = key[0].transpose(0, 1), value[0].transpose(0, 1)
 
         self.taps[i].armed = capture

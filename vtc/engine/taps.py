@@ -22,6 +22,9 @@ from .report import Stopwatch
 
 TAP = "vtc_tap"
 
+_AT_ONCE = 2**18
+"""Probabilities that are held at a time where only their mean is wanted: 1 MiB stays in a cache."""
+
 
 @dataclass
 class Tap:
@@ -112,15 +115,28 @@ def row_attention(
     b, h, r, d = query.shape
     h_kv = key.shape[1]
     grouped = query.reshape(b, h_kv, (h // h_kv) * r, d)
+    # In place from here on: fresh memory of this size costs more than the arithmetic.
     logits = (grouped @ key.transpose(-1, -2)).view(b, h, r, key.shape[2]).float()
-    logits = logits * (d**-0.5 if scaling is None else scaling)
+    logits.mul_(d**-0.5 if scaling is None else scaling)
     if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
+        logits.div_(softcap).tanh_().mul_(softcap)
     if bias is not None:
-        logits = logits + bias.float()
+        logits.add_(bias)
     if allowed is not None:
-        logits = logits.masked_fill(~allowed, float("-inf"))
-    return torch.nan_to_num(logits.softmax(-1))
+        logits.masked_fill_(~allowed, float("-inf"))
+    return logits.softmax(-1).nan_to_num_()
+
+
+def mean_attention(query: Tensor, key: Tensor, *options: Any) -> Tensor:
+    """`row_attention` averaged over the heads, (b, 1, r, k), by key head where all are large."""
+    b, h, r = query.shape[:3]
+    h_kv = key.shape[1]
+    if b * h * r * key.shape[2] <= _AT_ONCE:
+        return row_attention(query, key, *options).mean(1, keepdim=True)
+    total = query.new_zeros(b, 1, r, key.shape[2], dtype=torch.float32)
+    for of_head, own in zip(query.chunk(h_kv, 1), key.split(1, 1), strict=True):
+        total += row_attention(of_head, own, *options).sum(1, keepdim=True)
+    return total.div_(h)
 
 
 def listen_rows(
@@ -186,8 +202,8 @@ def listen_rows(
                     room = seen.new_zeros(b, key.shape[2] - seen.shape[1])
                     allowed = allowed & torch.cat([seen, room], dim=1)[:, None, None]
             scaling, softcap = options.get("scaling"), options.get("softcap")
-            heard = row_attention(picked, key, allowed, bias, scaling, softcap)
-            tap.captured.append(heard if by_head else heard.mean(1, keepdim=True))
+            attend = row_attention if by_head else mean_attention
+            tap.captured.append(attend(picked, key, allowed, bias, scaling, softcap))
         tap.armed = None
 
     tap.captured = []
@@ -245,8 +261,8 @@ def listen_tower(tap: Tap, has_cls: bool, clock: Stopwatch) -> None:
             for i in range(query.shape[0]):
                 rows = query[i : i + 1, :, :1] if has_cls else query[i : i + 1]
                 seen = _visible(mask, i, rows.shape[2])
-                found = row_attention(rows, key[i : i + 1], seen, None, scaling, softcap)
-                received = found[0].mean(0)
+                found = mean_attention(rows, key[i : i + 1], seen, None, scaling, softcap)
+                received = found[0, 0]
                 if has_cls or seen is None:
                     received = received.mean(0)
                 else:

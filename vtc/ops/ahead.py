@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-AHEAD = 30
+AHEAD = 40
 """Rows of similarities that are made at a time."""
 
 SLACK = 1e-5
@@ -42,9 +42,9 @@ def greedy_ahead(
         index = int(running.argmin())
         if index not in made:
             # No more than are still to be chosen: the last rows are not made in vain.
-            wanted = min(AHEAD, n, k - len(chosen))
-            ahead = running.topk(wanted, largest=False).indices.tolist()
-            missing = [index, *(i for i in ahead if i != index and i not in made)]
+            wanted = min(AHEAD, k - len(chosen))
+            ahead = running.topk(min(n, wanted + len(made)), largest=False).indices.tolist()
+            missing = [index, *(i for i in ahead if i != index and i not in made)][:wanted]
             made.update(zip(missing, rows[missing] @ rows.T, strict=True))
         chosen.append(index)
         # Infinity stays infinity under + and max, so a chosen token never returns.
