@@ -14,15 +14,17 @@ from . import stats
 from .report import runs
 from .run import BASELINES
 
-__all__ = ["Logs", "Row", "Table", "Value", "chance", "done", "name_of"]
+__all__ = ["Cell", "Logs", "Row", "Table", "Value", "chance", "compare", "done", "name_of", "peer"]
 __all__ += ["results_table", "split", "tests", "types"]
 
-REFERENCES = ("full", "random", "pool", "downsample")
-"""What every other method is tested against; the last three at the same keep."""
+SIMPLE = ("random", "pool", "downsample")
+"""What every method is tested against, at no fewer tokens than it has."""
+REFERENCES = ("full", *SIMPLE)
 
 LEVEL = 0.05
 _NONE = "–"
 
+Cell = Mapping[str, Any]
 Logs = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 
@@ -175,29 +177,41 @@ def chance(cells: Sequence[Mapping[str, Any]], logs: Logs) -> stats.Constant | s
     return stats.best_constant((s["type"], s["target"]) for s in known[0].values())
 
 
-def tests(number: int, cells: Sequence[Mapping[str, Any]], logs: Logs) -> Table | None:
-    """Every method against `full`, and against the simple baselines at the same keep."""
+def peer(cell: Cell, others: Sequence[Cell], label: str) -> Cell | None:
+    """The run of `label` that `cell` is fairly compared with: the one with the fewest tokens,
+    averaged over the layers, that are no fewer than its own. A twentieth less passes: grids round.
+    """
+    least = 0.95 * (_tokens(cell) or 0.0)
+    found = [c for c in others if c["label"] == label and (_tokens(c) or 0.0) >= least]
+    return min(found, key=lambda c: _tokens(c) or 0.0, default=None)
+
+
+def compare(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> stats.Paired | None:
+    """Two logs on the samples that both scored."""
+    common = [k for k in mine if k in theirs and None not in _both(mine[k], theirs[k])]
+    if not common:
+        return None
+    ours, against = ([log[k]["score"] for k in common] for log in (mine, theirs))
+    return stats.paired(ours, against)
+
+
+def tests(number: int, cells: Sequence[Cell], logs: Logs) -> Table | None:
+    """Every method against `full`, and against the simple baselines at no fewer tokens."""
     finished = [c for c in done(cells) if c["key"] in logs and c["interval"] is not None]
     pairs, alone = [], []
     for cell in finished:
         if cell["label"] in BASELINES:
             continue
-        others = [
-            other
-            for other in finished
-            if other["label"] == "full"
-            or (other["label"] in REFERENCES and other["keep"] == cell["keep"])
-        ]
+        simple = [peer(cell, finished, label) for label in SIMPLE]
+        others = [c for c in finished if c["label"] == "full"] + [c for c in simple if c]
         pairs += [(cell, other) for other in others]
-        if not any(other["label"] != "full" for other in others):
+        if not any(simple):
             alone.append(name_of(cell))
     found = []
     for cell, other in pairs:
-        mine, theirs = logs[cell["key"]], logs[other["key"]]
-        common = [k for k in mine if k in theirs and None not in _both(mine[k], theirs[k])]
-        if common:
-            ours, against = ([x[k]["score"] for k in common] for x in (mine, theirs))
-            found.append((cell, other, stats.paired(ours, against)))
+        test = compare(logs[cell["key"]], logs[other["key"]])
+        if test is not None:
+            found.append((cell, other, test))
     if not found:
         return None
     corrected = stats.holm([test.p for _, _, test in found])
@@ -233,11 +247,11 @@ def tests(number: int, cells: Sequence[Mapping[str, Any]], logs: Logs) -> Table 
         f"Two-sided p by {' or '.join(how[kind] for kind in kinds)}; p, Holm: corrected after Holm "
         f"1979 for the {len(found)} tests of this table. Better and worse: at most {LEVEL:g} after "
         "the correction; intervals are not corrected. higher, lower: samples on which the method "
-        "scores so. random, pool and downsample have the same keep, which for methods between "
-        "layers is not the same number of tokens: see the columns tokens."
+        "scores so. random, pool and downsample are taken at the fewest tokens, averaged over "
+        "the layers, that are no fewer than the method's, give or take a twentieth."
     ]
     if alone:
-        notes.append(f"Without a baseline at the same keep: {', '.join(alone)}.")
+        notes.append(f"Without a baseline of as many tokens: {', '.join(alone)}.")
     names = (("method", False), ("keep", True), ("against", False), ("it is", False))
     numbers = (
         "difference, points", "95 % interval", "higher", "lower", "p", "p, Holm", "tokens",

@@ -305,23 +305,37 @@ def test_tests_by_hand(out):
     assert "Holm 1979 for the 4 tests" in note
 
 
-def test_baselines_are_taken_at_the_same_keep(out):
+def test_baselines_are_taken_at_no_fewer_tokens(out):
+    """576 * 0.1 = 57.6; 9 of 576 tokens are met by 0.1; a method between layers by 0.25 only."""
     results = _results(out)
-    for label, keep in (("random", 0.1), ("todre", 0.1), ("todre:keep=9", None)):
-        samples = _samples(label.partition(":")[0])
+    new = (("random", 0.1, 57.6), ("todre", 0.1, 57.6), ("todre:keep=9", None, 9.0))
+    for label, keep, tokens in (*new, ("fastv", 0.2, 62.0), ("fastv", 0.5, 300.0)):
+        samples = _samples("random" if label == "random" else "todre")
         cell = {**_cell(label.partition(":")[0], keep, samples), "label": label}
         cell["key"] += f"-{keep}"
+        cell["tokens"] = {**cell["tokens"], "equivalent": tokens}
         results["cells"].append(cell)
         _log(out, cell["key"], samples)
     _save(out, results)
     page = Page(write_page(out))
-    rows = page.table("tests-1")
-    found = {(row["method"], row["keep"], row["against"]) for row in rows}
-    wanted = {("todre", "0.25", other) for other in ("full", "random", "pool", "downsample")}
-    wanted |= {("todre", "0.1", "full"), ("todre", "0.1", "random"), ("todre:keep=9", "–", "full")}
+    found = {
+        (row["method"], row["keep"], row["against"], row["other's tokens"])
+        for row in page.table("tests-1")
+    }
+    wanted = set()
+    for name, keep, tokens in (
+        ("todre", "0.25", "144.0"),
+        ("todre", "0.1", "57.6"),
+        ("todre:keep=9", "–", "57.6"),
+        ("fastv", "0.2", "144.0"),
+        ("fastv", "0.5", None),
+    ):
+        wanted.add((name, keep, "full", "576.0"))
+        if tokens is not None:
+            wanted.add((name, keep, "random", tokens))
+            wanted |= {(name, keep, other, "144.0") for other in ("pool", "downsample")}
     assert found == wanted
-    assert len(rows) == len(wanted)
-    assert "Without a baseline at the same keep: todre:keep=9." in page.texts("p")
+    assert "Without a baseline of as many tokens: fastv keep 0.5." in page.texts("p")
 
 
 def test_a_clear_difference_is_called_one(out):

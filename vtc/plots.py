@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL import Image
 
-__all__ = ["kept_tokens", "tradeoff"]
+__all__ = ["figure_of", "kept_tokens", "token_axis", "tradeoff"]
 
 # Okabe and Ito's palette, told apart by colour-blind readers; markers differ as well.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -23,7 +23,7 @@ _GREYS = {"random": ("#8C8C8C", "o"), "pool": ("#8C8C8C", "s"), "downsample": ("
 """The simple baselines, in grey so that the methods stand out."""
 
 
-def _figure(width: float, height: float) -> Figure:
+def figure_of(width: float, height: float) -> Figure:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -59,7 +59,7 @@ def tradeoff(results: Mapping[str, Any]) -> Figure:
     across = min(len(tasks), 3)
     down = -(-len(tasks) // across)
     columns = 1 + (len(labels) - 1) // 16
-    figure = _figure(1.6 * columns + 5.0 * across, 3.8 * down)
+    figure = figure_of(1.6 * columns + 5.0 * across, 3.8 * down)
     grid = figure.subplots(down, across, squeeze=False)
     for axes, task in zip(grid.flat, tasks, strict=False):
         _panel(axes, task, [c for c in cells if c["task"] == task], styles)
@@ -139,7 +139,7 @@ def _panel(
             x, y, yerr=bars, label=label, linewidth=1.5, markersize=5.5, elinewidth=0.8,
             capsize=2.5, **style,
         )  # fmt: skip
-    _token_axis(axes, [c["tokens"]["equivalent"] for c in cells if c["label"] in styles], right)
+    token_axis(axes, [c["tokens"]["equivalent"] for c in cells if c["label"] in styles], right)
     axes.set_xlabel("vision tokens of an image, mean over the layers")
     metric = next((c["metric"] for c in cells), "score")
     axes.set_ylabel("accuracy, %" if percent == 100.0 else metric)
@@ -148,7 +148,7 @@ def _panel(
     axes.tick_params(labelsize=9)
 
 
-def _token_axis(axes: Axes, tokens: Sequence[float], right: float) -> None:
+def token_axis(axes: Axes, tokens: Sequence[float], right: float) -> None:
     """A logarithmic axis with plain numbers: halving the tokens is one step anywhere on it."""
     from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, StrMethodFormatter
 
@@ -204,7 +204,7 @@ def kept_tokens(
     down = -(-total // across)
     height = 3.1 * image.height / image.width
     lines = textwrap.wrap(title or "", 42 * across)
-    figure = _figure(3.1 * across, (height + 0.35) * down + 0.25 * len(lines))
+    figure = figure_of(3.1 * across, (height + 0.35) * down + 0.25 * len(lines))
     axes = figure.subplots(down, across, squeeze=False)
     for i, ax in enumerate(axes.flat):
         ax.set_visible(i < total)
