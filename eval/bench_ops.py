@@ -8,8 +8,9 @@ A selector that compares tokens can work in steps, with products for the similar
 needs, or make all pairs at once. Both are timed here, with the library's own function, in turns in
 one process; `ratio` is the library's time over that of the better way. Density peaks need all
 pairs whichever way: beside them stands what PyTorch's own functions take for the distances and the
-nearest points alone. Ranking compares nothing. The naive twins loop in
-Python and are timed with a tenth of the tokens, against the library with as many.
+nearest points alone. Ranking compares nothing. The naive twins loop in Python and are timed with a
+tenth of the tokens, against the library with as many. So are four images in one call, against four
+calls.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def _forced(
 
 def _similarity(x: Tensor) -> Tensor:
     rows = unit_rows(x)
-    return rows @ rows.T
+    return rows @ rows.mT
 
 
 def _least_similar(
@@ -151,7 +152,7 @@ def _both(way: Callable[[Tensor, int, bool], object]) -> dict[str, Callable[[Ten
 
 
 def _even(x: Tensor, k: int) -> Tensor:
-    return torch.arange(k) * len(x) // k
+    return (torch.arange(k) * x.shape[-2] // k).expand(*x.shape[:-2], k)
 
 
 def cases() -> list[Case]:
@@ -205,7 +206,9 @@ def cases() -> list[Case]:
             {"pairs": lambda x, k: torch.cdist(x, x).topk(8, largest=False)},
             lambda x, k: naive.density_peaks(x, max(1, k // 10), 8),
         ),
-        Case("top_k", lambda x, k: ops.top_k(x[:, 0], k), {}, lambda x, k: naive.top_k(x[:, 0], k)),
+        Case(
+            "top_k", lambda x, k: ops.top_k(x[..., 0], k), {}, lambda x, k: naive.top_k(x[:, 0], k)
+        ),
     ]
 
 
@@ -221,11 +224,17 @@ def measure(runs: Mapping[str, Run], repeats: int) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
+def _in_turn(call: Callable[[Tensor, int], object], images: Tensor, k: int) -> list[object]:
+    return [call(image, k) for image in images]
+
+
 def bench(n: int, k: int, d: int, dtype: torch.dtype, repeats: int, twins: bool) -> list[list[str]]:
-    """Rows of text: name, ours, in steps, all pairs, ratio, and ours and the twin on a tenth."""
+    """Rows of text: name, ours, in steps, all pairs, ratio; on a tenth, four images at once and one
+    by one, and ours and the twin."""
     generator = torch.Generator().manual_seed(0)
     x = (torch.randn(n, d, generator=generator) + torch.randn(d, generator=generator)).to(dtype)
     small, few = x[: max(2, n // 10)], max(1, k // 10)
+    images = torch.stack([small + i * small.roll(i, 0) for i in range(4)])
     rows = []
     for case in cases():
         calls = {"ours": case.ours, **case.ways}
@@ -235,6 +244,11 @@ def bench(n: int, k: int, d: int, dtype: torch.dtype, repeats: int, twins: bool)
         row = [case.name, f"{times['ours']:.1f}"]
         row += [f"{times[way]:.1f}" if way in times else "" for way in ("steps", "pairs")]
         row.append("" if best is None else f"{times['ours'] / best:.2f}")
+        four: dict[str, Run] = {
+            "at once": functools.partial(case.ours, images, few),
+            "in turn": functools.partial(_in_turn, case.ours, images, few),
+        }
+        row += [f"{taken:.2f}" for taken in measure(four, repeats).values()]
         if twins:
             ours = measure({"ours": functools.partial(case.ours, small, few)}, repeats)["ours"]
             since = time.perf_counter()
@@ -257,11 +271,14 @@ def main() -> None:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     dtype, twins = getattr(torch, args.dtype), not args.no_twins
-    table = Table(box=SIMPLE_HEAD, title=f"{args.k} of {args.n} tokens, d = {args.d}, {args.dtype}")
+    title = f"{args.k} of {args.n} tokens, d = {args.d}, {args.dtype}"
+    table = Table(box=SIMPLE_HEAD, title=title, collapse_padding=True, pad_edge=False)
     headers = ["ms", "vtc", "in steps", "all pairs", "ratio"]
+    headers += ["4 x a tenth", "in turn"]
     headers += ["vtc, a tenth", "naive, a tenth"] if twins else []
     for header in headers:
-        table.add_column(header, justify="left" if header == "ms" else "right")
+        name = header == "ms"
+        table.add_column(header, justify="left" if name else "right", no_wrap=name)
     for row in bench(args.n, args.k, args.d, dtype, args.repeats, twins):
         table.add_row(*row)
     Console().print(table)

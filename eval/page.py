@@ -16,13 +16,12 @@ import hashlib
 import io
 import json
 import os
-import platform
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from .machine import machine
 from .page_tables import Logs, chance, done, name_of, results_table, split, tests, types
 from .run import BASELINES, BadInput, plan
 from .viewer import collect, settings_of
@@ -100,27 +99,6 @@ def _render(context: Mapping[str, Any]) -> str:
     empty: dict[str, Any] = {"plot": None, "tasks": [], "viewer": None, "viewer_notes": []}
     empty |= {"facts": [], "warnings": []}
     return environment.get_template("report.html.jinja").render({**empty, **context, **own})
-
-
-def machine(device: str | None = None) -> dict[str, Any]:
-    """What speed depends on: system, processor, cores, threads of PyTorch, GPU. No host name."""
-    import torch
-
-    cpu = platform.processor() or platform.machine()
-    with suppress(OSError):  # there on Linux only
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-        cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
-    gpu = None
-    if torch.cuda.is_available() and device != "cpu":
-        gpu = torch.cuda.get_device_name(device)
-    return {
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-    }
 
 
 # ---- the whole page -----------------------------------------------------------------------------

@@ -17,6 +17,9 @@ import transformers
 from rich.console import Console
 from vtc.eval import bench
 from vtc.eval.bench import PRESETS, Settings, plan, run, table
+from vtc.eval.bench.model import build, config_of
+from vtc.eval.bench.short import cache_of
+from vtc.eval.bench.subject import Subject
 from vtc.eval.run import BadInput, Observer
 
 import vtc
@@ -58,14 +61,14 @@ def watched(tmp_path_factory) -> tuple[dict[str, Any], Path, list[tuple[int, str
     """One small run: its results, its folder, its runs as (batch, label) in order, its progress."""
     out, watch = tmp_path_factory.mktemp("bench"), Watch()
     ran: list[tuple[int, str]] = []
-    once = bench._Subject.once
+    once = Subject.once
 
     def spy(self, variant):
         ran.append((self.batch, variant.label))
         return once(self, variant)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(bench._Subject, "once", spy)
+        patched.setattr(Subject, "once", spy)
         results = run(Settings(out=out, **SMALL), watch)
     return results, out, ran, watch
 
@@ -120,9 +123,9 @@ def test_short_is_given_what_methods_leave(watched):
 @pytest.fixture
 def subject():
     settings = Settings(**SMALL)
-    config, image = bench._config(settings)
-    model = bench._build(config, settings, torch.float32, torch.device("cpu"))
-    made = bench._Subject(model, image, 2, settings)
+    config, image = config_of(settings)
+    model = build(config, settings, torch.float32, torch.device("cpu"))
+    made = Subject(model, image, 2, settings)
     yield made
     made.close()
 
@@ -135,7 +138,7 @@ def test_short_really_computes_on_so_many_tokens(subject, lengths):
         layer.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2]))
         for layer in layers
     ]
-    handles.append(subject.model.register_forward_hook(lambda *a: held.append(bench._cache(a[2]))))
+    handles.append(subject.model.register_forward_hook(lambda *a: held.append(cache_of(a[2]))))
     subject.once(bench.Variant("short", lengths=lengths))
     for handle in handles:
         handle.remove()
@@ -253,7 +256,7 @@ def test_ratios_are_of_runs_in_the_same_turn(watched):
 
 
 def test_ideal_is_what_the_flops_say(watched):
-    config, _ = bench._config(Settings(**SMALL))
+    config, _ = config_of(Settings(**SMALL))
     for batch in (1, 2):
         rows = rows_of(watched[0], batch)
         for label, tokens in (("divprune", [4] * 4), ("fastv:layer=2", [TOKENS, TOKENS, 4, 4])):
@@ -348,9 +351,9 @@ def test_table_shows_all_rows(watched):
 def test_weights_and_inputs_follow_the_seed():
     def drawn(seed: int):
         settings = Settings(**{**SMALL, "seed": seed})
-        config, image = bench._config(settings)
-        model = bench._build(config, settings, torch.bfloat16, torch.device("cpu"))
-        made = bench._Subject(model, image, 1, settings)
+        config, image = config_of(settings)
+        model = build(config, settings, torch.bfloat16, torch.device("cpu"))
+        made = Subject(model, image, 1, settings)
         made.close()
         return model.state_dict(), made.pixels["pixel_values"], made.words
 
@@ -385,7 +388,7 @@ def test_threads_are_set_and_put_back():
 
 # ---- what fails ---------------------------------------------------------------------------------
 def test_a_variant_that_fails_is_marked_and_the_others_go_on(monkeypatch):
-    once, calls = bench._Subject.once, []
+    once, calls = Subject.once, []
 
     def fails(self, variant):
         if variant.label == "random":
@@ -393,7 +396,7 @@ def test_a_variant_that_fails_is_marked_and_the_others_go_on(monkeypatch):
             raise MemoryError("no room")
         return once(self, variant)
 
-    monkeypatch.setattr(bench._Subject, "once", fails)
+    monkeypatch.setattr(Subject, "once", fails)
     watch = Watch()
     results = run(Settings(**{**SMALL, "batches": (1,)}), watch)
     rows = rows_of_any(results)
@@ -452,7 +455,7 @@ def test_bad_settings_are_refused(given, option, message):
     ],
 )
 def test_bad_input_is_refused_before_anything_is_measured(given, option, message, monkeypatch):
-    monkeypatch.setattr(bench._Subject, "once", lambda *_: pytest.fail("measured something"))
+    monkeypatch.setattr(Subject, "once", lambda *_: pytest.fail("measured something"))
     with pytest.raises(BadInput, match=message) as error:
         run(Settings(**{**SMALL, **given}))
     assert error.value.option == option
@@ -475,7 +478,7 @@ def test_out_that_is_a_file_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_presets_are_of_the_size_they_are_named_for(name):
-    config, image = bench._config(Settings(config=name))
+    config, image = config_of(Settings(config=name))
     from transformers import AutoModelForImageTextToText
 
     with torch.device("meta"):

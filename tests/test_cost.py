@@ -38,6 +38,7 @@ from vtc.cost import (
 )
 from vtc.engine.report import ImageTokens, Prefill, Report, Sample, Stopwatch
 from vtc.methods import make, methods
+from vtc.ops.greedy import PLAINLY
 
 TEXT = 20
 
@@ -113,13 +114,12 @@ NOT_KNOWN = {
     "got_ocr2": (False, False, True),
     "idefics2": (False, False, True),
     "instructblip": (False, False, True),
-    "mllama": (False, False, False),
     "perception_lm": (False, False, True),
     "qwen3_5": (True, True, False),
 }
 NATIVE = ("glm4v", "kimi_k25", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 # Kimi averages frames of a clip, LLaVA-NeXT-Video pools them before its projector, and Gemma 4 pads
-# them: tokens do not tell what was run.
+# them: tokens do not tell what was run. A patch does know it (`tests/test_report_cost.py`).
 NO_VIDEO = ("gemma4", "kimi_k25", "llava_next_video")
 
 
@@ -414,22 +414,27 @@ def test_bad_input_is_named():
         prefill_flops(config, [36] * 4, [16], grids=[(1, 4, 4)] * 2)
     with pytest.raises(ValueError, match=r"grids: .* 16 tokens"):
         prefill_flops(config, [36] * 4, [16], grids=[(1, 4, 5)])
+    for patches in ([(16,), (16,)], [()], [16, (16,)]):
+        with pytest.raises(ValueError, match=r"patches: .* 1 images, got"):
+            prefill_flops(config, [36] * 4, [16], patches=patches)
     with pytest.raises(ValueError, match="at least 0"):
         kv_bytes(config, [-1] * 4)
 
 
 # ---- the selector -------------------------------------------------------------------------------
-def test_divprune_compares_all_pairs():
-    assert selector_flops("divprune", 100, 64, keep=0.25) == 2 * 100 * 100 * 64
+@pytest.mark.parametrize("n", [100, 1100])
+def test_divprune_compares_all_pairs(n):
+    assert selector_flops("divprune", n, 64, keep=0.25) == 2 * n * n * 64
+    assert not PLAINLY.get()
 
 
-@pytest.mark.parametrize(("keep", "products"), [(50, 100), (10, 10)])
-def test_todre_compares_all_pairs_or_the_chosen_with_all(keep, products):
-    """Matrix by vector where few are kept. The pivot is from [CLS]'s row of the tower."""
+@pytest.mark.parametrize(("n", "keep"), [(100, 50), (100, 10), (1100, 70), (1100, 600)])
+def test_todre_compares_the_chosen_with_all(n, keep):
+    """However `vtc.ops` does it. The pivot is from [CLS]'s row of the tower."""
     found = selector_flops(
-        "todre", 100, 64, keep=keep, second_stage=False, vision_d=48, heads=4, text=8
+        "todre", n, 64, keep=keep, second_stage=False, vision_d=48, heads=4, text=8
     )
-    assert found == 2 * 100 * products * 64 + 2 * 100 * 48
+    assert found == 2 * n * keep * 64 + 2 * n * 48
 
 
 def test_todre_reads_rows_of_the_decoder_too():

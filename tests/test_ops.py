@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -19,13 +21,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vtc
 from vtc.ops import (
+    bipartite,
     bipartite_match,
     cell_grid,
+    coverage_greedy,
+    density,
     density_peaks,
+    dpp_greedy,
     farthest_first,
     greedy,
     max_min,
     max_sum,
+    merge_into_nearest,
+    merging,
     naive,
     pool_grid,
     top_k,
@@ -342,9 +350,158 @@ def test_top_k_refuses():
         with pytest.raises(ValueError, match=f"k: .* 3 scores given, got {k}"):
             top_k(torch.zeros(3), k)
     with pytest.raises(ValueError, match="scores: expected shape"):
-        top_k(torch.zeros(3, 1), 1)
+        top_k(torch.zeros(3, 1, 1), 1)
     with pytest.raises(ValueError, match="NaN"):
         top_k(torch.tensor([0.0, torch.nan]), 1)
+
+
+# ---- batches ------------------------------------------------------------------------------------
+def spread(x: Tensor, k: int) -> Tensor:
+    """k of the n tokens, evenly, of each image."""
+    return (torch.arange(k, device=x.device) * x.shape[-2] // k).expand(*x.shape[:-2], k)
+
+
+def alike(x: Tensor) -> Tensor:
+    rows = F.normalize(x, dim=-1)
+    return rows @ rows.mT
+
+
+BATCHED = {
+    "unit_rows": lambda x, k: unit_rows(x),
+    "top_k": lambda x, k: top_k(x.sum(-1), k),
+    "max_sum": max_sum,
+    "farthest_first": lambda x, k: farthest_first(x, k, x.sum(-1).argmax(-1)),
+    "max_min": max_min,
+    "most_isolated": lambda x, k: greedy.most_isolated(x, k),
+    "coverage_greedy": lambda x, k: coverage_greedy(alike(x), k),
+    "coverage_greedy, weighed": lambda x, k: coverage_greedy(
+        alike(x), k, x.square().sum(-1) + 1, x[..., 0].abs()
+    ),
+    "dpp_greedy": lambda x, k: dpp_greedy(alike(x), k),
+    "merge_into_nearest": lambda x, k: merge_into_nearest(x, x + 1, spread(x, k)),
+    "merge_into_nearest, weighed": lambda x, k: merge_into_nearest(
+        x, x, spread(x, k), x[..., 0].abs()
+    ),
+    "bipartite_match": lambda x, k: bipartite_match(x, k // 2),
+    "density_peaks": lambda x, k: density_peaks(x, k, min(k, 3)),
+}
+
+
+def parts(found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (found,) if isinstance(found, Tensor) else found
+
+
+@contextlib.contextmanager
+def ways(lockstep: bool, pairs: bool = False) -> Iterator[None]:
+    """All images in lockstep whatever their size, as a GPU works, or image by image."""
+    names = ("coverage", "density", "dpp", "greedy", "merging")
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            together = mock.patch(
+                f"vtc.ops.{name}.together", lambda given, *_: lockstep or given.ndim < 3
+            )
+            stack.enter_context(together)
+        stack.enter_context(mock.patch.object(greedy, "_all_pairs", return_value=pairs))
+        stack.enter_context(mock.patch.object(greedy, "_PAIRS_UP_TO", 4096 if pairs else 1))
+        yield
+
+
+def check_batch(name: str, x: Tensor, k: int) -> None:
+    each = zip(*(parts(BATCHED[name](image, k)) for image in x), strict=True)
+    for found, alone in zip(parts(BATCHED[name](x, k)), each, strict=True):
+        expected = torch.stack(alone)
+        assert found.dtype == expected.dtype
+        if found.is_floating_point():
+            torch.testing.assert_close(found, expected)
+        else:
+            assert found.tolist() == expected.tolist()
+
+
+@st.composite
+def tied_images(draw: st.DrawFn) -> Tensor:
+    """Images of equal size, in which copies, ties and zero rows abound."""
+    b, n = draw(st.integers(1, 3)), draw(st.integers(1, 9))
+    row = st.sampled_from([*itertools.product([-1.0, 1.0], repeat=4), (0.0,) * 4])
+    return torch.tensor(draw(st.lists(row, min_size=b * n, max_size=b * n))).view(b, n, 4)
+
+
+@pytest.mark.parametrize("lockstep", [False, True])
+@pytest.mark.parametrize("name", BATCHED)
+@given(images=tied_images(), pairs=st.booleans(), data=st.data())
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_each_image_of_a_batch_gets_what_it_gets_alone(name, lockstep, images, pairs, data):
+    k = data.draw(st.integers(1, images.shape[1]))
+    with ways(lockstep, pairs):
+        check_batch(name, images, k)
+
+
+@pytest.mark.parametrize("lockstep", [False, True])
+@pytest.mark.parametrize("name", BATCHED)
+def test_batches_without_ties(name, lockstep):
+    for b, n, k in ((3, 40, 7), (2, 11, 11), (1, 9, 1)):
+        images = gaussian(b * n, 6, n).view(b, n, 6)
+        with ways(lockstep):
+            check_batch(name, images, k)
+
+
+@pytest.mark.parametrize("name", ["max_sum", "farthest_first", "max_min"])
+def test_many_tokens_of_several_images_on_a_cpu(name):
+    check_batch(name, gaussian(2 * 1100, 6, 0).view(2, 1100, 6), 50)
+
+
+def test_products_of_blocks_are_mirrored():
+    points = gaussian(2 * 30, 4, 0).view(2, 30, 4)
+    with mock.patch.object(density, "_PRODUCTS_AT_ONCE", 7):
+        found = density._distances(points)
+    torch.testing.assert_close(found, torch.cdist(points, points) / 2)
+    assert torch.equal(found.diagonal(dim1=1, dim2=2), torch.zeros(2, 30).double())
+
+
+@pytest.mark.parametrize("shape", [(12, 4), (3, 12, 4)])
+@pytest.mark.parametrize("name", sorted(set(BATCHED) - {"unit_rows"}))
+def test_nothing_leaves_the_device(name, shape, monkeypatch):
+    """Tensors on "meta" take the way of a GPU and have no values: reading one back raises, as does
+    a result whose size depends on values. The checks for NaN, before the loops, are the exception.
+    """
+    for module in (greedy, bipartite, merging):
+        monkeypatch.setattr(module, "unit_rows", lambda x: F.normalize(x, dim=-1))
+    if name == "top_k":
+        monkeypatch.setattr(torch, "isnan", lambda x: torch.zeros(1))
+    expected = parts(BATCHED[name](torch.ones(shape), 3))
+    found = parts(BATCHED[name](torch.empty(shape, device="meta"), 3))
+    assert [(t.shape, t.device.type) for t in found] == [(t.shape, "meta") for t in expected]
+
+
+def test_batches_refuse():
+    x = torch.randn(2, 5, 3)
+    shapes = r"expected shape \(n, d\) or, of b images, \(b, n, d\), b at least 1, got "
+    for wrong, given_shape in ((x[None], r"\(1, 2, 5, 3\)"), (x[:0], r"\(0, 5, 3\)")):
+        for function in (max_sum, farthest_first, max_min):
+            with pytest.raises(ValueError, match="features: " + shapes + given_shape):
+                function(wrong, 1)
+        with pytest.raises(ValueError, match="features: " + shapes + given_shape):
+            unit_rows(wrong)
+        with pytest.raises(ValueError, match="metric: " + shapes + given_shape):
+            bipartite_match(wrong, 1)
+        with pytest.raises(ValueError, match="points: " + shapes + given_shape):
+            density_peaks(wrong, 1, 1)
+        with pytest.raises(ValueError, match="contents: " + shapes + given_shape):
+            merge_into_nearest(wrong, x, spread(x, 2))
+    with pytest.raises(ValueError, match=r"pivot: expected shape \(2,\), got \(3,\)"):
+        max_sum(x, 2, torch.tensor([0, 1, 2]))
+    with pytest.raises(ValueError, match=r"k: .* 5 tokens given, got 6"):
+        max_sum(x, 6)
+    with pytest.raises(ValueError, match=r"kernel: expected shape \(2, 3, 3\), got \(2, 5, 3\)"):
+        dpp_greedy(x, 1)
+    for name in ("factor", "bonus"):
+        with pytest.raises(ValueError, match=rf"{name}: expected shape \(2, 3\), got \(3,\)"):
+            coverage_greedy(x, 1, **{name: torch.ones(3)})
+    with pytest.raises(ValueError, match=r"metric: expected shape \(2, 5, 3\), got \(2, 4, 3\)"):
+        merge_into_nearest(x, x[:, 1:], spread(x, 2))
+    with pytest.raises(ValueError, match=r"kept: expected shape \(2, 2\), got \(2,\)"):
+        merge_into_nearest(x, x, torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match=r"weights: expected shape \(2, 5\), got \(5,\)"):
+        merge_into_nearest(x, x, spread(x, 2), torch.ones(5))
 
 
 # ---- grids --------------------------------------------------------------------------------------

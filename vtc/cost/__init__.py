@@ -20,9 +20,12 @@ alone, transformers runs them in a prefill for those tokens only whose logits ar
 Norms, activations, softmax and rotary embeddings are not counted: they are not matrix products.
 What a method's choice costs is `selector_flops`.
 
-A part that has no formula here is `nan`, never a guess: linear attention, cross-attention,
-Gemma 3n, convolutional towers and SAM, perceivers and Q-Formers, and any type that is not in the
-tables of this package.
+In a cross-attention layer (Mllama) a length is the number of vision states, [CLS] of each tile
+and what there is of padding included; the other layers' are of tokens. Keys of the states are made
+in the prefill only, and a layer without states does not run.
+
+A part that has no formula here is `nan`, never a guess: linear attention, Gemma 3n, convolutional
+towers and SAM, perceivers and Q-Formers, and any type that is not in the tables of this package.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from typing import Any
 from .configs import Unknown, get, text_of
 from .decoder import Decoder, decoder_of
 from .selector import selector_flops
-from .vision import Grid, Images, projector_flops, tile_tokens, vision_flops
+from .vision import Grid, Images, Patches, projector_flops, tile_tokens, vision_flops
 
 __all__ = [
     "Flops",
@@ -78,6 +81,9 @@ class Flops:
         return {"vision": self.vision, "projector": self.projector, "lm": self.lm}
 
 
+_Given = int | Sequence[int] | Sequence[Sequence[int] | None] | None
+
+
 # ---- checks -------------------------------------------------------------------------------------
 def _lengths(config: Any, lengths: Sequence[int]) -> list[int]:
     layers = get(text_of(config), "num_hidden_layers")
@@ -95,8 +101,8 @@ def _images(
     config: Any,
     images: int | Sequence[int],
     tiles: Sequence[int] | None,
-    grids: Sequence[Grid] | None,
-    patches: int | Sequence[int] | None,
+    grids: Sequence[Grid | None] | None,
+    patches: _Given,
 ) -> Images | None:
     """What was given of images, `None` for a number of images of an unknown size."""
     count = images if isinstance(images, int) else len(images)
@@ -116,12 +122,31 @@ def _images(
             return None
     if grids is not None:
         for tokens, grid in zip(images, grids, strict=True):
+            if grid is None:
+                continue
             if len(grid) != 3 or math.prod(grid) != tokens or min(grid) < 1:
                 raise ValueError(
                     f"grids: expected frames, rows and columns that make the image's {tokens} "
                     f"tokens, got {tuple(grid)}"
                 )
-    return Images(images, tiles, grids, [patches] if isinstance(patches, int) else patches)
+    return Images(images, tiles, grids, _each(patches, count))
+
+
+def _each(patches: _Given, count: int) -> list[Patches | None] | None:
+    """`patches` for each of `count` images."""
+    if patches is None:
+        return None
+    if isinstance(patches, int):
+        patches = [patches]
+    if patches and all(isinstance(n, int) for n in patches):
+        same: Any = tuple(patches)
+        return [same] * count
+    if len(patches) != count or any(isinstance(own, int) or own == () for own in patches):
+        raise ValueError(
+            "patches: expected a whole number, whole numbers by layer, or a sequence of such (or "
+            f"None) for each of the {count} images, got {patches}"
+        )
+    return [None if own is None else tuple(own) for own in patches]  # type: ignore[arg-type]
 
 
 def _known(formula: Callable[[Any, Any], float], config: Any, given: Any) -> float:
@@ -145,8 +170,8 @@ def prefill_flops(
     images: int | Sequence[int] = (),
     *,
     tiles: Sequence[int] | None = None,
-    grids: Sequence[Grid] | None = None,
-    patches: int | Sequence[int] | None = None,
+    grids: Sequence[Grid | None] | None = None,
+    patches: int | Sequence[int] | Sequence[Sequence[int] | None] | None = None,
     logits: int = 1,
 ) -> Flops:
     """FLOPs of one sample's prefill, 2 per multiply-add.
@@ -154,28 +179,31 @@ def prefill_flops(
     Args:
         config: a vision-language configuration of transformers (or a dictionary of one), or that of
             a language model. A dictionary of sizes without a `model_type` is taken for a Llama.
-        lengths: for each decoder layer, the tokens it processes (text and vision).
+        lengths: for each decoder layer, the tokens it processes (text and vision); for a
+            cross-attention layer the vision states.
         images: for each image of the sample, its vision tokens *before* compression; or the
             number of images where each is one tile of the tower's fixed size.
-        tiles: for each image, the tiles (or frames) that its vision tower ran on. Without it, as
-            few as hold the image's tokens, which is exact but for families that cut padding off
-            their tiles or pool a clip's frames (LLaVA-NeXT and its video model, LLaVA-OneVision):
-            there it is a lower bound. LLaVA-NeXT-Video pools a clip's frames before its projector,
-            which with `tiles` is thus an upper bound.
-        grids: for each image, the (frames, rows, columns) of its vision tokens, for towers that
-            take images of any size (Qwen-VL and the like). Without it, one frame is assumed, and
-            in Qwen2.5-VL all attention windows are full, which is an upper bound: those at borders
-            are smaller. Padding to equal sizes (Pixtral) is not counted, nor are the frames of a
-            clip that Kimi K2.5 averages.
-        patches: of each tile, where the tower ran on a smaller one than its configuration says; a
+        tiles: for each image, the tiles (or frames) that its vision tower ran on, those of padding
+            included. Without it, as few as hold the image's tokens, which is exact but for families
+            that cut padding off their tiles or pool a clip's frames (LLaVA-NeXT and its video
+            model, LLaVA-OneVision) or average them (Kimi K2.5): there it is a lower bound. For
+            Mllama, as many as its processor makes at most.
+        grids: for each image, the (frames, rows, columns) of its vision tokens, or `None` where
+            they are no such block. For towers that take images of any size (Qwen-VL and the like),
+            and clips of LLaVA-NeXT-Video. Without it, one frame is assumed, in Qwen2.5-VL all
+            attention windows are full, which is an upper bound as those at borders are smaller, and
+            LLaVA-NeXT-Video is taken to pool a clip's frames behind its projector and not before.
+            Padding to equal sizes (Pixtral) is not counted.
+        patches: of each tile, where the tower ran on another number than its configuration says; a
             sequence where patches are merged on the way: those that enter each layer, and those
-            that leave the last. For Gemma 4, the patches that its processor pads images to, without
-            which its tower is not known.
+            that leave the last. Where images differ, one such sequence, or `None`, for each. For
+            Gemma 4, the patches that its processor pads images to, without which its tower is not
+            known.
         logits: positions for which the output head runs; `generate` asks for one.
 
     Raises:
-        ValueError: `lengths` does not have one entry for each decoder layer, or `tiles` or `grids`
-            not one for each image, or a grid has not as many places as its image tokens.
+        ValueError: `lengths` does not have one entry for each decoder layer, or `tiles`, `grids` or
+            `patches` not one for each image, or a grid has not as many places as its image tokens.
     """
     lengths = _lengths(config, lengths)
     given = _images(config, images, tiles, grids, patches)
@@ -183,9 +211,9 @@ def prefill_flops(
     lm, head = math.nan, math.nan
     layers: tuple[float, ...] = ()
     if decoder is not None:
-        pairs = zip(decoder.layers, lengths, strict=True)
-        layers = tuple(float(layer.flops(n, n)) for layer, n in pairs)
-        head = 2.0 * (logits * decoder.head + (lengths[0] if lengths else 0) * decoder.entry)
+        pairs, tokens = zip(decoder.layers, lengths, strict=True), decoder.tokens(lengths)
+        layers = tuple(float(layer.prefill(n, tokens)) for layer, n in pairs)
+        head = 2.0 * (logits * decoder.head + tokens * decoder.entry)
         lm = sum(layers) + head
     vision = projector = math.nan
     if given is not None:
@@ -201,7 +229,7 @@ def flops_per_layer(config: Any, lengths: Sequence[int], *, decoding: bool = Fal
     Args:
         config: as for `prefill_flops`.
         lengths: for each layer, the tokens it processes in a prefill; while decoding, those that
-            its cache holds.
+            its cache holds. For a cross-attention layer, vision states.
         decoding: one new token, which sees the cached ones (of a sliding window, those within) and
             itself, instead of a prefill.
 
@@ -214,8 +242,9 @@ def flops_per_layer(config: Any, lengths: Sequence[int], *, decoding: bool = Fal
         return [math.nan] * len(lengths)
     pairs = zip(decoder.layers, lengths, strict=True)
     if decoding:
-        return [float(layer.flops(1, layer.held(n) + 1)) for layer, n in pairs]
-    return [float(layer.flops(n, n)) for layer, n in pairs]
+        return [float(layer.step(n)) for layer, n in pairs]
+    tokens = decoder.tokens(lengths)
+    return [float(layer.prefill(n, tokens)) for layer, n in pairs]
 
 
 def decode_flops(config: Any, lengths: Sequence[int]) -> float:
@@ -243,7 +272,8 @@ def kv_bytes_per_layer(
 ) -> list[float]:
     """Bytes that each layer's cache holds after a prefill with `lengths[i]` tokens in layer i.
 
-    As `kv_bytes`, which is their sum. Layers that use another layer's keys hold none.
+    As `kv_bytes`, which is their sum. Layers that use another layer's keys hold none, and
+    cross-attention layers those of `lengths[i]` vision states.
     """
     lengths = _lengths(config, lengths)
     decoder = _decoder(config, len(lengths))

@@ -12,12 +12,14 @@ from .configs import Unknown, get, of_layer, size, text_of
 GATED = frozenset({
     "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text",
     "gemma4_text", "glm", "glm4", "glm4v_text", "granite", "helium", "llama", "ministral",
-    "ministral3", "mistral", "olmo", "olmo2", "olmo3", "phi3", "qwen2", "qwen2_5_vl_text",
-    "qwen2_vl_text", "qwen3", "qwen3_vl_text", "seed_oss", "smollm3", "stablelm",
+    "ministral3", "mistral", "mllama_text_model", "olmo", "olmo2", "olmo3", "phi3", "qwen2",
+    "qwen2_5_vl_text", "qwen2_vl_text", "qwen3", "qwen3_vl_text", "seed_oss", "smollm3", "stablelm",
 })  # fmt: skip
 """Types with query, key, value and output matrices and a feed-forward of three."""
 UNGATED = frozenset({"arcee", "nemotron", "opt", "phi", "starcoder2"})
 """The same with a feed-forward of two matrices."""
+_CROSSED = "mllama_text_model"
+"""The type of which some layers attend to vision states in place of tokens."""
 _DEEPSEEK = frozenset({"deepseek_v3", "glm4_moe", "glm4v_moe_text"})
 _QWEN = frozenset({"qwen2_moe", "qwen3_moe", "qwen3_vl_moe_text"})
 EXPERTS = _DEEPSEEK | _QWEN | {"llama4_text", "mixtral"}
@@ -30,10 +32,12 @@ class Layer:
 
     Attributes:
         linear: multiply-adds of its matrices for each new token.
-        expand: multiply-adds for each key it sees: latent attention rebuilds keys from the cache.
+        expand: multiply-adds for each key beside: latent attention rebuilds all keys it sees from
+            the cache, a cross layer makes those of the vision states once.
         attention: multiply-adds for each pair of a new token and a key.
         cached: numbers it keeps of each token; 0 where it uses another layer's keys.
         window: keys a token sees at most, or `None`.
+        crosses: keys and values are those of vision states, and not of the tokens.
     """
 
     linear: int
@@ -41,6 +45,24 @@ class Layer:
     attention: int
     cached: int
     window: int | None
+    crosses: bool = False
+
+    def prefill(self, length: int, tokens: int) -> int:
+        """FLOPs of a prefill, 2 per multiply-add.
+
+        Args:
+            length: the tokens it is given; of a cross layer the vision states.
+            tokens: those that a cross layer is given beside them.
+        """
+        if not self.crosses:
+            return self.flops(length, length)
+        return self.flops(tokens, length) if length else 0  # without states it is left out
+
+    def step(self, length: int) -> int:
+        """FLOPs of one new token, where it was given `length` tokens (or states) before."""
+        if not self.crosses:
+            return self.flops(1, self.held(length) + 1)
+        return 2 * (self.linear + length * self.attention) if length else 0
 
     def flops(self, queries: int, keys: int) -> int:
         """Of `queries` new tokens that see `keys` keys, 2 per multiply-add."""
@@ -66,6 +88,11 @@ class Decoder:
     head: int
     entry: int
 
+    def tokens(self, lengths: Sequence[int]) -> int:
+        """Tokens that enter: what the first layer is given that reads no vision states."""
+        own = (n for layer, n in zip(self.layers, lengths, strict=True) if not layer.crosses)
+        return next(own, 0)
+
 
 def decoder_of(config: Any, count: int) -> Decoder:
     """The decoder of `config` with `count` layers; raises `Unknown` for types without formula."""
@@ -78,11 +105,16 @@ def decoder_of(config: Any, count: int) -> Decoder:
     shared_from = count - size(text, "num_kv_shared_layers", default=0)
     feed_forward = _feed_forward(text, kind, d, count, shared_from)
     own = size(text, "hidden_size_per_layer_input", default=0)  # Gemma 4 for devices
+    crossing = get(text, "cross_attention_layers", default=()) if kind == _CROSSED else ()
+    if count and set(range(count)) <= set(crossing):
+        raise Unknown("cross_attention_layers")  # no layer would tell how many tokens there are
     layers = []
     for i in range(count):
         rest = feed_forward[i] + 2 * d * own
         if kind == "deepseek_v3":
             layers.append(_latent(text, d, rest))
+        elif i in crossing:
+            layers.append(_cross(text, d, rest))
         else:
             equal = bool(get(text, "attention_k_eq_v", default=False)) and windows[i] is None
             layers.append(_plain(of_layer(text, i), d, rest, windows[i], equal, i >= shared_from))
@@ -114,6 +146,14 @@ def _plain(text: Any, d: int, rest: int, window: int | None, equal: bool, shared
     made = 0 if shared else 1 if equal else 2
     linear = 2 * d * heads * head + made * d * kv + rest
     return Layer(linear, 0, 2 * heads * head, 0 if shared else 2 * kv, window)
+
+
+def _cross(text: Any, d: int, rest: int) -> Layer:
+    """Queries of the tokens, keys and values of the vision states."""
+    heads = size(text, "num_attention_heads")
+    query = heads * (d // heads)
+    kv = size(text, "num_key_value_heads", default=heads) * (d // heads)
+    return Layer(2 * d * query + rest, 2 * d * kv, 2 * query, 2 * kv, None, crosses=True)
 
 
 def _latent(text: Any, d: int, rest: int) -> Layer:

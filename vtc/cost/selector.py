@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from vtc.methods.base import LayerState, Method, VisionTokens, make
+from vtc.ops.greedy import PLAINLY
 
 _PRODUCTS = {
     # PyTorch counts products of matrices only; greedy choices take one vector at a time.
@@ -39,6 +40,12 @@ def selector_flops(
     **settings: Any,
 ) -> float:
     """FLOPs of `method`'s choice for one image, 2 per multiply-add; `nan` where not known.
+
+    What is counted is the least that the algorithm needs, on any device: a greedy choice compares
+    each chosen token with all (ToDRE: 2 n k d), DivPrune's first token all pairs (2 n n d). That
+    `vtc.ops` makes all pairs at once where many are kept, or on a CPU rows of similarities ahead of
+    those that will be chosen, some in vain, or rules out pairs by bounds, is for the sake of speed
+    and no part of it.
 
     Before the language model, `select` runs on random tensors of these sizes, and PyTorch's counter
     counts it. Between layers, `prune` is counted alike. Attention rows that either reads are
@@ -82,8 +89,12 @@ def selector_flops(
     if any(part.needs - _KNOWN for part in made.parts):
         return math.nan
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        return float(_Run(sizes, cls, generator).flops(made))
+    token = PLAINLY.set(True)
+    try:
+        with torch.no_grad():
+            return float(_Run(sizes, cls, generator).flops(made))
+    finally:
+        PLAINLY.reset(token)
 
 
 class _Run:

@@ -11,6 +11,9 @@ from .configs import Unknown, get, pair, size, text_of
 
 Grid = tuple[int, int, int]
 """Frames, rows and columns of an image's (or clip's) vision tokens."""
+Patches = tuple[int, ...]
+"""Patches of a tile that enter each tower layer, and those that leave the last; layers beyond are
+as the last."""
 
 
 @dataclass(frozen=True)
@@ -20,45 +23,63 @@ class Images:
     Attributes:
         tokens: vision tokens of each, before compression.
         tiles: of each, or `None` where the caller does not know.
-        grids: of each, or `None` where the caller does not know.
-        patches: of each tile, where they are not what the configuration says: those that enter
-            each tower layer, and those that leave the last; layers beyond are as the last.
+        grids: of each, or `None` where the caller does not know, or it is no such block.
+        patches: of the tiles of each, or `None` where they are what the configuration says.
     """
 
     tokens: Sequence[int]
     tiles: Sequence[int] | None = None
-    grids: Sequence[Grid] | None = None
-    patches: Sequence[int] | None = None
+    grids: Sequence[Grid | None] | None = None
+    patches: Sequence[Patches | None] | None = None
+
+    def grid(self, i: int) -> Grid | None:
+        """That of image `i`, if it is known."""
+        return None if self.grids is None else self.grids[i]
+
+    def passed(self, i: int) -> Patches | None:
+        """The patches of image `i`, if they are known."""
+        return None if self.patches is None else self.patches[i]
 
 
 def vision_flops(config: Any, images: Images) -> float:
     """FLOPs of the vision tower over all images; raises `Unknown`."""
     vision, family = _vision(config), _family(config)
     kind = get(vision, "model_type", default="")
+    every = range(len(images.tokens))
     if kind in _NATIVE:
-        return _NATIVE[kind](vision, _segments(images, family.shrink(config)))
+        averaged = kind == "kimi_k25_vision"
+        return _NATIVE[kind](vision, _segments(images, family.shrink(config), averaged))
     if kind in _TILED:
-        tiles = sum(family.tiles(config, images))
-        return tiles * _TILED[kind](vision, images.patches or [_grid_patches(vision)])
+        tower, tiles, usual = _TILED[kind], family.tiles(config, images), (_grid_patches(vision),)
+        return sum(tiles[i] * tower(vision, images.passed(i) or usual) for i in every)
     if kind == "gemma4_vision":
-        frames = len(images.tokens) if images.tiles is None else sum(images.tiles)
-        return frames * _gemma4(vision, images.patches)
+        frames = images.tiles or [1] * len(images.tokens)
+        return sum(frames[i] * _gemma4(vision, images.passed(i)) for i in every)
+    if kind == "mllama_vision_model":
+        return sum(_mllama(vision, n) for n in _all_tiles(vision, images))
     raise Unknown(kind)
 
 
 def projector_flops(config: Any, images: Images) -> float:
     """FLOPs of the projector over all images; raises `Unknown`."""
     vision, family = _vision(config), _family(config)
-    shrink = family.shrink(config)
-    if get(vision, "model_type") in _TILED:
-        tiles = sum(family.tiles(config, images))
-        per_tile = images.patches[-1] if images.patches else _grid_patches(vision)
-        patches, tokens = per_tile * tiles, int(per_tile / shrink) * tiles
-        if family.cls:
-            tokens = sum(images.tokens)
-    else:
-        tokens = sum(images.tokens)
-        patches = round(tokens * shrink)
+    shrink, kind = family.shrink(config), get(vision, "model_type", default="")
+    tokens = sum(images.tokens)
+    patches = round(tokens * shrink)
+    if kind in _TILED:
+        tiles, patches, usual = family.tiles(config, images), 0, _grid_patches(vision)
+        made = 0
+        for i, count in enumerate(tiles):
+            passed, grid = images.passed(i), images.grid(i)
+            own = passed[-1] if passed else usual
+            if family.pools_first and grid is not None and grid[1] * grid[2] < own:
+                own = grid[1] * grid[2]
+            patches += own * count
+            # [CLS] of a frame is projected, whether it was counted among the tokens or not.
+            made += (int(own / shrink) + (family.cls and count > 1)) * count
+        tokens = made
+    elif kind == "mllama_vision_model":
+        patches = tokens = sum(_all_tiles(vision, images)) * (_grid_patches(vision) + 1)
     return 2.0 * family.macs(config, patches, tokens)
 
 
@@ -114,13 +135,14 @@ def _fixed(prefix: int, matrices: int = 2, head: bool = False) -> Callable[..., 
 Segments = list[list[tuple[int, int, int]]]
 
 
-def _segments(images: Images, shrink: float) -> Segments:
+def _segments(images: Images, shrink: float, averaged: bool) -> Segments:
     """For each image, its frames as (patches, rows of tokens, columns of tokens); 0 x 0 is not
-    known."""
+    known. Frames that are averaged afterwards attend to one another, as if they were one."""
     found = []
     for i, tokens in enumerate(images.tokens):
-        frames, rows, columns = images.grids[i] if images.grids is not None else (1, 0, 0)
-        found.append([(round(tokens * shrink) // frames, rows, columns)] * frames)
+        frames, rows, columns = images.grid(i) or (1, 0, 0)
+        times = images.tiles[i] if averaged and images.tiles is not None else 1
+        found.append([(round(tokens * shrink) // frames * times, rows, columns)] * frames)
     return found
 
 
@@ -201,6 +223,22 @@ def _gemma4(vision: Any, passed: Sequence[int] | None) -> float:
     layer = n * linear + 2 * n * n * heads * head
     pooled = n * d * (n // size(vision, "pooling_kernel_size") ** 2)
     return 2.0 * (n * _embedding(vision, d) + size(vision, "num_hidden_layers") * layer + pooled)
+
+
+def _all_tiles(vision: Any, images: Images) -> Sequence[int]:
+    """Of each image, those of padding included, which run as well."""
+    if images.tiles is not None:
+        return images.tiles
+    return [size(vision, "max_num_tiles")] * len(images.tokens)
+
+
+def _mllama(vision: Any, tiles: int) -> float:
+    """All tiles of an image attend to one another; [CLS] and patches are padded to eights."""
+    d, own = size(vision, "hidden_size"), _grid_patches(vision)
+    depth = size(vision, "num_hidden_layers") + size(vision, "num_global_layers")
+    n = -(-(own + 1) // 8) * 8 * tiles
+    layer = n * (4 * d * d + 2 * d * size(vision, "intermediate_size")) + 2 * n * n * d
+    return 2.0 * (own * tiles * _embedding(vision, d) + depth * layer)
 
 
 _TILED: dict[str, Callable[[Any, Sequence[int]], float]] = {
@@ -291,6 +329,13 @@ def _mistral3(config: Any, patches: int, tokens: int) -> int:
     return tokens * (size(config, "spatial_merge_size") ** 2 * d * d + a * b + b * b)
 
 
+def _mllama_projector(config: Any, patches: int, tokens: int) -> int:
+    """One matrix, from all layers that are read of the tower."""
+    return (
+        tokens * size(_vision(config), "vision_output_dim") * size(text_of(config), "hidden_size")
+    )
+
+
 def _ovis2(config: Any, patches: int, tokens: int) -> int:
     """Onto the visual vocabulary, whose embeddings are then mixed."""
     vision = _vision(config)
@@ -365,11 +410,13 @@ class _Family:
         macs: multiply-adds of its projector.
         shrink: patches that make one vision token.
         cls: clips keep [CLS] of each frame.
+        pools_first: frames of clips are pooled before the projector.
     """
 
     macs: Callable[[Any, int, int], int]
     shrink: Callable[[Any], float] = _one
     cls: bool = False
+    pools_first: bool = False
 
     def tiles(self, config: Any, images: Images) -> Sequence[int]:
         """Of each image, as few as hold its tokens unless they are known."""
@@ -402,9 +449,10 @@ _FAMILIES = {
     "llama4": _Family(_llama4, _llama4_shuffled),
     "llava": _Family(_llava),
     "llava_next": _Family(_llava),
-    "llava_next_video": _Family(_llava),
+    "llava_next_video": _Family(_llava, pools_first=True),
     "llava_onevision": _Family(_llava),
     "mistral3": _Family(_mistral3, _merged),
+    "mllama": _Family(_mllama_projector),
     "ovis2": _Family(_ovis2, _stride),
     "paligemma": _Family(_paligemma),
     "qwen2_5_vl": _Family(_qwen, _merged),

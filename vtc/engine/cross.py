@@ -38,7 +38,7 @@ from .layout import Layout, gather_tokens
 from .ledger import Group, Ledger, attach, cache_in, ledger_of
 from .override import Override
 from .plan import Plan
-from .report import ImageTokens, Prefill, Report, Sample, Stopwatch
+from .report import ImageTokens, Prefill, Report, Sample, Stopwatch, logits_of
 
 _TOWER = frozenset({"cls_attention", "low_attention", "cls_query", "keys", "encoder"})
 
@@ -82,6 +82,7 @@ class _Call:
 
     given: dict[str, Any]
     labels: Tensor | None
+    logits_to_keep: Any = None
     vision: Stopwatch = field(default_factory=Stopwatch)
     selector: Stopwatch = field(default_factory=Stopwatch)
     lm: Stopwatch = field(default_factory=Stopwatch)
@@ -113,12 +114,13 @@ class CrossEngine:
         self.lock = threading.RLock()  # one call at a time: its state lives here
         self.call: _Call | None = None
         self.labels: Tensor | None = None
+        self.logits: Any = None
         self.frozen: tuple[Decisions, Tensor] | None = None
         self.generating = False
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for name in ("lock", "call", "labels", "frozen"):
+        for name in ("lock", "call", "labels", "logits", "frozen"):
             del state[name]
         return state
 
@@ -191,17 +193,18 @@ class CrossEngine:
 
     def _run_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self.lock:
-            self.labels = _by_name(self.backbone.model, args, kwargs).get("labels")
+            given = _by_name(self.backbone.model, args, kwargs)
+            self.labels, self.logits = given.get("labels"), given.get("logits_to_keep", 0)
             try:
                 return original(*args, **kwargs)
             finally:
-                self.labels = None
+                self.labels = self.logits = None
 
     def _run_base(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self.lock:
             given = _by_name(self.backbone.base, args, kwargs)
             self.family.check_inputs(given)
-            self.call = call = _Call(given, self.labels)
+            self.call = call = _Call(given, self.labels, self.logits)
             try:
                 if given.get("pixel_values") is not None:
                     call.vision_started = call.vision.start(given["pixel_values"].device)
@@ -264,7 +267,8 @@ class CrossEngine:
                 kwargs["cross_attention_states"] = states.reshape(shape)
         held = keep.sum(1).tolist()
         call.samples = [
-            self._sample(int(valid[b].sum()), held[b], images[b], left[b]) for b in range(rows)
+            self._sample(call, int(valid[b].sum()), held[b], images[b], left[b])
+            for b in range(rows)
         ]
 
     def _select(
@@ -441,18 +445,20 @@ class CrossEngine:
             clocks = call.vision, Stopwatch(), call.selector, call.lm
             self.report.add(Prefill(call.samples, hidden.element_size(), *clocks))
 
-    def _sample(self, tokens: int, held: int, images: list[CrossImage], left: list[int]) -> Sample:
+    def _sample(
+        self, call: _Call, tokens: int, held: int, images: list[CrossImage], left: list[int]
+    ) -> Sample:
         """The report of one row. Only cross layers process vision states; an image counts in every
         layer what these read of it, so that figures compare with those of other families. The
         lengths are those of each layer's keys: states (with [CLS], and with padding where nothing
         was dropped) in cross layers, tokens in the others."""
-        layers = len(self.backbone.layers)
+        layers, tiles = len(self.backbone.layers), call.given["pixel_values"].shape[2]
         shown = tuple(
-            ImageTokens(len(image.columns), len(image.columns), ((0, kept),), layers)
+            ImageTokens(len(image.columns), len(image.columns), ((0, kept),), layers, tiles=tiles)
             for image, kept in zip(images, left, strict=True)
         )
         lengths = tuple(held if i in self.cross_layers else tokens for i in range(layers))
-        return Sample(tokens, shown, lengths)
+        return Sample(tokens, shown, lengths, logits_of(call.logits_to_keep, tokens))
 
 
 def _check(family: Family, backbone: Backbone, method: Method) -> None:

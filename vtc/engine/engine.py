@@ -63,6 +63,7 @@ class Engine:
         self.lock = threading.RLock()
         self.forward: Forward | None = None
         self.labels: Tensor | None = None
+        self.logits: Any = None
         self.frozen: tuple[Decisions, list[int]] | None = None
         self.generating = False
         self.handled = 0
@@ -70,7 +71,7 @@ class Engine:
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for name in ("lock", "forward", "labels", "frozen"):
+        for name in ("lock", "forward", "labels", "logits", "frozen"):
             del state[name]
         return state
 
@@ -232,20 +233,23 @@ class Engine:
         if self.backbone.model._compiled_call_impl is not None:
             self._warn_of_compiling()
         with self.lock:
-            self.labels = _by_name(self.backbone.model, args, kwargs).get("labels")
+            given = _by_name(self.backbone.model, args, kwargs)
+            self.labels, self.logits = given.get("labels"), given.get("logits_to_keep", 0)
             try:
                 return original(*args, **kwargs)
             finally:
-                self.labels = None
+                self.labels = self.logits = None
 
     def _run_base(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self.lock:
             labels, self.labels = self.labels, None
+            logits, self.logits = self.logits, None
             try:
                 given = _by_name(self.backbone.base, args, kwargs)
                 if labels is None:  # the base model may be all there is
                     labels = given.get("labels")
-                self.forward = forward = Forward(labels=labels, given=given)
+                forward = Forward(labels=labels, given=given, logits_to_keep=logits)
+                self.forward = forward
                 self._look_at(forward, given)
                 compressed = forward.images_seen or ledger_of(cache_in(given)) is not None
                 if self.family.masks_in_base and compressed:

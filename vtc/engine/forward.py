@@ -15,7 +15,7 @@ from vtc.methods.base import LayerState, Method, Record, Rows, Selection, Vision
 
 from .layout import Layout, gather_last
 from .ledger import Ledger
-from .report import ImageTokens, Sample, Stopwatch
+from .report import ImageTokens, Sample, Stopwatch, logits_of
 from .taps import TowerSignals
 
 
@@ -146,6 +146,8 @@ class Forward:
             (images, n, d).
         vision: (b, s) bool by modality, the placeholders that hold it.
         given: the arguments of the base model.
+        logits_to_keep: what the model was given of this name, 0 where it was not; `None` if the
+            base model runs alone.
         phase: "plain" leaves the model alone; "prefill" compresses; "decode" continues a
             compressed cache.
     """
@@ -155,6 +157,7 @@ class Forward:
     features: dict[Modality, Any] = field(default_factory=dict)
     vision: dict[Modality, Tensor] = field(default_factory=dict)
     given: Mapping[str, Any] = field(default_factory=dict)
+    logits_to_keep: Any = None
     phase: str = "plain"
 
     # Set at prefill. `valid`, `gap`, `image`, `separator`, `text` and `blocks` are (b, s) over the
@@ -248,14 +251,22 @@ class Forward:
 
     def samples(self, num_layers: int) -> list[Sample]:
         """The report of this prefill."""
-        totals: dict[int, list[tuple[int, int, tuple[int, ...]]]] = {}
+        totals: dict[int, list[dict[str, Any]]] = {}
         for span in self.spans:
-            kept = span.signals.kept
-            encoded = len(span.index if kept is None else kept)
-            sizes = len(span.index), encoded, span.signals.passed
+            kept, own = span.signals.kept, span.signals.map
+            sizes = {
+                "original": len(span.index),
+                "encoded": len(span.index if kept is None else kept),
+                "passed": span.signals.passed,
+                "tiles": own.tiles,
+                "patches": own.tile_patches,
+                "extent": own.extent,
+            }
             totals.setdefault(span.sample, []).append(sizes)
+        every = self.valid.sum(1).tolist()
+        logits = [logits_of(self.logits_to_keep, int(n)) for n in every]
         fed = ((self.image >= 0) | self.separator).sum(1).tolist()
-        text = [int(n) - v for n, v in zip(self.valid.sum(1).tolist(), fed, strict=True)]
+        text = [int(n) - v for n, v in zip(every, fed, strict=True)]
         steps = sorted(self.held)
         ends = [*steps[1:], num_layers]
         return [
@@ -263,19 +274,20 @@ class Forward:
                 text[b],
                 tuple(
                     ImageTokens(
-                        original,
-                        encoded,
-                        tuple((layer, rows[b][i]) for layer, rows in sorted(self.counts.items())),
-                        num_layers,
-                        passed,
+                        **sizes,
+                        steps=tuple(
+                            (layer, rows[b][i]) for layer, rows in sorted(self.counts.items())
+                        ),
+                        num_layers=num_layers,
                     )
-                    for i, (original, encoded, passed) in enumerate(totals.get(b, []))
+                    for i, sizes in enumerate(totals.get(b, []))
                 ),
                 tuple(
                     self.held[layer][b]
                     for layer, end in zip(steps, ends, strict=True)
                     for _ in range(layer, end)
                 ),
+                logits[b],
             )
             for b in range(self.valid.shape[0])
         ]

@@ -75,6 +75,10 @@ class ImageTokens:
         steps: (layer, count) pairs: from decoder layer `layer` on, `count` tokens are left.
         num_layers: decoder layers in all.
         passed: patches that entered each tower layer and left the last, if they were merged there.
+        tiles: tiles (or frames) that the tower ran on, those of padding included, or `None` if that
+            is not known.
+        patches: of each tile, or `None` where they are what the configuration says.
+        extent: frames, rows and columns of its vision tokens, or `None` if they are no such block.
     """
 
     original: int
@@ -82,6 +86,17 @@ class ImageTokens:
     steps: tuple[tuple[int, int], ...]
     num_layers: int
     passed: tuple[int, ...] = ()
+    tiles: int | None = None
+    patches: int | None = None
+    extent: tuple[int, int, int] | None = None
+
+    @property
+    def ran_on(self) -> tuple[int, ...] | None:
+        """Patches of each tile by tower layer, or `None` where the configuration says it."""
+        if self.passed:
+            return self.passed
+        own = self.encoded if self.encoded != self.original else self.patches
+        return None if own is None else (own,)
 
     @property
     def per_layer(self) -> tuple[int, ...]:
@@ -100,12 +115,15 @@ class Sample:
 
     Attributes:
         text_tokens: all but vision tokens and the separators of their rows.
-        lengths: tokens of any kind that each decoder layer processed.
+        lengths: tokens of any kind that each decoder layer processed; of a cross-attention layer
+            the vision states that it read.
+        logits: positions for which the output head ran.
     """
 
     text_tokens: int
     images: tuple[ImageTokens, ...]
     lengths: tuple[int, ...]
+    logits: int = 1
 
 
 @dataclass
@@ -208,22 +226,30 @@ class Report:
 
     @property
     def flops(self) -> dict[str, float]:
-        """Of one sample's prefill: "vision", "projector" and "lm"; see `vtc.cost`."""
+        """Of one sample's prefill: "vision", "projector" and "lm"; see `vtc.cost`.
+
+        They are those of the tiles, windows, clips and lengths that ran, and of the output head at
+        as many positions as it ran for. Not counted: the selector (`vtc.cost.selector_flops`),
+        padding of shorter rows and of smaller images to the largest of a batch, and what new tokens
+        see of a cache from earlier turns. `nan` for a part without formula.
+        """
         from vtc.cost import prefill_flops
 
         costs = []
         for sample in self.samples:
-            if sample.images:
-                images = [image.original for image in sample.images]
-                # One method reduces pixels for all images of a run alike.
-                reduced = {i.encoded for i in sample.images if i.encoded != i.original}
-                patches: Any = reduced.pop() if reduced else None
-                if sample.images[0].passed:
-                    # Images may differ from layer to layer; their mean is close to the truth.
-                    columns = zip(*(i.passed for i in sample.images), strict=True)
-                    patches = [round(sum(column) / len(column)) for column in columns]
-                found = prefill_flops(self._config, sample.lengths, images, patches=patches)
-                costs.append(asdict(found))
+            if not sample.images:
+                continue
+            tiles = [image.tiles for image in sample.images]
+            found = prefill_flops(
+                self._config,
+                sample.lengths,
+                [image.original for image in sample.images],
+                tiles=None if None in tiles else tiles,  # type: ignore[arg-type]
+                grids=[image.extent for image in sample.images],
+                patches=[image.ran_on for image in sample.images],
+                logits=sample.logits,
+            )
+            costs.append(asdict(found))
         return {
             part: _mean([cost[part] for cost in costs]) for part in ("vision", "projector", "lm")
         }
@@ -276,6 +302,16 @@ class Report:
         )
 
     __repr__ = __str__
+
+
+def logits_of(logits_to_keep: Any, tokens: int) -> int:
+    """Positions out of `tokens` for which the output head runs, from what the model was given: the
+    last of them, 0 for all, a vector of places, or `None` if no head runs."""
+    if logits_to_keep is None:
+        return 0
+    if isinstance(logits_to_keep, torch.Tensor):
+        return logits_to_keep.numel()
+    return min(int(logits_to_keep), tokens) or tokens
 
 
 def _mean(values: list[Any]) -> float:

@@ -65,6 +65,8 @@ class ImageMap:
         patches: (n, m) the tower's patches that each token is made of, numbered through all that
             `base` encoded in one call, -1 at separators; `None` where they are not known.
         group: tells apart images that stand side by side, for families that join tiles.
+        tiles: tiles (or frames) that the tower ran on for it, those that are cut off included.
+        padded: patches of each of them, where the processor pads images to a number of patches.
     """
 
     grid: Tensor
@@ -72,9 +74,27 @@ class ImageMap:
     separator: Tensor | None = None
     patches: Tensor | None = None
     group: int | None = None
+    tiles: int = 1
+    padded: int | None = None
 
     def __len__(self) -> int:
         return self.grid.shape[0]
+
+    @property
+    def extent(self) -> tuple[int, int, int] | None:
+        """Frames, rows and columns of its vision tokens, if they fill such a block."""
+        grid = self.grid if self.separator is None else self.grid[~self.separator]
+        if not len(grid):
+            return None
+        frames, rows, columns = (1 + grid.max(0).values).tolist()
+        return (frames, rows, columns) if frames * rows * columns == len(grid) else None
+
+    @property
+    def tile_patches(self) -> int | None:
+        """Patches of each tile, if they are known; those of several are the tower's fixed size."""
+        if self.padded is not None or self.tiles > 1 or self.patches is None:
+            return self.padded
+        return int((self.patches >= 0).sum())
 
 
 class Family:
@@ -242,6 +262,7 @@ class Family:
             crop=None if modality == "video" else torch.cat(crops),
             separator=torch.cat(ends) if len(ends) == len(maps) else None,
             patches=torch.cat(patches) if len(patches) == len(maps) else None,
+            tiles=sum(own.tiles for own in maps),
         )
 
     # ---- vision -------------------------------------------------------------------------------

@@ -161,7 +161,8 @@ class Gemma4(Gemma3):
                 grid = grid_positions(rows, columns)
                 grid[:, 0] = frame
                 grids.append(grid)
-            maps.append([ImageMap(torch.cat(grids))])
+            padded = of_one.shape[1]
+            maps.append([ImageMap(torch.cat(grids), tiles=len(of_one), padded=padded)])
             assert len(maps[-1][0]) == len(own)
         return maps
 

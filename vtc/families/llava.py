@@ -137,7 +137,7 @@ class KimiK25(Family):
     ) -> list[list[ImageMap]]:
         sizes = given["image_grid_thw" if modality == "image" else "video_grid_thw"].tolist()
         maps = []
-        for own, (_, rows, columns) in zip(features, sizes, strict=True):
+        for own, (frames, rows, columns) in zip(features, sizes, strict=True):
             by = round((rows * columns / len(own)) ** 0.5)
-            maps.append([ImageMap(grid_positions(rows // by, columns // by))])
+            maps.append([ImageMap(grid_positions(rows // by, columns // by), tiles=frames)])
         return maps

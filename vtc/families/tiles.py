@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -40,7 +41,8 @@ class LlavaNext(Family):
             column = tile % across * side + place % side
             places = torch.stack([row, column], dim=2).to(torch.float64)
             packed = self.pack(backbone, given, i, places)
-            maps.append([self._map(packed, side, across, first, len(own))])
+            found = self._map(packed, side, across, first, len(own))
+            maps.append([replace(found, tiles=tiles)])
             first += tiles * side * side
         return maps
 
@@ -118,7 +120,7 @@ class LlavaNext(Family):
         for own in features:
             per_frame = len(own) // frames
             columns = math.isqrt(per_frame)
-            maps.append([self._clip(frames, columns, len(own))])
+            maps.append([replace(self._clip(frames, columns, len(own)), tiles=frames)])
         return maps
 
     def _clip(self, frames: int, side: int, n: int) -> ImageMap:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vtc.ops.batch import check_shape
 from vtc.ops.similarity import unit_rows
 
 
@@ -16,32 +17,32 @@ def bipartite_match(metric: Tensor, r: int, begins_with_a: bool = True) -> Tenso
     is most similar by cosine; the r most similar pairs merge.
 
     Args:
-        metric: (n, d) what tokens are compared by.
+        metric: (n, d) what tokens are compared by, or (b, n, d) of b images.
         r: pairs to merge, from 0 to the size of A; of B there must be one if r is above 0.
         begins_with_a: whether the first token belongs to A.
 
     Returns:
-        (n,) for each token, which of the n - r after merging it belongs to: first what A keeps,
-        then B, both in the order they came. Ties go to the first token, of A and of B.
+        (n,) or (b, n), for each token, which of the n - r after merging it belongs to: first what
+        A keeps, then B, both in the order they came. Ties go to the first token, of A and of B.
 
     Raises:
-        ValueError: `r` out of range, or a metric that is no matrix or not finite.
+        ValueError: `r` out of range, or a metric of another shape or not finite.
     """
+    check_shape("metric", metric, "n", "d")
     rows = unit_rows(metric)
-    n, device = rows.shape[0], rows.device
-    in_a = torch.arange(n, device=device) % 2 == int(not begins_with_a)
-    a, b = in_a.nonzero().squeeze(1), (~in_a).nonzero().squeeze(1)
-    most = len(a) if len(b) else 0
+    *images, n, _ = rows.shape
+    first, second = (0, 1) if begins_with_a else (1, 0)
+    a, b = rows[..., first::2, :], rows[..., second::2, :]
+    most = a.shape[-2] if b.shape[-2] else 0
     if not 0 <= r <= most:
         raise ValueError(f"r: expected 0 to {most} pairs of {n} tokens, got {r}")
-    merged = torch.zeros_like(a, dtype=torch.bool)
-    partner = torch.zeros_like(a)
+    partner = torch.zeros(*images, a.shape[-2], dtype=torch.long, device=rows.device)
+    merged = partner.bool()
     if r:
-        best, partner = (rows[a] @ rows[b].T).max(1)
-        merged[best.argsort(descending=True, stable=True)[:r]] = True
-    target = torch.empty(n, dtype=torch.long, device=device)
-    rest = a[~merged]
-    target[rest] = torch.arange(len(rest), device=device)
-    target[b] = len(rest) + torch.arange(len(b), device=device)
-    target[a[merged]] = len(rest) + partner[merged]
+        best, partner = (a @ b.mT).max(-1)
+        merged.scatter_(-1, best.argsort(descending=True, stable=True)[..., :r], True)
+    rest = a.shape[-2] - r
+    target = torch.empty(*images, n, dtype=torch.long, device=rows.device)
+    target[..., first::2] = torch.where(merged, rest + partner, (~merged).cumsum(-1) - 1)
+    target[..., second::2] = torch.arange(rest, n - r, device=rows.device)
     return target

@@ -6,7 +6,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vtc.ops.batch import check_fits, check_shape, rows_at, together
+
 _ROWS_AT_ONCE = 512
+
+_TOGETHER_UP_TO = 2**16
+"""Similarities, of all images, that a CPU works on in lockstep, which takes all rows each time."""
 
 EQUAL = 1e-4
 """Gains this close to the best, as a share of it, count as equal. Two tokens that cover each other
@@ -26,45 +31,64 @@ def coverage_greedy(
     this is greedy facility location, within 1 - 1/e of the best choice.
 
     Args:
-        similarity: (m, n), row r's similarity with candidate j. Negative ones never count.
+        similarity: (m, n), row r's similarity with candidate j, or (b, m, n) of b images. Negative
+            ones never count.
         k: how many of the n to choose, 0 <= k <= n.
-        factor: (n,) multiplies gains.
-        bonus: (n,) is added to them.
+        factor: (n,) or (b, n), multiplies gains.
+        bonus: (n,) or (b, n), is added to them.
 
     Returns:
-        (k,) indices in order of choice; ties, up to `EQUAL`, to the lowest index.
+        (k,) or (b, k) indices in order of choice; ties, up to `EQUAL`, to the lowest index.
 
     Raises:
-        ValueError: `k` out of range, or similarities that are no matrix.
+        ValueError: `k` out of range, or shapes that are not these.
     """
-    if similarity.ndim != 2:
-        raise ValueError(f"similarity: expected shape (m, n), got {tuple(similarity.shape)}")
-    n = similarity.shape[1]
+    check_shape("similarity", similarity, "m", "n")
+    *images, m, n = similarity.shape
+    for name, given in (("factor", factor), ("bonus", bonus)):
+        check_fits(name, given, (*images, n))
     if not 0 <= k <= n:
         raise ValueError(f"k: expected a whole number from 0 to the {n} tokens given, got {k}")
+    if not together(similarity, _TOGETHER_UP_TO):
+        none = [None] * len(similarity)
+        each = zip(
+            similarity,
+            none if factor is None else factor,
+            none if bonus is None else bonus,
+            strict=True,
+        )
+        return torch.stack([coverage_greedy(one, k, *more) for one, *more in each])
     wide = similarity if similarity.dtype == torch.float64 else similarity.float()
-    covered = wide.new_zeros(wide.shape[0])
+    covered = wide.new_zeros(*images, m)
     # What each candidate would add, kept up to date in fp64: only rows that the last choice covers
-    # better change it, which are few after the first choices.
-    added = wide.clamp_min(0).sum(0, dtype=torch.float64)
+    # better change it, which are few after the first choices. They are looked for where a look at
+    # the values costs nothing.
+    few = wide.ndim == 2 and wide.device.type == "cpu"
+    added = wide.clamp_min(0).sum(-2, dtype=torch.float64)
     taken, spent = torch.zeros_like(added), SPENT * added
-    chosen = torch.empty(k, dtype=torch.long, device=similarity.device)
-    for step in range(k):
+    chosen = [torch.empty(*images, 0, dtype=torch.long, device=similarity.device)]
+    for _ in range(k):
         gain = added if factor is None else added * factor
         if bonus is not None:
             gain = gain + bonus
         gain = gain + taken
-        best = gain.amax(0, keepdim=True)
-        index = (gain >= best - EQUAL * best.abs()).to(torch.uint8).argmax(0, keepdim=True)
-        chosen[step : step + 1] = index
-        taken.index_fill_(0, index, -torch.inf)
-        column = wide.index_select(1, index).squeeze(1)
-        rows = (column > covered).nonzero().squeeze(1)
-        for some in rows.split(_ROWS_AT_ONCE):
-            here = wide.index_select(0, some)
-            before, now = covered[some, None], column[some, None]
-            # max(0, S - before) - max(0, S - now), where now is the larger.
-            added -= here.clamp(before, now).sub_(before).sum(0, dtype=torch.float64)
+        best = gain.amax(-1, keepdim=True)
+        index = (gain >= best - EQUAL * best.abs()).to(torch.uint8).argmax(-1, keepdim=True)
+        chosen.append(index)
+        taken.scatter_(-1, index, -torch.inf)
+        now = torch.maximum(covered, rows_at(wide.mT, index).squeeze(-2))
+        if few:
+            for some in (now > covered).nonzero().squeeze(1).split(_ROWS_AT_ONCE):
+                added -= _gained(wide.index_select(0, some), covered[some], now[some])
+        else:
+            added -= _gained(wide, covered, now)
         added.masked_fill_(added < spent, 0)
-        covered[rows] = column[rows]
-    return chosen
+        covered = now
+    return torch.cat(chosen, -1)
+
+
+def _gained(similarity: Tensor, before: Tensor, now: Tensor) -> Tensor:
+    """(..., n) sums over the (..., m, n) rows of max(0, S - before) - max(0, S - now); before and
+    now are (..., m), now the larger."""
+    before, now = before[..., None], now[..., None]
+    return similarity.clamp(before, now).sub_(before).sum(-2, dtype=torch.float64)

@@ -1,14 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clustering by density peaks: centres are dense and far from anything denser."""
+"""Clustering by density peaks: centres are dense and far from anything denser.
+
+All n x n distances are needed, of which half are products and half are mirrored. 2880 points of
+width 1024 take, on one core, 0.83 to 0.96 times as long as `torch.cdist` and `topk` alone, which
+stop at the nearest points (`vtc.eval.bench_ops`).
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from vtc.ops.batch import check_shape, rows_at, together
 from vtc.ops.coverage import EQUAL
 
 _ROWS_AT_ONCE = 128
+
+_PRODUCTS_AT_ONCE = 512
 
 
 def density_peaks(points: Tensor, clusters: int, neighbours: int) -> tuple[Tensor, Tensor]:
@@ -25,58 +33,80 @@ def density_peaks(points: Tensor, clusters: int, neighbours: int) -> tuple[Tenso
     the largest one, of which the first is taken.
 
     Args:
-        points: (n, d).
+        points: (n, d), or (b, n, d) of b images.
         clusters: centres to find, 1 <= clusters <= n.
         neighbours: nearest points that a density is taken from, the point itself among them,
             1 <= neighbours <= n.
 
     Returns:
-        (clusters,) indices of the centres, the largest product first, ties to the lowest index; and
-        (n,) for each point which of these it joins, ties to the first.
+        (clusters,) or (b, clusters) indices of the centres, the largest product first, ties to the
+        lowest index; and (n,) or (b, n), for each point which of these it joins, ties to the first.
 
     Raises:
-        ValueError: `clusters` or `neighbours` out of range, or points that are no matrix.
+        ValueError: `clusters` or `neighbours` out of range, or points of another shape.
     """
-    if points.ndim != 2:
-        raise ValueError(f"points: expected shape (n, d), got {tuple(points.shape)}")
-    n, width = points.shape
+    check_shape("points", points, "n", "d")
+    n = points.shape[-2]
     for name, value in (("clusters", clusters), ("neighbours", neighbours)):
         if not 1 <= value <= n:
-            raise ValueError(f"{name}: expected a whole number from 1 to the {n} points given")
+            raise ValueError(
+                f"{name}: expected a whole number from 1 to the {n} points given, got {value}"
+            )
+    if not together(points):
+        each = [density_peaks(one, clusters, neighbours) for one in points]
+        return torch.stack([c for c, _ in each]), torch.stack([j for _, j in each])
     wide = points if points.dtype == torch.float64 else points.float()
-    # Centred, so that less is lost where squares are subtracted.
-    wide = wide - wide.mean(0)
-    squares = (wide**2).sum(1)
-    distance = torch.addmm(squares[None], wide, wide.T, alpha=-2)
-    distance = distance.add_(squares[:, None]).clamp_min_(0).mul_(1 / width)
-    distance.fill_diagonal_(0)
+    distance = _distances(wide)
     # Some rows at a time, which stay in a CPU's cache.
-    blocks = distance.split(_ROWS_AT_ONCE)
-    near = torch.cat(
-        [rows.topk(neighbours, dim=1, largest=False).values.mean(1) for rows in blocks]
-    )
-    density = (-near).exp()
-    distance = distance.sqrt_()
+    blocks = distance.split(_ROWS_AT_ONCE, -2)
+    near = [rows.topk(neighbours, largest=False).values.square_().mean(-1) for rows in blocks]
+    density = (-torch.cat(near, -1)).exp()
     place = torch.arange(n, device=points.device)
     found = []
-    for at, rows in zip(place.split(_ROWS_AT_ONCE), blocks, strict=True):
-        own = density[at, None]
-        alike = (density - own).abs() <= EQUAL * own
-        denser = torch.where(alike, place < at[:, None], density > own)
-        found.append(rows.masked_fill(~denser, torch.inf).amin(1))
-    separation = torch.cat(found)
-    separation = torch.where(separation.isinf(), distance.amax(), separation)
-    score = density * separation
-    slack = EQUAL * score.amax()
-    centres = torch.empty(clusters, dtype=torch.long, device=points.device)
-    for step in range(clusters):
-        index = (
-            (score >= score.amax(0, keepdim=True) - slack).to(torch.uint8).argmax(0, keepdim=True)
+    for at, own, rows in zip(
+        place.split(_ROWS_AT_ONCE), density.split(_ROWS_AT_ONCE, -1), blocks, strict=True
+    ):
+        own, others = own[..., None], density[..., None, :]
+        denser = torch.where(
+            place < at[:, None], others >= own * (1 - EQUAL), others > own * (1 + EQUAL)
         )
-        centres[step : step + 1] = index
-        score = score.index_fill(0, index, -torch.inf)
-    reach = distance[:, centres]
-    nearest = reach.amin(1, keepdim=True) + EQUAL * distance.amax()
-    joins = (reach <= nearest).to(torch.uint8).argmax(1)
-    joins[centres] = torch.arange(clusters, device=points.device)
+        found.append(torch.where(denser, rows, torch.inf).amin(-1))
+    separation = torch.cat(found, -1)
+    largest = distance.amax((-2, -1))[..., None]
+    score = density * torch.where(separation.isinf(), largest, separation)
+    slack = 300 * EQUAL * score.amax()
+    chosen = []
+    for _ in range(clusters):
+        best = score.amax(-1, keepdim=True)
+        index = (score >= best - slack).to(torch.uint8).argmax(-1, keepdim=True)
+        chosen.append(index)
+        score.scatter_(-1, index, -torch.inf)
+    centres = torch.cat(chosen, -1)
+    reach = rows_at(distance, centres)
+    nearest = reach.amin(-2, keepdim=True) + EQUAL * largest[..., None]
+    joins = (reach <= nearest).to(torch.uint8).argmax(-2)
+    joins.scatter_(-1, centres, torch.arange(clusters, device=points.device).expand_as(centres))
     return centres, joins
+
+
+def _distances(points: Tensor) -> Tensor:
+    """(..., n, n) Euclidean distances of the (..., n, d) points, divided by the root of d.
+
+    Made in blocks of rows, each from the diagonal on, and mirrored: half the products.
+    """
+    *_, n, width = points.shape
+    # Centred, so that less is lost where squares are subtracted.
+    points = points - points.mean(-2, keepdim=True)
+    squares = points.square().sum(-1)
+    distance = points.new_empty(*squares.shape, n)
+    add_product = torch.addmm if points.ndim == 2 else torch.baddbmm
+    for start in range(0, n, _PRODUCTS_AT_ONCE):
+        stop = min(n, start + _PRODUCTS_AT_ONCE)
+        some, rest = points[..., start:stop, :], points[..., start:, :]
+        block = add_product(squares[..., None, start:], some, rest.mT, alpha=-2)
+        block.add_(squares[..., start:stop, None]).clamp_min_(0).mul_(1 / width).sqrt_()
+        distance[..., start:stop, start:] = block
+        if stop < n:
+            distance[..., stop:, start:stop] = block[..., stop - start :].mT
+    distance.diagonal(dim1=-2, dim2=-1).fill_(0)
+    return distance

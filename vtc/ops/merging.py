@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vtc.ops.batch import check_fits, check_shape, rows_at, together
 from vtc.ops.similarity import unit_rows
 
 
@@ -15,32 +16,48 @@ def merge_into_nearest(
     """Weighted means of each kept token and those that are most similar to it.
 
     Args:
-        contents: (n, d) what is averaged.
+        contents: (n, d) what is averaged, or (b, n, d) of b images, and so on for the others.
         metric: (n, d_m) rows whose cosines say who joins whom; ties to the first kept token.
         kept: (k,) indices of the tokens that stay, k at least 1.
         weights: (n,) weights, not negative; all equal if `None`. A group whose weights are all 0
             counts evenly.
 
     Returns:
-        (k, d) in the order of `kept`, in the dtype of `contents`.
+        (k, d) or (b, k, d), in the order of `kept`, in the dtype of `contents`.
+
+    Raises:
+        ValueError: shapes that do not belong together, or a metric that is not finite.
     """
-    n, device = contents.shape[0], contents.device
+    check_shape("contents", contents, "n", "d")
+    images, n = contents.shape[:-2], contents.shape[-2]
+    check_shape("metric", metric, "n", "d_m")
+    check_fits("metric", metric, (*images, n, metric.shape[-1]))
+    check_shape("kept", kept, "k")
+    k = kept.shape[-1]
+    check_fits("kept", kept, (*images, k))
+    check_fits("weights", weights, (*images, n))
+    if not together(contents):
+        shares = [None] * len(contents) if weights is None else weights
+        each = zip(contents, metric, kept, shares, strict=True)
+        return torch.stack([merge_into_nearest(*one) for one in each])
     rows = unit_rows(metric)
-    group = (rows @ rows[kept].T).argmax(1)
-    group[kept] = torch.arange(len(kept), device=device)
-    wide = rows.new_ones(n, 1) if weights is None else weights.to(rows.dtype)[:, None]
-    wide = torch.where(_sums(wide, group, len(kept))[group] > 0, wide, torch.ones_like(wide))
-    summed = _sums(contents.to(rows.dtype) * wide, group, len(kept))
-    return (summed / _sums(wide, group, len(kept))).to(contents.dtype)
+    group = (rows @ rows_at(rows, kept).mT).argmax(-1)
+    group.scatter_(-1, kept, torch.arange(k, device=kept.device).expand_as(kept))
+    wide = rows.new_ones(*images, n, 1) if weights is None else weights.to(rows.dtype)[..., None]
+    wide = torch.where(rows_at(_sums(wide, group, k), group) > 0, wide, torch.ones_like(wide))
+    summed = _sums(contents.to(rows.dtype) * wide, group, k)
+    return (summed / _sums(wide, group, k)).to(contents.dtype)
 
 
 def _sums(values: Tensor, group: Tensor, k: int) -> Tensor:
-    """(k, d) sums of the (n, d) rows of each group."""
-    if values.device.type == "cpu":
-        return values.new_zeros(k, values.shape[1]).index_add_(0, group, values)
-    return _product_sums(values, group, k)
+    """(..., k, d) sums of the (..., n, d) rows of each group."""
+    if values.device.type != "cpu":
+        return _product_sums(values, group, k)
+    if values.ndim > 2:
+        return torch.stack([_sums(*one, k) for one in zip(values, group, strict=True)])
+    return values.new_zeros(k, values.shape[1]).index_add_(0, group, values)
 
 
 def _product_sums(values: Tensor, group: Tensor, k: int) -> Tensor:
     """The same as a matrix product: the order of scattered additions is not fixed on a GPU."""
-    return torch.nn.functional.one_hot(group, k).T.to(values.dtype) @ values
+    return torch.nn.functional.one_hot(group, k).mT.to(values.dtype) @ values

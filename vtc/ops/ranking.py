@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vtc.ops.batch import check_shape
+
 
 def top_k(scores: Tensor, k: int) -> Tensor:
     """Indices of the k highest scores, ties to the lowest index.
@@ -14,22 +16,21 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     scores are compared in fp32 (fp64 if given so) by a stable sort.
 
     Args:
-        scores: (n,) scores.
+        scores: (n,) scores, or (b, n) of b images.
         k: how many, 0 <= k <= n.
 
     Returns:
-        (k,) indices, the highest score first; sort them to put tokens back in sequence order.
+        (k,) or (b, k) indices, the highest score first; sort them to put tokens back in sequence
+        order.
 
     Raises:
-        ValueError: `k` out of range, scores that are no vector or hold NaN, which has no rank.
+        ValueError: `k` out of range, scores of another shape, or NaN, which has no rank.
     """
-    if scores.ndim != 1:
-        raise ValueError(f"scores: expected shape (n,), got {tuple(scores.shape)}")
-    if not 0 <= k <= scores.shape[0]:
-        raise ValueError(
-            f"k: expected a whole number from 0 to the {scores.shape[0]} scores given, got {k}"
-        )
+    check_shape("scores", scores, "n")
+    n = scores.shape[-1]
+    if not 0 <= k <= n:
+        raise ValueError(f"k: expected a whole number from 0 to the {n} scores given, got {k}")
     wide = scores if scores.dtype == torch.float64 else scores.float()
     if torch.isnan(wide).any():
         raise ValueError("scores: NaN has no rank")
-    return torch.sort(wide, descending=True, stable=True).indices[:k]
+    return torch.sort(wide, descending=True, stable=True).indices[..., :k]

@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vtc.ops.batch import check_shape
+
 
 def unit_rows(features: Tensor) -> Tensor:
     """Scale each row to length 1, so that inner products are cosines.
@@ -14,21 +16,20 @@ def unit_rows(features: Tensor) -> Tensor:
     stays fp64. An all-zero row stays zero: its cosine with anything is 0.
 
     Args:
-        features: (n, d) tokens.
+        features: (n, d) tokens, or (b, n, d) of b images.
 
     Returns:
-        (n, d) rows of length 1, fp32 or fp64.
+        Rows of length 1 in the same shape, fp32 or fp64.
 
     Raises:
-        ValueError: not a matrix, or values that are not finite (a comparison with NaN would
+        ValueError: another shape, or values that are not finite (a comparison with NaN would
             silently choose a wrong token).
     """
-    if features.ndim != 2:
-        raise ValueError(f"features: expected shape (n, d), got {tuple(features.shape)}")
+    check_shape("features", features, "n", "d")
     wide = features if features.dtype == torch.float64 else features.float()
     # The sum is finite if all values are, but for overflow; looking at it is far cheaper.
     if not torch.isfinite(wide.sum()) and not torch.isfinite(wide).all():
         raise ValueError("features: expected finite values, got NaN or infinity")
-    lengths = torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min(1e-12)
+    lengths = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(1e-12)
     # A copy that was made here is scaled where it lies: fresh memory costs more than the division.
     return wide / lengths if wide is features else wide.div_(lengths)

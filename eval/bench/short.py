@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What makes the plain model run on a short sequence, and what is timed of its tower."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import vtc
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Tower:
+    """Stands in for `get_image_features` of the plain model: times it, and cuts what it returns."""
+
+    def __init__(self, base: Any, device: torch.device, always: Mapping[str, Any]) -> None:
+        from vtc.engine.report import Stopwatch
+
+        self.base, self.device, self.always = base, device, dict(always)
+        self.original, self.clock = base.get_image_features, Stopwatch()
+        self.keep: int | None = None
+        self.patch: vtc.Patch | None = None
+        self.heard = Stopwatch()
+
+    def reset(self) -> None:
+        self.clock.reset()
+        self.heard.reset()
+
+    @property
+    def ms(self) -> float:
+        """Time of the tower and the projector, without what was read of them meanwhile."""
+        return self.clock.ms - self.heard.ms
+
+    @property
+    def __signature__(self) -> inspect.Signature:  # vtc looks at it
+        return inspect.signature(self.original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        started = self.clock.start(self.device)
+        given = inspect.signature(self.original).bind_partial(*args).arguments
+        out = self.original(**{**given, **kwargs, **self.always})
+        self.clock.stop(started, self.device)
+        if self.patch is not None:
+            # What vtc reads afterwards is on the same clock, and no part of this one. A copy of
+            # the events, as asking for milliseconds would wait for the device.
+            engine: Any = self.patch._engine
+            heard = engine.vision.heard
+            self.heard._host_ms, self.heard._events = heard._host_ms, list(heard._events)
+        if self.keep is not None:
+            out.pooler_output = [features[: self.keep] for features in out.pooler_output]
+        return out
+
+
+class Cut:
+    """Cuts the sequence before decoder layers to `lengths`, keeping the last tokens."""
+
+    def __init__(self, layers: Any, lengths: Sequence[int]) -> None:
+        self.lengths = lengths
+        self.memo: dict[Any, Any] = {}
+        self.handles = [
+            layers[i].register_forward_pre_hook(self._hook(i), with_kwargs=True)
+            for i in range(first_cut(lengths) or len(lengths), len(lengths))
+        ]
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _hook(self, layer: int) -> Callable[..., Any]:
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            prefill = hidden.shape[1] > 1
+            n = self.lengths[layer] if prefill else 1
+            mask: Any = kwargs.get("attention_mask")
+            if getattr(mask, "ndim", 0) == 4:
+                keys = n if prefill else cache_of(kwargs).layers[layer].get_seq_length() + 1
+                kwargs["attention_mask"] = mask[..., -n:, -keys:]
+            if prefill:
+                hidden = hidden[:, -n:]
+                if n not in self.memo:
+                    place, turns = kwargs.get("position_ids"), kwargs["position_embeddings"]
+                    self.memo[n] = (
+                        None if place is None else place[..., -n:],
+                        tuple(turn[..., -n:, :].contiguous() for turn in turns),
+                    )
+                kwargs["position_ids"], kwargs["position_embeddings"] = self.memo[n]
+            if args:
+                return (hidden, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": hidden}
+
+        return hook
+
+
+def first_cut(lengths: Sequence[int]) -> int | None:
+    """The first layer that is given fewer tokens than the first of all."""
+    return next((i for i, n in enumerate(lengths) if n < lengths[0]), None)
+
+
+def longest(seen: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    return tuple(max(column) for column in zip(*seen, strict=True))
+
+
+def cache_of(given: Mapping[str, Any]) -> Any:
+    found = given.get("cache")
+    return given.get("past_key_values") if found is None else found
