@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from vtc.methods import Method, make
-from vtc.presets import Preset, find
+from vtc.presets import find
 from vtc.spec import parse_method
 
 __all__ = [
@@ -314,14 +314,10 @@ def _planned(row: TableRow, target: str) -> tuple[Planned | None, str]:
         preset = find(row.method, target, row.tokens, **row.settings)
     except ValueError as error:  # no preset of these tokens, or one that cannot be met
         return None, str(error)
-    text, made = _text(preset), preset.make()
+    text, made = preset.text, preset.make()
     if parse_method(text) != made:
         raise AssertionError(f"{text!r} does not say {made}")
     return Planned(text, made, row.tokens, preset.convention, preset.source), ""
-
-
-def _text(preset: Preset) -> str:
-    return preset.method + "".join(f":{k}={v!r}" for k, v in preset.settings.items())
 
 
 def settings_of(plan: Plan, out: Path, **options: Any) -> Any:

@@ -110,6 +110,9 @@ METHODS: dict[str, Callable[[], Method]] = {
     ),
     "random-contiguous": lambda: vtc.make("random", keep=0.25, positions="contiguous"),
     "fastv-contiguous": lambda: vtc.make("fastv", keep=0.25, positions="contiguous"),
+    # Their images are one tile and one frame, so that they have to be the inner method.
+    "vscan@tile": lambda: vtc.PerTile(vtc.VScan(keep=0.4, windows=2)),
+    "todre@frame": lambda: vtc.PerFrame(vtc.ToDRE(keep=0.25, tau=2.0)),
 }
 PROBES: dict[str, Callable[[], Method]] = {
     "ragged": lambda: Ragged(),

@@ -142,6 +142,8 @@ PROBES: dict[str, Callable[[TinyFamily], Method | None]] = {
         Ragged(positions="contiguous"), _layers(family, "contiguous")
     ),
     "divprune": lambda family: vtc.DivPrune(keep=0.4),
+    "split@tile": lambda family: _split(family, vtc.PerTile),
+    "split@frame": lambda family: _split(family, vtc.PerFrame),
     "fastv": lambda family: _with(None, _fastv(family)),
 }
 KINDS = ("one", "ragged", "images", "mixed", "video")
@@ -167,6 +169,22 @@ def _layers(family: TinyFamily, positions: Positions) -> Method | None:
 
 def _fastv(family: TinyFamily) -> Method | None:
     return None if family.model_type in SEQUENCE_ONLY else vtc.FastV(keep=0.5, layer=2)
+
+
+def _split(family: TinyFamily, wrap: Any) -> Method | None:
+    """Both stages where the family has them, if it has tiles or clips."""
+    kind = "images" if wrap is vtc.PerTile else "video"
+    try:
+        images = [image for row in family.rows(kind) for image in images_of(family, row)]
+    except Unsupported:
+        return None
+    parts = [i.crop if wrap is vtc.PerTile else tuple(g[0] for g in i.grid) for i in images]
+    if not any(part and len({*part}) > 1 for part in parts):
+        return None
+    # Those for devices have no room for two cuts.
+    plain = family.model_type in SEQUENCE_ONLY or "device" in family.name
+    inner = vtc.DivPrune(keep=0.4) if plain else vtc.CATP(keep=0.4, layer=3)
+    return wrap(inner)  # type: ignore[no-any-return]
 
 
 def _with(first: Method | None, second: Method | None) -> Method | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor
 
 import vtc
 from tests.families import FAMILIES
+from tests.families_more import LlavaNext
 from tests.masked import Masked
-from vtc.methods.base import Method, VisionTokens
+from vtc.methods.base import LayerState, Method, VisionTokens
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 INNER = ("random", "todre", "divprune", "visionzip", "vispruner", "scope", "mmtok", "cdpruner",
@@ -60,6 +61,43 @@ def tiled(parts: int, rows: int, columns: int, seed: int = 0) -> VisionTokens:
 def made(name: str, keep: float | int, **more: Any) -> Method:
     switches = {"todre": {"second_stage": False}, "vscan": {"then": 1}}
     return vtc.make(name, keep=keep, **switches.get(name, {}), **more)
+
+
+@dataclasses.dataclass(frozen=True)
+class AllTaps(Method):
+    """Asks for everything between layers, each differently from a method's default."""
+
+    positions: Any = "contiguous"
+
+    @property
+    def prune_positions(self) -> Any:
+        return "original"
+
+    @property
+    def by_head(self) -> bool:
+        return True
+
+    def select(self, tokens: VisionTokens) -> vtc.Selection:
+        return vtc.Selection(torch.arange(len(tokens))[::2])
+
+    def prune(self, state: LayerState) -> vtc.Selection | None:
+        return vtc.Selection(torch.arange(len(state.vision))[:3])
+
+    def prune_layers(self, num_layers: int) -> tuple[int, ...]:
+        return (2, num_layers - 1)
+
+    def taps(self, num_layers: int) -> dict[int, Any]:
+        return {1: "last"}
+
+    def peeks(self, num_layers: int) -> dict[int, Any]:
+        return {2: "text"}
+
+    def records(self, num_layers: int) -> dict[int, Any]:
+        return {0: frozenset({"keys"})}
+
+
+# Named here and not in the class, where it would register.
+AllTaps.name = "all_taps"
 
 
 def counts(selection: vtc.Selection, part: Tensor) -> list[int]:
@@ -182,6 +220,18 @@ def test_they_ask_for_what_their_methods_ask_for() -> None:
     assert composed.stages == ("sequence", "layers")
 
 
+@pytest.mark.parametrize("wrap", [vtc.PerTile, vtc.PerFrame])
+@pytest.mark.parametrize("inner", [vtc.VScan(), vtc.CATP(), vtc.ToDRE(), AllTaps()], ids=str)
+def test_between_layers_they_are_the_inner_method(wrap: Any, inner: Method) -> None:
+    whole = wrap(inner)
+    assert whole.stages == ("sequence", "layers")
+    for name in ("prune_positions", "by_head", "positions"):
+        assert getattr(whole, name) == getattr(inner, name)
+    for name in ("prune_layers", "taps", "peeks", "records"):
+        assert getattr(whole, name)(12) == getattr(inner, name)(12)
+    assert wrap(vtc.VScan(keep=1.0)).stages == ("sequence",)
+
+
 @pytest.mark.parametrize(
     "method",
     [
@@ -191,6 +241,7 @@ def test_they_ask_for_what_their_methods_ask_for() -> None:
         vtc.PerTile(vtc.Random(), thumbnail=vtc.Pool()),
         vtc.PerFrame(vtc.Random(keep=3)),
         vtc.PerFrame(vtc.Random(keep=3)) | vtc.FastV(),
+        vtc.PerTile(vtc.VScan(keep=0.1)),
     ],
     ids=str,
 )
@@ -206,11 +257,26 @@ def test_they_survive_json(method: Method) -> None:
     ("kwargs", "error", "message"),
     [
         ({"inner": vtc.FastV()}, ValueError, r"inner: expected one method .* \(layers\)"),
-        ({"inner": vtc.ToDRE()}, ValueError, r"inner: .* sequence stage alone, .* layers\)"),
+        (
+            {"inner": vtc.VScan(keep=64)},
+            ValueError,
+            "inner: expected a share as keep of vscan, .*, got 64",
+        ),
+        ({"inner": vtc.FlowCut()}, ValueError, r"inner: .* \(encoder\)"),
+        (
+            {"inner": vtc.VScan(), "thumbnail": 0.5},
+            ValueError,
+            "thumbnail: expected None, as vscan acts between layers on all tiles together, got 0.5",
+        ),
+        (
+            {"inner": vtc.Pool(), "thumbnail": vtc.ToDRE()},
+            ValueError,
+            r"thumbnail: .* sequence stage alone, got todre.* \(sequence, layers\)",
+        ),
         ({"inner": vtc.ToMe()}, ValueError, r"inner: .* \(encoder\)"),
         ({"inner": vtc.Random() | vtc.Pool()}, ValueError, "inner: expected one method"),
-        ({"inner": "nothing"}, ValueError, "unknown name 'nothing'"),
-        ({"inner": 3}, TypeError, "expected a name, a method"),
+        ({"inner": "nothing"}, ValueError, "^inner: .* unknown name 'nothing'"),
+        ({"inner": 3}, TypeError, "^inner: .* expected a name, a method"),
         ({"inner": vtc.Random(), "thumbnail": 0}, ValueError, "^thumbnail: keep: .* got 0"),
         ({"inner": vtc.Random(), "thumbnail": True}, TypeError, "^thumbnail: keep: .* got True"),
         ({"inner": vtc.Random(), "thumbnail": vtc.FastV()}, ValueError, "^thumbnail: expected one"),
@@ -274,3 +340,92 @@ def test_in_a_model_parts_have_their_budgets_and_logits_are_exact(
                 budget = 4 if first and method.thumbnail is not None else method.inner.keep  # type: ignore[attr-defined]
                 assert tokens == min(budget, len(places))
     assert split
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "method"),
+    [
+        ("llava_next", "images", vtc.PerTile(vtc.CATP(keep=0.4))),
+        ("qwen2_vl", "video", vtc.PerFrame(vtc.CATP(keep=0.4, positions="original"))),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:.*positions='contiguous' has no meaning")
+def test_a_cut_between_layers_is_one_for_all_parts(name: str, kind: str, method: Method) -> None:
+    family = FAMILIES[name]
+    model, rows = family.build("eager"), family.rows(kind)
+    truths = [Masked(family, model, method, row) for row in rows]
+    expected = torch.stack([truth.logits()[0][-1] for truth in truths])
+    with vtc.patch(family.build("sdpa"), method) as patch, torch.no_grad():
+        found = patch.model(**family.collate(rows)).logits[:, -1]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    # There was something to cut.
+    layers = patch.report.tokens_per_layer
+    assert layers[-1] < layers[0] < patch.report.tokens_in
+
+
+# ---- presets on a grid of LLaVA-NeXT ------------------------------------------------------------
+class RealGrid(LlavaNext):
+    """Tiles of 24 x 24 tokens and the shapes of LLaVA-NeXT, at a seventh of its pixels."""
+
+    tile, patch = 24, 2
+    sizes = ((96, 96), (72, 96), (48, 96))
+    # The picture's shape cuts a quarter of the rows of the second.
+    planes: ClassVar = {(96, 96): (2, 2, 0, 0), (72, 96): (2, 2, 6, 0), (48, 96): (1, 2, 0, 0)}
+
+    def config(self) -> Any:
+        config = super().config()
+        config.vision_config.image_size, config.vision_config.patch_size = 48, 2
+        config.vision_config.num_hidden_layers = 3
+        config.image_grid_pinpoints = [[48, 96], [96, 48], [96, 96], [144, 48], [48, 144]]
+        config.image_seq_length = 24 * 24
+        config.text_config.max_position_embeddings = 4096
+        return config
+
+
+REAL = RealGrid()
+TILES = {0: (576,) * 5, 1: (576, *(24 * 18,) * 4), 2: (576,) * 3}
+
+
+@pytest.mark.parametrize("which", TILES)
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [
+        ("visionzip", 640), ("vispruner", 320), ("cdpruner", 160), ("scope", 160), ("mmtok", 160),
+        ("prumerge_plus", 160), ("vscan", 160),
+    ],
+)  # fmt: skip
+def test_presets_are_exact_on_a_real_grid(name: str, tokens: int, which: int) -> None:
+    found = vtc.presets(name, "llava-next")
+    preset = next(p for p in found if p.tokens == tokens)
+    method = preset.make()
+    assert isinstance(method, vtc.PerTile)
+    row = REAL._row((2, f"image{which}", 4), 5)
+    (image,) = row.images
+    assert image.crop is not None
+    assert tuple(image.crop.count(tile) for tile in range(max(image.crop) + 1)) == TILES[which]
+    inner: Any = method.inner
+    own = [round(inner.keep * n) if name == "vscan" else inner.keep for n in TILES[which]]
+    chosen: list[int] = []
+
+    class Spy(vtc.PerTile):
+        def select(self, given: VisionTokens) -> vtc.Selection:
+            selection = super().select(given)
+            assert given.crop is not None
+            chosen.extend(counts(selection, given.crop))
+            return selection
+
+    with vtc.patch(REAL.build("sdpa"), Spy(inner)) as patch, torch.no_grad():
+        patch.model(**REAL.collate([row]))
+    assert chosen == own
+    layers = patch.report.tokens_per_layer
+    assert patch.report.tokens_in == sum(TILES[which])
+    assert layers[0] == sum(own)
+    if name == "vscan":
+        # The cut counts all tiles; a picture whose tiles are all whole averages the target.
+        assert layers[-1] == round(round(inner.keep * sum(TILES[which])) / 3)
+        assert which != 0 or sum(layers) / len(layers) == tokens
+        return
+    assert layers[-1] == layers[0]
+    if len(TILES[which]) == 5:  # the target, however the picture's shape cuts the tiles
+        assert sum(own) == tokens == preset.schedule().entering

@@ -15,7 +15,22 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vtc.cost import prefill_flops
-from vtc.methods import CATP, Correlation, FastV, Full, Method, PruMerge, Random, ToDRE, methods
+from vtc.methods import (
+    CATP,
+    Correlation,
+    DivPrune,
+    FastV,
+    Full,
+    Method,
+    PerFrame,
+    PerTile,
+    Pool,
+    PruMerge,
+    Random,
+    ToDRE,
+    VScan,
+    methods,
+)
 from vtc.methods.base import EncoderState, LayerState, VisionTokens, budget
 from vtc.presets import (
     TARGETS,
@@ -27,15 +42,16 @@ from vtc.presets import (
     preset,
     presets,
 )
+from vtc.spec import parse_method
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 LAYERS = {"llava-1.5": 32, "llava-next": 32, "qwen2.5-vl": 28}
 TOKENS = {"llava-1.5": 576, "llava-next": 2880, "qwen2.5-vl": 1296}
 
 
-def registered(name: str) -> None:
-    if name not in methods():
-        pytest.skip(f"{name} is not registered yet")
+def plain(method: Method) -> Any:
+    """What is applied to a tile, or to the image."""
+    return method.inner if isinstance(method, PerTile) else method
 
 
 # ---- the sheet ----------------------------------------------------------------------------------
@@ -43,13 +59,21 @@ EXACT = [
     *("cdpruner", "divprune", "downsample", "flowcut", "holov", "mmtok", "pool"),
     *("prumerge_plus", "random", "scope", "todre", "tome", "visionzip", "vispruner"),
 ]
+PER_TILE = ["cdpruner", "mmtok", "prumerge_plus", "scope", "visionzip", "vispruner"]
+"""By the sheet of the sources; of VScan the first stage."""
 
 SHEET: list[tuple[str, str, int, dict[str, Any]]] = [
     *((name, "llava-1.5", t, {"keep": t}) for name in EXACT for t in (192, 128, 64)),
     *(
         (name, "llava-next", t, {"keep": share})
         for name in EXACT
+        if name not in PER_TILE
         for t, share in ((640, 2 / 9), (320, 1 / 9), (160, 1 / 18))
+    ),
+    *(
+        (name, "llava-next", t, {"keep": own})
+        for name in PER_TILE
+        for t, own in ((640, 128), (320, 64), (160, 32))
     ),
     ("fastv", "llava-1.5", 192, {"keep": 166, "layer": 2}),
     ("fastv", "llava-1.5", 128, {"keep": 98, "layer": 2}),
@@ -68,9 +92,9 @@ SHEET: list[tuple[str, str, int, dict[str, Any]]] = [
     ("vscan", "llava-1.5", 192, {"keep": 288, "then": 1 / 3}),
     ("vscan", "llava-1.5", 128, {"keep": 192, "then": 1 / 3}),
     ("vscan", "llava-1.5", 64, {"keep": 96, "then": 1 / 3}),
-    ("vscan", "llava-next", 640, {"keep": 960 / 2880, "then": 1 / 3}),
-    ("vscan", "llava-next", 320, {"keep": 480 / 2880, "then": 1 / 3}),
-    ("vscan", "llava-next", 160, {"keep": 240 / 2880, "then": 1 / 3}),
+    ("vscan", "llava-next", 640, {"keep": 192 / 576, "then": 1 / 3}),
+    ("vscan", "llava-next", 320, {"keep": 96 / 576, "then": 1 / 3}),
+    ("vscan", "llava-next", 160, {"keep": 48 / 576, "then": 1 / 3}),
     ("v2drop", "llava-1.5", 192, {"keep": 0.5, "then": (0.3, 0.0), "layers": (3, 17, 22)}),
     ("v2drop", "llava-1.5", 128, {"keep": 0.28, "then": (0.25, 0.0), "layers": (3, 17, 22)}),
     ("v2drop", "llava-1.5", 64, {"keep": 0.05, "then": (0.05, 0.0), "layers": (3, 17, 22)}),
@@ -95,11 +119,11 @@ SHEET: list[tuple[str, str, int, dict[str, Any]]] = [
 def test_settings_of_the_sheet(
     name: str, target: str, tokens: int, expected: dict[str, Any]
 ) -> None:
-    registered(name)
     made = preset(name, target, tokens)
-    assert made.name == name
+    assert isinstance(made, PerTile) == (target == "llava-next" and name in [*PER_TILE, "vscan"])
+    assert plain(made).name == name
     for key, value in expected.items():
-        found = getattr(made, key)
+        found = getattr(plain(made), key)
         assert found == pytest.approx(value, abs=1e-12), key
         assert type(found) is type(value), key  # 64 is a number of tokens, 0.1 a share
 
@@ -110,14 +134,15 @@ def test_settings_of_the_sheet(
         ("llava-1.5", 192, (162, 30)),
         ("llava-1.5", 128, (108, 20)),
         ("llava-1.5", 64, (54, 10)),
-        ("llava-next", 640, (5 * 108, 5 * 20)),
-        ("llava-next", 320, (5 * 54, 5 * 10)),
-        ("llava-next", 160, (5 * 27, 5 * 5)),
+        # of a tile
+        ("llava-next", 640, (108, 20)),
+        ("llava-next", 320, (54, 10)),
+        ("llava-next", 160, (27, 5)),
     ],
 )
 def test_visionzip_splits_as_published(target: str, tokens: int, split: tuple[int, int]) -> None:
-    made: Any = preset("visionzip", target, tokens)
-    assert made.split(budget(made.keep, TOKENS[target])) == split
+    made = plain(preset("visionzip", target, tokens))
+    assert made.split(budget(made.keep, 576)) == split
 
 
 @pytest.mark.parametrize(
@@ -138,7 +163,6 @@ def test_visionzip_splits_as_published(target: str, tokens: int, split: tuple[in
     ],
 )
 def test_settings_on_qwen(name: str, share: float, expected: dict[str, Any]) -> None:
-    registered(name)
     made = preset(name, "qwen2.5-vl", share)
     for key, value in expected.items():
         assert getattr(made, key) == pytest.approx(value, abs=5e-4), key
@@ -160,7 +184,6 @@ def test_settings_on_qwen(name: str, share: float, expected: dict[str, Any]) -> 
 def test_sparsevlm_discloses_what_is_really_processed(
     version: str, counts: dict[int, tuple[int, int, int]]
 ) -> None:
-    registered("sparsevlm")
     truth = {
         "v1.5": {192: 206.5, 128: 145.4, 96: 114.1, 64: 82.2},
         "v2": {192: 206.8, 128: 144.1, 96: 113.9, 64: 81.8},
@@ -279,13 +302,12 @@ def measured(made: Method, target: str) -> list[int]:
     return [entering] * layers
 
 
-SLOW_WHEN_WIDE = {"mmtok", "scope", "vispruner", "divprune", "prumerge_plus"}
+SLOW_WHEN_WIDE = {"divprune"}
 
 
 @pytest.mark.parametrize("name", sorted({row[0] for row in SHEET} | {"transprune"}))
 def test_the_methods_leave_what_the_schedule_says(name: str) -> None:
     """The arithmetic against the methods themselves, on random signals."""
-    registered(name)
     for found in presets(name):
         if found.target == "llava-1.5" or name not in SLOW_WHEN_WIDE:
             schedule = found.schedule()
@@ -361,6 +383,17 @@ def test_pyramiddrop_solves_its_polynomial(tokens: int, layers: tuple[int, ...])
         assert made.keep == 0.2531
 
 
+def test_vscan_is_solved_for_whole_tokens_of_a_tile() -> None:
+    made = plain(preset("vscan", "llava-next", 640, layer=9))
+    own = made.keep * 576
+    assert own == pytest.approx(round(128 * 32 / (9 + 23 / 3)), abs=1e-9)  # 245.76
+    # 369: all in the first of 32 layers, a tenth in the others
+    with pytest.raises(
+        InfeasibleError, match=r"640 of 2880 tokens .* the largest it can meet is 369"
+    ):
+        preset("vscan", "llava-next", 640, layer=1, then=0.1)
+
+
 def test_transprune_scales_its_schedule() -> None:
     made: Any = preset("transprune", "llava-1.5", 192)
     weighed = 2 * 0.875 + 3 * 0.625 + 20 * 0.125
@@ -390,7 +423,6 @@ def test_transprune_scales_its_schedule() -> None:
 def test_what_cannot_be_met_is_refused_with_what_can(
     name: str, target: str, tokens: int, given: dict[str, Any], least: int
 ) -> None:
-    registered(name)
     message = (
         f"tokens: {name} cannot meet {tokens} of {TOKENS[target]} tokens on {target} on average "
         f"over the 32 layers; the smallest it can meet is {least}"
@@ -454,8 +486,67 @@ def test_a_smaller_grid_of_tiles_has_the_same_share(tiles: int) -> None:
     for name in ("visionzip", "tome", "pool", "flowcut", "random", "vscan"):
         found = find(name, "llava-next", 640)
         assert found.schedule(image=576 * tiles).average == pytest.approx(128 * tiles, abs=0.5)
-    assert find("tome", "llava-next", 640).scope == "tile"
-    assert find("visionzip", "llava-next", 640).scope == "image"
+
+
+def test_the_scope_is_that_of_the_source() -> None:
+    own = {p.method for p in presets(target="llava-next") if p.scope == "tile"}
+    assert own == {*PER_TILE, "vscan", "tome", "flowcut", "pool", "downsample"}
+    assert {p.scope for p in presets() if p.target != "llava-next"} == {"image"}
+    for found in presets(target="llava-next"):
+        assert found.schedule().scope == found.scope
+        wrapped = isinstance(found.make(), PerTile)
+        assert wrapped == found.each == ("@tile" in found.text)
+        # The table tells it where a reader of `vtc presets` looks.
+        assert not wrapped or "a tile" in found.source, found
+    # An image of one tile has one budget.
+    assert find("visionzip", "llava-next", 640).schedule(image=576).scope == "image"
+
+
+def test_a_tile_has_its_number_of_tokens_in_a_grid_of_any_size() -> None:
+    made = preset("visionzip", "llava-next", 640)
+    for tiles in (1, 3, 5):
+        assert selected(made, 576 * tiles, tiles) == 128 * tiles
+        assert describe(made, "llava-next", image=576 * tiles).entering == 128 * tiles
+
+
+def test_the_text_of_a_preset_is_the_preset() -> None:
+    assert find("visionzip", "llava-next", 640).text == "visionzip@tile:keep=128:contextual=0.15625"
+    assert find("visionzip", "llava-1.5", 64).text == "visionzip:keep=64:contextual=0.15625"
+    for found in presets():
+        assert parse_method(found.text) == found.make(), found
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        PerTile(Random(keep=100), thumbnail=300),
+        PerTile(Random(keep=0.1), thumbnail=Pool(keep=64)),
+        PerTile(Pool(keep=50)),
+        PerTile(VScan(keep=0.101, then=0.3)),
+        PerTile(DivPrune(keep=700), thumbnail=3),
+        PerTile(PerFrame(Random(keep=7))),
+        PerFrame(Random(keep=0.1)),
+        PerFrame(Pool(keep=300)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("tiles", [1, 3, 5])
+def test_split_methods_are_described(made: Method, tiles: int) -> None:
+    n = 576 * tiles
+    seen = describe(made, "llava-next", image=n)
+    entering = selected(made, n, tiles)
+    expected = pruned(made, entering, n, 32) if made.prune_layers(32) else [entering] * 32
+    assert list(seen.per_layer) == expected
+    own = isinstance(made, PerTile) or "pool" in str(made)  # which divides by tile itself
+    assert seen.scope == ("tile" if own and tiles > 1 else "image")
+
+
+def test_the_description_tells_how_tiles_share() -> None:
+    text = str(find("vscan", "llava-next", 640).schedule(text=40))
+    assert "on llava-next, 2880 vision tokens in 5 tiles, each its own budget, and 40 of" in text
+    assert "960 from layer 0, 320 from layer 16; 640.0 on average" in text
+    assert "in 5 tiles, one budget for all, and" in str(describe(Random(), "llava-next"))
+    assert "576 vision tokens and 0 of text" in str(describe(Random(), "llava-1.5"))
 
 
 def test_pooling_is_counted_by_its_cells() -> None:
@@ -498,7 +589,7 @@ def test_the_list_is_whole_and_can_be_made() -> None:
         assert hash(again) == hash(found)
         assert isinstance(found, Preset)
         made = found.make()
-        assert made.name == found.method
+        assert plain(made).name == found.method
         assert found.source
         assert describe(made, found.target) == found.schedule()
     assert presets("fastv", "qwen2.5-vl") == [
@@ -527,6 +618,8 @@ def test_settings_go_to_the_method() -> None:
     made: Any = preset("visionzip", "llava-1.5", 64, merge_by="mean", positions="original")
     assert (made.keep, made.merge_by, made.positions) == (64, "mean", "original")
     assert preset("random", "llava-1.5", 64, seed=3) == Random(keep=64, seed=3)
+    tiled = preset("visionzip", "llava-next", 640, merge_by="mean")
+    assert tiled == PerTile(dataclasses.replace(made, keep=128, positions="contiguous"))
 
 
 @pytest.mark.parametrize(
@@ -583,7 +676,6 @@ def test_errors_say_what_is_accepted(
 
 
 def test_an_unknown_version_is_refused_with_those_there_are() -> None:
-    registered("sparsevlm")
     with pytest.raises(ValueError, match=r"version: .* 'v1.5', 'v2', got 'v3'"):
         preset("sparsevlm", "llava-1.5", 64, version="v3")
 
@@ -600,6 +692,13 @@ def test_an_unknown_version_is_refused_with_those_there_are() -> None:
         (Random() | FastV(), "llava-1.5", {}, "cannot be told by arithmetic"),
         (Correlation(), "llava-1.5", {}, "cannot be told by arithmetic"),
         (PruMerge(), "llava-1.5", {}, "follow the image; give it a keep"),
+        (PerTile(PruMerge()), "llava-next", {}, "prumerge.* follow the image; give it a keep"),
+        (
+            PerTile(Correlation(), thumbnail=Random(positions="contiguous")),
+            "llava-next",
+            {},
+            "of correlation.* cannot",
+        ),
     ],
 )
 def test_what_cannot_be_described(

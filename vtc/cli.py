@@ -163,6 +163,8 @@ def presets(
         tokens = str(each.tokens) if isinstance(each.tokens, int) else f"{each.tokens:.4g}"
         counts = (str(seen.entering), f"{seen.average:.1f}", str(seen.kept))
         settings = ", ".join(f"{name}={_short(value)}" for name, value in each.settings.items())
+        if each.scope == "tile":
+            settings += "; for each tile"
         cache = f"{seen.kv_bytes / 2**20:.1f}"
         flops = f"{seen.flops / 1e12:.2f}"  # of the language model's prefill, by vtc.cost
         row = (each.method, each.target, tokens, each.convention, *counts, cache, flops, settings)
@@ -195,7 +197,7 @@ def evaluate(
     ] = None,
     methods: Annotated[
         str,
-        typer.Option(help="Methods, with commas between: todre,fastv:layer=3,blind."),
+        typer.Option(help="Methods, with commas between: todre,fastv:layer=3,divprune@tile,blind."),
     ] = "todre,fastv",
     keep: Annotated[
         str, typer.Option(help="Fractions or numbers of tokens per image, with commas between.")

@@ -4,9 +4,13 @@
     todre                       a method with its default settings
     fastv:layer=3:rank=last     with settings, each after a colon
     todre+fastv:keep=9          composed: the first acts first
+    divprune@tile               for each tile of an image by itself, `vtc.PerTile`
+    divprune@tile:thumbnail=64  the same, its thumbnail with another keep or method
+    divprune@frame              for each frame of a clip by itself, `vtc.PerFrame`
 
 `keep` is usually swept on its own, so it is given beside the text. In a composition it goes to the
-first method that has such a setting and was not given one of its own.
+first method that has such a setting and was not given one of its own. After `@` it counts for each
+tile or frame.
 """
 
 from __future__ import annotations
@@ -16,10 +20,15 @@ import dataclasses
 from typing import Any
 
 from .methods.base import Method, make, methods
+from .methods.split import PerFrame, PerTile
 
 __all__ = ["parse_keep", "parse_method", "split_list", "takes_keep"]
 
 Keep = int | float
+Part = tuple[str, str, dict[str, Any]]
+"""A method's name, what it is applied to each of ("" for whole images), and settings."""
+
+_EACH: dict[str, type[PerTile] | type[PerFrame]] = {"tile": PerTile, "frame": PerFrame}
 
 
 def split_list(text: str, separator: str = ",") -> list[str]:
@@ -73,22 +82,26 @@ def _value(text: str) -> Any:
         return text
 
 
-def _parts(text: str) -> list[tuple[str, dict[str, Any]]]:
-    """[(name, settings)] of each method in `text`, names checked."""
+def _parts(text: str) -> list[Part]:
+    """Each method in `text`, names checked."""
     parts = []
     for part in split_list(text, "+"):
-        name, *pairs = split_list(part, ":")
-        if name.lower() not in methods():
+        whole, *pairs = split_list(part, ":") or [""]
+        name, at, each = (piece.strip().lower() for piece in whole.partition("@"))
+        if name not in methods():
             raise ValueError(f"method: unknown name {name!r}; known are {', '.join(methods())}")
+        if at and each not in _EACH:
+            accepted = " or ".join(f"@{known}" for known in _EACH)
+            raise ValueError(f"method: expected {accepted} after {name!r}, got {'@' + each!r}")
         settings = {}
         for pair in pairs:
             key, equals, value = pair.partition("=")
             if not equals:
                 raise ValueError(
-                    f"method: expected setting=value after {name!r} and a colon, got {pair!r}"
+                    f"method: expected setting=value after {whole!r} and a colon, got {pair!r}"
                 )
             settings[key.strip()] = _value(value.strip())
-        parts.append((name.lower(), settings))
+        parts.append((name, each, settings))
     if not parts:
         raise ValueError(f"method: expected a name, got {text!r}")
     return parts
@@ -98,10 +111,10 @@ def _fields(name: str) -> set[str]:
     return {f.name for f in dataclasses.fields(methods()[name]) if f.init}  # type: ignore[arg-type]
 
 
-def _keep_goes_to(parts: list[tuple[str, dict[str, Any]]]) -> int | None:
+def _keep_goes_to(parts: list[Part]) -> int | None:
     free = (
         i
-        for i, (name, settings) in enumerate(parts)
+        for i, (name, _, settings) in enumerate(parts)
         if "keep" in _fields(name) and "keep" not in settings
     )
     return next(free, None)
@@ -121,7 +134,8 @@ def parse_method(text: str, keep: Keep | None = None, seed: int | None = None) -
         seed: for every method that samples and is not given one in `text`.
 
     Raises:
-        ValueError: unknown name, malformed settings, or a value the method refuses.
+        ValueError: unknown name, malformed settings, a value the method refuses, or `@` after a
+            method that cannot act on a tile by itself.
         TypeError: a setting the method does not have, `keep` where no method has one left open,
             or a setting without a default left out.
     """
@@ -130,13 +144,24 @@ def parse_method(text: str, keep: Keep | None = None, seed: int | None = None) -
         index = _keep_goes_to(parts)
         if index is None:
             raise TypeError(f"keep: {text!r} has no such setting, or is given one already")
-        parts[index][1]["keep"] = keep
+        parts[index][2]["keep"] = keep
     if seed is not None:
-        for name, settings in parts:
+        for name, _, settings in parts:
             if "seed" in _fields(name):
                 settings.setdefault("seed", seed)
-    made = [make(name, **settings) for name, settings in parts]
-    whole = made[0]
-    for other in made[1:]:
+    whole, *others = (_made(*part) for part in parts)
+    for other in others:
         whole = whole | other
     return whole
+
+
+def _made(name: str, each: str, settings: dict[str, Any]) -> Method:
+    if not each:
+        return make(name, **settings)
+    # The wrapper's own settings stand among those of the method, whose names are others.
+    own = {f.name for f in dataclasses.fields(_EACH[each])} - {"inner"}
+    inner = make(name, **{k: v for k, v in settings.items() if k not in own})
+    try:
+        return _EACH[each](inner, **{k: v for k, v in settings.items() if k in own})
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"method: {name}@{each}: {error}") from None

@@ -38,6 +38,7 @@ class ImageSignals:
     tower: dict[int, TowerSignals] = field(default_factory=dict)
     encoder: Tensor | None = None
     cls: Tensor | None = None
+    crop_cls: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -411,6 +412,9 @@ def _signals(
         if "cls_query" in needs and heard.cls_query is not None and heard.cls_key is not None:
             found["cls_query"] = heard.cls_query.to(device)
             found["cls_key"] = heard.cls_key.to(device)
+            if heard.crop_query is not None and heard.crop_key is not None:
+                found["crop_query"] = heard.crop_query.to(device)
+                found["crop_key"] = heard.crop_key.to(device)
     if "low_attention" in needs:
         heard = signals.tower[tower_layer(method, method.low_layer)]
         found["low_attention"] = heard.attention.to(device)[alive]
@@ -418,6 +422,7 @@ def _signals(
         assert signals.encoder is not None
         found["encoder"] = signals.encoder.to(device)[alive]
         found["encoder_cls"] = None if signals.cls is None else signals.cls.to(device)
+        found["crop_cls"] = None if signals.crop_cls is None else signals.crop_cls.to(device)
         found["project"] = project
     if "text" in needs:
         found["text"] = embeds[b, forward.text[b]]

@@ -219,6 +219,7 @@ class TowerSignals:
         keys: (n, h * d).
         cls_query, cls_key: (h * d,) or `None`.
         heads: h.
+        crop_query, crop_key: (c, h * d) the same of each tile of a tiled image, or `None`.
     """
 
     attention: Tensor
@@ -226,6 +227,8 @@ class TowerSignals:
     cls_query: Tensor | None
     cls_key: Tensor | None
     heads: int
+    crop_query: Tensor | None = None
+    crop_key: Tensor | None = None
 
     def without(self, prefix: int) -> TowerSignals:
         """The same without the first `prefix` tokens."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -289,17 +290,20 @@ class VisionSide:
                 f"model: {self.method} reads the vision tower, whose patches vtc cannot match to "
                 f"the vision tokens of these inputs of {type(self.backbone.model).__name__}"
             )
-        patches = found.patches
+        patches, crop = found.patches, found.crop
         if found.separator is not None:
             patches = patches[~found.separator]
-        return self._read(patches if order is None else order[patches])
+            crop = None if crop is None else crop[~found.separator]
+        return self._read(patches if order is None else order[patches], crop)
 
-    def _read(self, patches: Tensor) -> dict[str, Any]:
+    def _read(self, patches: Tensor, crop: Tensor | None = None) -> dict[str, Any]:
         """What the tower and the projector showed of the patches (n, m) of the tokens of an image,
-        numbered through all tiles."""
+        numbered through all tiles; `crop` (n,) is the tile of each, each a row of the tower."""
         found: dict[str, Any] = {}
         if self.taps:
-            found["tower"] = {layer: self._heard(layer, patches) for layer in self.tower_layers}
+            found["tower"] = {
+                layer: self._heard(layer, patches, crop) for layer in self.tower_layers
+            }
         if self.reads_encoder:
             states, cls = self.encoder_states, self.cls_states
             if states is None or states.dim() != 3 or patches.shape[1] != 1:
@@ -311,10 +315,13 @@ class VisionSide:
             flat = patches[:, 0].to(states.device)
             found["encoder"] = states.flatten(0, 1)[flat]
             if cls is not None:
-                found["cls"] = cls[int(flat[0]) // states.shape[1]]
+                row = flat // states.shape[1]
+                found["cls"] = cls[int(row[0])]
+                if crop is not None:
+                    found["crop_cls"] = cls[_rows_of_tiles(crop, row)]
         return found
 
-    def _heard(self, layer: int, patches: Tensor) -> taps.TowerSignals:
+    def _heard(self, layer: int, patches: Tensor, crop: Tensor | None) -> taps.TowerSignals:
         rows, prefix = self.taps[layer].captured, self.family.prefix(self.backbone)
         rows = [row.without(prefix) for row in rows]
         size = sum(len(row.attention) for row in rows)
@@ -338,6 +345,14 @@ class VisionSide:
             cls_key=rows[first].cls_key,
             heads=rows[first].heads,
         )
+        if crop is not None and rows[first].cls_query is not None:
+            of_tiles = _rows_of_tiles(crop, patches[:, 0] // len(rows[first].attention))
+            own = [rows[i] for i in of_tiles]
+            joined = replace(
+                joined,
+                crop_query=_stacked([row.cls_query for row in own]),
+                crop_key=_stacked([row.cls_key for row in own]),
+            )
         return joined.of(patches)
 
     def spans(self, forward: Forward) -> list[ImageSpan]:
@@ -398,6 +413,8 @@ class VisionSide:
     def _joined(self, signals: list[ImageSignals], modality: Modality) -> ImageSignals:
         if len(signals) == 1:
             return signals[0]
+        # Of a tiled image the thumbnail comes last; frames of a clip are no tiles.
+        tiles = [signals[-1], *signals[:-1]] if modality == "image" else []
         tower = {
             layer: taps.TowerSignals(
                 attention=torch.cat([own.tower[layer].attention for own in signals]),
@@ -405,6 +422,8 @@ class VisionSide:
                 cls_query=signals[-1].tower[layer].cls_query,
                 cls_key=signals[-1].tower[layer].cls_key,
                 heads=signals[-1].tower[layer].heads,
+                crop_query=_stacked([own.tower[layer].cls_query for own in tiles]),
+                crop_key=_stacked([own.tower[layer].cls_key for own in tiles]),
             )
             for layer in signals[0].tower
         }
@@ -414,6 +433,7 @@ class VisionSide:
             tower=tower,
             encoder=torch.cat(states) if states else None,
             cls=signals[-1].cls,
+            crop_cls=_stacked([own.cls for own in tiles]),
         )
 
     def _known(self, given: Any, modality: Modality) -> list[list[ImageSignals]]:
@@ -471,6 +491,19 @@ def layers_read(method: Method) -> list[int | float]:
     if "low_attention" in method.needs:
         layers.append(method.low_layer)
     return layers
+
+
+def _rows_of_tiles(crop: Tensor, row: Tensor) -> list[int]:
+    """The tower's row of each of the tiles 0, 1, ..., from the tile and the row (n,) of the tokens;
+    the thumbnail's for a tile of which the picture's shape leaves nothing."""
+    of_tile: dict[int, int] = dict(zip(crop.tolist(), row.tolist(), strict=True))
+    return [of_tile.get(tile, of_tile[0]) for tile in range(max(of_tile) + 1)]
+
+
+def _stacked(rows: list[Tensor | None]) -> Tensor | None:
+    """(c, d) of c rows (d,), or `None` if there are none."""
+    found = [row for row in rows if row is not None]
+    return torch.stack(found) if found else None
 
 
 def _spread(

@@ -72,6 +72,9 @@ class VisionTokens:
             end. Only if asked for.
         crop: (n,) whole numbers, the tile each token belongs to (0 is the thumbnail), or `None`
             where an image is not tiled.
+        crop_cls, crop_query, crop_key: (c, ...) what `encoder_cls`, `cls_query` and `cls_key` are,
+            of each of the tiles 0 to c - 1 (these are the thumbnail's), or `None` where an image is
+            not tiled or the tower has no [CLS]. Come with them.
     """
 
     features: Tensor
@@ -89,6 +92,9 @@ class VisionTokens:
     encoder_cls: Tensor | None = None
     project: Callable[[Tensor], Tensor] | None = None
     segment: Tensor | None = None
+    crop_cls: Tensor | None = None
+    crop_query: Tensor | None = None
+    crop_key: Tensor | None = None
 
     def __len__(self) -> int:
         return self.features.shape[0]
@@ -404,7 +410,7 @@ def make(method: str | Method | Mapping[str, Any], **settings: Any) -> Method:
         return method
     if isinstance(method, type) and issubclass(method, Method):
         raise TypeError(f"method: got the class {method.__name__}; give {method.__name__}(...)")
-    if isinstance(method, str) and set(method) & set("+:"):
+    if isinstance(method, str) and set(method) & set("+:@"):
         # The command line's way of writing settings and compositions.
         from vtc.spec import parse_method
 

@@ -11,20 +11,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.methods.base import Method, Positions, Selection, Signal, VisionTokens, check_keep, make
+from vtc.methods.base import (
+    LayerState,
+    Method,
+    Positions,
+    Record,
+    Rows,
+    Selection,
+    Signal,
+    VisionTokens,
+    check_keep,
+    make,
+)
 
 _OF_TOKENS = ("features", "grid", "cls_attention", "keys", "low_attention", "encoder", "crop")
 """What `VisionTokens` holds one row of for each token."""
+
+_OF_TILES = {"encoder_cls": "crop_cls", "cls_query": "crop_query", "cls_key": "crop_key"}
+"""What it holds of the image, and by which name of each of its tiles."""
 
 _AT_VISION_LAYER: frozenset[Signal] = frozenset({"cls_attention", "cls_query", "keys"})
 _AT_LOW_LAYER: frozenset[Signal] = frozenset({"low_attention"})
 
 
 class _Split(Method):
-    """What `PerTile` and `PerFrame` share."""
+    """What `PerTile` and `PerFrame` share: only what comes before the language model is split."""
 
     listed = False
     inner: Method
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Those of the inner method."""
+        return self.inner.stages
 
     @property
     def needs(self) -> frozenset[Signal]:  # type: ignore[override]
@@ -46,6 +65,38 @@ class _Split(Method):
         """That of the inner method."""
         return self.inner.positions
 
+    # ---- between layers: the inner method, on all that is left -----------------------------------
+    @property
+    def prune_positions(self) -> Positions:
+        """Those of the inner method."""
+        return self.inner.prune_positions
+
+    @property
+    def by_head(self) -> bool:
+        """As the inner method reads it."""
+        return self.inner.by_head
+
+    def prune_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Those of the inner method."""
+        return self.inner.prune_layers(num_layers)
+
+    def taps(self, num_layers: int) -> dict[int, Rows]:
+        """Those of the inner method."""
+        return self.inner.taps(num_layers)
+
+    def peeks(self, num_layers: int) -> dict[int, Rows]:
+        """Those of the inner method."""
+        return self.inner.peeks(num_layers)
+
+    def records(self, num_layers: int) -> dict[int, frozenset[Record]]:
+        """Those of the inner method."""
+        return self.inner.records(num_layers)
+
+    def prune(self, state: LayerState) -> Selection | None:
+        """What the inner method chooses among all tokens of the sample."""
+        return self.inner.prune(state)
+
+    # ---- before the language model --------------------------------------------------------------
     @property
     def _methods(self) -> tuple[Method, ...]:
         return (self.inner,)
@@ -53,12 +104,15 @@ class _Split(Method):
     def _reader(self, signals: frozenset[Signal]) -> Method:
         return next((m for m in self._methods if m.needs & signals), self.inner)
 
-    def _apply(self, tokens: VisionTokens, part: Tensor, first: Method) -> Selection:
+    def _apply(
+        self, tokens: VisionTokens, part: Tensor, first: Method, tiles: bool = False
+    ) -> Selection:
         """Ascending indices, (k,), and (k, d) contents where a part was merged.
 
         Args:
             part: (n,) the part each token belongs to.
             first: acts on the part 0, the inner method on all others.
+            tiles: whether the parts are tiles, which have a [CLS] of their own.
         """
         indices, contents, merged = [], [], False
         for number, name in enumerate(part.unique().tolist()):
@@ -67,6 +121,9 @@ class _Split(Method):
                 field: None if (value := getattr(tokens, field)) is None else value[places]
                 for field in _OF_TOKENS
             }
+            for field, of_tiles in _OF_TILES.items() if tiles else ():
+                if (rows := getattr(tokens, of_tiles)) is not None:
+                    signals |= {field: rows[name], of_tiles: None}
             # Methods that draw by the image's ordinal must not draw alike in all parts.
             image = tokens.image + (number << 16)
             method = first if name == 0 else self.inner
@@ -81,14 +138,29 @@ class _Split(Method):
         return Selection(every[order], None if features is None else features[order])
 
 
-def _checked(name: str, method: Any) -> Method:
-    """A simple method of the sequence stage, from a method, its name or its dictionary."""
-    found = make(method)
-    if found.parts != (found,) or found.stages != ("sequence",):
+def _checked(name: str, method: Any, layers: bool = True) -> Method:
+    """A simple method of the sequence stage, from a method, its name or its dictionary.
+
+    Args:
+        layers: whether it may act between layers as well.
+    """
+    try:
+        found = make(method)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None
+    accepted = [("sequence",), ("sequence", "layers")][: 1 + layers]
+    if found.parts != (found,) or found.stages not in accepted:
+        stages = "stage, or there and between layers" if layers else "stage alone"
         acts = ", ".join(found.stages) or "nothing"
         raise ValueError(
-            f"{name}: expected one method that acts in the sequence stage alone, got {found} "
+            f"{name}: expected one method that acts in the sequence {stages}, got {found} "
             f"({acts}); compose others with `|`"
+        )
+    keep = getattr(found, "keep", 1.0)
+    if "layers" in found.stages and not isinstance(keep, float):
+        raise ValueError(
+            f"{name}: expected a share as keep of {found.name}, whose stage between layers counts "
+            f"all tokens of an image, got {keep!r}"
         )
     return found
 
@@ -97,14 +169,21 @@ def _checked(name: str, method: Any) -> Method:
 class PerTile(_Split):
     """Apply a method to each tile of a tiled image by itself, so that `inner.keep` is per tile.
 
-    What [CLS], its query and the text say comes as for the whole image; all else is the tile's
-    own. An image that is not tiled, or has one tile only, is one tile. In a clip whose frames are
-    not tiled nothing is split; see `PerFrame`.
+    What the text says comes as for the whole image; all else is the tile's own. An image that is
+    not tiled, or has one tile only, is one tile. In a clip whose frames are not tiled nothing is
+    split; see `PerFrame`. What the inner method does between layers it does with all tiles
+    together, and its `keep` must be a share then, of a tile as of all.
 
     Args:
-        inner: a method of the sequence stage, its name, or its dictionary.
-        thumbnail: what acts on the thumbnail (crop 0 of several) instead: such a method, or
-            another `keep` for the inner one; `None` treats it as any tile.
+        inner: a method of the sequence stage, which may act between layers as well, its name, or
+            its dictionary.
+        thumbnail: what acts on the thumbnail (crop 0 of several) instead: a method of the sequence
+            stage alone, or another `keep` for an inner method that is one; `None` treats it as any
+            tile.
+
+    Raises:
+        ValueError: methods of other stages, or that need what the other one does not.
+        TypeError: not a method, nor a `keep`.
     """
 
     name = "per_tile"
@@ -118,8 +197,13 @@ class PerTile(_Split):
         given = self.thumbnail
         if given is None:
             return
+        if "layers" in self.inner.stages:
+            raise ValueError(
+                f"thumbnail: expected None, as {self.inner.name} acts between layers on all tiles "
+                f"together, got {given!r}"
+            )
         if isinstance(given, (str, Mapping, Method)):
-            object.__setattr__(self, "thumbnail", _checked("thumbnail", given))
+            object.__setattr__(self, "thumbnail", _checked("thumbnail", given, layers=False))
         else:
             try:
                 check_keep(given)
@@ -129,7 +213,7 @@ class PerTile(_Split):
                 raise ValueError(
                     f"thumbnail: {self.inner.name} has no keep; give a method, got {given!r}"
                 )
-        other = self._thumbnail
+        other = self.of_thumbnail
         shared = self.inner.needs & other.needs
         for what, counts in (
             ("positions", True),
@@ -143,7 +227,8 @@ class PerTile(_Split):
                 )
 
     @property
-    def _thumbnail(self) -> Method:
+    def of_thumbnail(self) -> Method:
+        """What acts on the thumbnail."""
         if self.thumbnail is None:
             return self.inner
         if isinstance(self.thumbnail, Method):
@@ -152,13 +237,13 @@ class PerTile(_Split):
 
     @property
     def _methods(self) -> tuple[Method, ...]:
-        return (self.inner, self._thumbnail)
+        return (self.inner, self.of_thumbnail)
 
     def select(self, tokens: VisionTokens) -> Selection:
         """(k,) ascending indices, and (k, d) contents where the method merges."""
         if tokens.crop is None or not bool((tokens.crop != tokens.crop[0]).any()):
             return self.inner.select(tokens)
-        return self._apply(tokens, tokens.crop, self._thumbnail)
+        return self._apply(tokens, tokens.crop, self.of_thumbnail, tiles=True)
 
     def to_dict(self) -> dict[str, Any]:
         given = self.thumbnail
@@ -175,10 +260,16 @@ class PerFrame(_Split):
     """Apply a method to each frame of a clip by itself, so that `inner.keep` is per frame.
 
     Without it, a clip is one image to a method, and `keep` its budget. What [CLS] and the text say
-    comes as for the whole clip; all else is the frame's own. An image is one frame.
+    comes as for the whole clip; all else is the frame's own. An image is one frame. What the inner
+    method does between layers it does with all frames together; its `keep` must be a share then.
 
     Args:
-        inner: a method of the sequence stage, its name, or its dictionary.
+        inner: a method of the sequence stage, which may act between layers as well, its name, or
+            its dictionary.
+
+    Raises:
+        ValueError: a method of other stages.
+        TypeError: not a method.
     """
 
     name = "per_frame"

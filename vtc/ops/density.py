@@ -74,7 +74,7 @@ def density_peaks(points: Tensor, clusters: int, neighbours: int) -> tuple[Tenso
     separation = torch.cat(found, -1)
     largest = distance.amax((-2, -1))[..., None]
     score = density * torch.where(separation.isinf(), largest, separation)
-    slack = 300 * EQUAL * score.amax()
+    slack = EQUAL * score.amax(-1, keepdim=True)
     chosen = []
     for _ in range(clusters):
         best = score.amax(-1, keepdim=True)

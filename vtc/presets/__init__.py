@@ -13,14 +13,23 @@ cache and the FLOPs. For methods that act between layers the average is the defa
 to be asked for where both are listed. Settings that follow from the target are solved for the
 decoder's depth, so that `preset("fastv", "llava-1.5", 64, layer=3)` still averages 64.
 
-Tiled images (LLaVA-NeXT: 5 tiles of 576 tokens, no newline tokens) are one image to a method,
-and settings are shares of it: 640 of 2880 is 512 of the 2304 that a smaller grid has. Methods
-that act in the vision tower (`tome`, `flowcut`) see one tile at a time, and `pool` and
-`downsample` divide by tile themselves: each tile has the same share. All others have one budget
-for which the tiles compete, where VisionZip, VisPruner, CDPruner, SCOPE, MMTok, PruMerge+ and
-VScan's first stage were published with the same budget for every tile. The totals are equal;
-which tokens stay is not, and VisionZip and PruMerge+ add one [CLS] or one sum for the image, not
-one a tile. `Preset.scope` says which it is; `vtc.PerTile` gives a method a budget for every tile.
+A tiled image (LLaVA-NeXT: at most 5 tiles of 576 tokens) is divided as the source divides it, and
+`Preset.scope` says how:
+
+- "tile": each tile has its own budget. VisionZip, VisPruner, CDPruner, SCOPE, MMTok, PruMerge+
+  (inferred) and VScan's first stage come as `vtc.PerTile`. All but VScan have a number of tokens:
+  640 of 2880 is 128 of a tile, however few tiles there are, and of a tile that the model cuts to
+  the picture's shape. VScan has a share, as its cut in the decoder is one for all tiles. Methods of
+  the vision tower (`tome`, `flowcut`) see one tile at a time, and `pool` and `downsample` divide by
+  tile themselves; these have shares.
+- "image": the tiles compete for one budget, a share of what they have in all: DivPrune, HoloV,
+  ToDRE, and all that acts in the decoder alone (FastV, SparseVLM, PyramidDrop, DART, V2Drop,
+  TransPrune). `random`, which has no source, is held so too.
+
+Newlines between rows of tiles are in no number here. VisionZip, SCOPE, MMTok, FlowCut and HoloV
+drop them, VisPruner, CDPruner and ToDRE are run without any, VScan keeps all and does not count
+them, and to DivPrune they are tokens like others. transformers puts one after each row of tiles:
+vtc leaves those of rows that keep a token, beside the target.
 """
 
 from __future__ import annotations
@@ -31,9 +40,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from vtc.cost import equivalent_tokens
-from vtc.methods import Method, make, methods
+from vtc.methods import Method, PerTile, make, methods
 
-from .schedule import COUNTS, Schedule, by_cell, by_tile, describe, tokens_per_layer
+from .schedule import Schedule, describe, scope_of, tokens_per_layer
 from .table import (
     NEVER,
     SHARE,
@@ -73,6 +82,7 @@ class Preset:
         convention: what `tokens` counts.
         settings: of the method.
         source: where they come from, or that they were solved or inferred.
+        each: whether the method is applied to each tile by itself; `settings` are of a tile then.
     """
 
     method: str
@@ -81,11 +91,18 @@ class Preset:
     convention: Convention
     settings: Mapping[str, Any] = field(hash=False)
     source: str
+    each: bool = False
 
     @property
     def scope(self) -> Literal["image", "tile"]:
         """Whether all tiles of an image share one budget, or each tile has its own."""
-        return "tile" if COUNTS[self.method] in (by_tile, by_cell) else "image"
+        return scope_of(self.make(), TARGETS[self.target].tiles)
+
+    @property
+    def text(self) -> str:
+        """The method as the command line and `vtc.spec` read it."""
+        settings = "".join(f":{name}={value!r}" for name, value in self.settings.items())
+        return self.method + "@tile" * self.each + settings
 
     def make(self) -> Method:
         """The method, ready for `vtc.patch`.
@@ -93,11 +110,16 @@ class Preset:
         Raises:
             ValueError: no such method is registered.
         """
-        return make(self.method, **self.settings)
+        return _made(self.method, self.settings, self.each)
 
     def schedule(self, *, text: int = 0, image: int | None = None) -> Schedule:
         """Tokens of every layer, in all conventions, and what they cost; see `describe`."""
         return describe(self.make(), self.target, text=text, image=image)
+
+
+def _made(method: str, settings: Mapping[str, Any], each: bool) -> Method:
+    inner = make(method, **settings)
+    return PerTile(inner) if each else inner
 
 
 def presets(method: str | None = None, target: str | None = None) -> list[Preset]:
@@ -249,10 +271,13 @@ def _resolved(row: Row, tokens: int | float, given: Mapping[str, Any]) -> Preset
     open_keep = settings["keep"]
     if open_keep is TARGET:
         model = TARGETS[row.target]
-        settings["keep"] = tokens if model.tiles == 1 else _share(tokens, model)
+        if row.each and isinstance(tokens, int):
+            settings["keep"] = tokens // model.tiles
+        else:
+            settings["keep"] = tokens if model.tiles == 1 else _share(tokens, model)
     elif isinstance(open_keep, Open):
         settings["keep"] = _solved(row, tokens, settings)
-    return Preset(row.method, row.target, tokens, row.convention, settings, row.source)
+    return Preset(row.method, row.target, tokens, row.convention, settings, row.source, row.each)
 
 
 def _solved(row: Row, tokens: int | float, settings: Mapping[str, Any]) -> int | float:
@@ -261,7 +286,7 @@ def _solved(row: Row, tokens: int | float, settings: Mapping[str, Any]) -> int |
     wanted = _share(tokens, model)
 
     def average(keep: Any, n: int, tiles: int = 1) -> float:
-        method = make(row.method, **{**settings, "keep": keep})
+        method = _made(row.method, {**settings, "keep": keep}, row.each)
         return equivalent_tokens(tokens_per_layer(method, n, model.layers, tiles)) / n
 
     least = average((1, 1, 1) if row.method == "sparsevlm" else _LITTLE, model.tokens, model.tiles)
@@ -276,8 +301,9 @@ def _solved(row: Row, tokens: int | float, settings: Mapping[str, Any]) -> int |
         low, high = (low, middle) if average(middle, _MANY) > wanted else (middle, high)
     if settings["keep"] is SHARE:
         return round(high, 4)
-    count = max(1, round(high * model.tokens))
-    return count if model.tiles == 1 else count / model.tokens
+    size = model.tokens // (model.tiles if row.each else 1)
+    count = max(1, round(high * size))
+    return count if model.tiles == 1 else count / size
 
 
 def _infeasible(row: Row, tokens: int | float, which: str, limit: float) -> InfeasibleError:

@@ -7,10 +7,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 from vtc.cost import equivalent_tokens, kv_bytes, prefill_flops, visual_flops
-from vtc.methods import Compose, Method
+from vtc.methods import Compose, Method, PerFrame, PerTile
 from vtc.methods.base import budget
 from vtc.ops import cell_grid
 
@@ -108,6 +108,19 @@ def _all(method: Any, n: int, layers: int, tiles: int) -> list[int]:
     return [n] * layers
 
 
+def _per_tile(method: Any, n: int, layers: int, tiles: int) -> list[int]:
+    """Tiles enter each by itself; a cut between layers is one for all of them."""
+    own = [method.of_thumbnail if tiles > 1 else method.inner, *[method.inner] * (tiles - 1)]
+    entering = sum(tokens_per_layer(each, n // tiles, layers, 1)[0] for each in own)
+    whole = tokens_per_layer(method.inner, n, layers, tiles)
+    return [entering if seen == whole[0] else min(entering, seen) for seen in whole]
+
+
+def _per_frame(method: Any, n: int, layers: int, tiles: int) -> list[int]:
+    """An image is one frame."""
+    return tokens_per_layer(method.inner, n, layers, tiles)
+
+
 COUNTS: dict[str, Callable[[Any, int, int, int], list[int]]] = {
     **dict.fromkeys(
         ("cdpruner", "divprune", "holov", "mmtok", "prumerge_plus", "random", "scope", "todre",
@@ -120,6 +133,8 @@ COUNTS: dict[str, Callable[[Any, int, int, int], list[int]]] = {
     "fastv": _one_cut,
     "flowcut": by_tile,
     "full": _all,
+    "per_frame": _per_frame,
+    "per_tile": _per_tile,
     "pool": by_cell,
     "prumerge": _flat,
     "pyramiddrop": _pyramid,
@@ -129,6 +144,14 @@ COUNTS: dict[str, Callable[[Any, int, int, int], list[int]]] = {
     "v2drop": _v2drop,
     "vscan": _vscan,
 }  # fmt: skip
+
+
+def scope_of(method: Method, tiles: int) -> Literal["image", "tile"]:
+    """Whether all tiles of an image share one budget, or each tile has its own."""
+    while isinstance(method, PerFrame):
+        method = method.inner
+    alone = isinstance(method, PerTile) or COUNTS[method.name] in (by_tile, by_cell)
+    return "tile" if alone and tiles > 1 else "image"
 
 
 def tokens_per_layer(method: Method, n: int, layers: int, tiles: int) -> list[int]:
@@ -149,7 +172,9 @@ class Schedule:
     Attributes:
         method: name and settings.
         target: the model.
-        image: vision tokens of the image before compression.
+        scope: "tile" if each tile of the image has a budget of its own, "image" if all share one.
+        image: vision tokens of the image before compression. Newlines are none; those that a model
+            puts between rows are counted if they are given as text.
         text: tokens of text that every layer sees as well.
         per_layer: vision tokens that each decoder layer processes.
         kv_bytes: of keys and values after the prefill, text included, 2 bytes a value.
@@ -160,6 +185,7 @@ class Schedule:
 
     method: str
     target: str
+    scope: Literal["image", "tile"]
     image: int
     text: int
     per_layer: tuple[int, ...]
@@ -194,8 +220,12 @@ class Schedule:
             if now != before:
                 steps.append(f"{now} from layer {layer}")
         most = "at most " if self.at_most else ""
+        tiles = target_of(self.target).tiles_of(self.image)
+        scope = "each its own budget" if self.scope == "tile" else "one budget for all"
+        tiled = f" in {tiles} tiles, {scope}," if tiles > 1 else ""
         return (
-            f"{self.method} on {self.target}, {self.image} vision tokens and {self.text} of text\n"
+            f"{self.method} on {self.target}, {self.image} vision tokens{tiled} and {self.text} "
+            f"of text\n"
             f"  {most}{', '.join(steps)}; {self.average:.1f} on average over the layers\n"
             f"  KV cache {self.kv_bytes / 2**20:.1f} MiB, prefill {self.flops / 1e12:.2f} TFLOPs "
             f"(vision tokens alone, literature's count: {self.visual_flops / 1e12:.2f} T)"
@@ -226,13 +256,18 @@ def describe(method: Method, target: str, *, text: int = 0, image: int | None = 
         raise ValueError(f"image: expected {accepted} vision tokens on {model.name}, got {image!r}")
     if isinstance(text, bool) or not isinstance(text, int) or text < 0:
         raise ValueError(f"text: expected a whole number of at least 0, got {text!r}")
-    seen = tokens_per_layer(method, n, model.layers, n // model.tile if model.tile else 1)
+    tiles = model.tiles_of(n)
+    seen = tokens_per_layer(method, n, model.layers, tiles)
     lengths = [text + count for count in seen]
     side = math.isqrt(n)
-    unsure = method.name in ("pool", "downsample") and not model.tile and side * side != n
+    plain = method
+    while isinstance(plain, (PerTile, PerFrame)):
+        plain = plain.inner
+    unsure = plain.name in ("pool", "downsample") and not model.tile and side * side != n
     return Schedule(
         method=str(method),
         target=model.name,
+        scope=scope_of(method, tiles),
         image=n,
         text=text,
         per_layer=tuple(seen),
@@ -241,5 +276,5 @@ def describe(method: Method, target: str, *, text: int = 0, image: int | None = 
         visual_flops=visual_flops(
             seen, model.decoder["hidden_size"], model.decoder["intermediate_size"]
         ),
-        at_most=unsure or (method.name == "todre" and "layers" in method.stages),
+        at_most=unsure or (plain.name == "todre" and "layers" in plain.stages),
     )

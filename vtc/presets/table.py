@@ -36,7 +36,11 @@ class Target:
     @property
     def tiles(self) -> int:
         """Tiles of an image of `tokens`."""
-        return self.tokens // self.tile if self.tile else 1
+        return self.tiles_of(self.tokens)
+
+    def tiles_of(self, tokens: int) -> int:
+        """Tiles of an image of so many vision tokens."""
+        return tokens // self.tile if self.tile else 1
 
 
 _VICUNA_7B = {
@@ -72,8 +76,8 @@ def target_of(name: str) -> Target:
 class Open(Enum):
     """What stands in a row where a value follows from the target."""
 
-    TARGET = "the target: a number on LLaVA-1.5, elsewhere a share"
-    COUNT = "solved for the average, in whole tokens"
+    TARGET = "the target: a number on LLaVA-1.5 and of a tile, elsewhere a share"
+    COUNT = "solved for the average, in whole tokens of an image or, where it is split, of a tile"
     SHARE = "solved for the average, a share of four decimals"
     NEVER = "no setting meets the target"
 
@@ -96,7 +100,11 @@ def _of_576(*counts: int) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Row:
-    """Presets of one method on one model that differ in their tokens only."""
+    """Presets of one method on one model that differ in their tokens only.
+
+    Attributes:
+        each: whether the method is applied to each tile by itself, with `vtc.PerTile`.
+    """
 
     method: str
     target: str
@@ -104,6 +112,7 @@ class Row:
     tokens: tuple[int | float, ...]
     settings: Mapping[str, Any]
     source: str
+    each: bool = False
 
     @property
     def solved(self) -> bool:
@@ -139,7 +148,8 @@ TABLE: tuple[Row, ...] = (
     Row("catp", _LLAVA, "kept", _576, _KEEP, "inferred; more before layer 7"),
     Row("catp", _QWEN, "kept", (2 / 9,), {"keep": TARGET, "layer": 6}, "paper: 77.8 % go"),
     Row("cdpruner", _LLAVA, "exact", _576, _KEEP, "paper; relevance is ours"),
-    Row("cdpruner", _NEXT, "exact", _2880, _KEEP, "README: 128, 64, 32 a tile"),
+    Row("cdpruner", _NEXT, "exact", _2880, _KEEP,
+         "README: 128, 64, 32 a tile; relevance is ours, scaled tile by tile", each=True),
     Row("cdpruner", _QWEN, "exact", (512 / 1296, 256 / 1296, 128 / 1296), _KEEP,
         "paper: 512, 256, 128 of 1296; relevance is ours"),
     Row("dart", _LLAVA, "kept", _576, _CUT, "paper; its code keeps 4 more"),
@@ -169,7 +179,7 @@ TABLE: tuple[Row, ...] = (
     Row("holov", _QWEN, "exact", _THIRDS, {"keep": TARGET, "chunks": _each(5, 8, 16)}, "code"),
     Row("mmtok", _LLAVA, "exact", _576, {"keep": TARGET, "text_temperature": 0.02}, "code"),
     Row("mmtok", _NEXT, "exact", _2880, {"keep": TARGET, "text_temperature": 0.02},
-         "code: 128, 64, 32 a tile"),
+         "code: 128, 64, 32 a tile", each=True),
     Row("mmtok", _QWEN, "exact", (0.2, 0.1), {"keep": TARGET, "text_temperature": 0.01}, "code"),
     Row("pool", _LLAVA, "exact", _576, _KEEP, "baseline, at most the target"),
     Row("pool", _NEXT, "exact", _2880, _KEEP, "baseline, at most the target"),
@@ -177,14 +187,15 @@ TABLE: tuple[Row, ...] = (
     Row("prumerge_plus", _LLAVA, "exact", _576, _KEEP,
          "inferred; training code at rho 1/6, 1/9, 1/18, its last token counted"),
     Row("prumerge_plus", _NEXT, "exact", _2880, _KEEP,
-         "inferred: 128, 64, 32 a tile, the last token counted"),
+         "inferred: 128, 64, 32 a tile, the last token of each counted", each=True),
     Row("pyramiddrop", _LLAVA, "average", _576, _PYRAMID, "solved; form and layers by its author"),
     Row("pyramiddrop", _NEXT, "average", _2880, _PYRAMID, "solved; form and layers by its author"),
     Row("random", _LLAVA, "exact", _576, _KEEP, "baseline"),
     Row("random", _NEXT, "exact", _2880, _KEEP, "baseline"),
     Row("random", _QWEN, "exact", _SHARES, _KEEP, "baseline"),
     Row("scope", _LLAVA, "exact", _576, {"keep": TARGET, "alpha": 1.0}, "code"),
-    Row("scope", _NEXT, "exact", _2880, {"keep": TARGET, "alpha": 1.0}, "code: 128, 64, 32 each"),
+    Row("scope", _NEXT, "exact", _2880, {"keep": TARGET, "alpha": 1.0},
+         "code: 128, 64, 32 a tile", each=True),
     Row("sparsevlm", _LLAVA, "counted", (192, 128, 96, 64),
          {"keep": _each((300, 200, 110), (303, 110, 36), (238, 48, 26), (66, 30, 17)), **_V1},
          "lists of the code, which counts short; processed are 206.5, 145.4, 114.1, 82.2"),
@@ -216,13 +227,14 @@ TABLE: tuple[Row, ...] = (
          {"keep": 0.25, "then": (0.05, 0.0), "layers": (3, 16, 22)}, "code of Qwen2-VL-7B: 22.6 %"),
     Row("visionzip", _LLAVA, "exact", _576, _SPLIT, "README: 54 + 10; LightCompress: all three"),
     Row("visionzip", _NEXT, "exact", _2880, _SPLIT,
-         "LightCompress: 108 + 20, 54 + 10, 27 + 5 a tile"),
+         "LightCompress: 108 + 20, 54 + 10, 27 + 5 a tile", each=True),
     Row("vispruner", _LLAVA, "exact", _576, {"keep": TARGET, "important": 0.5}, "README"),
     Row("vispruner", _NEXT, "exact", _2880, {"keep": TARGET, "important": 0.5},
-         "README: 32 a tile; 128 and 64 alike"),
+         "README: 32 a tile; 128 and 64 alike", each=True),
     Row("vscan", _LLAVA, "average", _576, {"keep": COUNT, "then": 1 / 3},
          "solved; README: 96, then 32, for 64"),
-    Row("vscan", _NEXT, "average", _2880, {"keep": COUNT, "then": 1 / 3}, "solved likewise"),
+    Row("vscan", _NEXT, "average", _2880, {"keep": COUNT, "then": 1 / 3},
+         "solved likewise: 192, 96, 48 a tile, then a third of all tiles together", each=True),
     Row("vscan", _QWEN, "average", _THIRDS, {"keep": SHARE, "then": 1 / 3, "layer": 14},
          "solved; README: 0.167, then 0.333, for 11.1 %"),
 )
