@@ -36,7 +36,9 @@ from typing import Any
 
 from vtc.spec import Keep, parse_method, split_list, takes_keep
 
-from .run import BadInput, Observer, Settings, _logged, _write, run
+from .results import logged as logged_samples
+from .results import write
+from .run import BadInput, Observer, Settings, run
 
 __all__ = [
     "Measured",
@@ -327,7 +329,7 @@ def autotune(
         "certain": found.certain,
         "failed": runner.failed,
     }
-    _write(settings.out / "autotune.json", json.dumps(result, indent=1, ensure_ascii=False))
+    write(settings.out / "autotune.json", json.dumps(result, indent=1, ensure_ascii=False))
     return result
 
 
@@ -384,7 +386,7 @@ class _Runner:
         """The score of each sample by its id."""
         if cell["status"] != "done":
             raise RuntimeError(f"{cell['task']}: the full model failed: {cell['error']}")
-        logged = _logged(self.given.out, cell["key"])
+        logged = logged_samples(self.given.out, cell["key"])
         scores = {k: sample["score"] for k, sample in logged.items()}
         if cell["interval"] is None or not all(0.0 <= s <= 1.0 for s in scores.values()):
             raise BadInput(

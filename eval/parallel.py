@@ -13,10 +13,12 @@ process for each GPU:
 
 from __future__ import annotations
 
+import atexit
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, TypeVar
 
 __all__ = ["everyone", "from_first", "launch", "launched", "rank", "start", "together", "world"]
@@ -73,6 +75,24 @@ def start(device: str | None) -> None:
         if _on_cpu(device):  # those that lmms-eval makes later read it as well
             os.environ["ACCELERATE_USE_CPU"] = "true"
         Accelerator()
+        _leave_in_order()
+
+
+@cache
+def _leave_in_order() -> None:
+    """Have the process group taken down before Python is.
+
+    Left to itself, a thread of gloo that still holds a tensor lets go of it while the interpreter
+    ends, and aborts the process for want of it (pytorch/pytorch#179291). On a busy machine that
+    happened to a process that was done, and the launcher ended the others for it.
+    """
+    import torch.distributed as dist
+
+    def leave() -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    atexit.register(leave)
 
 
 def _on_cpu(device: str | None) -> bool:

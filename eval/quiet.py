@@ -23,12 +23,14 @@ class _Log(io.TextIOBase):
 
     def write(self, text: str) -> int:
         if self.target is not None:
-            self.target.write(text)
+            with contextlib.suppress(OSError):  # a full disk: the log is not worth a run
+                self.target.write(text)
         return len(text)
 
     def flush(self) -> None:
         if self.target is not None:
-            self.target.flush()
+            with contextlib.suppress(OSError):
+                self.target.flush()
 
 
 _LOG = _Log()
@@ -37,13 +39,15 @@ _LOG = _Log()
 @contextlib.contextmanager
 def quiet(path: Path) -> Iterator[None]:
     """Send what is printed to `path` while it lasts."""
-    with path.open("a", encoding="utf-8") as file:
-        _LOG.target = file
-        try:
-            with contextlib.redirect_stdout(_LOG), contextlib.redirect_stderr(_LOG):
-                yield
-        finally:
-            _LOG.target = None
+    file = path.open("a", encoding="utf-8")
+    _LOG.target = file
+    try:
+        with contextlib.redirect_stdout(_LOG), contextlib.redirect_stderr(_LOG):
+            yield
+    finally:
+        _LOG.target = None
+        with contextlib.suppress(OSError):
+            file.close()
 
 
 def hub_answers(timeout: float = 3.0) -> bool:

@@ -33,7 +33,9 @@ from PIL import Image
 from vtc.methods.base import Compose, Method
 
 from . import run as runner
+from .loading import Tasks, find_source, leaves, load
 from .quiet import hub_answers, offline, quiet
+from .results import write
 
 __all__ = ["bits", "collect", "settings_of"]
 
@@ -122,11 +124,11 @@ def _fill(
     own = local and all(task in runner.SUITE for task in settings.tasks)
     state = random.getstate()  # lmms-eval seeds the process's generators
     with quiet(out / "log.txt"), offline(own or not hub_answers()):
-        source = runner._source(settings)
+        source = find_source(settings)
         if source.fingerprint != results["model"]["fingerprint"]:
             raise runner.BadInput("--model", "the model is not the one of this run any more")
-        tasks = runner._Tasks(settings, source)
-        model = runner._load(source, settings, simple=not tasks.generation_only)
+        tasks = Tasks(settings, source)
+        model = load(source, settings, simple=not tasks.generation_only)
         try:
             requests = _requests(model, tasks, settings, per_task)
             _plain_pass(model, requests, found)
@@ -138,7 +140,7 @@ def _fill(
                     found["kept"][row["key"]] = _kept(model, cell.method, mine, found["samples"])
                 except Exception as error:  # this method fails here; the others may not
                     problems.append(f"{cell.label}: {type(error).__name__}: {error}")
-                runner._write(out / "samples.json", json.dumps(found, ensure_ascii=False))
+                write(out / "samples.json", json.dumps(found, ensure_ascii=False))
         finally:
             model.vtc_apply(None)
             random.setstate(state)
@@ -178,9 +180,9 @@ def _requests(model: Any, tasks: Any, settings: runner.Settings, per_task: int) 
     limit = min(per_task, settings.limit or per_task)
     for name in dict.fromkeys(settings.tasks):
         loaded = get_task_dict([name], tasks.manager, "simple" if model.is_simple else "chat")
-        leaves = list(runner._leaves(loaded))
-        share = -(-limit // len(leaves))
-        for task in leaves:
+        parts = list(leaves(loaded))
+        share = -(-limit // len(parts))
+        for task in parts:
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
             task.set_fewshot_seed(seed=settings.seed)

@@ -305,7 +305,7 @@ def test_a_limit_is_refused(tmp_path):
 def test_the_embedded_model_is_tuned_and_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr("vtc.eval.run.hub_answers", lambda: False)
     # A cell's key is of vtc's code too, which somebody may edit while this runs.
-    monkeypatch.setattr("vtc.eval.run._own_sources", lambda: "as it is")
+    monkeypatch.setattr("vtc.eval.run.own_sources", lambda: "as it is")
     given = Settings(out=tmp_path, methods=("todre:keep=0.5", "random"), keeps=(4,))
     result = tuner.autotune(given, allowed=0.2, start=16, most=32)
     assert json.loads((tmp_path / "autotune.json").read_text()) == json.loads(json.dumps(result))
@@ -327,7 +327,7 @@ def test_the_embedded_model_is_tuned_and_goes_on_where_it_was(tmp_path, monkeypa
     assert "todre:keep=0.5" in text
 
     # Again: every cell is there, so that no model is loaded.
-    monkeypatch.setattr("vtc.eval.run._load", _not_again)
+    monkeypatch.setattr("vtc.eval.run.load", _not_again)
     again = tuner.autotune(replace(given), allowed=0.2, start=16, most=32)
     assert again["latest"] == result["latest"]
     assert again["winner"] == result["winner"]

@@ -6,6 +6,8 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,12 @@ pytest.importorskip("lmms_eval")
 
 from vtc.eval import run as runner
 from vtc.eval import stats
+from vtc.eval.loading import fingerprint, write_suite
+from vtc.eval.plan import BadInput, Cell, Observer, Settings, plan
+from vtc.eval.quiet import offline
 from vtc.eval.report import runs, table
-from vtc.eval.run import BadInput, Observer, Settings, plan, run, write_suite
+from vtc.eval.results import compare, samples_of, scores_of
+from vtc.eval.run import run
 
 ROWS = 6
 KEEPS = (0.5, 4)
@@ -202,7 +208,7 @@ def test_finished_cells_are_not_run_again(done, monkeypatch, tmp_path):
     settings = Settings(**{**vars(done["settings"]), "out": out})
     log = Log()
     with monkeypatch.context() as patched:
-        patched.setattr(runner, "_load", lambda *a, **k: pytest.fail("the model was loaded"))
+        patched.setattr(runner, "load", lambda *a, **k: pytest.fail("the model was loaded"))
         assert run(settings, log) == done["results"] | {
             "settings": done["results"]["settings"] | {"out": str(out)}
         }
@@ -235,15 +241,15 @@ def test_a_killed_run_goes_on_where_it_was(folder, tmp_path):
 
 
 def test_the_key_is_of_all_that_matters():
-    cell = runner.Cell("random", 4, "vtc_scenes", vtc.make("random", keep=4))
+    cell = Cell("random", 4, "vtc_scenes", vtc.make("random", keep=4))
     context = {"model": "a", "limit": 2, "seed": 0, "dtype": "float32", "data": "d"}
     key = cell.key(context)
     assert key == cell.key(dict(reversed(context.items())))
     others = [cell.key({**context, name: "other"}) for name in context]
     others += [
-        runner.Cell("random", 5, "vtc_scenes", vtc.make("random", keep=5)).key(context),
-        runner.Cell("random", 4, "vtc_photo", vtc.make("random", keep=4)).key(context),
-        runner.Cell("random", 4, "vtc_scenes", vtc.make("random", keep=4), blind=True).key(context),
+        Cell("random", 5, "vtc_scenes", vtc.make("random", keep=5)).key(context),
+        Cell("random", 4, "vtc_photo", vtc.make("random", keep=4)).key(context),
+        Cell("random", 4, "vtc_scenes", vtc.make("random", keep=4), blind=True).key(context),
     ]
     assert len({key, *others}) == 1 + len(others)
 
@@ -251,8 +257,8 @@ def test_the_key_is_of_all_that_matters():
 def test_a_models_fingerprint_is_of_its_weights(tmp_path):
     first, same = save_model(tmp_path / "a"), save_model(tmp_path / "b")
     other = save_model(tmp_path / "c", seed=1)
-    assert runner._fingerprint(first) == runner._fingerprint(same)
-    assert runner._fingerprint(first) != runner._fingerprint(other)
+    assert fingerprint(first) == fingerprint(same)
+    assert fingerprint(first) != fingerprint(other)
 
 
 # ---- failures -----------------------------------------------------------------------------------
@@ -338,7 +344,7 @@ def test_being_offline_ends_with_the_run(folder, tmp_path):
     import huggingface_hub.constants
 
     before = huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    with runner.offline(True):
+    with offline(True):
         assert huggingface_hub.constants.HF_HUB_OFFLINE
         assert datasets.config.HF_HUB_OFFLINE
     assert before == (huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE)
@@ -440,7 +446,7 @@ def test_hard_samples_are_those_that_need_the_tokens(tmp_path):
         (tmp_path / "cells" / f"{key}.jsonl").write_text("\n".join(lines))
         cells.append({"key": key, "label": label, "keep": keep, "task": "t", "status": "done",
                       "interval": [0, 1]})  # fmt: skip
-    runner._compare(tmp_path, cells)
+    compare(tmp_path, cells)
     found = {(c["label"], c["keep"]): (c["hard"], c["loyalty"]) for c in cells}
     assert found["todre", 4] == ({"samples": 3, "score": 2 / 3}, 2 / 5)
     assert found["todre", 9] == ({"samples": 0, "score": None}, 4 / 5)
@@ -460,8 +466,8 @@ def test_a_metric_that_is_no_mean_has_no_interval():
         "samples": {"mme": logged},
         "results": {"mme": {"mme_perception_score,none": 200.0}},
     }
-    samples = list(runner._samples(found, "mme"))
-    scores = runner._scores(found, "mme", samples)
+    samples = list(samples_of(found, "mme"))
+    scores = scores_of(found, "mme", samples)
     assert (scores["score"], scores["interval"], scores["by_type"]) == (200.0, None, {})
     assert samples[0]["type"] == "count"
 
@@ -482,3 +488,24 @@ def test_the_table_fits_and_names_its_units(done):
 
 def test_runs_of_layers():
     assert runs([576, 576, 144.2, 143.8, 10]) == "576×2 144×2 10×1"
+
+
+# ---- several processes --------------------------------------------------------------------------
+@pytest.mark.slow
+def test_two_processes_score_what_one_does(tmp_path: Path) -> None:
+    """An odd number of samples, so that one process has one more than the other."""
+    found = {}
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        command = [
+            sys.executable, "-m", "vtc.cli", "eval", "--methods", "divprune", "--keep", "0.1",
+            "--tasks", "vtc_scenes", "--limit", "5", "--no-baselines", "--no-page",
+            "--out", str(out), "--processes", str(processes),
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found[processes] = json.loads((out / "results.json").read_text())["cells"]
+    assert len(found[1]) == len(found[2]) == 1
+    for one, two in zip(found[1], found[2], strict=True):
+        for name in ("label", "score", "interval", "tokens", "flops", "kv_bytes", "samples"):
+            assert one[name] == two[name]

@@ -29,6 +29,7 @@ pytest.importorskip("lmms_eval")
 from vtc.eval import run as runner
 from vtc.eval import stats, viewer
 from vtc.eval.page import machine, write_page
+from vtc.eval.results import hard, logged
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>&amp;\"'"
 JPEG = base64.b64encode(b"not looked at").decode()
@@ -379,8 +380,8 @@ def test_split_by_hand(out):
     assert rows["todre"]["B: accuracy, %"] == f"{100 * 12 / 18:.1f}"
     assert rows["pool"]["A: accuracy, %"] == f"{100 * 4 / 18:.1f}"
     # What results.json calls "hard" is group A.
-    logs = (runner._logged(out, f"key-{x}") for x in ("pool", "full", "downsample"))
-    assert runner._hard(*logs) == {"samples": 18, "score": pytest.approx(4 / 18)}
+    logs = (logged(out, f"key-{x}") for x in ("pool", "full", "downsample"))
+    assert hard(*logs) == {"samples": 18, "score": pytest.approx(4 / 18)}
 
 
 def test_settings_versions_and_machine(out):
@@ -465,7 +466,7 @@ def test_what_was_traced_is_not_traced_again(out, monkeypatch):
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(runner, "_load", never)
+    monkeypatch.setattr(viewer, "load", never)
     data = Page(write_page(out)).data
     names = [cell["name"] for cell in data["cells"]]
     assert names[data["first"]] == "todre keep 0.25"
@@ -492,7 +493,7 @@ def test_without_pictures_the_answers_are_still_there(out, monkeypatch):
     assert len(data["samples"]) == 8
     assert data["samples"][0]["image"] is None
     assert data["samples"][0]["cells"]["0"]["answer"] == "yes"
-    monkeypatch.setattr(runner, "_source", broken)
+    monkeypatch.setattr(viewer, "find_source", broken)
     page = Page(write_page(out))
     assert any(t.endswith("OSError: no such model") for t in page.texts("p"))
     assert page.data["samples"] == data["samples"]

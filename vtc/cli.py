@@ -371,8 +371,11 @@ def _present(results: Mapping[str, Any], out: Path, started: float, page: bool) 
     console.print(table(results))
     written = ["results.json", "results.csv"]
     if any(c["status"] == "done" and c["tokens"] for c in results["cells"]):
-        tradeoff(results).savefig(out / "tradeoff.png")
-        written.append("tradeoff.png")
+        try:
+            tradeoff(results).savefig(out / "tradeoff.png")
+            written.append("tradeoff.png")
+        except OSError as error:
+            console.print(f"no picture: {error}", style="red", markup=False)
     if page:
         try:
             written.append(write_page(out).name)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..run import BadInput
+from ..plan import BadInput
 from .settings import NATIVE, PLAIN, PRESETS, TILED, Settings
 
 if TYPE_CHECKING:

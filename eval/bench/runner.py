@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import vtc
 
 from ..machine import load_average, machine
-from ..run import BadInput, Observer, _json, _write
+from ..plan import BadInput, Observer
+from ..results import as_json, write
 from .model import build, config_of
 from .rows import csv_of, row_of
 from .settings import Settings, Variant, device_of, plan
@@ -82,10 +83,10 @@ def run(settings: Settings, observer: Observer | None = None) -> dict[str, Any]:
         gc.unfreeze()
         torch.set_num_threads(threads)
     results["machine"] = {**where, "load_average": {"before": before, "after": load_average()}}
-    found: dict[str, Any] = _json({**results, "rows": rows})
+    found: dict[str, Any] = as_json({**results, "rows": rows})
     if settings.out is not None:
-        _write(settings.out / "bench.json", json.dumps(found, indent=1, ensure_ascii=False))
-        _write(settings.out / "bench.csv", csv_of(found["rows"]))
+        write(settings.out / "bench.json", json.dumps(found, indent=1, ensure_ascii=False))
+        write(settings.out / "bench.csv", csv_of(found["rows"]))
     return found
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -28,6 +28,9 @@ from vtc.patching import patch as vtc_patch
 from vtc.spec import parse_keep, parse_method
 
 from . import EMBEDDED
+
+if TYPE_CHECKING:
+    from vtc.eval.journal import Journal
 
 __all__ = ["VtcModel", "accepted_arguments", "grey"]
 
@@ -89,6 +92,7 @@ class VtcModel:
     vtc_patch: Patch | None = None
     vtc_blind: bool = False
     vtc_progress: Callable[[int], None] | None = None
+    vtc_journal: Journal | None = None
     vtc_keep_model: bool = False
     _vtc_report_path: str | None = None
 
@@ -195,8 +199,20 @@ class VtcModel:
             out.append(changed)
         return out
 
+    def _vtc_answers(
+        self, kind: str, requests: Sequence[Any], ask: Callable[[list[Any]], list[Any]]
+    ) -> list[Any]:
+        """Answers to requests: from the journal those that are there, the others from `ask`."""
+        if self.vtc_journal is None:
+            return ask(list(requests))
+        if self.vtc_patch is None:
+            raise RuntimeError("vtc_journal: expected a patched model, as it notes the report")
+        return self.vtc_journal.answers(
+            kind, requests, ask, self.vtc_patch.report, self.vtc_progress
+        )
+
     def _vtc_shared(
-        self, requests: Sequence[Any], ask: Callable[[list[Any]], list[Any]]
+        self, kind: str, requests: Sequence[Any], ask: Callable[[list[Any]], list[Any]]
     ) -> list[Any]:
         """Answers to requests, of which other processes may have others.
 
@@ -206,7 +222,7 @@ class VtcModel:
         from vtc.eval.parallel import together
 
         real = [r for r in requests if not (r.metadata or {}).get("__padding_only__")]
-        answers = together(lambda: ask(real) if real else [])
+        answers = together(lambda: self._vtc_answers(kind, real, ask) if real else [])
         return [*answers, *answers[-1:] * (len(requests) - len(real))]
 
     def generate_until(self, requests: Sequence[Any]) -> list[Any]:
@@ -216,13 +232,17 @@ class VtcModel:
                     self._vtc_requests(mine)
                 )
 
-        return self._vtc_shared(requests, ask)
+        return self._vtc_shared("generate_until", requests, ask)
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[Any]:
         if self.vtc_blind:
             raise NotImplementedError("blind: not for tasks of several rounds")
-        with self._vtc_guard():
-            return super().generate_until_multi_round(list(requests))  # type: ignore[misc]
+
+        def ask(mine: list[Any]) -> list[Any]:
+            with self._vtc_guard():
+                return super(VtcModel, self).generate_until_multi_round(mine)  # type: ignore[misc]
+
+        return self._vtc_answers("generate_until_multi_round", requests, ask)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
         """(loss, greedy) pairs as `GenerationResult`s: lmms-eval 0.7.3 makes text of bare pairs,
@@ -235,7 +255,7 @@ class VtcModel:
             )
             return [GenerationResult(text=pair) for pair in pairs]
 
-        return self._vtc_shared(requests, ask)
+        return self._vtc_shared("loglikelihood", requests, ask)
 
 
 class _LlavaScores:
