@@ -440,6 +440,8 @@ class Engine:
             forward.layout.valid, forward.valid
         ):
             place = forward.layout.nearest(length).to(hidden.device)
+            if (last := self._last_wanted(forward)) is not None:
+                place = place[:, -last:]
             output.last_hidden_state = gather_tokens(hidden, place)
         forward.lm.stop(forward.lm_started, hidden.device)
         ledger, cache = forward.ledger, cache_in(output)
@@ -453,6 +455,15 @@ class Engine:
             clocks = vision, heard, forward.selector, forward.lm
             self.report.add(Prefill(samples, size, *clocks))
             self._warn_of_idle_parts(forward)
+
+    def _last_wanted(self, forward: Forward) -> int | None:
+        """How many of the last places the head will look at, `None` for all: in `generate` one, and
+        to put the others back in full would take as long as much of a selection."""
+        wanted = forward.logits_to_keep
+        slices = "logits_to_keep" in inspect.signature(type(self.backbone.model).forward).parameters
+        if not slices or forward.labels is not None or not isinstance(wanted, int) or wanted < 1:
+            return None
+        return wanted
 
     def _warn_of_compiling(self) -> None:
         if not self.told:

@@ -9,8 +9,7 @@ to rounding; looking at a result costs nothing on a CPU, unlike on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,35 +24,39 @@ def greedy_ahead(
     rows: Tensor,
     k: int,
     pivot: int,
-    combine: Callable[[Tensor, Tensor], Tensor],
-    made: dict[int, Tensor] | None = None,
+    combine: np.ufunc,
+    made: dict[int, np.ndarray] | None = None,
 ) -> Tensor:
     """(k,) greedy choice among the unit `rows` (n, d) from `pivot` on, in order.
 
     Args:
-        combine: of the running values (n,) and the similarities to the token just chosen.
+        combine: of the running values (n,) and the similarities to the token just chosen, add or
+            maximum.
         made: rows of similarities that are there already, by token.
     """
     n, made = rows.shape[0], made or {}
     chosen = [pivot]
-    running = rows.mv(rows[pivot])
-    running[pivot] = torch.inf
+    # NumPy's calls cost less than PyTorch's, and here each is for one row.
+    running = rows.mv(rows[pivot]).numpy()
+    running[pivot] = np.inf
     while len(chosen) < k:
         index = int(running.argmin())
         if index not in made:
             # No more than are still to be chosen: the last rows are not made in vain.
             wanted = min(AHEAD, k - len(chosen))
-            ahead = running.topk(min(n, wanted + len(made)), largest=False).indices.tolist()
+            reach = min(n, wanted + len(made))
+            ahead = np.argpartition(running, reach - 1)[:reach]
+            ahead = ahead[running[ahead].argsort(kind="stable")].tolist()
             missing = [index, *(i for i in ahead if i != index and i not in made)][:wanted]
-            made.update(zip(missing, rows[missing] @ rows.T, strict=True))
+            made.update(zip(missing, (rows[missing] @ rows.T).numpy(), strict=True))
         chosen.append(index)
         # Infinity stays infinity under + and max, so a chosen token never returns.
-        running = combine(running, made.pop(index))
-        running[index] = torch.inf
+        combine(running, made.pop(index), out=running)
+        running[index] = np.inf
     return torch.tensor(chosen)
 
 
-def search_isolated(rows: Tensor) -> tuple[int, dict[int, Tensor]]:
+def search_isolated(rows: Tensor) -> tuple[int, dict[int, np.ndarray]]:
     """The most isolated of the unit `rows` (n, d), without most of the pairs: a token that has come
     near some other is out.
 
@@ -63,9 +66,9 @@ def search_isolated(rows: Tensor) -> tuple[int, dict[int, Tensor]]:
     Returns:
         The index, and the rows of similarities made on the way, -inf to itself.
     """
-    n, at_once = rows.shape[0], 2 * AHEAD
-    made: dict[int, Tensor] = {}
-    some = torch.arange(0, n, max(1, n // (2 * at_once)))
+    n, at_once = rows.shape[0], 4 * AHEAD
+    made: dict[int, np.ndarray] = {}
+    some = torch.arange(0, n, max(1, n // (6 * AHEAD)))
     block = rows @ rows[some].T
     block[some, torch.arange(len(some))] = -torch.inf
     bound, nearest = block.amax(1), rows.new_full((n,), torch.inf)
@@ -77,7 +80,7 @@ def search_isolated(rows: Tensor) -> tuple[int, dict[int, Tensor]]:
             return int(nearest.argmin()), made
         block = rows[index] @ rows.T
         block[torch.arange(len(index)), index] = -torch.inf
-        made.update(zip(index.tolist(), block, strict=True))
+        made.update(zip(index.tolist(), block.numpy(), strict=True))
         nearest[index] = block.amax(1)
         bound = torch.maximum(bound, block.amax(0))
         bound[nearest < torch.inf] = torch.inf

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -140,7 +141,7 @@ def _greedy(
     pivot: int | Tensor,
     combine: Callable[[Tensor, Tensor], Tensor],
     pairs: Tensor | None = None,
-    made: dict[int, Tensor] | None = None,
+    made: dict[int, np.ndarray] | None = None,
 ) -> Tensor:
     check_shape("features", features, "n", "d")
     *images, n, _ = features.shape
@@ -156,7 +157,8 @@ def _greedy(
         return torch.stack([_greedy(one, k, first, combine) for one, first in each])
     rows = unit_rows(features)
     if pairs is None and _many_on_cpu(rows):
-        return greedy_ahead(rows, k, int(pivot), combine, made)
+        ufunc = np.add if combine is torch.add else np.maximum
+        return greedy_ahead(rows, k, int(pivot), ufunc, made)
     index = torch.empty(*images, 1, dtype=torch.long, device=rows.device)
     index[..., 0] = pivot
     if pairs is None and _all_pairs(n, k):
