@@ -91,7 +91,8 @@ class Journal:
                 # What is sampled must not depend on what was answered before.
                 set_seed(int(_digest([self.seed, mine])[:8], 16))
                 report.reset()
-                record = _record(mine, _asked([requests[i] for i in batch], ask), report)
+                answers = _asked([requests[i] for i in batch], ask)
+                record = _record(mine, answers, report)
                 self._append(record)
             elif progress is not None:
                 progress(len(batch))
@@ -116,9 +117,8 @@ class Journal:
         for file in self._files():
             content, end = file.read_bytes(), 0
             while (stop := content.find(b"\n", end)) >= 0:
-                try:
-                    record = json.loads(content[end:stop])
-                except ValueError:  # a machine that lost power may leave anything
+                record = _parsed(content[end:stop])
+                if record is None:  # a machine that lost power may leave anything
                     break
                 known[tuple(record["names"])] = record
                 end = stop + 1
@@ -136,11 +136,22 @@ class Journal:
 
 
 def _asked(requests: list[Any], ask: Callable[[list[Any]], list[Any]]) -> list[Any]:
+    which = ", ".join(f"{r.task_name}/{r.doc_id}" for r in requests)
     try:
-        return ask(requests)
+        answers = ask(requests)
     except Exception as error:
-        which = ", ".join(f"{r.task_name}/{r.doc_id}" for r in requests)
         raise SampleError(f"{which}: {type(error).__name__}: {error}") from error
+    if len(answers) != len(requests):  # before they are written down, to be read for ever
+        raise SampleError(f"{which}: {len(answers)} answers to {len(requests)} requests")
+    return answers
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+        return record if len(record["names"]) == len(record["answers"]) else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _digest(value: Any) -> str:
@@ -166,11 +177,17 @@ def _batches(requests: Sequence[Any], size: int) -> list[list[int]]:
     Cut from all requests, not from those that are left, so that a batch is the same after a
     restart.
     """
-    order = list(range(len(requests)))
-    if size > 1:
-        settings = [_digest([a for a in r.args if isinstance(a, dict)]) for r in requests]
-        order.sort(key=lambda i: (settings[i], -len(str(requests[i].args[0]))))
-    return [order[i : i + size] for i in range(0, len(order), size)]
+    if size == 1:
+        return [[i] for i in range(len(requests))]
+    groups: dict[str, list[int]] = {}
+    for i, request in enumerate(requests):
+        settings = _digest([a for a in request.args if isinstance(a, dict)])
+        groups.setdefault(settings, []).append(i)
+    batches = []
+    for group in groups.values():
+        group.sort(key=lambda i: -len(str(requests[i].args[0])))
+        batches += [group[i : i + size] for i in range(0, len(group), size)]
+    return batches
 
 
 def _record(names: Sequence[str], answers: Sequence[Any], report: Report) -> dict[str, Any]:

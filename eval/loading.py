@@ -78,12 +78,15 @@ def fingerprint(folder: Path) -> str:
 def own_sources() -> str:
     """Hash of vtc's own code: while a method is worked on, its version says nothing.
 
-    With that of lmms-eval's classes and tasks, which ask and score.
+    With that of lmms-eval's classes and tasks, which ask and score, and of what writes cells.
     """
     from vtc.integrations import lmms_eval
 
     digest = hashlib.sha256()
-    folders = (vtc.__file__, lmms_eval.__file__, Path(__file__).parent / "tasks" / "utils.py")
+    here = Path(__file__).parent
+    for name in ("journal.py", "prefills.py", "results.py", "run.py", "stats.py"):
+        digest.update((here / name).read_bytes())
+    folders = (vtc.__file__, lmms_eval.__file__, here / "tasks" / "utils.py")
     for folder in (Path(str(file)).parent for file in folders):
         for file in sorted(f for f in folder.rglob("*") if f.suffix in (".py", ".yaml")):
             digest.update(file.relative_to(folder).as_posix().encode())

@@ -4,7 +4,7 @@
     vtc eval --methods todre,divprune,... --keep 0.25,0.1,0.05 --out results/methods
     python -m vtc.eval.methods_page results/methods eval/embedded
 
-Every method is compared with random choice, pooling and down-sampling at no fewer tokens, averaged
+Every method is compared with random choice, pooling and down-sampling at as many tokens, averaged
 over the decoder layers, on the same samples (`page_tables.peer`); what the page says in words is
 made from these tests.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,7 @@ def write(run: Path, out: Path) -> Path:
         ValueError: the run has several tasks, cells that failed, or scores without intervals.
     """
     results = json.loads((run / "results.json").read_text("utf-8"))
-    cells = results["cells"]
+    cells = results["cells"] = [_swept(cell) for cell in results["cells"]]
     tasks = {c["task"] for c in cells}
     if len(tasks) != 1 or len(done(cells)) != len(cells):
         failed = [c["label"] for c in cells if c["status"] != "done"]
@@ -77,6 +78,14 @@ def write(run: Path, out: Path) -> Path:
     page = out / "METHODS.md"
     page.write_text(_page(results, verdicts), "utf-8")
     return page
+
+
+def _swept(cell: Cell) -> Cell:
+    """A baseline named with its keep, such as random:keep=0.45, as if that had been swept."""
+    name, _, settings = cell["label"].partition(":")
+    if name in SIMPLE and settings.startswith("keep="):
+        return {**cell, "label": name, "keep": cell["method"]["keep"]}
+    return cell
 
 
 def judge(cells: Sequence[Cell], logs: Logs) -> dict[str, dict[str, Verdict]]:
@@ -145,20 +154,29 @@ _COLUMNS = (
 )  # fmt: skip
 
 
+def _keeps(cells: Sequence[Cell]) -> list[str]:
+    return [f"{c['keep']:g}" for c in cells if c["keep"] is not None]
+
+
 def _groups(cells: Sequence[Cell], verdicts: Mapping[str, Mapping[str, Verdict]]) -> list[str]:
     """Which methods are better than all three baselines: at every budget, at some, at none."""
     kinds: dict[str, dict[str, list[str]]] = {"all": {}, "some": {}, "none": {}}
     worse: list[str] = []
+    alone: list[str] = []
     for label in dict.fromkeys(c["label"] for c in cells if c["label"] not in _PLAIN):
-        mine = [c for c in cells if c["label"] == label and c["key"] in verdicts]
-        wins = [c for c in mine if all(v.says > 0 for v in verdicts[c["key"]].values())]
-        kind = "all" if mine and len(wins) == len(mine) else "some" if wins else "none"
-        where = [f"{c['keep']:g}" for c in wins if c["keep"] is not None]
-        kinds[kind][f"`{label.partition(':')[0]}`"] = where
-        lost = [c for c in mine if any(v.says < 0 for v in verdicts[c["key"]].values())]
-        if lost:
-            keeps = ", ".join(f"{c['keep']:g}" for c in lost if c["keep"] is not None)
-            worse.append(f"`{label.partition(':')[0]}`" + (f" ({keeps})" if keeps else ""))
+        mine = [c for c in cells if c["label"] == label]
+        found = {c["key"]: verdicts.get(c["key"], {}).values() for c in mine}
+        known = [c for c in mine if len(found[c["key"]]) == len(SIMPLE)]
+        wins = [c for c in known if all(v.says > 0 for v in found[c["key"]])]
+        kind = "all" if len(wins) == len(mine) else "some" if wins else "none"
+        kinds[kind][f"`{_name(mine[0])}`"] = _keeps(wins)
+        for group, inside in (
+            (worse, [c for c in mine if any(v.says < 0 for v in found[c["key"]])]),
+            (alone, [c for c in mine if c not in known]),
+        ):
+            if inside:
+                keeps = ", ".join(_keeps(inside))
+                group.append(f"`{_name(mine[0])}`" + (f" ({keeps})" if keeps else ""))
     lines = []
     if kinds["all"]:
         lines.append(f"Better than all three at every budget: {', '.join(kinds['all'])}.")
@@ -169,6 +187,8 @@ def _groups(cells: Sequence[Cell], verdicts: Mapping[str, Mapping[str, Verdict]]
         lines.append(f"At no budget shown to be better than all three: {', '.join(kinds['none'])}.")
     if worse:
         lines.append(f"Worse than at least one of the three: {', '.join(worse)}.")
+    if alone:
+        lines.append(f"Not all three were run at as many tokens: {', '.join(alone)}.")
     return lines
 
 
@@ -184,6 +204,9 @@ def _page(results: Mapping[str, Any], verdicts: Mapping[str, Mapping[str, Verdic
     machine = results.get("machine") or {}
     versions = cells[0]["versions"]
     keeps = ",".join(f"{k:g}" for k in settings["keeps"])
+    lines = textwrap.wrap(", ".join(settings["methods"]), 84, break_on_hyphens=False)
+    # A comma ends each line; the next one begins without a space.
+    named = "\\\n    ".join(line.replace(", ", ",") for line in lines)
     words = "\n".join(f"- {text}" for text in _groups(ranked, verdicts))
     return f"""\
 # All methods on the embedded VLM
@@ -191,15 +214,17 @@ def _page(results: Mapping[str, Any], verdicts: Mapping[str, Mapping[str, Verdic
 Written by `python -m vtc.eval.methods_page`, from one run of {samples} generated questions
 (`{cells[0]["task"]}`), greedy, exact match:
 
-    vtc eval --methods {",".join(settings["methods"])} \\
-        --keep {keeps} --tasks {cells[0]["task"]} --limit {settings["limit"]}
+    vtc eval --methods \\
+    {named} \\
+    --keep {keeps} --tasks {cells[0]["task"]} --limit {settings["limit"]}
 
 `keep` means what a method's docstring says: compare by tokens. *tokens in*: vision tokens that
 enter the first decoder layer; *tokens, mean*: averaged over the layers; KV bytes and FLOPs are the
 language model's prefill, of these tokens and the text. *against*: points above (+) or below (-)
 random choice, pooling and down-sampling on the same questions, each at the `keep` in brackets: the
-fewest tokens that are no fewer than the method's. **Bold** is better and _italic_ worse by
-McNemar's test after Holm's correction over all tests of this page (p <= {LEVEL:g}).
+fewest tokens that are no fewer than the method's, give or take a twentieth. **Bold** is better and
+_italic_ worse by McNemar's test after Holm's correction over all tests of this page
+(p <= {LEVEL:g}).
 
 ![accuracy against tokens, a panel for each method](methods.png)
 
@@ -221,6 +246,7 @@ def draw(cells: Sequence[Cell]) -> Figure:
     """Small panels with common axes: a method in colour, over the simple baselines in grey."""
     from vtc.plots import figure_of, token_axis
 
+    cells = [_swept(cell) for cell in cells]
     labels = sorted({c["label"] for c in cells} - set(_PLAIN), key=lambda x: x.partition(":")[0])
     across = 6
     down = -(-len(labels) // across)

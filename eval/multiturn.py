@@ -60,6 +60,9 @@ METHODS: dict[str, bool] = {
 }
 """Methods to compare, and whether what they keep depends on the question."""
 
+AWARE = {**METHODS, "atp": True, "pyramiddrop": True, "transprune": True, "catp": True}
+"""The same of methods that are compared on request, such as one that needs weights."""
+
 MAX_NEW_TOKENS = 16
 
 
@@ -290,7 +293,7 @@ def main() -> None:
     talks = list(dialogues(args.count, args.split, args.seed, args.types))
     found = [score(model, processor, "full", talks)]
     for name, method in made.items():
-        aware = METHODS.get(method.name)
+        aware = AWARE.get(method.name)
         found.append(score(model, processor, method, talks, name, aware))
     Console(width=120).print(table(found))
     if args.out is not None:

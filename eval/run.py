@@ -124,6 +124,7 @@ def run(settings: Settings, observer: Observer | None = None) -> dict[str, Any]:
             "model": source.fingerprint,
             "lmms_eval_class": source.builtin,
             "limit": settings.limit,
+            "batch_size": settings.batch_size,
             "seed": settings.seed,
             "dtype": source.dtype,
             "device": source.device.partition(":")[0],

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,7 @@ def run(tmp_path: Path) -> Path:
         ("full", None, 40),
         ("blind", None, 4),
         ("random", 0.25, 5),
-        ("random", 0.5, 6),
+        ("random:keep=0.5", 0.5, 6),
         ("pool", 0.25, 0),
         ("downsample", 0.25, 5),
         ("todre", 0.25, 38),
@@ -32,6 +34,8 @@ def run(tmp_path: Path) -> Path:
         samples = [{**s, "score": float(i < right)} for i, s in enumerate(_samples("full"))]
         cell = _cell(label, keep, samples)
         cell["key"] += f"-{keep}"
+        if label == "random:keep=0.5":  # named with its keep, which was not swept
+            cell |= {"keep": None, "method": {"method": "random", "keep": 0.5}}
         cell["versions"] = {"vtc": "0", "torch": "1"}
         if label == "fastv":
             cell["tokens"] = {**cell["tokens"], "out": 576.0, "equivalent": 200.0}
@@ -61,6 +65,17 @@ def test_methods_are_compared_at_no_fewer_tokens(run: Path) -> None:
     assert "- At no budget shown to be better than all three: `fastv`." in page
     assert "Worse than" not in page
     assert (run / "methods.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_can_be_typed(run: Path) -> None:
+    results = json.loads((run / "results.json").read_text())
+    results["settings"]["methods"] = [f"todre:keep=0.{i}" for i in range(11, 40)]
+    (run / "results.json").write_text(json.dumps(results))
+    page = write(run, run).read_text()
+    (block,) = (part for part in page.split("\n\n") if part.startswith("    vtc eval"))
+    words = shlex.split(textwrap.dedent(block).replace("\\\n", ""))  # as a shell does
+    assert words[2:4] == ["--methods", ",".join(results["settings"]["methods"])]
+    assert words[4:6] == ["--keep", "0.25,0.2"]
 
 
 def test_worse_is_said(run: Path) -> None:

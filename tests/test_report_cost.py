@@ -21,7 +21,7 @@ from vtc.families.base import CACHE
 
 ALL = (
     "aya_vision", "cohere2_vision", "deepseek_vl", "gemma3", "gemma4", "glm4v", "idefics3",
-    "internvl", "kimi_k25", "llava_next", "llava_next_video", "llava_onevision",
+    "internvl", "kimi_k25", "llama4", "llava_next", "llava_next_video", "llava_onevision",
     "llava_onevision_shrunk", "mllama", "ovis2", "paligemma", "qwen2_5_vl", "qwen2_vl", "qwen3_vl",
     "smolvlm", "video_llava", "vipllava",
 )  # fmt: skip

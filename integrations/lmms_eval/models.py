@@ -242,7 +242,7 @@ class VtcModel:
             with self._vtc_guard():
                 return super(VtcModel, self).generate_until_multi_round(mine)  # type: ignore[misc]
 
-        return self._vtc_answers("generate_until_multi_round", requests, ask)
+        return self._vtc_shared("generate_until_multi_round", requests, ask)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
         """(loss, greedy) pairs as `GenerationResult`s: lmms-eval 0.7.3 makes text of bare pairs,

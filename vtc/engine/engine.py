@@ -248,6 +248,8 @@ class Engine:
                 given = _by_name(self.backbone.base, args, kwargs)
                 if labels is None:  # the base model may be all there is
                     labels = given.get("labels")
+                if self.backbone.model is self.backbone.base and self._slices_logits:
+                    logits = given.get("logits_to_keep", 0)
                 forward = Forward(labels=labels, given=given, logits_to_keep=logits)
                 self.forward = forward
                 self._look_at(forward, given)
@@ -456,12 +458,21 @@ class Engine:
             self.report.add(Prefill(samples, size, *clocks))
             self._warn_of_idle_parts(forward)
 
+    @property
+    def _slices_logits(self) -> bool:
+        """Whether the model has a head, and says of how many places it makes logits."""
+        return "logits_to_keep" in inspect.signature(type(self.backbone.model).forward).parameters
+
     def _last_wanted(self, forward: Forward) -> int | None:
         """How many of the last places the head will look at, `None` for all: in `generate` one, and
         to put the others back in full would take as long as much of a selection."""
         wanted = forward.logits_to_keep
-        slices = "logits_to_keep" in inspect.signature(type(self.backbone.model).forward).parameters
-        if not slices or forward.labels is not None or not isinstance(wanted, int) or wanted < 1:
+        if (
+            not self._slices_logits
+            or forward.labels is not None
+            or not isinstance(wanted, int)
+            or wanted < 1
+        ):
             return None
         return wanted
 

@@ -241,9 +241,12 @@ class PerTile(_Split):
 
     def select(self, tokens: VisionTokens) -> Selection:
         """(k,) ascending indices, and (k, d) contents where the method merges."""
-        if tokens.crop is None or not bool((tokens.crop != tokens.crop[0]).any()):
+        if tokens.crop is None:
             return self.inner.select(tokens)
-        return self._apply(tokens, tokens.crop, self.of_thumbnail, tiles=True)
+        # One tile alone, be it the only one or what others left, is no thumbnail beside tiles.
+        several = bool((tokens.crop != tokens.crop[0]).any())
+        first = self.of_thumbnail if several else self.inner
+        return self._apply(tokens, tokens.crop, first, tiles=True)
 
     def to_dict(self) -> dict[str, Any]:
         given = self.thumbnail

@@ -79,7 +79,7 @@ def max_min(features: Tensor, k: int) -> Tensor:
     check_shape("features", features, "n", "d")
     if not _in_lockstep(features):
         return torch.stack([max_min(one, k) for one in features])
-    rows = unit_rows(features)
+    rows = unit_rows(features.detach())
     if _many_on_cpu(rows):
         isolated, made = search_isolated(rows)
         return _greedy(rows, k, isolated, torch.maximum, made=made)
@@ -105,7 +105,7 @@ def most_isolated(features: Tensor, rows_at_once: int = 512) -> Tensor:
     Raises:
         ValueError: features of another shape or not finite.
     """
-    rows = unit_rows(features)
+    rows = unit_rows(features.detach())
     nearest = []
     for start in range(0, rows.shape[-2], rows_at_once):
         block = rows[..., start : start + rows_at_once, :] @ rows.mT
@@ -155,7 +155,7 @@ def _greedy(
         pivots = torch.as_tensor(pivot).expand(images).tolist()
         each = zip(features, pivots, strict=True)
         return torch.stack([_greedy(one, k, first, combine) for one, first in each])
-    rows = unit_rows(features)
+    rows = unit_rows(features.detach())  # an index has no gradient
     if pairs is None and _many_on_cpu(rows):
         ufunc = np.add if combine is torch.add else np.maximum
         return greedy_ahead(rows, k, int(pivot), ufunc, made)

@@ -31,5 +31,7 @@ def unit_rows(features: Tensor) -> Tensor:
     if not torch.isfinite(wide.sum()) and not torch.isfinite(wide).all():
         raise ValueError("features: expected finite values, got NaN or infinity")
     lengths = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(1e-12)
-    # A copy that was made here is scaled where it lies: fresh memory costs more than the division.
-    return wide / lengths if wide is features else wide.div_(lengths)
+    if wide is features or wide.requires_grad:
+        return wide / lengths
+    # A copy is scaled where it lies: fresh memory costs more than the division.
+    return wide.div_(lengths)
