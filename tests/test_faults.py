@@ -25,7 +25,7 @@ pytest.importorskip("lmms_eval")
 
 from vtc.eval import prefills
 from vtc.eval import run as runner
-from vtc.eval.journal import Journal
+from vtc.eval.journal import Journal, SampleError
 
 from vtc.cli import app
 from vtc.engine.report import ImageTokens, Prefill, Report, Sample, Stopwatch
@@ -244,6 +244,38 @@ def test_a_torn_line_is_cut_off(tmp_path: Path) -> None:
     assert asked == [[0], [1], [1], [2]]
     Journal(tmp_path, "k").answers("g", requests, _asker(asked), report)
     assert len(asked) == 4
+
+
+@pytest.mark.parametrize("line", [b"null", b"{}", b'{"names": ["a"], "answers": []}', b"[1]"])
+def test_a_line_that_is_no_record_is_asked_again(tmp_path: Path, line: bytes) -> None:
+    requests = [_Request(i, "x") for i in range(2)]
+    report, asked = Report(None), []
+    Journal(tmp_path, "k").answers("g", requests[:1], _asker(asked), report)
+    path = tmp_path / "k.0.jsonl"
+    path.write_bytes(path.read_bytes() + line + b"\n")
+    found = Journal(tmp_path, "k").answers("g", requests, _asker(asked), report)
+    assert asked == [[0], [1]]
+    assert [a.text for a in found] == ["answer 0", "answer 1"]
+    Journal(tmp_path, "k").answers("g", requests, _asker(asked), report)
+    assert len(asked) == 2
+
+
+def test_another_number_of_answers_is_not_written_down(tmp_path: Path) -> None:
+    """Or every later start would fail as well, with the cause mended."""
+    requests, asked = [_Request(i, "x") for i in range(2)], []
+    journal = Journal(tmp_path, "k", batch=2)
+    with pytest.raises(SampleError, match="1 answers to 2 requests"):
+        journal.answers("g", requests, lambda mine: ["one"], Report(None))
+    assert not (tmp_path / "k.0.jsonl").exists()
+    found = journal.answers("g", requests, _asker(asked), Report(None))
+    assert [a.text for a in found] == ["answer 0", "answer 1"]
+
+
+def test_batches_hold_one_setting(tmp_path: Path) -> None:
+    requests = [_Request(i, "x", top_p=i % 2) for i in range(6)]
+    asked: list[list[int]] = []
+    Journal(tmp_path, "k", batch=2).answers("g", requests, _asker(asked), Report(None))
+    assert asked == [[0, 2], [4], [1, 3], [5]]
 
 
 def test_another_process_s_journal_is_read(tmp_path: Path) -> None:

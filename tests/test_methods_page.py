@@ -64,6 +64,7 @@ def test_methods_are_compared_at_no_fewer_tokens(run: Path) -> None:
     assert "- Better than all three at every budget: `todre`." in page
     assert "- At no budget shown to be better than all three: `fastv`." in page
     assert "Worse than" not in page
+    assert "- Not all three were run at as many tokens: `fastv` (0.2)." in page
     assert (run / "methods.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -76,6 +77,16 @@ def test_the_command_can_be_typed(run: Path) -> None:
     words = shlex.split(textwrap.dedent(block).replace("\\\n", ""))  # as a shell does
     assert words[2:4] == ["--methods", ",".join(results["settings"]["methods"])]
     assert words[4:6] == ["--keep", "0.25,0.2"]
+
+
+def test_one_comparison_won_is_not_three(run: Path) -> None:
+    """At 200 tokens there is random only, which it beats; that is not better than all three."""
+    (log,) = (run / "cells").glob("*todre*.jsonl")
+    (other,) = (run / "cells").glob("*fastv*.jsonl")
+    other.write_text(log.read_text())
+    page = write(run, run).read_text()
+    assert _row(page, "| `fastv`")[-3].startswith("**+")
+    assert "- At no budget shown to be better than all three: `fastv`." in page
 
 
 def test_worse_is_said(run: Path) -> None:
@@ -110,5 +121,7 @@ def test_a_panel_for_each_method(run: Path) -> None:
 
 def test_the_committed_page_has_every_method() -> None:
     page = (Path(methods_page.__file__).parent / "embedded" / "METHODS.md").read_text()
+    assert page.startswith("# All methods on the embedded VLM\n\nWritten by `python -m vtc.eval")
+    assert "| accuracy, % [95 %] | tokens in | tokens, mean | KV, MiB | LM, GFLOPs |" in page
     for name in vtc.methods():
         assert f"| `{name}` |" in page

@@ -34,6 +34,7 @@ from vtc.ops import (
     max_sum,
     merge_into_nearest,
     merging,
+    most_isolated,
     naive,
     pool_grid,
     top_k,
@@ -302,6 +303,19 @@ def test_many_tokens_on_a_cpu_are_chosen_as_in_steps(fast, slow, k):
     """Rows made some at a time give the order that the naive twin has."""
     features = torch.randn(1500, 12, generator=torch.Generator().manual_seed(k)).double()
     assert torch.equal(fast(features, k, 7), slow(features, k, 7))
+
+
+@pytest.mark.parametrize("n", [20, 1100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_needs_a_gradient_is_chosen_from_as_what_does_not(n, dtype):
+    """In training, and in any forward outside of `torch.no_grad`."""
+    plain = torch.randn(n, 8, generator=torch.Generator().manual_seed(n)).to(dtype)
+    given = plain.clone().requires_grad_()
+    for fast in (max_sum, farthest_first, max_min):
+        assert torch.equal(fast(given, 9), fast(plain, 9))
+    assert torch.equal(most_isolated(given), most_isolated(plain))
+    (unit_rows(given) * plain).sum().backward()
+    assert given.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("d", [3, 40])

@@ -86,6 +86,23 @@ def test_each_tile_has_its_own_cls(name: str) -> None:
     assert len(shown.unique(dim=0)) == len(tiles)
 
 
+def test_the_only_tile_that_others_left_has_its_cls() -> None:
+    """After another method a tile may stand alone, and it need not be the thumbnail."""
+    tokens = tiled(3, 4, 4)
+    assert tokens.crop is not None
+    own, looks = torch.randn(3, 5), Looks()
+    places = (tokens.crop == 2).nonzero().squeeze(1)
+    rows = {
+        field.name: value[places]
+        for field in dataclasses.fields(tokens)
+        if isinstance(value := getattr(tokens, field.name), torch.Tensor)
+        and len(value) == len(tokens)
+    }
+    vtc.PerTile(looks).select(dataclasses.replace(tokens, **rows, crop_cls=own))
+    (seen,) = looks.notes
+    assert torch.equal(seen.encoder_cls, own[2])  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", INNER)
 def test_a_tile_is_chosen_from_with_its_cls(name: str) -> None:
     tokens = tiled(3, 4, 4)
