@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 
 # The models of the tests are so small that a second thread only costs time.
 torch.set_num_threads(1)
+# Programs and notebooks that tests start beside other tests: two threads would wait for one core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @dataclass
