@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention rows that are averaged over the heads, at once and by key head."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vtc.engine import taps
+
+
+@pytest.mark.parametrize("key_heads", [1, 2, 6])
+@pytest.mark.parametrize("masked", ["none", "allowed", "bias"])
+def test_the_mean_by_key_head_is_the_mean(
+    key_heads: int, masked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 6, 5, 8, generator=generator)
+    key = torch.randn(2, key_heads, 7, 8, generator=generator)
+    seen = torch.rand(2, 1, 5, 7, generator=generator) > 0.3
+    seen[1, :, 2] = False  # a row that sees nothing attends to nothing
+    allowed = seen if masked == "allowed" else None
+    bias = torch.randn(2, 1, 5, 7, generator=generator) if masked == "bias" else None
+    expected = taps.row_attention(query, key, allowed, bias, 0.4, 3.0).mean(1, keepdim=True)
+    assert torch.equal(taps.mean_attention(query, key, allowed, bias, 0.4, 3.0), expected)
+    monkeypatch.setattr(taps, "_AT_ONCE", 0)
+    torch.testing.assert_close(taps.mean_attention(query, key, allowed, bias, 0.4, 3.0), expected)
