@@ -1,28 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compress the vision tokens of vision-language models."""
+"""Compress the vision tokens of vision-language models.
 
-from .families import UnsupportedModelError, models
-from .methods import *  # noqa: F403
-from .methods import __all__ as _methods
-from .methods.base import LayerState, Method, Selection, VisionTokens, make, methods
-from .patching import Patch, patch, unpatch
-from .presets import describe, preset, presets
+Importing `vtc` imports neither PyTorch nor transformers: the first use of a name does.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .families import UnsupportedModelError, models
+    from .methods import *  # noqa: F403
+    from .methods.base import LayerState, Method, Selection, VisionTokens, make, methods
+    from .patching import Patch, patch, unpatch
+    from .presets import describe, preset, presets
 
 __version__ = "0.1.0"
-__all__ = [
-    "LayerState",
-    "Method",
-    "Patch",
-    "Selection",
-    "UnsupportedModelError",
-    "VisionTokens",
-    "describe",
-    "make",
-    "methods",
-    "models",
-    "patch",
-    "preset",
-    "presets",
-    "unpatch",
-    *_methods,
-]
+
+_HOMES = {
+    "Patch": "patching",
+    "UnsupportedModelError": "families",
+    "describe": "presets",
+    "models": "families",
+    "patch": "patching",
+    "preset": "presets",
+    "unpatch": "patching",
+}
+"""Public names and the modules that define them; every other public name is from `vtc.methods`."""
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__all__":
+        return sorted({*_HOMES, "presets", *import_module("vtc.methods").__all__})
+    if name in ("methods", "presets"):  # packages that can be called
+        return import_module(f"vtc.{name}")
+    if name in _HOMES:
+        found = getattr(import_module(f"vtc.{_HOMES[name]}"), name)
+    elif name.startswith("_") or name not in (home := import_module("vtc.methods")).__all__:
+        raise AttributeError(f"module 'vtc' has no attribute {name!r}")
+    else:
+        found = getattr(home, name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__")})

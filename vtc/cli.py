@@ -44,6 +44,57 @@ def _fail(option: str, message: str) -> typer.BadParameter:
     return typer.BadParameter(message, param_hint=option)
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from vtc import __version__
+
+        print(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Compress the vision tokens of Hugging Face vision-language models."""
+
+
+# ---- vtc doctor ---------------------------------------------------------------------------------
+@app.command()
+def doctor() -> None:
+    """Print versions, extras and devices, and what is missing, too old or too new.
+
+    Exit code 1 if something keeps vtc, or an extra that is installed, from working.
+    """
+    from vtc import __version__
+    from vtc import doctor as look
+
+    console = _console()
+    console.print(f"vtc {__version__}, {look.system()}")
+    for line in look.devices():
+        console.print(f"  {line}", markup=False)
+    bad = False
+    groups: dict[str, list[look.Finding]] = {}
+    for finding in look.findings():
+        groups.setdefault(finding.extra, []).append(finding)
+    for extra, found in groups.items():
+        installed = [f"{f.name} {f.installed}" for f in found if f.installed]
+        console.print(f"{extra}: {', '.join(installed) or 'not installed'}", markup=False)
+        for finding in found:
+            if finding.state == "ok" or not (installed or finding.bad):
+                continue
+            bad = bad or finding.bad
+            what = f"  {finding.state}: {finding.name} {finding.installed or ''}".rstrip()
+            console.print(f"{what} ({finding.remedy})", style="red" * finding.bad, markup=False)
+    for module, reason in look.broken_imports():
+        bad = True
+        console.print(f"cannot import {module}: {reason}", style="red", markup=False)
+    console.print("something needs attention" if bad else "all is well")
+    raise typer.Exit(int(bad))
+
+
 # ---- vtc methods, vtc models --------------------------------------------------------------------
 @app.command()
 def methods() -> None:

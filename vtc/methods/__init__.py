@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+
 from vtc.methods.atp import ATP
 from vtc.methods.base import (
     Compose,
@@ -84,3 +87,13 @@ __all__ = [
     "make",
     "methods",
 ]
+
+
+class _Package(ModuleType):
+    """`vtc.methods` is this package, and a function that lists what is registered."""
+
+    def __call__(self) -> dict[str, type[Method]]:
+        return methods()
+
+
+sys.modules[__name__].__class__ = _Package

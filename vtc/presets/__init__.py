@@ -35,8 +35,10 @@ vtc leaves those of rows that keep a token, beside the target.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any, Literal, get_args
 
 from vtc.cost import equivalent_tokens
@@ -328,3 +330,13 @@ def _infeasible(row: Row, tokens: int | float, which: str, limit: float) -> Infe
         f"tokens: {row.method} cannot meet {asked} on {row.target} on average over the "
         f"{model.layers} layers; the {which} it can meet is {best}{hint}"
     )
+
+
+class _Package(ModuleType):
+    """`vtc.presets` is this package, and the function of the same name."""
+
+    def __call__(self, method: str | None = None, target: str | None = None) -> list[Preset]:
+        return presets(method, target)
+
+
+sys.modules[__name__].__class__ = _Package
