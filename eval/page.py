@@ -17,7 +17,7 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def write_page(out: Path, samples: int = 8, trace: bool = True) -> Path:
         if not known:
             raise ValueError(f"out: expected format 1 in {file}, got {results['format']!r}")
         context = _context(out, results, samples, trace)
-        written = datetime.fromtimestamp(file.stat().st_mtime, timezone.utc)
+        written = datetime.fromtimestamp(file.stat().st_mtime, UTC)
         context["lead"] += f" Results of {written:%Y-%m-%d %H:%M} UTC."
     else:
         context = {

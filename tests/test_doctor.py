@@ -91,7 +91,8 @@ def test_doctor_judges_versions(monkeypatch, installed, state, bad) -> None:
     assert (found.state, found.bad) == (state, bad)
     out = CliRunner().invoke(app, ["doctor"])
     assert out.exit_code == int(bad)
-    assert (f"filelock {installed}" in out.output) and ((state in out.output) == bad)
+    assert f"filelock {installed}" in out.output
+    assert (state in out.output) == bad
 
 
 def test_doctor_says_what_is_untested_and_what_is_missing(monkeypatch) -> None:
