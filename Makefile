@@ -53,5 +53,9 @@ lock: $(VENV)/.uv
 		$(UPGRADE) --resolution lowest-direct --extra eval --extra test \
 		--output-file requirements-floor.lock pyproject.toml
 
+# What `vtc methods` knows without importing PyTorch; a test says when it is out of date.
+catalogue: $(VENV)/.dev
+	$(BIN)/python -m vtc.catalogue
+
 clean:
 	rm -rf $(VENV) .venv-floor .venv-newest build dist *.egg-info
