@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What starting costs: `python -m vtc.eval.bench_start`.
 
-Each line is a fresh process; they run in turns, and the median of their CPU seconds (user and system) is
-printed, with the ratio to `import torch` alone.
+Each line is a fresh process; they run in turns, and the median of their CPU seconds (user and
+system) is printed, with the ratio to `import torch` alone.
 """
 
 from __future__ import annotations
