@@ -13,6 +13,7 @@ from torch import Tensor
 from vtc.families import ImageMap, Modality
 from vtc.methods.base import LayerState, Method, Record, Rows, Selection, VisionTokens
 
+from .calls import Generating
 from .layout import Layout, gather_last
 from .ledger import Ledger
 from .report import ImageTokens, Sample, Stopwatch, logits_of
@@ -149,6 +150,7 @@ class Forward:
         given: the arguments of the base model.
         logits_to_keep: what the model was given of this name, 0 where it was not; `None` if the
             base model runs alone.
+        generating: the call of `generate` that this is a step of.
         phase: "plain" leaves the model alone; "prefill" compresses; "decode" continues a
             compressed cache.
     """
@@ -159,6 +161,7 @@ class Forward:
     vision: dict[Modality, Tensor] = field(default_factory=dict)
     given: Mapping[str, Any] = field(default_factory=dict)
     logits_to_keep: Any = None
+    generating: Generating | None = None
     phase: str = "plain"
 
     # Set at prefill. `valid`, `gap`, `image`, `separator`, `text` and `blocks` are (b, s) over the
