@@ -33,7 +33,7 @@ from vtc.families.mllama import CrossImage, Mllama
 from vtc.methods.base import Method, Selection, VisionTokens
 
 from .calls import Calls, Generating
-from .engine import _by_name, _split_mask
+from .engine import _by_name, _split_mask, refuse_packed
 from .forward import checked
 from .layout import Layout, gather_tokens
 from .ledger import Group, Ledger, attach, cache_in, ledger_of
@@ -259,6 +259,9 @@ class CrossEngine:
                 for own, of_row in zip(images, left, strict=True)
                 for image, kept in zip(own, of_row, strict=True)
             )
+            if dropped or states is not before:
+                flash = "flash" in (self.backbone.decoder.config._attn_implementation or "")
+                refuse_packed(call.given, kwargs, flash)
             if not dropped:
                 keep = torch.ones_like(keep)
             if dropped or ledger is not None:

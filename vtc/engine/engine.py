@@ -17,7 +17,7 @@ import functools
 import inspect
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -167,7 +167,9 @@ class Engine:
             self._warn_of_compiling()
         with self.calls.generate(images) as call:
             out = original(*args, **kwargs)
-        if images and not call.handled:
+        # To an assistant transformers hands no images.
+        drafts = getattr(kwargs.get("generation_config"), "is_assistant", False)
+        if images and not call.handled and not drafts:
             raise RuntimeError(_UNHANDLED.format(model=type(self.backbone.model).__name__))
         return out
 
@@ -243,7 +245,10 @@ class Engine:
         forward = self.forward
         if forward is None or forward.phase != "prefill" or forward.deepstack is None:
             return original(hidden_states, visual_pos_masks, visual_embeds)
-        index, every = forward.layout.index, forward.deepstack
+        layout, every = forward.layout, forward.deepstack
+        if layout.index.shape == every.shape and torch.equal(layout.valid, forward.valid):
+            return original(hidden_states, visual_pos_masks, visual_embeds)
+        index = layout.index
         left = every.gather(1, index) & forward.layout.valid
         row = (every.flatten().cumsum(0) - 1).view_as(every).gather(1, index)[left]
         return original(hidden_states, left, visual_embeds[row.to(visual_embeds.device)])
@@ -341,6 +346,7 @@ class Engine:
         """Prefill with images: run the sequence stage and hand on what is left."""
         embeds, cache = kwargs["inputs_embeds"], cache_in(kwargs)
         rows, length = embeds.shape[:2]
+        forward.entering = dict(kwargs)
         ledger = ledger_of(cache)
         plain = ledger is None
         past = ledger.logical if ledger else int(cache.get_seq_length()) if cache is not None else 0
@@ -375,7 +381,10 @@ class Engine:
             )
             self.vision.mark_uncoded(forward)
             forward.layout = Layout.whole(forward.valid)
-            if not torch.equal(keep, forward.valid):
+            dropped = not torch.equal(keep, forward.valid)
+            if dropped or new_embeds is not embeds:
+                refuse_packed(forward.given, forward.entering, self.flash)
+            if dropped:
                 forward.layout, place = forward.layout.compact(keep)
                 new_embeds = gather_tokens(new_embeds, place)
                 new_embeds = new_embeds.masked_fill(~forward.layout.valid[..., None], 0)
@@ -574,10 +583,14 @@ class Engine:
                 rows, ahead = method.peeks(self.num_layers).get(layer), None
                 if rows is not None and not forward.replay:
                     ahead = self.decoder.peek(forward, layer, rows, hidden, cache, method.by_head)
+                before = hidden
                 hidden, keep = prune_between_layers(
                     forward, number, method, layer, self.num_layers, hidden, ahead
                 )
-                if torch.equal(keep, forward.layout.valid):
+                dropped = not torch.equal(keep, forward.layout.valid)
+                if dropped or hidden is not before:
+                    refuse_packed(forward.given, forward.entering, self.flash)
+                if not dropped:
                     continue
                 forward.layout, place = forward.layout.compact(keep)
                 hidden = gather_tokens(hidden, place.to(hidden.device))
@@ -705,6 +718,43 @@ def _keep_all_states(kwargs: dict[str, Any]) -> None:
 
 def _ones(like: Tensor, length: int) -> Tensor:
     return torch.ones(like.shape[0], length, dtype=torch.bool, device=like.device)
+
+
+def refuse_packed(given: Mapping[str, Any], entering: Mapping[str, Any], flash: bool) -> None:
+    """Raise `ValueError` if a row holds several documents, which transformers keeps apart: what is
+    chosen for one would follow from the others, and its masks do not survive a compression.
+
+    Args:
+        given: the arguments of the base model.
+        entering: those with which the decoder was called.
+    """
+    for name in _PACKING:
+        if given.get(name) is not None or entering.get(name) is not None:
+            raise ValueError(_PACKED.format(name=name, what="it marks several documents in a row"))
+    mask, positions = given.get("attention_mask"), entering.get("position_ids")
+    masked = isinstance(mask, Tensor) and not (flash and bool(mask.all()))
+    if positions is None or masked or cache_in(given) is not None:
+        return
+    if positions.dim() == 3:  # of several axes the first, if there are four, counts the text
+        if len(positions) < 4:
+            return
+        positions = positions[0]
+    if bool((positions.diff(dim=-1) != 1).any()):
+        raise ValueError(
+            _PACKED.format(
+                name="position_ids",
+                what="without an attention_mask, positions that start anew mark several documents "
+                "in a row",
+            )
+        )
+
+
+_PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
+
+_PACKED = (
+    "{name}: {what}, which a patched model does not compress; give each document a row of its own, "
+    "with an attention_mask, or unpatch"
+)
 
 
 def _split_mask(

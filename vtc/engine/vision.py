@@ -378,7 +378,8 @@ class VisionSide:
         return joined.of(patches)
 
     def spans(self, forward: Forward) -> list[ImageSpan]:
-        """The images of this forward by sample, in the order in which they stand."""
+        """The images of this forward by sample, in the order in which they stand. One that is
+        masked as a whole is none."""
         found: list[tuple[int, Tensor, ImageSignals]] = []
         for modality, mask in forward.vision.items():
             if modality in forward.features:
@@ -387,8 +388,10 @@ class VisionSide:
         seen = [0] * len(forward.valid)
         spans = []
         for b, place, signals in found:
-            spans.append(ImageSpan.of(b, seen[b], place, signals))
-            seen[b] += 1
+            span = ImageSpan.of(b, seen[b], place, signals, forward.valid[b])
+            if len(span.index):
+                spans.append(span)
+                seen[b] += 1
         return spans
 
     def _pieces(
