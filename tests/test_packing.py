@@ -15,6 +15,7 @@ from tests.families import FAMILIES, join
 from tests.test_families import SEQUENCE_ONLY, shared
 from tests.test_serving import EVERY
 
+
 def packed(name: str) -> dict[str, Tensor]:
     """Two documents with an image each in one row, without a mask."""
     family = FAMILIES[name]
@@ -48,7 +49,7 @@ def test_documents_in_one_row(name: str) -> None:
         with vtc.patch(model, method):
             assert torch.equal(logits_of(model, batch), plain)
     for method in methods:
-        with vtc.patch(model, method), pytest.raises(ValueError, match="position_ids: .*document"):
+        with vtc.patch(model, method), pytest.raises(ValueError, match=r"position_ids: .*document"):
             logits_of(model, batch)
 
 
