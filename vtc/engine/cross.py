@@ -32,7 +32,8 @@ from vtc.families import Backbone, Family, UnsupportedModelError
 from vtc.families.mllama import CrossImage, Mllama
 from vtc.methods.base import Method, Selection, VisionTokens
 
-from .engine import _by_name, _split_mask
+from .calls import Calls, Generating
+from .engine import _by_name, _split_mask, refuse_packed
 from .forward import checked
 from .layout import Layout, gather_tokens
 from .ledger import Group, Ledger, attach, cache_in, ledger_of
@@ -83,6 +84,7 @@ class _Call:
     given: dict[str, Any]
     labels: Tensor | None
     logits_to_keep: Any = None
+    generating: Generating | None = None
     vision: Stopwatch = field(default_factory=Stopwatch)
     selector: Stopwatch = field(default_factory=Stopwatch)
     lm: Stopwatch = field(default_factory=Stopwatch)
@@ -111,22 +113,24 @@ class CrossEngine:
 
     def _forget(self) -> None:
         """Start with nothing under way."""
-        self.lock = threading.RLock()  # one call at a time: its state lives here
-        self.call: _Call | None = None
-        self.labels: Tensor | None = None
-        self.logits: Any = None
-        self.frozen: tuple[Decisions, Tensor] | None = None
-        self.generating = False
+        self.lock = threading.RLock()  # a patch does not come off in the middle of a forward
+        self.calls = Calls()
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for name in ("lock", "call", "labels", "logits", "frozen"):
+        for name in ("lock", "calls"):
             del state[name]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget()
+
+    @property
+    def call(self) -> _Call | None:
+        """The forward that this thread is in, the innermost if there are several."""
+        found: _Call | None = self.calls.forward
+        return found
 
     # ---- on and off ---------------------------------------------------------------------------
     def install(self) -> None:
@@ -140,6 +144,8 @@ class CrossEngine:
                 self.overrides.append(Override(b.model, "forward", self._run_model))
             if hasattr(b.model, "generate"):
                 self.overrides.append(Override(b.model, "generate", self._generate))
+                step = Override(b.model, "prepare_inputs_for_generation", self._prepare_step)
+                self.overrides.append(step)
                 masks = Override(b.model, "create_masks_for_generate", self._create_masks)
                 self.overrides.append(masks)
             self.handles += [
@@ -152,12 +158,13 @@ class CrossEngine:
 
     def uninstall(self) -> None:
         """Bring the model back as it was."""
-        for handle in self.handles:
-            handle.remove()
-        for override in reversed(self.overrides):
-            override.remove()
-        self.handles, self.overrides = [], []
-        self._forget()
+        self.calls.refuse_in_forward()
+        with self.lock:
+            for handle in self.handles:
+                handle.remove()
+            for override in reversed(self.overrides):
+                override.remove()
+            self.handles, self.overrides = [], []
 
     # ---- the model ----------------------------------------------------------------------------
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -178,12 +185,15 @@ class CrossEngine:
                     "those that were wrong would cut vision states off the cross layers' cache; "
                     "leave it out, or unpatch"
                 )
-        with self.lock:
-            self.generating, self.frozen = True, None
-            try:
-                return original(*args, **kwargs)
-            finally:
-                self.generating, self.frozen = False, None
+        with self.calls.generate(kwargs.get("pixel_values") is not None):
+            return original(*args, **kwargs)
+
+    def _prepare_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`generate` asks for the inputs of a step, and then calls the model with them."""
+        out = original(*args, **kwargs)
+        if self.calls.generating is not None:
+            self.calls.generating.asked = True
+        return out
 
     def _create_masks(self, original: Callable[..., Any] | None, **kwargs: Any) -> Any:
         """The prefill reads the 2-D mask, from which the decoder makes its own."""
@@ -192,25 +202,23 @@ class CrossEngine:
         return (original or create_masks_for_generate)(**kwargs)
 
     def _run_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with self.lock:
-            given = _by_name(self.backbone.model, args, kwargs)
-            self.labels, self.logits = given.get("labels"), given.get("logits_to_keep", 0)
-            try:
-                return original(*args, **kwargs)
-            finally:
-                self.labels = self.logits = None
+        given = _by_name(self.backbone.model, args, kwargs)
+        with self.lock, self.calls.model(given.get("labels"), given.get("logits_to_keep", 0)):
+            return original(*args, **kwargs)
 
     def _run_base(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        asked = self.calls.take_asked()
+        given = _by_name(self.backbone.base, args, kwargs)
+        self.family.check_inputs(given)
+        call = _Call(given, asked.labels, asked.logits, asked.generating)
         with self.lock:
-            given = _by_name(self.backbone.base, args, kwargs)
-            self.family.check_inputs(given)
-            self.call = call = _Call(given, self.labels, self.logits)
+            outer, self.calls.forward = self.calls.forward, call
             try:
                 if given.get("pixel_values") is not None:
                     call.vision_started = call.vision.start(given["pixel_values"].device)
                 return original(*args, **kwargs)
             finally:  # also where it failed, or was interrupted
-                self.call = None
+                self.calls.forward = outer
                 if call.ledger is not None:
                     call.ledger.may_write = False
 
@@ -242,7 +250,7 @@ class CrossEngine:
             valid = torch.ones(rows, count, dtype=torch.bool, device=tokens.device)
         with call.selector.measure(states.device):
             images = self.family.images(self.backbone, call.given)
-            self._freeze(call, cache, valid)
+            self._freeze(call, valid)
             states = states.reshape(rows, -1, shape[-1])
             before = states
             states, keep, left = self._select(call, images, states, valid)
@@ -251,6 +259,9 @@ class CrossEngine:
                 for own, of_row in zip(images, left, strict=True)
                 for image, kept in zip(own, of_row, strict=True)
             )
+            if dropped or states is not before:
+                flash = "flash" in (self.backbone.decoder.config._attn_implementation or "")
+                refuse_packed(call.given, kwargs, flash)
             if not dropped:
                 keep = torch.ones_like(keep)
             if dropped or ledger is not None:
@@ -352,16 +363,14 @@ class CrossEngine:
             found["segment"] = embedded[text & (place > places[image]) & (place < end)]
         return found
 
-    def _freeze(self, call: _Call, cache: Any, valid: Tensor) -> None:
-        """Note where the prompt ends. Without a cache, `generate` feeds it again at every step:
-        what was chosen at the first one holds, as it does with a cache."""
+    def _freeze(self, call: _Call, valid: Tensor) -> None:
+        """Note where the prompt ends; in `generate` without a cache, do again what was chosen at
+        the first step."""
         call.prompt_end = self._prompt_end(call, valid)
-        if not self.generating or cache is not None:
-            return
-        if self.frozen is None:
-            self.frozen = call.decisions, call.prompt_end
-        else:
-            call.decisions, call.prompt_end = self.frozen
+        made = call.decisions, call.prompt_end
+        found = call.generating and call.generating.chosen(call.given, made)
+        if found:
+            call.decisions, call.prompt_end = found
             call.replay = True
 
     def _prompt_end(self, call: _Call, valid: Tensor) -> Tensor:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,14 @@ from vtc.methods.base import Record, Rows
 from . import taps
 from .forward import Forward, Heard, rows_of
 from .plan import Plan
+
+
+@dataclass(frozen=True)
+class _UnderWay:
+    """A forward, and the state of the taps in it."""
+
+    forward: Forward | None
+    taps: list[Any]
 
 
 class DecoderSide:
@@ -70,11 +79,17 @@ class DecoderSide:
         """Record what decoder layers do from now on as part of `forward`."""
         self.forward = forward
 
-    def end(self) -> None:
-        """The forward is over, or failed."""
-        self.forward = None
-        for tap in self.taps.values():
-            tap.armed, tap.captured, tap.silent = None, [], False
+    def exchange(self, under_way: _UnderWay | None) -> _UnderWay:
+        """Go on with what was under way here, `None` for nothing, and return what now is: a call
+        within a call leaves the outer one as it was."""
+        kept = [(tap.armed, tap.captured, tap.silent) for tap in self.taps.values()]
+        left = _UnderWay(self.forward, kept)
+        for i, tap in enumerate(self.taps.values()):
+            tap.armed, tap.captured, tap.silent = (
+                under_way.taps[i] if under_way else (None, [], False)
+            )
+        self.forward = None if under_way is None else under_way.forward
+        return left
 
     # ---- records ------------------------------------------------------------------------------
     @torch.compiler.disable

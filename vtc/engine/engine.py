@@ -17,7 +17,8 @@ import functools
 import inspect
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,9 +28,9 @@ from transformers.masking_utils import create_masks_for_generate
 from vtc.families import Backbone, Family, Modality
 from vtc.methods.base import Method
 
+from .calls import PIXELS, Calls
 from .decoder import DecoderSide
 from .forward import (
-    Decisions,
     Forward,
     prune_between_layers,
     select_in_sequence,
@@ -55,29 +56,30 @@ class Engine:
         # Installed things
         self.handles: list[Any] = []
         self.overrides: list[Override] = []
+        self.warned = self.told = False
         self._forget()
 
     def _forget(self) -> None:
         """Start with nothing under way."""
-        # One call at a time: the state of a call lives here, and a server may have many threads.
+        # One forward at a time: taps sit on modules, which a server's threads share.
         self.lock = threading.RLock()
-        self.forward: Forward | None = None
-        self.labels: Tensor | None = None
-        self.logits: Any = None
-        self.frozen: tuple[Decisions, list[int]] | None = None
-        self.generating = False
-        self.handled = 0
-        self.warned = self.told = False
+        self.calls = Calls()
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for name in ("lock", "forward", "labels", "logits", "frozen"):
+        for name in ("lock", "calls"):
             del state[name]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget()
+
+    @property
+    def forward(self) -> Forward | None:
+        """The forward that this thread is in, the innermost if there are several."""
+        found: Forward | None = self.calls.forward
+        return found
 
     # ---- on and off ---------------------------------------------------------------------------
     def install(self) -> None:
@@ -110,6 +112,7 @@ class Engine:
         if hasattr(b.model, "generate"):
             self.overrides += [
                 Override(b.model, "generate", self._generate),
+                Override(b.model, "prepare_inputs_for_generation", self._prepare_step),
                 Override(b.model, "create_masks_for_generate", self._create_masks),
             ]
         self.handles += [
@@ -125,14 +128,15 @@ class Engine:
         self.vision.install()
 
     def uninstall(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        for override in reversed(self.overrides):
-            override.remove()
-        self.vision.uninstall()
-        self.decoder.uninstall()
-        self.handles, self.overrides = [], []
-        self._forget()
+        self.calls.refuse_in_forward()
+        with self.lock:  # what another thread runs comes to its end
+            for handle in self.handles:
+                handle.remove()
+            for override in reversed(self.overrides):
+                override.remove()
+            self.vision.uninstall()
+            self.decoder.uninstall()
+            self.handles, self.overrides = [], []
 
     def _refuse_replicas(self, original: Callable[..., Any]) -> Any:
         raise RuntimeError(
@@ -161,30 +165,47 @@ class Engine:
                 )
         if kwargs.get("compile_config") is not None or given.compile_config is not None:
             self._warn_of_compiling()
-        with self.lock:
-            before, self.generating, self.frozen = self.handled, True, None
-            try:
-                out = original(*args, **kwargs)
-            finally:
-                self.generating, self.frozen = False, None
-            if images and self.handled == before:
-                raise RuntimeError(_UNHANDLED.format(model=type(self.backbone.model).__name__))
+        with self.calls.generate(images) as call:
+            out = original(*args, **kwargs)
+        # To an assistant transformers hands no images.
+        drafts = getattr(kwargs.get("generation_config"), "is_assistant", False)
+        if images and not call.handled and not drafts:
+            raise RuntimeError(_UNHANDLED.format(model=type(self.backbone.model).__name__))
+        return out
+
+    def _prepare_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`generate` asks for the inputs of a step, and then calls the model with them."""
+        out = original(*args, **kwargs)
+        if self.calls.generating is not None:
+            self.calls.generating.asked = True
         return out
 
     def _create_masks(self, original: Callable[..., Any] | None, **kwargs: Any) -> Any:
         """Static caches get 4-D masks ahead of the forward, sized for the full sequence. A
         compressed one needs the 2-D mask, so that the forward can build what fits."""
-        if kwargs.get("is_first_iteration") or ledger_of(cache_in(kwargs)) is not None:
-            return kwargs.get("attention_mask")
-        return (original or create_masks_for_generate)(**kwargs)
+        given, call = kwargs.get("attention_mask"), self.calls.generating
+        if ledger_of(cache_in(kwargs)) is not None:
+            return given
+        made = (original or create_masks_for_generate)(**kwargs)
+        if not kwargs.get("is_first_iteration") or (call is not None and not call.images):
+            return made
+        if call is not None:
+            call.masks = made
+        return given
 
     # ---- base model ---------------------------------------------------------------------------
     def _encode(
         self, modality: Modality, original: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
+        if self.forward is not None:
+            return self._encode_alone(modality, original, *args, **kwargs)
         # What another thread encodes must not be taken for that of a forward under way.
         with self.lock:
-            return self._encode_alone(modality, original, *args, **kwargs)
+            before = self.vision.exchange(self.calls.vision)
+            try:
+                return self._encode_alone(modality, original, *args, **kwargs)
+            finally:
+                self.calls.vision = self.vision.exchange(before)
 
     def _encode_alone(
         self, modality: Modality, original: Callable[..., Any], *args: Any, **kwargs: Any
@@ -224,7 +245,10 @@ class Engine:
         forward = self.forward
         if forward is None or forward.phase != "prefill" or forward.deepstack is None:
             return original(hidden_states, visual_pos_masks, visual_embeds)
-        index, every = forward.layout.index, forward.deepstack
+        layout, every = forward.layout, forward.deepstack
+        if layout.index.shape == every.shape and torch.equal(layout.valid, forward.valid):
+            return original(hidden_states, visual_pos_masks, visual_embeds)
+        index = layout.index
         left = every.gather(1, index) & forward.layout.valid
         row = (every.flatten().cumsum(0) - 1).view_as(every).gather(1, index)[left]
         return original(hidden_states, left, visual_embeds[row.to(visual_embeds.device)])
@@ -232,37 +256,49 @@ class Engine:
     def _run_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.backbone.model._compiled_call_impl is not None:
             self._warn_of_compiling()
-        with self.lock:
-            given = _by_name(self.backbone.model, args, kwargs)
-            self.labels, self.logits = given.get("labels"), given.get("logits_to_keep", 0)
-            try:
-                return original(*args, **kwargs)
-            finally:
-                self.labels = self.logits = None
+        given = _by_name(self.backbone.model, args, kwargs)
+        with self.lock, self.calls.model(given.get("labels"), given.get("logits_to_keep", 0)):
+            return original(*args, **kwargs)
 
     def _run_base(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with self.lock:
-            labels, self.labels = self.labels, None
-            logits, self.logits = self.logits, None
-            try:
-                given = _by_name(self.backbone.base, args, kwargs)
-                if labels is None:  # the base model may be all there is
-                    labels = given.get("labels")
-                if self.backbone.model is self.backbone.base and self._slices_logits:
-                    logits = given.get("logits_to_keep", 0)
-                forward = Forward(labels=labels, given=given, logits_to_keep=logits)
-                self.forward = forward
-                self._look_at(forward, given)
-                compressed = forward.images_seen or ledger_of(cache_in(given)) is not None
-                if self.family.masks_in_base and compressed:
-                    # Those that the base model would make do not fit; `forward.given` has this one.
-                    args, kwargs = (), {**given, "attention_mask": None}
-                out = original(*args, **kwargs)
-            finally:
-                self._forward_is_over()
+        asked = self.calls.take_asked()
+        given = _by_name(self.backbone.base, args, kwargs)
+        labels, logits = asked.labels, asked.logits
+        if labels is None:  # the base model may be all there is
+            labels = given.get("labels")
+        if self.backbone.model is self.backbone.base and self._slices_logits:
+            logits = given.get("logits_to_keep", 0)
+        forward = Forward(
+            labels=labels, given=given, logits_to_keep=logits, generating=asked.generating
+        )
+        with self._in_forward(forward):
+            self._look_at(forward, given)
+            if self.family.masks_in_base and ledger_of(cache_in(given)) is not None:
+                # Those that the base model would make do not fit; `forward.given` has this one.
+                args, kwargs = (), {**given, "attention_mask": None}
+            out = original(*args, **kwargs)
         if forward.images_seen and forward.phase != "prefill":
             raise RuntimeError(_UNHANDLED.format(model=type(self.backbone.model).__name__))
         return out
+
+    @contextmanager
+    def _in_forward(self, forward: Forward) -> Iterator[None]:
+        """The forward that hooks of this thread mean; what it interrupts goes on afterwards."""
+        calls = self.calls
+        with self.lock:
+            outer, calls.forward = calls.forward, forward
+            decoder = self.decoder.exchange(None)
+            vision = self.vision.exchange({} if outer is not None else calls.vision)
+            try:
+                yield
+            finally:  # also where it failed, or was interrupted
+                calls.forward = outer
+                self.decoder.exchange(decoder)
+                left = self.vision.exchange(vision)
+                if outer is None:
+                    calls.vision = left
+                if forward.ledger is not None:
+                    forward.ledger.may_write = False
 
     def _look_at(self, forward: Forward, given: dict[str, Any]) -> None:
         """Note what this forward was given, and refuse what cannot be told apart."""
@@ -281,13 +317,6 @@ class Engine:
         for name in names:
             if encoded.get(name) is not None:
                 forward.features[name] = self.family.features(encoded[name])
-
-    def _forward_is_over(self) -> None:
-        """Also where it failed, or was interrupted."""
-        forward, self.forward = self.forward, None
-        self.decoder.end()
-        if forward is not None and forward.ledger is not None:
-            forward.ledger.may_write = False
 
     # ---- decoder ------------------------------------------------------------------------------
     @torch.compiler.disable
@@ -317,6 +346,7 @@ class Engine:
         """Prefill with images: run the sequence stage and hand on what is left."""
         embeds, cache = kwargs["inputs_embeds"], cache_in(kwargs)
         rows, length = embeds.shape[:2]
+        forward.entering = dict(kwargs)
         ledger = ledger_of(cache)
         plain = ledger is None
         past = ledger.logical if ledger else int(cache.get_seq_length()) if cache is not None else 0
@@ -339,9 +369,10 @@ class Engine:
         forward.gap = torch.zeros_like(forward.valid)
         forward.spans = self.vision.spans(forward)
         forward.describe_prompt()
-        self._freeze(forward, cache)
+        self._freeze(forward)
         forward.phase = "prefill"
-        self.handled += 1
+        if forward.generating is not None:
+            forward.generating.handled = True
         self.decoder.begin(forward)
 
         with forward.selector.measure(embeds.device):
@@ -350,7 +381,10 @@ class Engine:
             )
             self.vision.mark_uncoded(forward)
             forward.layout = Layout.whole(forward.valid)
-            if not torch.equal(keep, forward.valid):
+            dropped = not torch.equal(keep, forward.valid)
+            if dropped or new_embeds is not embeds:
+                refuse_packed(forward.given, forward.entering, self.flash)
+            if dropped:
                 forward.layout, place = forward.layout.compact(keep)
                 new_embeds = gather_tokens(new_embeds, place)
                 new_embeds = new_embeds.masked_fill(~forward.layout.valid[..., None], 0)
@@ -365,13 +399,16 @@ class Engine:
         group = forward.ledger.groups[0]
         if group.diverged or len(forward.ledger.groups) > 1:
             _keep_all_states(kwargs)
+        if plain and not group.diverged:
+            # Nothing was dropped: masks and positions are those that the model makes.
+            call = forward.generating
+            if call is not None and call.masks is not None:
+                kwargs["attention_mask"], call.masks = call.masks, None
+            return
         if self.family.masks_in_base:
             kwargs["attention_mask"] = self._masks(forward, new_embeds, cache)
-            if group.diverged or not plain:
-                kwargs["position_ids"] = forward.rotary_positions(0)
+            kwargs["position_ids"] = forward.rotary_positions(0)
             return
-        if plain and not group.diverged:
-            return  # nothing was dropped: the model makes its own masks and positions
         # Always a mask: without one, gaps in the positions would be taken for packed sequences.
         mask = group.valid if group.valid is not None else _ones(new_embeds, group.length)
         kwargs["attention_mask"] = mask.long()
@@ -546,10 +583,14 @@ class Engine:
                 rows, ahead = method.peeks(self.num_layers).get(layer), None
                 if rows is not None and not forward.replay:
                     ahead = self.decoder.peek(forward, layer, rows, hidden, cache, method.by_head)
+                before = hidden
                 hidden, keep = prune_between_layers(
                     forward, number, method, layer, self.num_layers, hidden, ahead
                 )
-                if torch.equal(keep, forward.layout.valid):
+                dropped = not torch.equal(keep, forward.layout.valid)
+                if dropped or hidden is not before:
+                    refuse_packed(forward.given, forward.entering, self.flash)
+                if not dropped:
                     continue
                 forward.layout, place = forward.layout.compact(keep)
                 hidden = gather_tokens(hidden, place.to(hidden.device))
@@ -627,15 +668,12 @@ class Engine:
         if bool(total.any()) and not self.family.axial:
             group.shift = total if group.shift is None else group.shift + total
 
-    def _freeze(self, forward: Forward, cache: Any) -> None:
-        """Without a cache, `generate` feeds the prompt again at every step: what was chosen at the
-        first one holds, as it does with a cache."""
-        if not self.generating or cache is not None:
-            return
-        if self.frozen is None:
-            self.frozen = forward.decisions, forward.prompt_length
-        else:
-            forward.decisions, forward.prompt_length = self.frozen
+    def _freeze(self, forward: Forward) -> None:
+        """In `generate` without a cache, do again what was chosen at the first step."""
+        made = forward.decisions, forward.prompt_length
+        found = forward.generating and forward.generating.chosen(forward.given, made)
+        if found:
+            forward.decisions, forward.prompt_length = found
             forward.replay = True
 
 
@@ -644,8 +682,6 @@ _UNHANDLED = (
     "is not covered, and its result would have been that of the uncompressed model"
 )
 
-
-PIXELS = ("pixel_values", "pixel_values_videos", "pixel_values_images")
 
 _ADAPTED = {"hidden_states", "attention_mask", "position_ids", "position_embeddings"}
 
@@ -682,6 +718,43 @@ def _keep_all_states(kwargs: dict[str, Any]) -> None:
 
 def _ones(like: Tensor, length: int) -> Tensor:
     return torch.ones(like.shape[0], length, dtype=torch.bool, device=like.device)
+
+
+def refuse_packed(given: Mapping[str, Any], entering: Mapping[str, Any], flash: bool) -> None:
+    """Raise `ValueError` if a row holds several documents, which transformers keeps apart: what is
+    chosen for one would follow from the others, and its masks do not survive a compression.
+
+    Args:
+        given: the arguments of the base model.
+        entering: those with which the decoder was called.
+    """
+    for name in _PACKING:
+        if given.get(name) is not None or entering.get(name) is not None:
+            raise ValueError(_PACKED.format(name=name, what="it marks several documents in a row"))
+    mask, positions = given.get("attention_mask"), entering.get("position_ids")
+    masked = isinstance(mask, Tensor) and not (flash and bool(mask.all()))
+    if positions is None or masked or cache_in(given) is not None:
+        return
+    if positions.dim() == 3:  # of several axes the first, if there are four, counts the text
+        if len(positions) < 4:
+            return
+        positions = positions[0]
+    if bool((positions.diff(dim=-1) != 1).any()):
+        raise ValueError(
+            _PACKED.format(
+                name="position_ids",
+                what="without an attention_mask, positions that start anew mark several documents "
+                "in a row",
+            )
+        )
+
+
+_PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
+
+_PACKED = (
+    "{name}: {what}, which a patched model does not compress; give each document a row of its own, "
+    "with an attention_mask, or unpatch"
+)
 
 
 def _split_mask(

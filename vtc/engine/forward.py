@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from vtc.families import ImageMap, Modality
 from vtc.methods.base import LayerState, Method, Record, Rows, Selection, VisionTokens
 
+from .calls import Generating
 from .layout import Layout, gather_last
 from .ledger import Ledger
 from .report import ImageTokens, Sample, Stopwatch, logits_of
@@ -40,6 +41,22 @@ class ImageSignals:
     cls: Tensor | None = None
     crop_cls: Tensor | None = None
 
+    def only(self, seen: Tensor) -> ImageSignals:
+        """The signals of the vision tokens `seen` (n,) bool, as if there were no others."""
+        filled = seen if self.kept is None else seen[self.kept.to(seen.device)]
+        kept = self.kept
+        if kept is not None:
+            place = seen.long().cumsum(0) - 1
+            kept = place[kept.to(seen.device)[filled]]
+        picked = filled.nonzero()
+        encoder = self.encoder
+        return replace(
+            self,
+            kept=kept,
+            tower={layer: heard.of(picked) for layer, heard in self.tower.items()},
+            encoder=None if encoder is None else encoder[picked[:, 0].to(encoder.device)],
+        )
+
 
 @dataclass(frozen=True)
 class ImageSpan:
@@ -47,7 +64,7 @@ class ImageSpan:
 
     Attributes:
         ordinal: which of the sample's images it is.
-        index: (n,) places of its vision tokens in the sequence.
+        index: (n,) places of its vision tokens in the sequence, without those that are masked.
         grid: (n, 3) their (frame, row, column).
         crop: (n,) the tile of each, or `None`.
         separators: (m,) places of the features that end its rows.
@@ -64,15 +81,25 @@ class ImageSpan:
     ends: Tensor
 
     @classmethod
-    def of(cls, sample: int, ordinal: int, place: Tensor, signals: ImageSignals) -> ImageSpan:
-        """The image whose placeholders are at `place` (n,)."""
+    def of(
+        cls, sample: int, ordinal: int, place: Tensor, signals: ImageSignals, valid: Tensor
+    ) -> ImageSpan:
+        """The image whose placeholders are at `place` (n,); of its vision tokens those that `valid`
+        (s,) masks are not there for methods, and in no count."""
         found = signals.map
         grid = found.grid.to(place.device)
         crop = None if found.crop is None else found.crop.to(place.device)
         none = place.new_empty(0)
-        if found.separator is None or not bool(found.separator.any()):
+        ends = torch.zeros(len(place), dtype=torch.bool, device=place.device)
+        if found.separator is not None:
+            ends = found.separator.to(place.device)
+        seen = valid[place]
+        if not bool((seen | ends).all()):
+            signals, left = signals.only(seen[~ends]), seen | ends
+            place, grid, ends = place[left], grid[left], ends[left]
+            crop = None if crop is None else crop[left]
+        if not bool(ends.any()):
             return cls(sample, ordinal, place, signals, grid, crop, none, none[:, None].bool())
-        ends = found.separator.to(place.device)
         planes = grid[:, :2]
         if crop is not None:
             # Tiles side by side share their rows; the thumbnail has its own.
@@ -85,8 +112,9 @@ class ImageSpan:
         return cls(sample, ordinal, place[~ends], signals, grid[~ends], crop, place[ends], closes)
 
     def emptied(self, alive: Tensor) -> Tensor:
-        """Places of the separators none of whose row is left, of `alive` (n,) bool."""
-        return self.separators[~(self.ends & alive).any(1)]
+        """Places of the separators whose row had tokens, none of which is left, of `alive` (n,)
+        bool."""
+        return self.separators[self.ends.any(1) & ~(self.ends & alive).any(1)]
 
 
 @dataclass(frozen=True)
@@ -149,6 +177,7 @@ class Forward:
         given: the arguments of the base model.
         logits_to_keep: what the model was given of this name, 0 where it was not; `None` if the
             base model runs alone.
+        generating: the call of `generate` that this is a step of.
         phase: "plain" leaves the model alone; "prefill" compresses; "decode" continues a
             compressed cache.
     """
@@ -159,6 +188,7 @@ class Forward:
     vision: dict[Modality, Tensor] = field(default_factory=dict)
     given: Mapping[str, Any] = field(default_factory=dict)
     logits_to_keep: Any = None
+    generating: Generating | None = None
     phase: str = "plain"
 
     # Set at prefill. `valid`, `gap`, `image`, `separator`, `text` and `blocks` are (b, s) over the
@@ -172,6 +202,7 @@ class Forward:
     text: Tensor = field(default_factory=lambda: torch.empty(0))
     grid: Tensor = field(default_factory=lambda: torch.empty(0))
     prompt_length: list[int] = field(default_factory=list)
+    entering: Mapping[str, Any] = field(default_factory=dict)
     spans: list[ImageSpan] = field(default_factory=list)
     layout: Layout = None  # type: ignore[assignment]
     entered: Layout | None = None
@@ -215,7 +246,9 @@ class Forward:
             end = torch.where(answer, place, length).min(dim=1).values
         is_vision = self.image >= 0
         started = is_vision.cumsum(1) > 0
-        fed = is_vision | self.separator
+        fed = self.separator.clone()
+        for modality in self.features.keys() & self.vision.keys():
+            fed |= self.vision[modality]
         self.text = ~fed & self.valid & started & (place < end[:, None])
         self.prompt_length = end.tolist()
 
@@ -237,7 +270,7 @@ class Forward:
     def count_tokens(self, layer: int) -> None:
         """Note how many tokens of each image decoder layer `layer` and those after it process."""
         image = self.image.gather(1, self.layout.index).masked_fill(~self.layout.valid, -1)
-        most = max(span.ordinal for span in self.spans) + 2
+        most = max((span.ordinal for span in self.spans), default=-1) + 2
         counts = image.new_zeros(image.shape[0], most)
         counts.scatter_add_(1, image + 1, torch.ones_like(image))
         self.counts[layer] = counts[:, 1:].tolist()
@@ -266,7 +299,7 @@ class Forward:
             totals.setdefault(span.sample, []).append(sizes)
         every = self.valid.sum(1).tolist()
         logits = [logits_of(self.logits_to_keep, int(n)) for n in every]
-        fed = ((self.image >= 0) | self.separator).sum(1).tolist()
+        fed = (self.valid & ((self.image >= 0) | self.separator)).sum(1).tolist()
         text = [int(n) - v for n, v in zip(every, fed, strict=True)]
         steps = sorted(self.held)
         ends = [*steps[1:], num_layers]
@@ -357,6 +390,8 @@ def select_in_sequence(
         alive = torch.arange(len(current), device=embeds.device)
         replaced = False
         for number, method in enumerate(methods):
+            if not len(current):  # all that the tower made of it is masked
+                break
             key = (number, b, span.ordinal)
             if forward.replay:
                 selection = forward.decisions[key]

@@ -27,8 +27,10 @@ class Override:
         """What is shadowed: an attribute of the instance, else the method of its class."""
         if self.previous is not None:
             return self.previous
-        method = getattr(type(self.target), self.name, None)
-        return None if method is None else method.__get__(self.target)
+        # As Python looks it up, which binds a function and leaves a static method alone.
+        found = inspect.getattr_static(type(self.target), self.name, None)
+        bind = getattr(type(found), "__get__", None)
+        return found if bind is None else bind(found, self.target, type(self.target))
 
     @property
     def __signature__(self) -> inspect.Signature:

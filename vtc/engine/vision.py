@@ -71,6 +71,25 @@ class VisionSide:
         self.recent: dict[Modality, list[tuple[torch.Size, Tensor, list[ImageSignals]]]] = {}
         self.clock, self.heard = Stopwatch(), Stopwatch()
 
+    def exchange(self, under_way: dict[str, Any]) -> dict[str, Any]:
+        """Go on with what was under way here, empty for nothing, and return what now is: calls of
+        several threads, and calls within calls, do not mix."""
+        names = ("listening", "cls_states", "encoder_states", "recent", "clock", "heard")
+        left = {name: self.__dict__[name] for name in names}
+        left["taps"] = [(tap.armed, tap.captured) for tap in self.taps.values()]
+        left["patches"] = None if self.merger is None else self.merger.patches
+        signals = self.signals
+        self.forget()
+        self.signals = signals
+        for name in under_way.keys() & set(names):
+            self.__dict__[name] = under_way[name]
+        self.recent = dict(self.recent)
+        for i, tap in enumerate(self.taps.values()):
+            tap.armed, tap.captured = under_way["taps"][i] if under_way else (None, [])
+        if self.merger is not None:
+            self.merger.patches = under_way.get("patches")
+        return left
+
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         for name in (
@@ -198,18 +217,21 @@ class VisionSide:
     def _remember(
         self, modality: Modality, features: Any, signals: list[list[ImageSignals]]
     ) -> None:
-        # Models take a list, or one tensor of all images.
-        if isinstance(features, Tensor):
-            self.signals[features] = signals
-        else:
-            for own, of_one in zip(features, signals, strict=True):
-                self.signals[own] = [of_one]
+        self._note(features, signals)
         # Beam search may repeat features as new tensors: their first and last rows tell them.
         self.recent[modality] = [
             (own.shape, own.detach().flatten(0, -2)[[0, -1]].clone(), of_one)
             for own, of_one in zip(features, signals, strict=True)
             if len(own)
         ]
+
+    def _note(self, features: Any, signals: list[list[ImageSignals]]) -> None:
+        # Models take a list, or one tensor of all images.
+        if isinstance(features, Tensor):
+            self.signals[features] = signals
+        else:
+            for own, of_one in zip(features, signals, strict=True):
+                self.signals[own] = [of_one]
 
     def _fewer(
         self,
@@ -356,7 +378,8 @@ class VisionSide:
         return joined.of(patches)
 
     def spans(self, forward: Forward) -> list[ImageSpan]:
-        """The images of this forward by sample, in the order in which they stand."""
+        """The images of this forward by sample, in the order in which they stand. One that is
+        masked as a whole is none."""
         found: list[tuple[int, Tensor, ImageSignals]] = []
         for modality, mask in forward.vision.items():
             if modality in forward.features:
@@ -365,8 +388,10 @@ class VisionSide:
         seen = [0] * len(forward.valid)
         spans = []
         for b, place, signals in found:
-            spans.append(ImageSpan.of(b, seen[b], place, signals))
-            seen[b] += 1
+            span = ImageSpan.of(b, seen[b], place, signals, forward.valid[b])
+            if len(span.index):
+                spans.append(span)
+                seen[b] += 1
         return spans
 
     def _pieces(
@@ -442,14 +467,14 @@ class VisionSide:
             known = self.signals.get(given) or [None] * len(given)
         else:
             known = [self.signals.get(own, [None])[0] for own in given]
-        found = []
+        found, repeated = [], False
         for own, signals in zip(given, known, strict=True):
             if signals is None and len(own):
                 ends = own.detach().flatten(0, -2)[[0, -1]]
                 for shape, known_ends, candidate in self.recent.get(modality, ()):
                     same = shape == own.shape and known_ends.device == ends.device
                     if same and torch.equal(known_ends.to(ends), ends):
-                        signals = candidate
+                        signals, repeated = candidate, True
                         break
             if signals is None:
                 if self.tower_layers or self.reads_encoder or self.shortens is not None:
@@ -465,6 +490,8 @@ class VisionSide:
                     )
                 signals = [ImageSignals(self.family.plain_map(self.backbone, len(own), 0))]
             found.append(signals)
+        if repeated:  # later steps are given them again, when other images may have been seen
+            self._note(given, found)
         return found
 
     @property
