@@ -34,6 +34,7 @@ from vtc.methods.base import Method, Selection, VisionTokens
 
 from .engine import _by_name, _split_mask
 from .forward import checked
+from .generation import Request
 from .layout import Layout, gather_tokens
 from .ledger import Group, Ledger, attach, cache_in, ledger_of
 from .override import Override
@@ -161,23 +162,13 @@ class CrossEngine:
 
     # ---- the model ----------------------------------------------------------------------------
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        own = self.backbone.model.generation_config
-        given = kwargs.get("generation_config") or own
-        chunk = kwargs.get("prefill_chunk_size", getattr(given, "prefill_chunk_size", None))
-        if chunk is not None:
-            raise ValueError(
-                f"prefill_chunk_size: a patched model takes the prompt in one piece, got {chunk}; "
-                "give None, or unpatch"
+        request = Request(self.backbone.model, original, args, kwargs)
+        if request.given.get("pixel_values") is not None:
+            request.refuse_pieces()
+            request.refuse_guesses(
+                "taking back those that were wrong would cut vision states off the cross layers' "
+                "cache"
             )
-        for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
-            if kwargs.get("pixel_values") is not None and (
-                kwargs.get(name, getattr(given, name, None)) is not None
-            ):
-                raise ValueError(
-                    f"{name}: a patched model does not decode with guessed tokens: taking back "
-                    "those that were wrong would cut vision states off the cross layers' cache; "
-                    "leave it out, or unpatch"
-                )
         with self.lock:
             self.generating, self.frozen = True, None
             try:

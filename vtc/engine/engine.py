@@ -34,6 +34,7 @@ from .forward import (
     prune_between_layers,
     select_in_sequence,
 )
+from .generation import Request
 from .layout import Layout, gather_tokens
 from .ledger import Group, Ledger, attach, cache_in, ledger_of
 from .override import Override
@@ -66,6 +67,7 @@ class Engine:
         self.logits: Any = None
         self.frozen: tuple[Decisions, list[int]] | None = None
         self.generating = False
+        self.prompt_width: int | None = None
         self.handled = 0
         self.warned = self.told = False
 
@@ -142,31 +144,24 @@ class Engine:
 
     # ---- generate -----------------------------------------------------------------------------
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        own = self.backbone.model.generation_config
-        given = kwargs.get("generation_config") or own
-        chunk = kwargs.get("prefill_chunk_size", getattr(given, "prefill_chunk_size", None))
-        if chunk is not None:
-            raise ValueError(
-                f"prefill_chunk_size: a patched model takes the prompt in one piece, got {chunk}; "
-                "give None, or unpatch"
-            )
-        images = any(kwargs.get(name) is not None for name in PIXELS)
-        images = images or bool(kwargs.get("mm_encoder_outputs"))
-        for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
-            if images and kwargs.get(name, getattr(given, name, None)) is not None:
-                raise ValueError(
-                    f"{name}: a patched model does not decode with guessed tokens, which would "
-                    "reach it together with the prompt and steer what is kept; leave it out, or "
-                    "unpatch"
-                )
-        if kwargs.get("compile_config") is not None or given.compile_config is not None:
+        request = Request(self.backbone.model, original, args, kwargs)
+        images = any(request.given.get(name) is not None for name in PIXELS)
+        images = images or bool(request.given.get("mm_encoder_outputs"))
+        images = images and not request.drafts
+        if images:
+            request.refuse_pieces()
+            request.refuse_drafts()
+        if request.setting("compile_config") is not None:
             self._warn_of_compiling()
         with self.lock:
-            before, self.generating, self.frozen = self.handled, True, None
+            before = self.handled
+            outer = self.generating, self.frozen, self.prompt_width
+            self.generating, self.frozen = True, None
+            self.prompt_width = request.prompt_width if request.guesses else None
             try:
                 out = original(*args, **kwargs)
-            finally:
-                self.generating, self.frozen = False, None
+            finally:  # a model may be asked for guesses by itself
+                self.generating, self.frozen, self.prompt_width = outer
             if images and self.handled == before:
                 raise RuntimeError(_UNHANDLED.format(model=type(self.backbone.model).__name__))
         return out
@@ -322,7 +317,10 @@ class Engine:
         past = ledger.logical if ledger else int(cache.get_seq_length()) if cache is not None else 0
         past_valid, valid = _split_mask(self._padding(forward, kwargs), past, rows, length)
         forward.valid = valid if valid is not None else _ones(embeds, length)
-        forward.blocks = self.family.blocks(self.backbone, forward.given)
+        blocks = self.family.blocks(self.backbone, forward.given)
+        if blocks is not None:  # guessed tokens come without a type
+            blocks = nn.functional.pad(blocks, (0, max(length - blocks.shape[1], 0)), value=-1)
+        forward.blocks = blocks
         forward.deepstack = kwargs.get("visual_pos_masks")
         forward.ledger = ledger or Ledger.fresh(self.plan.first_layers, past, past_valid)
         forward.ledger.may_write = True
@@ -338,7 +336,8 @@ class Engine:
         forward.past_shift = [group.shift for group in forward.ledger.groups]
         forward.gap = torch.zeros_like(forward.valid)
         forward.spans = self.vision.spans(forward)
-        forward.describe_prompt()
+        # Guessed tokens are no more part of the prompt than an answer that is scored.
+        forward.describe_prompt(self.prompt_width)
         self._freeze(forward, cache)
         forward.phase = "prefill"
         self.handled += 1
@@ -448,7 +447,7 @@ class Engine:
         forward.lm.stop(forward.lm_started, hidden.device)
         ledger, cache = forward.ledger, cache_in(output)
         ledger.logical += length
-        ledger.croppable = 0
+        ledger.croppable = forward.text_at_the_end()
         if cache is not None and any(group.diverged for group in ledger.groups):
             attach(cache, ledger)
         if not forward.replay:
