@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainingArguments
 
 import vtc
 from tests.masked import decoder_of
@@ -177,3 +178,77 @@ def labels_of() -> dict[str, Tensor]:
     labels = torch.full_like(batch["input_ids"], -100)
     labels[:, -4:] = batch["input_ids"][:, -4:]
     return {**batch, "labels": labels}
+
+
+# ---- labels that do not reach the model ---------------------------------------------------------
+READERS: dict[str, Callable[[], Method]] = {
+    "fastv": METHODS["fastv"],
+    "cdpruner": lambda: vtc.CDPruner(keep=0.3),
+}
+
+
+@pytest.mark.parametrize("method", READERS)
+def test_prompt_labels_end_the_prompt_as_labels_do(method: str) -> None:
+    batch = labels_of()
+    labels = batch.pop("labels")
+    model = build_model()
+    with vtc.patch(model, READERS[method]()), torch.no_grad():
+        expected = model(**batch, labels=labels).logits
+        found = model(**batch, prompt_labels=labels)
+        assert torch.equal(found.logits, expected)
+        assert found.loss is None
+        assert difference(model(**batch).logits, expected) > 1e-2  # the answer is looked at
+
+
+def smoothed(model: Any, folder: Path, named: bool, how: str, **settings: Any) -> Trainer:
+    row = {name: value[0] for name, value in labels_of().items() if name != "pixel_values"}
+    row["pixel_values"] = labels_of()["pixel_values"][0]
+
+    def collated(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        batch = {name: torch.stack([r[name] for r in rows]) for name in rows[0]}
+        return {**batch, "prompt_labels": batch["labels"].clone()} if named else batch
+
+    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        return model.loss_function(outputs.logits, labels, vocab_size=outputs.logits.shape[-1])
+
+    arguments = TrainingArguments(
+        output_dir=str(folder), use_cpu=True, report_to=[], max_steps=1, save_strategy="no",
+        per_device_train_batch_size=1, remove_unused_columns=False, disable_tqdm=True,
+        label_smoothing_factor=0.1 if how == "smoothing" else 0.0, **settings,
+    )  # fmt: skip
+    return Trainer(
+        model, arguments, train_dataset=[row], eval_dataset=[row], data_collator=collated,
+        compute_loss_func=loss if how == "function" else None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["smoothing", "function"])
+def test_a_trainer_that_keeps_the_labels(how: str, tmp_path: Path) -> None:
+    model = build_model()
+    batch = labels_of()
+    with vtc.patch(model, METHODS["fastv"]()) as patch:
+        with torch.no_grad():
+            kept = float(model(**batch).loss)
+        for act in ("train", "evaluate"):
+            with pytest.raises(ValueError, match="prompt_labels"):
+                getattr(smoothed(model, tmp_path, False, how), act)()
+        count = len(patch.report.prefills)
+        found = smoothed(model, tmp_path, True, how).evaluate()["eval_loss"]
+        assert len(patch.report.prefills) == count + 1
+        if how == "function":
+            assert found == pytest.approx(kept, rel=1e-4)
+        smoothed(model, tmp_path, True, how).train()
+    with vtc.patch(model, Ragged()):  # reads no text: nothing to refuse
+        smoothed(model, tmp_path, False, how).train()
+
+
+def test_a_trainer_in_bfloat16(tmp_path: Path) -> None:
+    model = build_model()
+    with vtc.patch(model, METHODS["fastv"]()):
+        trainer = smoothed(model, tmp_path, False, "labels", bf16=True)
+        trainer.train()
+        trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+        patched = logits_of(model.eval())
+    plain = logits_of(model)
+    assert torch.isfinite(plain).all()
+    assert difference(plain, patched) > 1e-2

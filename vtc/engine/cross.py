@@ -32,7 +32,7 @@ from vtc.families import Backbone, Family, UnsupportedModelError
 from vtc.families.mllama import CrossImage, Mllama
 from vtc.methods.base import Method, Selection, VisionTokens
 
-from .engine import _by_name, _split_mask
+from .engine import _by_name, _split_mask, refuse_hidden_answers
 from .forward import checked
 from .generation import Request
 from .layout import Layout, gather_tokens
@@ -184,8 +184,12 @@ class CrossEngine:
 
     def _run_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self.lock:
+            shown = kwargs.pop("prompt_labels", None)
             given = _by_name(self.backbone.model, args, kwargs)
-            self.labels, self.logits = given.get("labels"), given.get("logits_to_keep", 0)
+            self.labels = given.get("labels") if shown is None else shown
+            self.logits = given.get("logits_to_keep", 0)
+            if self.labels is None and not self.generating:
+                refuse_hidden_answers(self.backbone.model, self.plan, given)
             try:
                 return original(*args, **kwargs)
             finally:

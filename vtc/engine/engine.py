@@ -17,7 +17,7 @@ import functools
 import inspect
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -228,8 +228,12 @@ class Engine:
         if self.backbone.model._compiled_call_impl is not None:
             self._warn_of_compiling()
         with self.lock:
+            shown = kwargs.pop("prompt_labels", None)
             given = _by_name(self.backbone.model, args, kwargs)
-            self.labels, self.logits = given.get("labels"), given.get("logits_to_keep", 0)
+            self.labels = given.get("labels") if shown is None else shown
+            self.logits = given.get("logits_to_keep", 0)
+            if self.labels is None and not self.generating:
+                refuse_hidden_answers(self.backbone.model, self.plan, given)
             try:
                 return original(*args, **kwargs)
             finally:
@@ -647,6 +651,23 @@ _UNHANDLED = (
 PIXELS = ("pixel_values", "pixel_values_videos", "pixel_values_images")
 
 _ADAPTED = {"hidden_states", "attention_mask", "position_ids", "position_embeddings"}
+
+
+def refuse_hidden_answers(model: nn.Module, plan: Plan, given: Mapping[str, Any]) -> None:
+    """Refuse to take an answer for part of the prompt where its labels went elsewhere.
+
+    Args:
+        given: the arguments of `model`, without labels.
+    """
+    training = model.training and torch.is_grad_enabled()
+    counted = given.get("num_items_in_batch") is not None  # by Trainer, from the labels
+    images = any(given.get(name) is not None for name in PIXELS)
+    if images and (training or counted) and plan.reads_prompt:
+        raise ValueError(
+            f"labels: {plan.method} may read the prompt, whose end they tell; expected them while "
+            "a loss is computed, got none. Where they must not reach the model (label smoothing, "
+            "compute_loss_func), give the batch a copy of them named prompt_labels"
+        )
 
 
 def _by_name(
