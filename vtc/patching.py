@@ -151,10 +151,11 @@ def _forget(patch: Patch) -> None:
 def _unwrapped(model: Any) -> Any:
     """The model inside what compilers, adapters, and wrappers for several devices put around it."""
     while isinstance(model, nn.Module):
+        base: Any = getattr(model, "get_base_model", None)
         inside = [model._modules.get(name) for name in _WRAPPED]
         found = next((part for part in inside if part is not None), None)
-        if found is None and hasattr(model, "get_base_model"):
-            found = model.get_base_model()
+        if found is None and base is not None:
+            found = base()
         if found is None or isinstance(model, PreTrainedModel):
             break
         model = found
