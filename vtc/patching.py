@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from .engine.cross import CrossEngine
 from .engine.engine import Engine
@@ -83,8 +84,8 @@ def patch(model: nn.Module, method: str | Method | dict[str, Any], **settings: A
     its base model, replaces the first. `model.generate(...)` and `model(...)` are called as before.
 
     Args:
-        model: a vision-language model of transformers, bare or inside a wrapper that has
-            `get_base_model` (peft).
+        model: a vision-language model of transformers, bare or inside what peft, torch.compile,
+            DistributedDataParallel, FSDP or those made like them put around it.
         method: a name (`vtc.methods()` lists them), a method, several joined with `|`, or what
             `Method.to_dict` returned.
         settings: the method's fields, if it was named: `keep=0.1`.
@@ -148,5 +149,18 @@ def _forget(patch: Patch) -> None:
 
 
 def _unwrapped(model: Any) -> Any:
-    model = getattr(model, "_orig_mod", model)  # what torch.compile returned
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    """The model inside what compilers, adapters, and wrappers for several devices put around it."""
+    while isinstance(model, nn.Module):
+        base: Any = getattr(model, "get_base_model", None)
+        inside = [model._modules.get(name) for name in _WRAPPED]
+        found = next((part for part in inside if part is not None), None)
+        if found is None and base is not None:
+            found = base()
+        if found is None or isinstance(model, PreTrainedModel):
+            break
+        model = found
+    return model
+
+
+_WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module")
+"""What torch.compile, DistributedDataParallel (and those made like it) and FSDP call it."""

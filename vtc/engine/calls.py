@@ -24,6 +24,7 @@ class Generating:
 
     Attributes:
         images: it was given images.
+        width: tokens of a row of its prompt, if guesses reach the model together with it.
         asked: the next call of the model is a step of it, and no call that a logits processor or
             a stopping criterion makes; `None` while nothing told.
         handled: images of it reached a method.
@@ -32,6 +33,7 @@ class Generating:
     """
 
     images: bool = False
+    width: int | None = None
     asked: bool | None = None
     handled: bool = False
     prompt: tuple[Mapping[str, Any], Any] | None = None
@@ -85,10 +87,10 @@ class Calls(threading.local):
             )
 
     @contextmanager
-    def generate(self, images: bool) -> Iterator[Generating]:
+    def generate(self, images: bool, width: int | None = None) -> Iterator[Generating]:
         """A call of `generate`, perhaps within another one."""
         before, vision = self.generating, self.vision
-        self.generating = Generating(images)
+        self.generating = Generating(images, width)
         try:
             yield self.generating
         finally:

@@ -33,8 +33,9 @@ from vtc.families.mllama import CrossImage, Mllama
 from vtc.methods.base import Method, Selection, VisionTokens
 
 from .calls import Calls, Generating
-from .engine import _by_name, _split_mask, refuse_packed
+from .engine import _by_name, _split_mask, refuse_hidden_answers, refuse_packed
 from .forward import checked
+from .generation import Request
 from .layout import Layout, gather_tokens
 from .ledger import Group, Ledger, attach, cache_in, ledger_of
 from .override import Override
@@ -168,24 +169,14 @@ class CrossEngine:
 
     # ---- the model ----------------------------------------------------------------------------
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        own = self.backbone.model.generation_config
-        given = kwargs.get("generation_config") or own
-        chunk = kwargs.get("prefill_chunk_size", getattr(given, "prefill_chunk_size", None))
-        if chunk is not None:
-            raise ValueError(
-                f"prefill_chunk_size: a patched model takes the prompt in one piece, got {chunk}; "
-                "give None, or unpatch"
+        request = Request(self.backbone.model, original, args, kwargs)
+        if request.given.get("pixel_values") is not None:
+            request.refuse_pieces()
+            request.refuse_guesses(
+                "taking back those that were wrong would cut vision states off the cross layers' "
+                "cache"
             )
-        for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
-            if kwargs.get("pixel_values") is not None and (
-                kwargs.get(name, getattr(given, name, None)) is not None
-            ):
-                raise ValueError(
-                    f"{name}: a patched model does not decode with guessed tokens: taking back "
-                    "those that were wrong would cut vision states off the cross layers' cache; "
-                    "leave it out, or unpatch"
-                )
-        with self.calls.generate(kwargs.get("pixel_values") is not None):
+        with self.calls.generate(request.given.get("pixel_values") is not None):
             return original(*args, **kwargs)
 
     def _prepare_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -202,8 +193,12 @@ class CrossEngine:
         return (original or create_masks_for_generate)(**kwargs)
 
     def _run_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        shown = kwargs.pop("prompt_labels", None)
         given = _by_name(self.backbone.model, args, kwargs)
-        with self.lock, self.calls.model(given.get("labels"), given.get("logits_to_keep", 0)):
+        labels = given.get("labels") if shown is None else shown
+        if labels is None and self.calls.generating is None:
+            refuse_hidden_answers(self.backbone.model, self.plan, given)
+        with self.lock, self.calls.model(labels, given.get("logits_to_keep", 0)):
             return original(*args, **kwargs)
 
     def _run_base(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -217,7 +218,7 @@ class DecoderSide:
                             self.backbone, layer, hidden, positions
                         ),
                         attention_mask=None,
-                        **{CACHE: _ReadOnly(cache, past) if past else None},
+                        **{CACHE: _ReadOnly(cache) if past else None},
                     )
             finally:
                 tap.silent, tap.armed, self.forward = False, None, forward
@@ -226,16 +227,18 @@ class DecoderSide:
 
 
 class _ReadOnly:
-    """What a layer's cache would return on an update, without the update."""
+    """What a layer's cache would return on an update, without the update: quantized, offloaded,
+    static and sliding layers each hold their keys in a way of their own."""
 
-    def __init__(self, cache: Any, past: int) -> None:
-        self.layers, self.past = cache.layers, past
+    def __init__(self, cache: Any) -> None:
+        self.layers = cache.layers
 
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        held = self.layers[layer_idx]
-        return (
-            torch.cat([held.keys[:, :, : self.past], keys], dim=2),
-            torch.cat([held.values[:, :, : self.past], values], dim=2),
-        )
+        held = copy.copy(self.layers[layer_idx])
+        for name, value in vars(held).items():
+            if isinstance(value, Tensor):  # static layers write into these
+                setattr(held, name, value.detach().clone())
+        held.prefetch()
+        return held.update(keys, values, *args, **kwargs)

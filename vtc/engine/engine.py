@@ -35,6 +35,7 @@ from .forward import (
     prune_between_layers,
     select_in_sequence,
 )
+from .generation import Request
 from .layout import Layout, gather_tokens
 from .ledger import Group, Ledger, attach, cache_in, ledger_of
 from .override import Override
@@ -146,30 +147,18 @@ class Engine:
 
     # ---- generate -----------------------------------------------------------------------------
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        own = self.backbone.model.generation_config
-        given = kwargs.get("generation_config") or own
-        chunk = kwargs.get("prefill_chunk_size", getattr(given, "prefill_chunk_size", None))
-        if chunk is not None:
-            raise ValueError(
-                f"prefill_chunk_size: a patched model takes the prompt in one piece, got {chunk}; "
-                "give None, or unpatch"
-            )
-        images = any(kwargs.get(name) is not None for name in PIXELS)
-        images = images or bool(kwargs.get("mm_encoder_outputs"))
-        for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
-            if images and kwargs.get(name, getattr(given, name, None)) is not None:
-                raise ValueError(
-                    f"{name}: a patched model does not decode with guessed tokens, which would "
-                    "reach it together with the prompt and steer what is kept; leave it out, or "
-                    "unpatch"
-                )
-        if kwargs.get("compile_config") is not None or given.compile_config is not None:
+        request = Request(self.backbone.model, original, args, kwargs)
+        images = any(request.given.get(name) is not None for name in PIXELS)
+        images = images or bool(request.given.get("mm_encoder_outputs"))
+        images = images and not request.drafts
+        if images:
+            request.refuse_pieces()
+            request.refuse_drafts()
+        if request.setting("compile_config") is not None:
             self._warn_of_compiling()
-        with self.calls.generate(images) as call:
+        with self.calls.generate(images, request.prompt_width if request.guesses else None) as call:
             out = original(*args, **kwargs)
-        # To an assistant transformers hands no images.
-        drafts = getattr(kwargs.get("generation_config"), "is_assistant", False)
-        if images and not call.handled and not drafts:
+        if images and not call.handled:
             raise RuntimeError(_UNHANDLED.format(model=type(self.backbone.model).__name__))
         return out
 
@@ -256,8 +245,12 @@ class Engine:
     def _run_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.backbone.model._compiled_call_impl is not None:
             self._warn_of_compiling()
+        shown = kwargs.pop("prompt_labels", None)
         given = _by_name(self.backbone.model, args, kwargs)
-        with self.lock, self.calls.model(given.get("labels"), given.get("logits_to_keep", 0)):
+        labels = given.get("labels") if shown is None else shown
+        if labels is None and self.calls.generating is None:
+            refuse_hidden_answers(self.backbone.model, self.plan, given)
+        with self.lock, self.calls.model(labels, given.get("logits_to_keep", 0)):
             return original(*args, **kwargs)
 
     def _run_base(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -352,7 +345,10 @@ class Engine:
         past = ledger.logical if ledger else int(cache.get_seq_length()) if cache is not None else 0
         past_valid, valid = _split_mask(self._padding(forward, kwargs), past, rows, length)
         forward.valid = valid if valid is not None else _ones(embeds, length)
-        forward.blocks = self.family.blocks(self.backbone, forward.given)
+        blocks = self.family.blocks(self.backbone, forward.given)
+        if blocks is not None:  # guessed tokens come without a type
+            blocks = nn.functional.pad(blocks, (0, max(length - blocks.shape[1], 0)), value=-1)
+        forward.blocks = blocks
         forward.deepstack = kwargs.get("visual_pos_masks")
         forward.ledger = ledger or Ledger.fresh(self.plan.first_layers, past, past_valid)
         forward.ledger.may_write = True
@@ -368,7 +364,9 @@ class Engine:
         forward.past_shift = [group.shift for group in forward.ledger.groups]
         forward.gap = torch.zeros_like(forward.valid)
         forward.spans = self.vision.spans(forward)
-        forward.describe_prompt()
+        # Guessed tokens are no more part of the prompt than an answer that is scored.
+        step = forward.generating
+        forward.describe_prompt(None if step is None else step.width)
         self._freeze(forward)
         forward.phase = "prefill"
         if forward.generating is not None:
@@ -485,7 +483,7 @@ class Engine:
         forward.lm.stop(forward.lm_started, hidden.device)
         ledger, cache = forward.ledger, cache_in(output)
         ledger.logical += length
-        ledger.croppable = 0
+        ledger.croppable = forward.text_at_the_end()
         if cache is not None and any(group.diverged for group in ledger.groups):
             attach(cache, ledger)
         if not forward.replay:
@@ -684,6 +682,23 @@ _UNHANDLED = (
 
 
 _ADAPTED = {"hidden_states", "attention_mask", "position_ids", "position_embeddings"}
+
+
+def refuse_hidden_answers(model: nn.Module, plan: Plan, given: Mapping[str, Any]) -> None:
+    """Refuse to take an answer for part of the prompt where its labels went elsewhere.
+
+    Args:
+        given: the arguments of `model`, without labels.
+    """
+    training = model.training and torch.is_grad_enabled()
+    counted = given.get("num_items_in_batch") is not None  # by Trainer, from the labels
+    images = any(given.get(name) is not None for name in PIXELS)
+    if images and (training or counted) and plan.reads_prompt:
+        raise ValueError(
+            f"labels: {plan.method} may read the prompt, whose end they tell; expected them while "
+            "a loss is computed, got none. Where they must not reach the model (label smoothing, "
+            "compute_loss_func), give the batch a copy of them named prompt_labels"
+        )
 
 
 def _by_name(

@@ -226,8 +226,12 @@ class Forward:
     lm: Stopwatch = field(default_factory=Stopwatch)
     lm_started: Any = None
 
-    def describe_prompt(self) -> None:
-        """Derive `image`, `grid`, `text` and `prompt_length` from spans, mask and labels."""
+    def describe_prompt(self, width: int | None = None) -> None:
+        """Derive `image`, `grid`, `text` and `prompt_length` from spans, mask and labels.
+
+        Args:
+            width: tokens of a row of the prompt, if others follow it.
+        """
         rows, length = self.valid.shape
         self.image = torch.full((rows, length), -1, device=self.valid.device)
         self.grid = self.image.new_full((rows, length, 3), -1)
@@ -244,6 +248,8 @@ class Forward:
             shown = torch.where(self.image >= 0, place + 1, 0).max(dim=1).values
             answer = (self.labels.to(self.valid.device) != -100) & (place >= shown[:, None])
             end = torch.where(answer, place, length).min(dim=1).values
+        if width is not None:
+            end = end.clamp_max(width)
         is_vision = self.image >= 0
         started = is_vision.cumsum(1) > 0
         fed = self.separator.clone()
@@ -251,6 +257,11 @@ class Forward:
             fed |= self.vision[modality]
         self.text = ~fed & self.valid & started & (place < end[:, None])
         self.prompt_length = end.tolist()
+
+    def text_at_the_end(self) -> int:
+        """How many of the last tokens are text in every row: these a cache can lose again."""
+        kept = self.valid & (self.image < 0) & ~self.separator
+        return int(kept.flip(1).long().cumprod(1).sum(1).min())
 
     def rotary_positions(self, number: int) -> Tensor:
         """(b, k) or (axes, b, k) rotary positions of this forward's tokens in layer group

@@ -4,49 +4,106 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+_KEYS = itertools.count()
+
 
 class Override:
     """Shadows a method of one instance; `remove` brings the instance back as it was.
 
-    An object and not a closure, so that copies and pickles of the model take it along.
+    An object and not a closure, so that copies and pickles of the model take it along. Like a
+    method, it can be taken apart into an instance and a function, wrapped, and bound anew.
     """
 
     def __init__(self, target: Any, name: str, replacement: Callable[..., Any]) -> None:
         self.target, self.name, self.replacement = target, name, replacement
         self.previous = vars(target).get(name)
         self.removed = False
+        self.key = next(_KEYS)
         setattr(target, name, self)
+        vars(target).setdefault(_NOTED, {})[self.key] = self
 
     @property
     def original(self) -> Any:
         """What is shadowed: an attribute of the instance, else the method of its class."""
+        return self.original_of(self.target)
+
+    def original_of(self, instance: Any) -> Any:
+        """What `instance` would have without this."""
         if self.previous is not None:
             return self.previous
         # As Python looks it up, which binds a function and leaves a static method alone.
-        found = inspect.getattr_static(type(self.target), self.name, None)
+        found = inspect.getattr_static(type(instance), self.name, None)
         bind = getattr(type(found), "__get__", None)
-        return found if bind is None else bind(found, self.target, type(self.target))
+        return found if bind is None else bind(found, instance, type(instance))
 
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.original or self.replacement)
 
+    @property
+    def __self__(self) -> Any:
+        return self.target
+
+    @property
+    def __func__(self) -> Unbound:
+        return Unbound(self)
+
+    @property
+    def __wrapped__(self) -> Unbound:
+        # Whoever takes off wrappers and binds what is left (accelerate) must not bind this.
+        return Unbound(self)
+
     # Compiled, the method that is shadowed would be looked up on the instance, and be this again.
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(self.target, *args, **kwargs)
+
+    def run(self, instance: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Call it for `instance`, which is the target or shares its attributes."""
+        original = self.original_of(instance)
         if self.removed:  # somebody wrapped it in between
-            return self.original(*args, **kwargs)
-        return self.replacement(self.original, *args, **kwargs)
+            return original(*args, **kwargs)
+        return self.replacement(original, *args, **kwargs)
 
     def remove(self) -> None:
         self.removed = True
+        noted = vars(self.target).get(_NOTED, {})
+        noted.pop(self.key, None)
+        if not noted:
+            vars(self.target).pop(_NOTED, None)
         # Others may have deleted it, or put something of theirs in its place, which stays.
-        if vars(self.target).get(self.name) is self:
+        found = vars(self.target).get(self.name)
+        function = getattr(found, "__func__", None)
+        if found is self or (isinstance(function, Unbound) and function.override is self):
             delattr(self.target, self.name)
             if self.previous is not None:
                 setattr(self.target, self.name, self.previous)
+
+
+class Unbound:
+    """An `Override` as the function that a method is before it is bound."""
+
+    def __init__(self, override: Override) -> None:
+        self.override = override
+        self.__name__ = override.name
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        bound = inspect.signature(self.override)
+        this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        return bound.replace(parameters=[this, *bound.parameters.values()])
+
+    @torch.compiler.disable
+    def __call__(self, instance: Any, /, *args: Any, **kwargs: Any) -> Any:
+        # A copy of the instance has an override of its own, but methods keep their function.
+        noted = vars(instance).get(_NOTED, {})
+        return noted.get(self.override.key, self.override).run(instance, *args, **kwargs)
+
+
+_NOTED = "_vtc_overrides"

@@ -39,6 +39,19 @@ class Plan:
             for layer in range(self.num_layers)
         ]
 
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether what is kept may depend on the text, or on where the prompt ends."""
+        rows = set().union(
+            *(
+                {*m.taps(self.num_layers).values(), *m.peeks(self.num_layers).values()}
+                for m in self.method.parts
+            )
+        )
+        needs = set().union(*(m.needs for m in self.method.parts))
+        recorded = any(m.records(self.num_layers) for m in self.method.parts)
+        return bool(rows - {"vision"} or needs & {"text", "segment"} or recorded)
+
     def _read(self) -> None:
         kind = type(self.backbone.model).__name__
         if not self.method.stages:
