@@ -85,8 +85,9 @@ class ImageSpan:
         return cls(sample, ordinal, place[~ends], signals, grid[~ends], crop, place[ends], closes)
 
     def emptied(self, alive: Tensor) -> Tensor:
-        """Places of the separators none of whose row is left, of `alive` (n,) bool."""
-        return self.separators[~(self.ends & alive).any(1)]
+        """Places of the separators none of whose row is left, of `alive` (n,) bool. A row that was
+        empty from the start, as in a plane cut to no columns, was not emptied."""
+        return self.separators[self.ends.any(1) & ~(self.ends & alive).any(1)]
 
 
 @dataclass(frozen=True)
