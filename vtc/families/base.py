@@ -501,6 +501,9 @@ def grid_positions(rows: int, columns: int) -> Tensor:
 
 
 def merged_patches(rows: int, columns: int, by: int, first: int = 0) -> Tensor:
-    """(rows * columns / by ** 2, by ** 2) the patches of a raster that by x by cells join."""
-    index = torch.arange(first, first + rows * columns).view(rows // by, by, columns // by, by)
+    """(rows // by * columns // by, by ** 2) the patches of a raster that by x by cells join; those
+    at the end of rows and columns that fill no cell are in none."""
+    index = torch.arange(first, first + rows * columns).view(rows, columns)
+    index = index[: rows // by * by, : columns // by * by]
+    index = index.reshape(rows // by, by, columns // by, by)
     return index.transpose(1, 2).reshape(-1, by * by)
