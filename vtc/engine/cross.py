@@ -32,6 +32,7 @@ from vtc.families import Backbone, Family, UnsupportedModelError
 from vtc.families.mllama import CrossImage, Mllama
 from vtc.methods.base import Method, Selection, VisionTokens
 
+from .decoder import check_in_place
 from .engine import _by_name, _split_mask
 from .forward import checked
 from .layout import Layout, gather_tokens
@@ -142,6 +143,7 @@ class CrossEngine:
                 self.overrides.append(Override(b.model, "generate", self._generate))
                 masks = Override(b.model, "create_masks_for_generate", self._create_masks)
                 self.overrides.append(masks)
+            self.layers = list(b.layers)
             self.handles += [
                 b.decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True),
                 b.decoder.register_forward_hook(self._leave_decoder),
@@ -192,6 +194,7 @@ class CrossEngine:
         return (original or create_masks_for_generate)(**kwargs)
 
     def _run_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        check_in_place(self.family, self.backbone, self.layers)
         with self.lock:
             given = _by_name(self.backbone.model, args, kwargs)
             self.labels, self.logits = given.get("labels"), given.get("logits_to_keep", 0)
@@ -201,6 +204,7 @@ class CrossEngine:
                 self.labels = self.logits = None
 
     def _run_base(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        check_in_place(self.family, self.backbone, self.layers)
         with self.lock:
             given = _by_name(self.backbone.base, args, kwargs)
             self.family.check_inputs(given)

@@ -42,9 +42,17 @@ class Override:
         return self.replacement(self.original, *args, **kwargs)
 
     def remove(self) -> None:
+        """Several may shadow one method, and come off in any order."""
         self.removed = True
-        # Others may have deleted it, or put something of theirs in its place, which stays.
-        if vars(self.target).get(self.name) is self:
+        above = vars(self.target).get(self.name)
+        if above is self:
             delattr(self.target, self.name)
             if self.previous is not None:
                 setattr(self.target, self.name, self.previous)
+            return
+        # Others may have deleted it, or put something of theirs in its place, which stays.
+        while isinstance(above, Override):
+            if above.previous is self:
+                above.previous = self.previous
+                return
+            above = above.previous

@@ -64,6 +64,8 @@ class ImageMap:
         separator: (n,) bool, features that are no vision tokens (ends of rows), or `None`.
         patches: (n, m) the tower's patches that each token is made of, numbered through all that
             `base` encoded in one call, -1 at separators; `None` where they are not known.
+        states: (n, m) the rows of what the projector receives that each token is made of, numbered
+            likewise; `None` where these are its patches.
         group: tells apart images that stand side by side, for families that join tiles.
         tiles: tiles (or frames) that the tower ran on for it, those that are cut off included.
         padded: patches of each of them, where the processor pads images to a number of patches.
@@ -73,6 +75,7 @@ class ImageMap:
     crop: Tensor | None = None
     separator: Tensor | None = None
     patches: Tensor | None = None
+    states: Tensor | None = None
     group: int | None = None
     tiles: int = 1
     padded: int | None = None
@@ -256,12 +259,14 @@ class Family:
             grids.append(grid)
             crops.append(torch.full((len(own),), (i + 1) % len(maps)))
         patches = [own.patches for own in maps if own.patches is not None]
+        states = [own.states for own in maps if own.states is not None]
         ends = [own.separator for own in maps if own.separator is not None]
         return ImageMap(
             torch.cat(grids),
             crop=None if modality == "video" else torch.cat(crops),
             separator=torch.cat(ends) if len(ends) == len(maps) else None,
             patches=torch.cat(patches) if len(patches) == len(maps) else None,
+            states=torch.cat(states) if len(states) == len(maps) else None,
             tiles=sum(own.tiles for own in maps),
         )
 
@@ -295,10 +300,14 @@ class Family:
         self.tower_attention(backbone)
         return layers
 
-    def encoder_depth(self, backbone: Backbone) -> int:
-        """How many tower layers the features pass through."""
+    def encoder_depth(self, backbone: Backbone, given: Mapping[str, Any]) -> int:
+        """How many tower layers the features pass through.
+
+        Args:
+            given: the arguments of `get_image_features`, which may differ from the config.
+        """
         count = len(self.encoder_layers(backbone))
-        wanted = getattr(backbone.model.config, "vision_feature_layer", -1)
+        wanted = setting(backbone, given, "vision_feature_layer", -1)
         if not isinstance(wanted, int):
             raise UnsupportedModelError(
                 f"model: features of the tower layers {wanted} are joined, which is impossible "
@@ -311,10 +320,18 @@ class Family:
         embeddings = getattr(backbone.tower, "embeddings", None)
         return any(hasattr(embeddings, name) for name in ("class_embedding", "cls_token"))
 
-    def prefix(self, backbone: Backbone) -> int:
-        """Tokens of the tower that stand before an image's patches and make no vision token."""
-        full = getattr(backbone.model.config, "vision_feature_select_strategy", "default") == "full"
+    def prefix(self, backbone: Backbone, given: Mapping[str, Any]) -> int:
+        """Tokens of the tower that stand before an image's patches and make no vision token.
+
+        Args:
+            given: the arguments of `get_image_features`, which may differ from the config.
+        """
+        full = setting(backbone, given, "vision_feature_select_strategy", "default") == "full"
         return int(self.has_cls(backbone) and not full)
+
+    def tower_of(self, backbone: Backbone, modality: Modality) -> Any:
+        """The vision encoder of images, or of clips."""
+        return backbone.tower
 
     def tower_order(self, backbone: Backbone, given: Mapping[str, Any]) -> Tensor | None:
         """(patches,) where each patch, in the order that `ImageMap.patches` counts in, stands in
@@ -325,15 +342,19 @@ class Family:
         """The module from patch states to embeddings, one row each, or `None` if not known."""
         return getattr(backbone.base, "multi_modal_projector", None)
 
-    def cls_states(self, backbone: Backbone, output: Any) -> Tensor | None:
+    def cls_states(
+        self, backbone: Backbone, output: Any, given: Mapping[str, Any]
+    ) -> Tensor | None:
         """(images, d_v) states of [CLS] in the layer that the projector reads, from the tower's
-        output, or `None` where there is no [CLS]."""
+        output, or `None` where there is no [CLS].
+
+        Args:
+            given: the arguments of `get_image_features`, which may differ from the config.
+        """
         if not self.has_cls(backbone):
             return None
-        config = backbone.model.config
-        wanted: Any = getattr(config, "vision_feature_layer", None)
-        if wanted is None:
-            wanted = getattr(config, "vision_feature_layers", -1)
+        several = setting(backbone, given, "vision_feature_layers", -1)
+        wanted: Any = setting(backbone, given, "vision_feature_layer", several)
         layers = [wanted] if isinstance(wanted, int) else wanted
         return torch.cat([output.hidden_states[layer][:, 0] for layer in layers], dim=-1)
 
@@ -352,8 +373,12 @@ class Family:
             rows, columns = 1, n
         return grid_positions(rows, columns)
 
-    def check_pixels(self, backbone: Backbone) -> None:
-        """Raise `UnsupportedModelError` if the tower takes images of one size only."""
+    def check_pixels(self, backbone: Backbone, given: Mapping[str, Any]) -> None:
+        """Raise `UnsupportedModelError` if the tower takes images of one size only.
+
+        Args:
+            given: the arguments of `get_image_features`, which may differ from the config.
+        """
         tower = backbone.tower
         patch = getattr(getattr(tower, "config", None), "patch_size", None)
         if not isinstance(patch, int) or (
@@ -363,8 +388,7 @@ class Family:
                 f"model: the vision tower {type(tower).__name__} does not interpolate its position "
                 "embeddings, which down-sampling pixels needs; use how='grid'"
             )
-        strategy = getattr(backbone.model.config, "vision_feature_select_strategy", None)
-        if strategy == "full" and self.has_cls(backbone):
+        if self.has_cls(backbone) and not self.prefix(backbone, given):
             raise UnsupportedModelError(
                 "model: its vision tokens include [CLS], which has no place on a grid of fewer "
                 "pixels; use how='grid'"
@@ -485,6 +509,12 @@ class Family:
             **{CACHE: cache},
             **extra,
         )
+
+
+def setting(backbone: Backbone, given: Mapping[str, Any], name: str, default: Any) -> Any:
+    """What holds of a setting of the config that calls may give another value."""
+    value = given.get(name)
+    return getattr(backbone.model.config, name, default) if value is None else value
 
 
 def shift_patches(found: ImageMap, by: int) -> ImageMap:
