@@ -100,6 +100,13 @@ class ImageMap:
         return int((self.patches >= 0).sum())
 
 
+_OWN = {
+    "rope_deltas": "rotary positions of its vision tokens are places in the picture (m-RoPE)",
+    "_deepstack_process": "features of earlier tower layers are added between decoder layers",
+}
+"""What the common shape has not, by the attribute that shows it."""
+
+
 class Family:
     """The common shape: projected features are scattered over placeholder tokens, and a causal
     decoder with one-dimensional positions runs on the result. Families override what differs.
@@ -181,22 +188,23 @@ class Family:
                 f"model: {type(backbone.decoder).__name__} has layers of kind "
                 f"{', '.join(sorted(foreign))}; supported are full and sliding attention"
             )
-        accepted = inspect.signature(type(backbone.base).forward).parameters
-        if accepted.keys() & {"token_type_ids", "mm_token_type_ids"}:
-            raise UnsupportedModelError(
-                f"model: in {kind} the tokens of an image attend to one another in both "
-                "directions, which needs a family of its own"
-            )
         rotary = getattr(backbone.decoder, "rotary_emb", None)
         if rotary is None or "layer_type" in inspect.signature(rotary.forward).parameters:
             raise UnsupportedModelError(
                 f"model: {type(backbone.decoder).__name__} has not one rotary embedding for all "
                 "layers, and so needs a family of its own"
             )
-        for name in ("_deepstack_process", "rope_deltas"):
+        for name, meaning in _OWN.items():
             if hasattr(backbone.decoder, name) or hasattr(backbone.base, name):
                 raise UnsupportedModelError(
-                    f"model: {kind} has {name}, which needs a family of its own"
+                    f"model: {kind} has {name}: {meaning}, which needs a family of its own"
+                )
+        accepted = inspect.signature(type(backbone.base).forward).parameters
+        for name in ("token_type_ids", "mm_token_type_ids"):
+            if name in accepted:
+                raise UnsupportedModelError(
+                    f"model: {kind} takes {name}, by which it may mask or place the tokens of an "
+                    "image in a way of its own, which needs a family of its own"
                 )
 
     def check_layers(self, backbone: Backbone, layers: Sequence[int]) -> None:
@@ -380,6 +388,8 @@ class Family:
             given: the arguments of `get_image_features`, which may differ from the config.
         """
         tower = backbone.tower
+        for wrapped in ("_orig_mod", "original_module"):  # by torch.compile, by peft
+            tower = getattr(tower, wrapped, tower)
         patch = getattr(getattr(tower, "config", None), "patch_size", None)
         if not isinstance(patch, int) or (
             "interpolate_pos_encoding" not in inspect.signature(tower.forward).parameters
