@@ -186,7 +186,9 @@ class _Reads(Probe):
 def test_an_option_that_is_not_known_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """As sparse attention, whose function is told which keys to look at."""
 
-    def eager(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, indices: Any) -> Any:
+    def eager(
+        module: Any, query: Any, key: Any, value: Any, attention_mask: Any, indices: Any
+    ) -> Any:
         raise AssertionError("not called")
 
     model = FAMILIES["internvl"].build("eager")

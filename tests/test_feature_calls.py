@@ -176,7 +176,9 @@ def test_each_token_of_a_clip_is_shown_its_own_patches(name: str) -> None:
     config: Any = model.config  # type: ignore[attr-defined]
     row = family.rows("video")[0]
     looks, seen = Looks(), {}
-    tower: Any = model.get_submodule(f"model.{'video' if name == 'video_llava' else 'vision'}_tower")
+    tower: Any = model.get_submodule(
+        f"model.{'video' if name == 'video_llava' else 'vision'}_tower"
+    )
     modules = dict(tower.named_modules())
     last = max(k for k in modules if k.endswith("self_attn"))
     cls = name != "llava_onevision"

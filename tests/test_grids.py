@@ -118,7 +118,9 @@ def test_keeping_all_keeps_all(family: TinyFamily) -> None:
 
 
 # ---- some dropped -------------------------------------------------------------------------------
-@pytest.mark.parametrize("method", [Ragged(), Fixed(stride=5), Steps()], ids=["ragged", "fixed", "layers"])
+@pytest.mark.parametrize(
+    "method", [Ragged(), Fixed(stride=5), Steps()], ids=["ragged", "fixed", "layers"]
+)
 @pytest.mark.parametrize("family", [*THIN, *ODD], ids=_of)
 def test_removal_is_masking(family: TinyFamily, method: Method) -> None:
     model, plain, rows = family.build("sdpa"), family.build("eager"), family.rows("ragged")

@@ -105,7 +105,9 @@ class DecoderSide:
             check_same(where, module, getattr(self.backbone.layers[layer], name))
         for layer, tap in self.taps.items():
             if not tap.in_place:
-                raise RuntimeError(_REPLACED.format(f"config of self_attn of decoder layer {layer}"))
+                raise RuntimeError(
+                    _REPLACED.format(f"config of self_attn of decoder layer {layer}")
+                )
 
     def uninstall(self) -> None:
         for handle in self.handles:
