@@ -101,7 +101,8 @@ def test_agrees_with_pytorchs_counter(counted):
 # ---- every family -------------------------------------------------------------------------------
 COUNTED = (
     "aya_vision", "aya_vision_short", "cohere2_vision", "deepseek_vl", "gemma3", "gemma4",
-    "gemma4_device", "glm46v", "glm4v", "glm4v_moe", "idefics3", "internvl", "kimi_k25", "llama4", "llava_next",
+    "gemma4_device", "glm46v", "glm4v", "glm4v_moe",
+    "idefics3", "internvl", "kimi_k25", "llama4", "llava_next",
     "llava_next_video", "llava_onevision", "llava_onevision_shrunk", "mistral3", "ovis2",
     "paligemma", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm",
     "video_llava", "vipllava",

@@ -119,11 +119,11 @@ def test_a_call_is_as_a_model_with_such_a_config(method: Method, given: dict[str
     for name, value in given.items():
         setattr(other.config, name, value)
     if "vision_feature_select_strategy" in given and "encoder" in method.stages:
-        with pytest.raises(vtc.UnsupportedModelError, match="'full'.*accepted is 'default'"):
+        with pytest.raises(vtc.UnsupportedModelError, match=r"'full'.*accepted is 'default'"):
             vtc.patch(other, method)
         with vtc.patch(model, method):
             expected = _logits(model)
-            with pytest.raises(vtc.UnsupportedModelError, match="'full'.*accepted is 'default'"):
+            with pytest.raises(vtc.UnsupportedModelError, match=r"'full'.*accepted is 'default'"):
                 _logits(model, **given)
             assert torch.equal(_logits(model), expected)
         return

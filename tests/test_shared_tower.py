@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import itertools
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -56,8 +55,8 @@ def _same(before: dict[str, Any], after: dict[str, Any]) -> bool:
 
 
 @pytest.fixture(params=["vision_tower", "language_model"])
-def pair(request: pytest.FixtureRequest) -> Iterator[tuple[Any, Any]]:
-    yield _sharing(request.param)
+def pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
+    return _sharing(request.param)
 
 
 @pytest.mark.parametrize("last", [0, 1])

@@ -47,8 +47,8 @@ def _uncompiled(module: Any) -> Any:
 
 
 _REPLACED = (
-    "model: its {} is not the one that was patched, and would run without the patch; unpatch before "
-    "modules are replaced (adapters that save whole modules do that), and patch afterwards"
+    "model: its {} is not the one that was patched, and would run without the patch; unpatch "
+    "before modules are replaced (adapters that save whole modules do that), and patch afterwards"
 )
 
 

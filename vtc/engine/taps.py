@@ -97,10 +97,10 @@ def install(module: Any) -> Tap:
     return tap
 
 
-_OPTIONS = frozenset(
-    "module query key value attention_mask dropout kwargs scaling softcap s_aux position_bias "
-    "sliding_window is_causal output_attentions".split()
-)
+_OPTIONS = {
+    *("module", "query", "key", "value", "attention_mask", "dropout", "kwargs", "scaling"),
+    *("softcap", "s_aux", "position_bias", "sliding_window", "is_causal", "output_attentions"),
+}
 """What attention functions take and `row_attention` heeds, or what changes no probability."""
 
 
