@@ -230,9 +230,17 @@ class Glm4v(Qwen2VL):
         "video": ((2, "video0", 7), (4, "video1", 3), (1, "video0", 4, "video1", 3))
     }
 
-    def config(self) -> Any:
+    def marks(self) -> dict[str, Any]:
         tokens = self.tokens()
         del tokens["vision_start_token_id"], tokens["vision_end_token_id"]
+        return tokens | {
+            "image_start_token_id": START,
+            "image_end_token_id": END,
+            "video_start_token_id": TAG,
+            "video_end_token_id": TAG + 1,
+        }
+
+    def config(self) -> Any:
         return hf.Glm4vConfig(
             vision_config={
                 "depth": 2,
@@ -246,11 +254,7 @@ class Glm4v(Qwen2VL):
             text_config=text_settings(
                 head_dim=16, rope_parameters=self.rope(partial_rotary_factor=0.5)
             ),
-            image_start_token_id=START,
-            image_end_token_id=END,
-            video_start_token_id=TAG,
-            video_end_token_id=TAG + 1,
-            **tokens,
+            **self.marks(),
         )
 
     def clip(self, frames: int, rows: int, columns: int) -> list[Any]:
@@ -264,6 +268,56 @@ class Glm4v(Qwen2VL):
         inside = (input_ids == TAG).cumsum(0) > (input_ids == TAG + 1).cumsum(0)
         kinds = (input_ids == IMAGE).long() * torch.where(inside, 2, 1)
         extras["mm_token_type_ids"] = kinds[None]
+
+
+class Qwen3VLMoe(Qwen3VL):
+    name = model_type = "qwen3_vl_moe"
+    model_class = "Qwen3VLMoeForConditionalGeneration"
+    notes = Qwen3VL.notes + "; a mixture of experts"
+
+    def config(self) -> Any:
+        return hf.Qwen3VLMoeConfig(
+            vision_config={**self.vision(), "deepstack_visual_indexes": [0, 1]},
+            text_config=text_settings(
+                head_dim=8,
+                rope_parameters=self.rope(mrope_interleaved=True),
+                moe_intermediate_size=16,
+                num_experts=4,
+                num_experts_per_tok=2,
+            ),
+            **self.tokens(),
+        )
+
+
+class Glm4vMoe(Glm4v):
+    name = model_type = "glm4v_moe"
+    model_class = "Glm4vMoeForConditionalGeneration"
+    notes = Glm4v.notes + "; a mixture of experts behind the first layer"
+
+    def config(self) -> Any:
+        dense = super().config()
+        vision = dense.vision_config.to_dict()
+        text = dense.text_config.to_dict()
+        del vision["model_type"], text["model_type"]
+        more = {
+            "moe_intermediate_size": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "tie_word_embeddings": False,
+        }
+        return hf.Glm4vMoeConfig(vision_config=vision, text_config=text | more, **self.marks())
+
+
+class Glm46V(Glm4v):
+    name = model_type = "glm46v"
+    model_class = "Glm46VForConditionalGeneration"
+    notes = Glm4v.notes + "; GLM-4.1V's tower and decoder"
+
+    def config(self) -> Any:
+        dense = super().config()
+        return hf.Glm46VConfig(
+            vision_config=dense.vision_config, text_config=dense.text_config, **self.marks()
+        )
 
 
 class KimiK25(Qwen2VL):
@@ -436,8 +490,11 @@ register(
     Qwen2VL(),
     Qwen25VL(),
     Qwen3VL(),
+    Qwen3VLMoe(),
     Qwen35(),
     Glm4v(),
+    Glm4vMoe(),
+    Glm46V(),
     KimiK25(),
     Gemma4("gemma4", 400),
     Gemma4("gemma4_short", 12),

@@ -196,7 +196,8 @@ class Masked:
             owner = [i for i in self.images if place in i.separators]
             if len(owner) != 1:
                 continue
-            if not self.alive[self._belongs(owner[0], place)].any():
+            mine = self._belongs(owner[0], place)
+            if mine and not self.alive[mine].any():  # a row that never had a token is not emptied
                 gone[place] = True
         return gone
 

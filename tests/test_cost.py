@@ -101,9 +101,11 @@ def test_agrees_with_pytorchs_counter(counted):
 # ---- every family -------------------------------------------------------------------------------
 COUNTED = (
     "aya_vision", "aya_vision_short", "cohere2_vision", "deepseek_vl", "gemma3", "gemma4",
-    "gemma4_device", "glm4v", "idefics3", "internvl", "kimi_k25", "llama4", "llava_next",
+    "gemma4_device", "glm46v", "glm4v", "glm4v_moe",
+    "idefics3", "internvl", "kimi_k25", "llama4", "llava_next",
     "llava_next_video", "llava_onevision", "llava_onevision_shrunk", "mistral3", "ovis2",
-    "paligemma", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "smolvlm", "video_llava", "vipllava",
+    "paligemma", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm",
+    "video_llava", "vipllava",
 )  # fmt: skip
 NOT_KNOWN = {
     # Of vision, projector and language model, what there is a formula for.
@@ -117,7 +119,10 @@ NOT_KNOWN = {
     "perception_lm": (False, False, True),
     "qwen3_5": (True, True, False),
 }
-NATIVE = ("glm4v", "kimi_k25", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+NATIVE = (
+    "glm46v", "glm4v", "glm4v_moe", "kimi_k25", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl",
+    "qwen3_vl_moe",
+)  # fmt: skip
 # Kimi averages frames of a clip, LLaVA-NeXT-Video pools them before its projector, and Gemma 4 pads
 # them: tokens do not tell what was run. A patch does know it (`tests/test_report_cost.py`).
 NO_VIDEO = ("gemma4", "kimi_k25", "llava_next_video")

@@ -146,6 +146,7 @@ PROBES: dict[str, Callable[[TinyFamily], Method | None]] = {
     "split@frame": lambda family: _split(family, vtc.PerFrame),
     "fastv": lambda family: _with(None, _fastv(family)),
 }
+GLM = ("glm4v", "glm4v_moe", "glm46v")
 KINDS = ("one", "ragged", "images", "mixed", "video")
 MODES = (
     "forward",
@@ -249,7 +250,7 @@ def skip_reason(name: str, kind: str, attention: str, mode: str) -> str | None:
     if kind in family.unstable:
         return f"{name}: a row of {kind} has other logits in a batch, unpatched"
     if mode == "beam" and (
-        family.model_type == "llama4" or (name, kind) in (("glm4v", "video"), ("glm4v", "images"))
+        family.model_type == "llama4" or (name in GLM and kind in ("video", "images"))
     ):
         return f"transformers itself cannot expand the features of {name} for beams"
     if mode.startswith("second") and (name, kind) == ("qwen2_5_vl", "video"):

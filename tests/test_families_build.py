@@ -210,7 +210,13 @@ def test_tokens_see_the_place_that_the_grid_says(name: str) -> None:
                 assert [lines[k] for k in sorted(lines)] == sorted(set(lines.values()))
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5"),
+        *("glm4v", "glm4v_moe", "glm46v"),
+    ],
+)
 @pytest.mark.parametrize("kind", ["images", "video"])
 def test_grids_are_those_of_the_positions(name: str, kind: str) -> None:
     family, model = FAMILIES[name], model_of(name)

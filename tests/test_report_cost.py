@@ -20,9 +20,11 @@ from vtc.engine.report import logits_of
 from vtc.families.base import CACHE
 
 ALL = (
-    "aya_vision", "cohere2_vision", "deepseek_vl", "gemma3", "gemma4", "glm4v", "idefics3",
+    "aya_vision", "cohere2_vision", "deepseek_vl", "gemma3", "gemma4", "glm46v", "glm4v",
+    "glm4v_moe", "idefics3",
     "internvl", "kimi_k25", "llava_next", "llava_next_video", "llava_onevision",
-    "llava_onevision_shrunk", "mllama", "ovis2", "paligemma", "qwen2_5_vl", "qwen2_vl", "qwen3_vl",
+    "llava_onevision_shrunk", "mllama", "ovis2", "paligemma", "qwen2_5_vl", "qwen2_vl",
+    "qwen3_vl", "qwen3_vl_moe",
     "smolvlm", "video_llava", "vipllava",
 )  # fmt: skip
 """Families of which everything that runs has a formula."""

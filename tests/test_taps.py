@@ -21,7 +21,9 @@ def test_the_mean_by_key_head_is_the_mean(
     seen[1, :, 2] = False  # a row that sees nothing attends to nothing
     allowed = seen if masked == "allowed" else None
     bias = torch.randn(2, 1, 5, 7, generator=generator) if masked == "bias" else None
-    expected = taps.row_attention(query, key, allowed, bias, 0.4, 3.0).mean(1, keepdim=True)
-    assert torch.equal(taps.mean_attention(query, key, allowed, bias, 0.4, 3.0), expected)
+    sinks = torch.randn(6, generator=generator) if masked != "none" else None
+    options = taps.Options(0.4, 3.0, sinks)
+    expected = taps.row_attention(query, key, allowed, bias, options).mean(1, keepdim=True)
+    assert torch.equal(taps.mean_attention(query, key, allowed, bias, options), expected)
     monkeypatch.setattr(taps, "_AT_ONCE", 0)
-    torch.testing.assert_close(taps.mean_attention(query, key, allowed, bias, 0.4, 3.0), expected)
+    torch.testing.assert_close(taps.mean_attention(query, key, allowed, bias, options), expected)

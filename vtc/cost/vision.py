@@ -441,6 +441,7 @@ _FAMILIES = {
     "deepseek_vl": _Family(_llava),
     "gemma3": _Family(_gemma, _pooled),
     "gemma4": _Family(_gemma),
+    "glm46v": _Family(_glm4v_merger, _merged),
     "glm4v": _Family(_glm4v_merger, _merged),
     "glm4v_moe": _Family(_glm4v_merger, _merged),
     "idefics3": _Family(_idefics3, _factor),

@@ -33,6 +33,7 @@ from vtc.families.mllama import CrossImage, Mllama
 from vtc.methods.base import Method, Selection, VisionTokens
 
 from .calls import Calls, Generating
+from .decoder import check_in_place
 from .engine import _by_name, _split_mask, refuse_hidden_answers, refuse_packed
 from .forward import checked
 from .generation import Request
@@ -149,6 +150,7 @@ class CrossEngine:
                 self.overrides.append(step)
                 masks = Override(b.model, "create_masks_for_generate", self._create_masks)
                 self.overrides.append(masks)
+            self.layers = list(b.layers)
             self.handles += [
                 b.decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True),
                 b.decoder.register_forward_hook(self._leave_decoder),
@@ -193,6 +195,7 @@ class CrossEngine:
         return (original or create_masks_for_generate)(**kwargs)
 
     def _run_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        check_in_place(self.family, self.backbone, self.layers)
         shown = kwargs.pop("prompt_labels", None)
         given = _by_name(self.backbone.model, args, kwargs)
         labels = given.get("labels") if shown is None else shown
@@ -202,6 +205,7 @@ class CrossEngine:
             return original(*args, **kwargs)
 
     def _run_base(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        check_in_place(self.family, self.backbone, self.layers)
         asked = self.calls.take_asked()
         given = _by_name(self.backbone.base, args, kwargs)
         self.family.check_inputs(given)

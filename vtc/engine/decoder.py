@@ -27,6 +27,41 @@ class _UnderWay:
     taps: list[Any]
 
 
+def check_in_place(family: Family, backbone: Backbone, layers: list[Any]) -> None:
+    """Raise `RuntimeError` if modules of `backbone`, or the decoder `layers` that were hooked, are
+    not those that run now."""
+    found = family.backbone(backbone.model)
+    pairs = [
+        ("base model", backbone.base, found.base),
+        ("language model", backbone.decoder, found.decoder),
+        *(
+            (f"decoder layer {i}", was, now)
+            for i, (was, now) in enumerate(zip(layers, found.layers, strict=False))
+        ),
+    ]
+    for name, was, now in pairs:
+        check_same(name, was, now)
+    if len(layers) != len(found.layers):
+        raise RuntimeError(_REPLACED.format(f"number of decoder layers ({len(found.layers)})"))
+
+
+def check_same(name: str, was: Any, now: Any) -> None:
+    """Raise `RuntimeError` if the module `was`, called `name`, was replaced by `now`."""
+    # What torch.compile made of a module calls it, hooks and all.
+    if _uncompiled(was) is not _uncompiled(now):
+        raise RuntimeError(_REPLACED.format(f"{name}, now a {type(now).__name__},"))
+
+
+def _uncompiled(module: Any) -> Any:
+    return vars(module)["_modules"].get("_orig_mod", module)
+
+
+_REPLACED = (
+    "model: its {} is not the one that was patched, and would run without the patch; unpatch "
+    "before modules are replaced (adapters that save whole modules do that), and patch afterwards"
+)
+
+
 class DecoderSide:
     """Listens to decoder layers for what `plan` says is read of them."""
 
@@ -34,6 +69,7 @@ class DecoderSide:
         self.family, self.backbone, self.plan = family, backbone, plan
         self.taps: dict[int, taps.Tap] = {}
         self.handles: list[Any] = []
+        self.parts: list[tuple[int, str, Any]] = []
         self.forget()
 
     def forget(self) -> None:
@@ -51,29 +87,44 @@ class DecoderSide:
 
     def install(self) -> None:
         for layer in self.plan.tapped:
-            self.taps[layer] = taps.install(self.backbone.layers[layer].self_attn)
+            self.taps[layer] = taps.install(self._part(layer, "self_attn"))
         for layer, names in self.plan.recorded.items():
             for name in sorted(names - {"input", "keys", "rotary"}):
                 self.handles.append(self._hook(layer, name))
 
     def _hook(self, layer: int, name: Record) -> Any:
-        module: Any = self.backbone.layers[layer]
         part, _, end = name.partition("_")
-        if part == "attention":
-            module = module.self_attn
-        elif part == "mlp":
-            module = module.mlp
+        attribute = {"attention": "self_attn", "mlp": "mlp"}.get(part)
+        module: Any = self.backbone.layers[layer]
+        if attribute is not None:
+            module = self._part(layer, attribute)
         if end == "in":
             hook = functools.partial(self._entering, layer, name)
             return module.register_forward_pre_hook(hook, with_kwargs=True)
         return module.register_forward_hook(functools.partial(self._leaving, layer, name))
+
+    def _part(self, layer: int, name: str) -> Any:
+        module = getattr(self.backbone.layers[layer], name)
+        self.parts.append((layer, name, module))
+        return module
+
+    def check_in_place(self) -> None:
+        """Raise `RuntimeError` if what is listened to is not what runs now."""
+        for layer, name, module in self.parts:
+            where = f"{name} of decoder layer {layer}"
+            check_same(where, module, getattr(self.backbone.layers[layer], name))
+        for layer, tap in self.taps.items():
+            if not tap.in_place:
+                raise RuntimeError(
+                    _REPLACED.format(f"config of self_attn of decoder layer {layer}")
+                )
 
     def uninstall(self) -> None:
         for handle in self.handles:
             handle.remove()
         for tap in self.taps.values():
             tap.remove()
-        self.handles, self.taps = [], {}
+        self.handles, self.taps, self.parts = [], {}, []
         self.forget()
 
     def begin(self, forward: Forward) -> None:

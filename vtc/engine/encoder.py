@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vtc.families import Backbone, Family
+from vtc.families import Backbone, Family, UnsupportedModelError
 from vtc.methods.base import EncoderState, Merging, Method
 
 from . import taps
@@ -46,47 +48,80 @@ class Merged:
 
 
 class EncoderSide:
-    """Runs the tower image by image, so that each may keep another number of patches a layer."""
+    """Runs the tower image by image, so that each may keep another number of patches a layer.
+
+    Only while it does so is the tower changed: other models may share it, and its modules may be
+    replaced between calls.
+    """
 
     def __init__(self, family: Family, backbone: Backbone, method: Method) -> None:
-        self.family, self.backbone, self.method = family, backbone, method
-        self.layers = family.encoder_layers(backbone)
-        self.used = family.encoder_depth(backbone)
-        self.has_cls = family.has_cls(backbone)
-        self.overrides: list[Override] = []
+        self.family, self.method = family, method
+        self._look_at(backbone, {})
+        self._forget()
+
+    def _look_at(self, backbone: Backbone, given: Mapping[str, Any]) -> None:
+        """Note what the tower is for this call, or raise if patches cannot be merged in it."""
+        self.layers = self.family.encoder_layers(backbone)
+        self.used = self.family.encoder_depth(backbone, given)
+        self.has_cls = self.family.has_cls(backbone)
+        kept = not self.family.prefix(backbone, given)
+        if self.has_cls and kept and not self.method.keeps_all:
+            raise UnsupportedModelError(
+                "vision_feature_select_strategy: got 'full', in which [CLS] is a vision token, and "
+                f"{self.method.name} merges patches into tokens that have a place; accepted is "
+                "'default'"
+            )
+
+    def _forget(self) -> None:
         self.taps: list[taps.Tap] = []
         self.patches: _Patches | None = None
+        self.thread = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "patches": None}
+        gone = ("layers", "taps", "patches")
+        return {name: value for name, value in self.__dict__.items() if name not in gone}
 
-    def install(self) -> None:
-        for i, layer in enumerate(self.layers[: self.used]):
-            self.taps.append(taps.install(layer.self_attn))
-            run = functools.partial(self._layer, i)
-            self.overrides.append(Override(layer, "forward", run))
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
 
-    def uninstall(self) -> None:
-        for override in reversed(self.overrides):
-            override.remove()
-        for tap in self.taps:
-            tap.remove()
-        self.overrides, self.taps = [], []
+    @contextmanager
+    def _installed(self) -> Iterator[None]:
+        overrides: list[Override] = []
+        self.thread = threading.get_ident()
+        try:
+            for i, layer in enumerate(self.layers[: self.used]):
+                self.taps.append(taps.install(layer.self_attn))
+                overrides.append(Override(layer, "forward", functools.partial(self._layer, i)))
+            yield
+        finally:
+            for override in reversed(overrides):
+                override.remove()
+            for tap in self.taps:
+                tap.remove()
+            self._forget()
 
     def encode(
-        self, original: Callable[..., Any], kwargs: dict[str, Any]
+        self,
+        backbone: Backbone,
+        given: Mapping[str, Any],
+        original: Callable[..., Any],
+        kwargs: dict[str, Any],
     ) -> tuple[Any, list[Merged]]:
         """`get_image_features`, image by image; features (m, d) in the order of their places."""
+        self._look_at(backbone, given)
+        with self._installed():
+            return self._encode(original, kwargs)
+
+    def _encode(
+        self, original: Callable[..., Any], kwargs: dict[str, Any]
+    ) -> tuple[Any, list[Merged]]:
         pixels = kwargs.pop("pixel_values")
         features, merged, out = [], [], None
         for image in pixels.split(1):
             self.patches = _Patches(0, pixels.new_empty(0), pixels.new_empty(0), None, [])
-            try:
-                out = original(pixel_values=image, **kwargs)
-            finally:
-                patches, self.patches = self.patches, None
-                for tap in self.taps:
-                    tap.armed = None
+            out = original(pixel_values=image, **kwargs)
+            patches = self.patches
             (found,) = out.pooler_output
             places, order = patches.source.sort()
             if len(found) != len(places):
@@ -109,7 +144,7 @@ class EncoderSide:
         **kwargs: Any,
     ) -> Any:
         patches = self.patches
-        if patches is None:
+        if patches is None or self.thread != threading.get_ident():
             return original(hidden_states, attention_mask, **kwargs)
         layer: Any = self.layers[i]
         prefix = int(self.has_cls)
@@ -126,12 +161,11 @@ class EncoderSide:
         ) -> None:
             rows = query[:, :, :1] if self.has_cls else query
             bias = None if mask is None else mask[:, :, : rows.shape[2]]
-            scaling, softcap = options.get("scaling"), options.get("softcap")
-            received = taps.mean_attention(rows, key, None, bias, scaling, softcap)
+            received = taps.mean_attention(rows, key, None, bias, taps.Options.of(options))
             heard["attention"] = received[0, 0].mean(0)
             heard["keys"], heard["values"] = key[0].transpose(0, 1), value[0].transpose(0, 1)
 
-        self.taps[i].armed = capture
+        self.taps[i].arm(capture)
         normed = layer.layer_norm1(hidden_states)
         attended, _ = layer.self_attn(
             hidden_states=normed, attention_mask=self._sizes(patches, normed), **kwargs

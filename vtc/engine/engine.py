@@ -29,7 +29,7 @@ from vtc.families import Backbone, Family, Modality
 from vtc.methods.base import Method
 
 from .calls import PIXELS, Calls
-from .decoder import DecoderSide
+from .decoder import DecoderSide, check_in_place
 from .forward import (
     Forward,
     prune_between_layers,
@@ -120,13 +120,13 @@ class Engine:
             b.decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True),
             b.decoder.register_forward_hook(self._leave_decoder),
         ]
-        for i, layer in enumerate(b.layers):
+        self.layers = list(b.layers)
+        for i, layer in enumerate(self.layers):
             heard = i in self.plan.tapped or i in self.plan.recorded
             if self.flash or heard or self.plan.group_of[i] > 0:
                 hook = functools.partial(self._enter_layer, i)
                 self.handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         self.decoder.install()
-        self.vision.install()
 
     def uninstall(self) -> None:
         self.calls.refuse_in_forward()
@@ -135,7 +135,7 @@ class Engine:
                 handle.remove()
             for override in reversed(self.overrides):
                 override.remove()
-            self.vision.uninstall()
+            self.vision.forget()
             self.decoder.uninstall()
             self.handles, self.overrides = [], []
 
@@ -243,6 +243,7 @@ class Engine:
         return original(hidden_states, left, visual_embeds[row.to(visual_embeds.device)])
 
     def _run_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._check_in_place()
         if self.backbone.model._compiled_call_impl is not None:
             self._warn_of_compiling()
         shown = kwargs.pop("prompt_labels", None)
@@ -253,7 +254,12 @@ class Engine:
         with self.lock, self.calls.model(labels, given.get("logits_to_keep", 0)):
             return original(*args, **kwargs)
 
+    def _check_in_place(self) -> None:
+        check_in_place(self.family, self.backbone, self.layers)
+        self.decoder.check_in_place()
+
     def _run_base(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._check_in_place()
         asked = self.calls.take_asked()
         given = _by_name(self.backbone.base, args, kwargs)
         labels, logits = asked.labels, asked.logits

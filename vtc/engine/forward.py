@@ -112,8 +112,8 @@ class ImageSpan:
         return cls(sample, ordinal, place[~ends], signals, grid[~ends], crop, place[ends], closes)
 
     def emptied(self, alive: Tensor) -> Tensor:
-        """Places of the separators whose row had tokens, none of which is left, of `alive` (n,)
-        bool."""
+        """Places of the separators none of whose row is left, of `alive` (n,) bool. A row that was
+        empty from the start, as in a plane cut to no columns, was not emptied."""
         return self.separators[self.ends.any(1) & ~(self.ends & alive).any(1)]
 
 

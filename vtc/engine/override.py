@@ -72,18 +72,32 @@ class Override:
         return self.replacement(original, *args, **kwargs)
 
     def remove(self) -> None:
+        """Several may shadow one method, and come off in any order."""
         self.removed = True
         noted = vars(self.target).get(_NOTED, {})
         noted.pop(self.key, None)
         if not noted:
             vars(self.target).pop(_NOTED, None)
-        # Others may have deleted it, or put something of theirs in its place, which stays.
-        found = vars(self.target).get(self.name)
-        function = getattr(found, "__func__", None)
-        if found is self or (isinstance(function, Unbound) and function.override is self):
+        above = vars(self.target).get(self.name)
+        if _override_in(above) is self:
             delattr(self.target, self.name)
             if self.previous is not None:
                 setattr(self.target, self.name, self.previous)
+            return
+        # Others may have deleted it, or put something of theirs in its place, which stays.
+        while (found := _override_in(above)) is not None:
+            if _override_in(found.previous) is self:
+                found.previous = self.previous
+                return
+            above = found.previous
+
+
+def _override_in(value: Any) -> Override | None:
+    """The override that `value` is, perhaps bound anew."""
+    if isinstance(value, Override):
+        return value
+    function = getattr(value, "__func__", None)
+    return function.override if isinstance(function, Unbound) else None
 
 
 class Unbound:

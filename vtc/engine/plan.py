@@ -10,6 +10,8 @@ from typing import Any, get_args
 from vtc.families import Backbone, Family, UnsupportedModelError
 from vtc.methods.base import Method, Record, Rows, Signal
 
+from .taps import foreign_options
+
 
 class Plan:
     """Read from the method where it acts, and refuse what this model cannot do.
@@ -127,6 +129,11 @@ class Plan:
             raise UnsupportedModelError(
                 f"model: decoder layer {layer} of {type(self.backbone.model).__name__} has no "
                 f"self_attn that {method.name} could read"
+            )
+        if foreign := foreign_options(attention):
+            raise UnsupportedModelError(
+                f"model: {type(attention).__name__} attends with {', '.join(foreign)}, which vtc "
+                f"does not follow, and {method.name} reads its attention"
             )
         if where == "peeks":
             needed = {

@@ -3,13 +3,16 @@
 
 A tapped attention module gets a private copy of its config that names our attention function. It
 computes the rows asked for, then hands over to the implementation the module had: outputs,
-masks and all other modules stay as they were.
+masks and all other modules stay as they were. Several taps may be on one module, which two models
+may share; they come off in any order, and the last takes the private config with it.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,46 +29,102 @@ _AT_ONCE = 2**18
 """Probabilities that are held at a time where only their mean is wanted: 1 MiB stays in a cache."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Tap:
     """A tap on one attention module.
 
     Attributes:
         module: the attention module.
-        config: the config it had, which still says how it attends: it may be changed meanwhile.
         armed: called with query (b, h, q, d), key and value (b, h_kv, k, d), the mask and the other
             arguments; `None` lets attention pass unheard.
         captured: what `armed` noted.
         silent: leave out the attention itself and return zeros: only what is heard is wanted.
+        thread: the one that armed it. Another may run the module meanwhile, in a model of its own.
     """
 
     module: Any
-    config: Any
     armed: Callable[..., None] | None = None
     captured: list[Any] = field(default_factory=list)
     silent: bool = False
+    thread: int = 0
+
+    def arm(self, heard: Callable[..., None]) -> None:
+        """Call `heard` at the next attention of this thread, and capture anew."""
+        self.captured, self.armed, self.thread = [], heard, threading.get_ident()
+
+    @property
+    def hears(self) -> bool:
+        return self.armed is not None and self.thread == threading.get_ident()
+
+    @property
+    def config(self) -> Any:
+        """The config that the module had, which still says how it attends: it may be changed
+        meanwhile."""
+        return self.module._vtc_taps.config
+
+    @property
+    def in_place(self) -> bool:
+        """Whether attention of the module still passes here."""
+        return self.module.config is self.module._vtc_taps.private
 
     def remove(self) -> None:
-        self.module.config = self.config
-        del self.module._vtc_tap
+        shared: _Taps = self.module._vtc_taps
+        shared.taps.remove(self)
+        if not shared.taps:
+            if self.in_place:  # else somebody gave it another, which stays
+                self.module.config = shared.config
+            del self.module._vtc_taps
+
+
+@dataclass
+class _Taps:
+    """All taps on one module, the config that it had, and the one that leads to them."""
+
+    config: Any
+    private: Any
+    taps: list[Tap] = field(default_factory=list)
 
 
 def install(module: Any) -> Tap:
     """Tap `module`, an attention module of transformers with a `config`."""
-    tap = Tap(module, module.config)
-    private = copy.copy(module.config)
-    private._attn_implementation_internal = TAP
-    module.config = private
-    module._vtc_tap = tap
+    if not hasattr(module, "_vtc_taps"):
+        private = copy.copy(module.config)
+        private._attn_implementation_internal = TAP
+        module._vtc_taps = _Taps(module.config, private)
+        module.config = private
+    tap = Tap(module)
+    module._vtc_taps.taps.append(tap)
     return tap
 
 
-def _default_attention(module: nn.Module) -> Callable[..., Any]:
+_OPTIONS = {
+    *("module", "query", "key", "value", "attention_mask", "dropout", "kwargs", "scaling"),
+    *("softcap", "s_aux", "position_bias", "sliding_window", "is_causal", "output_attentions"),
+}
+"""What attention functions take and `row_attention` heeds, or what changes no probability."""
+
+
+def foreign_options(module: nn.Module) -> list[str]:
+    """Options of the attention of `module` that `row_attention` does not know, such as the indices
+    of sparse attention."""
+    eager = _eager_attention(module)
+    return [] if eager is None else sorted(set(inspect.signature(eager).parameters) - _OPTIONS)
+
+
+def _eager_attention(module: nn.Module) -> Callable[..., Any] | None:
+    """The eager attention in the file of `module`, or of what its class derives from."""
     for cls in type(module).__mro__:
         found = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
         if found is not None:
             return found
-    raise TypeError(f"{type(module).__name__}: its file defines no eager_attention_forward")
+    return None
+
+
+def _default_attention(module: nn.Module) -> Callable[..., Any]:
+    found = _eager_attention(module)
+    if found is None:
+        raise TypeError(f"{type(module).__name__}: its file defines no eager_attention_forward")
+    return found
 
 
 def _tapped_attention(
@@ -76,15 +135,18 @@ def _tapped_attention(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    tap: Tap = module._vtc_tap
-    if tap.armed is not None:
-        with torch.no_grad():
-            tap.armed(query, key, value, attention_mask, kwargs)
-    if tap.silent:
+    shared: _Taps = module._vtc_taps
+    silent = False
+    for tap in shared.taps:
+        if tap.armed is not None and tap.hears:
+            silent |= tap.silent
+            with torch.no_grad():
+                tap.armed(query, key, value, attention_mask, kwargs)
+    if silent:
         b, h, q = query.shape[:3]
         return query.new_zeros(b, q, h, value.shape[-1]), None
     default = _default_attention(module)
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(tap.config._attn_implementation, default)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(shared.config._attn_implementation, default)
     return attend(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -92,22 +154,45 @@ def _tapped_attention(
 AttentionInterface.register(TAP, _tapped_attention)
 
 
+@dataclass(frozen=True)
+class Options:
+    """What attention does beside products and softmax, as its function was told.
+
+    Attributes:
+        scaling: factor on the logits; `d ** -0.5` if `None`.
+        softcap: logits saturate at plus and minus this.
+        sinks: (h,) logits of a place that takes its share and holds nothing, so that rows sum to
+            less than 1 (gpt-oss).
+    """
+
+    scaling: float | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Options:
+        """Those among the arguments of an attention function."""
+        return cls(given.get("scaling"), given.get("softcap"), given.get("s_aux"))
+
+    def of_heads(self, start: int, end: int) -> Options:
+        """Those of the heads from `start` to `end`."""
+        return self if self.sinks is None else replace(self, sinks=self.sinks[start:end])
+
+
 def row_attention(
     query: Tensor,
     key: Tensor,
     allowed: Tensor | None,
     bias: Tensor | None,
-    scaling: float | None,
-    softcap: float | None = None,
+    options: Options,
 ) -> Tensor:
     """Attention probabilities of some query rows, in fp32.
 
     Args:
         query: (b, h, r, d) the rows, rotated.
         key: (b, h_kv, k, d), rotated; h is a multiple of h_kv.
-        allowed: (b or 1, 1, r, k) bool, or `None` for all.
+        allowed: (b or 1, 1 or h, r, k) bool, or `None` for all.
         bias: additive mask of that shape, or `None`.
-        scaling: factor on the logits; `d ** -0.5` if `None`.
 
     Returns:
         (b, h, r, k) fp32.
@@ -117,25 +202,36 @@ def row_attention(
     grouped = query.reshape(b, h_kv, (h // h_kv) * r, d)
     # In place from here on: fresh memory of this size costs more than the arithmetic.
     logits = (grouped @ key.transpose(-1, -2)).view(b, h, r, key.shape[2]).float()
-    logits.mul_(d**-0.5 if scaling is None else scaling)
-    if softcap is not None:
-        logits.div_(softcap).tanh_().mul_(softcap)
+    logits.mul_(d**-0.5 if options.scaling is None else options.scaling)
+    if options.softcap is not None:
+        logits.div_(options.softcap).tanh_().mul_(options.softcap)
     if bias is not None:
         logits.add_(bias)
     if allowed is not None:
         logits.masked_fill_(~allowed, float("-inf"))
-    return logits.softmax(-1).nan_to_num_()
+    if options.sinks is None:
+        return logits.softmax(-1).nan_to_num_()
+    sinks = options.sinks.float().view(1, h, 1, 1)
+    share = (logits.logsumexp(-1, keepdim=True) - sinks).sigmoid()
+    return logits.softmax(-1).mul_(share).nan_to_num_()
 
 
-def mean_attention(query: Tensor, key: Tensor, *options: Any) -> Tensor:
+def mean_attention(
+    query: Tensor, key: Tensor, allowed: Tensor | None, bias: Tensor | None, options: Options
+) -> Tensor:
     """`row_attention` averaged over the heads, (b, 1, r, k), by key head where all are large."""
     b, h, r = query.shape[:3]
     h_kv = key.shape[1]
     if b * h * r * key.shape[2] <= _AT_ONCE:
-        return row_attention(query, key, *options).mean(1, keepdim=True)
+        return row_attention(query, key, allowed, bias, options).mean(1, keepdim=True)
     total = query.new_zeros(b, 1, r, key.shape[2], dtype=torch.float32)
-    for of_head, own in zip(query.chunk(h_kv, 1), key.split(1, 1), strict=True):
-        total += row_attention(of_head, own, *options).sum(1, keepdim=True)
+    step = h // h_kv
+    for i, own in enumerate(key.split(1, 1)):
+        heads = slice(i * step, (i + 1) * step)
+        seen, added = (m if m is None or m.shape[1] == 1 else m[:, heads] for m in (allowed, bias))
+        of_heads = options.of_heads(heads.start, heads.stop)
+        found = row_attention(query[:, heads], own, seen, added, of_heads)
+        total += found.sum(1, keepdim=True)
     return total.div_(h)
 
 
@@ -177,8 +273,7 @@ def listen_rows(
             picked = query.gather(2, places[:, None, :, None].expand(-1, h, -1, d))
             allowed = bias = None
             if isinstance(mask, Tensor) and mask.dim() == 4:
-                at = places[:, None, :, None].expand(-1, 1, -1, mask.shape[-1])
-                cut = mask[:, :1].expand(b, -1, -1, -1).gather(2, at)
+                cut = _rows_at(mask, places)
                 allowed, bias = (cut, None) if cut.dtype == torch.bool else (None, cut)
             else:
                 # A window's cache has lost its first keys; a static cache has room after its last.
@@ -201,13 +296,20 @@ def listen_rows(
                     seen = visible.to(query.device)[:, lost:]
                     room = seen.new_zeros(b, key.shape[2] - seen.shape[1])
                     allowed = allowed & torch.cat([seen, room], dim=1)[:, None, None]
-            scaling, softcap = options.get("scaling"), options.get("softcap")
+            if (own := options.get("position_bias")) is not None:
+                own = _rows_at(own, places)
+                bias = own if bias is None else bias + own
             attend = row_attention if by_head else mean_attention
-            tap.captured.append(attend(picked, key, allowed, bias, scaling, softcap))
+            tap.captured.append(attend(picked, key, allowed, bias, Options.of(options)))
         tap.armed = None
 
-    tap.captured = []
-    tap.armed = capture
+    tap.arm(capture)
+
+
+def _rows_at(mask: Tensor, places: Tensor) -> Tensor:
+    """(b, h or 1, r, k) the rows `places` (b, r) of a mask (b or 1, h or 1, q, k)."""
+    at = places[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1])
+    return mask.expand(len(places), -1, -1, -1).gather(2, at)
 
 
 @dataclass(frozen=True)
@@ -257,14 +359,15 @@ def listen_tower(tap: Tap, has_cls: bool, clock: Stopwatch) -> None:
     def capture(
         query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Mapping[str, Any]
     ) -> None:
-        scaling, softcap = options.get("scaling"), options.get("softcap")
+        bias = options.get("position_bias")
         with clock.measure(query.device):
             keys = key.detach().transpose(1, 2).flatten(2)
             queries = query.detach()[:, :, 0].flatten(1)
             for i in range(query.shape[0]):
                 rows = query[i : i + 1, :, :1] if has_cls else query[i : i + 1]
                 seen = _visible(mask, i, rows.shape[2])
-                found = mean_attention(rows, key[i : i + 1], seen, None, scaling, softcap)
+                added = None if bias is None else bias[i % len(bias)][None, :, : rows.shape[2]]
+                found = mean_attention(rows, key[i : i + 1], seen, added, Options.of(options))
                 received = found[0, 0]
                 if has_cls or seen is None:
                     received = received.mean(0)
@@ -281,8 +384,7 @@ def listen_tower(tap: Tap, has_cls: bool, clock: Stopwatch) -> None:
                     )
                 )
 
-    tap.captured = []
-    tap.armed = capture
+    tap.arm(capture)
 
 
 def _visible(mask: Any, row: int, queries: int) -> Tensor | None:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -34,19 +36,15 @@ class VisionSide:
             raise ValueError(f"method: in {method} a reduction of pixels must come first, and once")
         self.reducer: Any = reducers[0] if reducers else None
         if self.reducer is not None:
-            family.check_pixels(backbone)
+            family.check_pixels(backbone, {})
         mergers = [m for m in method.parts if "encoder" in m.stages]
         if len(mergers) > 1 or (mergers and (reducers or method.parts[0] is not mergers[0])):
             raise ValueError(f"method: in {method} merging in the tower must come first, and once")
         self.merger = EncoderSide(family, backbone, mergers[0]) if mergers else None
-        self.tower_layers: set[int] = set()
         self.reads_encoder = False
+        self.tower_layers = self._layers_read()
         for part in method.parts:
-            if "sequence" not in part.stages:
-                continue
-            for layer in layers_read(part):
-                self.tower_layers.add(self.tower_layer(part, layer))
-            if "encoder" in part.needs:
+            if "sequence" in part.stages and "encoder" in part.needs:
                 if family.projector(backbone) is None or not family.projects_patches:
                     raise UnsupportedModelError(
                         f"model: {part.name} reads what the projector receives for each token, and "
@@ -59,12 +57,26 @@ class VisionSide:
                 f"method: in {method} patches are merged in the tower, after which its attention "
                 "no longer maps onto vision tokens, which another part reads"
             )
-        self.taps: dict[int, taps.Tap] = {}
-        self.handles: list[Any] = []
         self.forget()
 
+    def _layers_read(self) -> set[int]:
+        """The 0-based tower layers that methods read."""
+        parts = [part for part in self.method.parts if "sequence" in part.stages]
+        found = {self.tower_layer(part, layer) for part in parts for layer in layers_read(part)}
+        for layer in found:
+            module = self.family.tower_attention(self.backbone)[layer]
+            if foreign := taps.foreign_options(module):
+                raise UnsupportedModelError(
+                    f"model: {type(module).__name__} attends with {', '.join(foreign)}, which "
+                    f"vtc does not follow, and {self.method} reads its attention"
+                )
+        return found
+
     def forget(self) -> None:
-        self.listening = False
+        self.listening: int | None = None
+        """The thread that encodes now."""
+        self.given: Mapping[str, Any] = {}
+        self.taps: dict[int, taps.Tap] = {}
         self.cls_states: Tensor | None = None
         self.encoder_states: Tensor | None = None
         self.signals: Any = WeakTensorKeyDictionary()
@@ -74,9 +86,14 @@ class VisionSide:
     def exchange(self, under_way: dict[str, Any]) -> dict[str, Any]:
         """Go on with what was under way here, empty for nothing, and return what now is: calls of
         several threads, and calls within calls, do not mix."""
-        names = ("listening", "cls_states", "encoder_states", "recent", "clock", "heard")
+        names = (
+            *("listening", "given", "taps", "cls_states", "encoder_states"),
+            *("recent", "clock", "heard"),
+        )
         left = {name: self.__dict__[name] for name in names}
-        left["taps"] = [(tap.armed, tap.captured) for tap in self.taps.values()]
+        left["states"] = [(tap.armed, tap.captured) for tap in self.taps.values()]
+        for tap in self.taps.values():  # they stay where they are, and let this pass
+            tap.armed = None
         left["patches"] = None if self.merger is None else self.merger.patches
         signals = self.signals
         self.forget()
@@ -84,8 +101,8 @@ class VisionSide:
         for name in under_way.keys() & set(names):
             self.__dict__[name] = under_way[name]
         self.recent = dict(self.recent)
-        for i, tap in enumerate(self.taps.values()):
-            tap.armed, tap.captured = under_way["taps"][i] if under_way else (None, [])
+        for tap, state in zip(self.taps.values(), under_way.get("states", ()), strict=True):
+            tap.armed, tap.captured = state
         if self.merger is not None:
             self.merger.patches = under_way.get("patches")
         return left
@@ -98,6 +115,8 @@ class VisionSide:
             "clock",
             "heard",
             "listening",
+            "given",
+            "taps",
             "cls_states",
             "encoder_states",
         ):
@@ -119,27 +138,41 @@ class VisionSide:
             )
         return place % count
 
-    def install(self) -> None:
-        for layer in self.tower_layers:
-            modules = self.family.tower_attention(self.backbone)
-            self.taps[layer] = taps.install(modules[layer])
-        if self.merger is not None:
-            self.merger.install()
-        if self.reads_encoder:
-            projector: Any = self.family.projector(self.backbone)
-            self.handles = [
-                self.backbone.tower.register_forward_hook(self._leave_tower),
-                projector.register_forward_hook(self._leave_projector),
-            ]
+    @contextmanager
+    def _tapped(self, given: dict[str, Any]) -> Iterator[None]:
+        """The tower and the projector heard, of the modules that there are now, for this call: they
+        may be replaced between calls, and other models may share them."""
+        has_cls = self.family.has_cls(self.backbone)
+        handles: list[Any] = []
+        self.listening, self.given = threading.get_ident(), given
+        self.cls_states = self.encoder_states = None
+        try:
+            for layer in self.tower_layers:
+                tap = taps.install(self.family.tower_attention(self.backbone)[layer])
+                self.taps[layer] = tap
+                taps.listen_tower(tap, has_cls, self.heard)
+            if self.reads_encoder:
+                projector: Any = self.family.projector(self.backbone)
+                handles = [
+                    self.backbone.tower.register_forward_hook(self._leave_tower),
+                    projector.register_forward_hook(self._leave_projector),
+                ]
+            yield
+        finally:
+            self.listening = None
+            for handle in handles:
+                handle.remove()
+            for tap in self.taps.values():
+                tap.remove()
 
     @torch.compiler.disable
     def _leave_tower(self, module: Any, args: Any, output: Any) -> None:
-        if self.listening:
-            self.cls_states = self.family.cls_states(self.backbone, output)
+        if self.listening == threading.get_ident():
+            self.cls_states = self.family.cls_states(self.backbone, output, self.given)
 
     @torch.compiler.disable
     def _leave_projector(self, module: Any, args: Any, output: Tensor) -> None:
-        if not self.listening:
+        if self.listening != threading.get_ident():
             return
         if args[0].shape[:-1] != output.shape[:-1]:
             raise UnsupportedModelError(
@@ -154,17 +187,6 @@ class VisionSide:
         projector: Any = self.family.projector(self.backbone)
         return projector(states[None])[0]
 
-    def uninstall(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
-        if self.merger is not None:
-            self.merger.uninstall()
-        for tap in self.taps.values():
-            tap.remove()
-        self.taps = {}
-        self.forget()
-
     def take_clocks(self) -> tuple[Stopwatch, Stopwatch]:
         """The time spent encoding since this was last asked, and of it that of listening."""
         clocks = self.clock, self.heard
@@ -176,43 +198,44 @@ class VisionSide:
     ) -> Any:
         """`get_image_features` (or of clips), on fewer pixels if the method says so, with the tower
         tapped."""
-        device = next(self.backbone.base.parameters()).device
+        found = self.family.backbone(self.backbone.model)
+        self.backbone = replace(found, tower=self.family.tower_of(found, modality))
+        self.tower_layers = self._layers_read()
+        device = next(found.base.parameters()).device
         self.clock, self.heard = Stopwatch(), Stopwatch()
-        has_cls = bool(self.taps) and self.family.has_cls(self.backbone)
-        for tap in self.taps.values():
-            taps.listen_tower(tap, has_cls, self.heard)
+        wanted = kwargs.pop("return_dict", None)
+        if wanted is None:
+            wanted = getattr(found.base.config, "return_dict", True)
+        given = dict(kwargs)
+        kwargs["return_dict"] = True
         started = self.clock.start(device)
-        self.listening, self.cls_states, self.encoder_states = True, None, None
         reductions: list[tuple[tuple[int, int], tuple[int, int]]] | None = None
         merged: list[Merged] = []
-        given = dict(kwargs)
         try:
-            if self.reducer is not None:
-                pixels = kwargs.pop("pixel_values")
-                out, reductions = self.family.downsampled_features(
-                    self.backbone, original, pixels, self.reducer, kwargs
-                )
-            elif self.merger is not None and not self.merger.method.keeps_all:
-                out, merged = self.merger.encode(original, kwargs)
-            else:
-                out = original(**kwargs)
-        finally:
-            self.listening = False
+            with self._tapped(given):
+                if self.reducer is not None:
+                    self.family.check_pixels(self.backbone, given)
+                    pixels = kwargs.pop("pixel_values")
+                    out, reductions = self.family.downsampled_features(
+                        self.backbone, original, pixels, self.reducer, kwargs
+                    )
+                elif self.merger is not None and not self.merger.method.keeps_all:
+                    out, merged = self.merger.encode(self.backbone, given, original, kwargs)
+                else:
+                    out = original(**kwargs)
             self.clock.stop(started, device)
-            for tap in self.taps.values():
-                tap.armed = None
-        if reductions is not None or merged:
-            signals = self._fewer(out, reductions, merged, given)
-        else:
-            features = self.family.features(out)
-            # The vision clock includes what is heard, and the report takes it off again.
-            with self.clock.measure(device), self.heard.measure(device):
-                signals = self._all(modality, given, features)
+            if reductions is not None or merged:
+                signals = self._fewer(out, reductions, merged, given)
+            else:
+                features = self.family.features(out)
+                # The vision clock includes what is heard, and the report takes it off again.
+                with self.clock.measure(device), self.heard.measure(device):
+                    signals = self._all(modality, given, features)
+        finally:
+            self.backbone, self.taps = found, {}
+            self.cls_states = self.encoder_states = None
         self._remember(modality, self.family.features(out), signals)
-        for tap in self.taps.values():
-            tap.captured = []
-        self.cls_states = self.encoder_states = None
-        return out
+        return out if wanted else out.to_tuple()
 
     def _remember(
         self, modality: Modality, features: Any, signals: list[list[ImageSignals]]
@@ -289,7 +312,7 @@ class VisionSide:
                 )
         if self.taps and type(self.family).image_maps is Family.image_maps:
             rows = next(iter(self.taps.values())).captured
-            prefix = self.family.prefix(self.backbone)
+            prefix = self.family.prefix(self.backbone, given)
             heard = sum(len(row.without(prefix).attention) for row in rows)
             tokens = sum(own.shape[:-1].numel() for own in features)
             if heard != tokens:
@@ -300,11 +323,11 @@ class VisionSide:
                 )
         order = self.family.tower_order(self.backbone, given) if self.taps else None
         return [
-            [ImageSignals(map=found, **self._of(found, order)) for found in of_one]
+            [ImageSignals(map=found, **self._of(found, order, modality)) for found in of_one]
             for of_one in maps
         ]
 
-    def _of(self, found: ImageMap, order: Tensor | None) -> dict[str, Any]:
+    def _of(self, found: ImageMap, order: Tensor | None, modality: Modality) -> dict[str, Any]:
         if not (self.taps or self.reads_encoder):
             return {}
         if found.patches is None:
@@ -312,15 +335,28 @@ class VisionSide:
                 f"model: {self.method} reads the vision tower, whose patches vtc cannot match to "
                 f"the vision tokens of these inputs of {type(self.backbone.model).__name__}"
             )
-        patches, crop = found.patches, found.crop
+        patches, states, crop = found.patches, found.states, found.crop
         if found.separator is not None:
             patches = patches[~found.separator]
+            states = None if states is None else states[~found.separator]
             crop = None if crop is None else crop[~found.separator]
-        return self._read(patches if order is None else order[patches], crop)
+        if order is not None:
+            patches = order[patches]
+        shown = self._read(patches, crop, states)
+        if modality == "video":  # each frame has its own [CLS], and the clip none
+            shown.pop("cls", None)
+            shown["tower"] = {
+                layer: replace(heard, cls_query=None, cls_key=None)
+                for layer, heard in shown.get("tower", {}).items()
+            }
+        return shown
 
-    def _read(self, patches: Tensor, crop: Tensor | None = None) -> dict[str, Any]:
+    def _read(
+        self, patches: Tensor, crop: Tensor | None = None, places: Tensor | None = None
+    ) -> dict[str, Any]:
         """What the tower and the projector showed of the patches (n, m) of the tokens of an image,
-        numbered through all tiles; `crop` (n,) is the tile of each, each a row of the tower."""
+        numbered through all tiles; `crop` (n,) is the tile of each, each a row of the tower, and
+        `places` (n, k) are the rows of the projector, where these are not the patches."""
         found: dict[str, Any] = {}
         if self.taps:
             found["tower"] = {
@@ -328,23 +364,26 @@ class VisionSide:
             }
         if self.reads_encoder:
             states, cls = self.encoder_states, self.cls_states
-            if states is None or states.dim() != 3 or patches.shape[1] != 1:
+            if states is None or states.dim() != 3 or (places is None and patches.shape[1] != 1):
                 shape = None if states is None else tuple(states.shape)
                 raise RuntimeError(
                     f"the projector received {shape} for {len(patches)} vision tokens of an image: "
                     f"its input does not map onto them, and {self.method} needs it"
                 )
-            flat = patches[:, 0].to(states.device)
-            found["encoder"] = states.flatten(0, 1)[flat]
+            places = (patches if places is None else places).to(states.device)
+            every = states.flatten(0, 1)
+            one = places.shape[1] == 1
+            found["encoder"] = every[places[:, 0]] if one else every[places].mean(1)
             if cls is not None:
-                row = flat // states.shape[1]
+                row = places[:, 0] // states.shape[1]
                 found["cls"] = cls[int(row[0])]
                 if crop is not None:
                     found["crop_cls"] = cls[_rows_of_tiles(crop, row)]
         return found
 
     def _heard(self, layer: int, patches: Tensor, crop: Tensor | None) -> taps.TowerSignals:
-        rows, prefix = self.taps[layer].captured, self.family.prefix(self.backbone)
+        prefix = self.family.prefix(self.backbone, self.given)
+        rows: list[taps.TowerSignals] = self.taps[layer].captured
         rows = [row.without(prefix) for row in rows]
         size = sum(len(row.attention) for row in rows)
         if int(patches.max()) >= size:

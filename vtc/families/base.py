@@ -64,6 +64,8 @@ class ImageMap:
         separator: (n,) bool, features that are no vision tokens (ends of rows), or `None`.
         patches: (n, m) the tower's patches that each token is made of, numbered through all that
             `base` encoded in one call, -1 at separators; `None` where they are not known.
+        states: (n, m) the rows of what the projector receives that each token is made of, numbered
+            likewise; `None` where these are its patches.
         group: tells apart images that stand side by side, for families that join tiles.
         tiles: tiles (or frames) that the tower ran on for it, those that are cut off included.
         padded: patches of each of them, where the processor pads images to a number of patches.
@@ -73,6 +75,7 @@ class ImageMap:
     crop: Tensor | None = None
     separator: Tensor | None = None
     patches: Tensor | None = None
+    states: Tensor | None = None
     group: int | None = None
     tiles: int = 1
     padded: int | None = None
@@ -95,6 +98,13 @@ class ImageMap:
         if self.padded is not None or self.tiles > 1 or self.patches is None:
             return self.padded
         return int((self.patches >= 0).sum())
+
+
+_OWN = {
+    "rope_deltas": "rotary positions of its vision tokens are places in the picture (m-RoPE)",
+    "_deepstack_process": "features of earlier tower layers are added between decoder layers",
+}
+"""What the common shape has not, by the attribute that shows it."""
 
 
 class Family:
@@ -178,22 +188,23 @@ class Family:
                 f"model: {type(backbone.decoder).__name__} has layers of kind "
                 f"{', '.join(sorted(foreign))}; supported are full and sliding attention"
             )
-        accepted = inspect.signature(type(backbone.base).forward).parameters
-        if accepted.keys() & {"token_type_ids", "mm_token_type_ids"}:
-            raise UnsupportedModelError(
-                f"model: in {kind} the tokens of an image attend to one another in both "
-                "directions, which needs a family of its own"
-            )
         rotary = getattr(backbone.decoder, "rotary_emb", None)
         if rotary is None or "layer_type" in inspect.signature(rotary.forward).parameters:
             raise UnsupportedModelError(
                 f"model: {type(backbone.decoder).__name__} has not one rotary embedding for all "
                 "layers, and so needs a family of its own"
             )
-        for name in ("_deepstack_process", "rope_deltas"):
+        for name, meaning in _OWN.items():
             if hasattr(backbone.decoder, name) or hasattr(backbone.base, name):
                 raise UnsupportedModelError(
-                    f"model: {kind} has {name}, which needs a family of its own"
+                    f"model: {kind} has {name}: {meaning}, which needs a family of its own"
+                )
+        accepted = inspect.signature(type(backbone.base).forward).parameters
+        for name in ("token_type_ids", "mm_token_type_ids"):
+            if name in accepted:
+                raise UnsupportedModelError(
+                    f"model: {kind} takes {name}, by which it may mask or place the tokens of an "
+                    "image in a way of its own, which needs a family of its own"
                 )
 
     def check_layers(self, backbone: Backbone, layers: Sequence[int]) -> None:
@@ -256,12 +267,14 @@ class Family:
             grids.append(grid)
             crops.append(torch.full((len(own),), (i + 1) % len(maps)))
         patches = [own.patches for own in maps if own.patches is not None]
+        states = [own.states for own in maps if own.states is not None]
         ends = [own.separator for own in maps if own.separator is not None]
         return ImageMap(
             torch.cat(grids),
             crop=None if modality == "video" else torch.cat(crops),
             separator=torch.cat(ends) if len(ends) == len(maps) else None,
             patches=torch.cat(patches) if len(patches) == len(maps) else None,
+            states=torch.cat(states) if len(states) == len(maps) else None,
             tiles=sum(own.tiles for own in maps),
         )
 
@@ -295,10 +308,14 @@ class Family:
         self.tower_attention(backbone)
         return layers
 
-    def encoder_depth(self, backbone: Backbone) -> int:
-        """How many tower layers the features pass through."""
+    def encoder_depth(self, backbone: Backbone, given: Mapping[str, Any]) -> int:
+        """How many tower layers the features pass through.
+
+        Args:
+            given: the arguments of `get_image_features`, which may differ from the config.
+        """
         count = len(self.encoder_layers(backbone))
-        wanted = getattr(backbone.model.config, "vision_feature_layer", -1)
+        wanted = setting(backbone, given, "vision_feature_layer", -1)
         if not isinstance(wanted, int):
             raise UnsupportedModelError(
                 f"model: features of the tower layers {wanted} are joined, which is impossible "
@@ -311,10 +328,18 @@ class Family:
         embeddings = getattr(backbone.tower, "embeddings", None)
         return any(hasattr(embeddings, name) for name in ("class_embedding", "cls_token"))
 
-    def prefix(self, backbone: Backbone) -> int:
-        """Tokens of the tower that stand before an image's patches and make no vision token."""
-        full = getattr(backbone.model.config, "vision_feature_select_strategy", "default") == "full"
+    def prefix(self, backbone: Backbone, given: Mapping[str, Any]) -> int:
+        """Tokens of the tower that stand before an image's patches and make no vision token.
+
+        Args:
+            given: the arguments of `get_image_features`, which may differ from the config.
+        """
+        full = setting(backbone, given, "vision_feature_select_strategy", "default") == "full"
         return int(self.has_cls(backbone) and not full)
+
+    def tower_of(self, backbone: Backbone, modality: Modality) -> Any:
+        """The vision encoder of images, or of clips."""
+        return backbone.tower
 
     def tower_order(self, backbone: Backbone, given: Mapping[str, Any]) -> Tensor | None:
         """(patches,) where each patch, in the order that `ImageMap.patches` counts in, stands in
@@ -325,15 +350,19 @@ class Family:
         """The module from patch states to embeddings, one row each, or `None` if not known."""
         return getattr(backbone.base, "multi_modal_projector", None)
 
-    def cls_states(self, backbone: Backbone, output: Any) -> Tensor | None:
+    def cls_states(
+        self, backbone: Backbone, output: Any, given: Mapping[str, Any]
+    ) -> Tensor | None:
         """(images, d_v) states of [CLS] in the layer that the projector reads, from the tower's
-        output, or `None` where there is no [CLS]."""
+        output, or `None` where there is no [CLS].
+
+        Args:
+            given: the arguments of `get_image_features`, which may differ from the config.
+        """
         if not self.has_cls(backbone):
             return None
-        config = backbone.model.config
-        wanted: Any = getattr(config, "vision_feature_layer", None)
-        if wanted is None:
-            wanted = getattr(config, "vision_feature_layers", -1)
+        several = setting(backbone, given, "vision_feature_layers", -1)
+        wanted: Any = setting(backbone, given, "vision_feature_layer", several)
         layers = [wanted] if isinstance(wanted, int) else wanted
         return torch.cat([output.hidden_states[layer][:, 0] for layer in layers], dim=-1)
 
@@ -352,9 +381,15 @@ class Family:
             rows, columns = 1, n
         return grid_positions(rows, columns)
 
-    def check_pixels(self, backbone: Backbone) -> None:
-        """Raise `UnsupportedModelError` if the tower takes images of one size only."""
+    def check_pixels(self, backbone: Backbone, given: Mapping[str, Any]) -> None:
+        """Raise `UnsupportedModelError` if the tower takes images of one size only.
+
+        Args:
+            given: the arguments of `get_image_features`, which may differ from the config.
+        """
         tower = backbone.tower
+        for wrapped in ("_orig_mod", "original_module"):  # by torch.compile, by peft
+            tower = getattr(tower, wrapped, tower)
         patch = getattr(getattr(tower, "config", None), "patch_size", None)
         if not isinstance(patch, int) or (
             "interpolate_pos_encoding" not in inspect.signature(tower.forward).parameters
@@ -363,8 +398,7 @@ class Family:
                 f"model: the vision tower {type(tower).__name__} does not interpolate its position "
                 "embeddings, which down-sampling pixels needs; use how='grid'"
             )
-        strategy = getattr(backbone.model.config, "vision_feature_select_strategy", None)
-        if strategy == "full" and self.has_cls(backbone):
+        if self.has_cls(backbone) and not self.prefix(backbone, given):
             raise UnsupportedModelError(
                 "model: its vision tokens include [CLS], which has no place on a grid of fewer "
                 "pixels; use how='grid'"
@@ -487,6 +521,12 @@ class Family:
         )
 
 
+def setting(backbone: Backbone, given: Mapping[str, Any], name: str, default: Any) -> Any:
+    """What holds of a setting of the config that calls may give another value."""
+    value = given.get(name)
+    return getattr(backbone.model.config, name, default) if value is None else value
+
+
 def shift_patches(found: ImageMap, by: int) -> ImageMap:
     """The same image, its patches numbered from `by` on."""
     if found.patches is None:
@@ -501,6 +541,9 @@ def grid_positions(rows: int, columns: int) -> Tensor:
 
 
 def merged_patches(rows: int, columns: int, by: int, first: int = 0) -> Tensor:
-    """(rows * columns / by ** 2, by ** 2) the patches of a raster that by x by cells join."""
-    index = torch.arange(first, first + rows * columns).view(rows // by, by, columns // by, by)
+    """(rows // by * columns // by, by ** 2) the patches of a raster that by x by cells join; those
+    at the end of rows and columns that fill no cell are in none."""
+    index = torch.arange(first, first + rows * columns).view(rows, columns)
+    index = index[: rows // by * by, : columns // by * by]
+    index = index.reshape(rows // by, by, columns // by, by)
     return index.transpose(1, 2).reshape(-1, by * by)

@@ -50,13 +50,30 @@ class VideoLlava(Family):
         if modality == "image":
             return maps
         maps = []
-        for own in features:  # the other tower's patches are not those that methods read
-            grid = self.grid(backbone, len(own) - 1, None)
-            separator = torch.zeros(len(own), dtype=torch.bool)
+        for i, own in enumerate(features):
+            n = len(own) - 1
+            grid = torch.cat([torch.tensor([[0, -1, 0]]), self.grid(backbone, n, None)])
+            separator = torch.zeros(n + 1, dtype=torch.bool)
             separator[0] = True
-            grid = torch.cat([torch.tensor([[0, -1, 0]]), grid])
-            maps.append([ImageMap(grid, separator=separator)])
+            # [CLS] goes through the projector as well.
+            states = torch.arange(i * (n + 1), (i + 1) * (n + 1))
+            patches = torch.where(separator, -1, states - i - 1)
+            maps.append(
+                [
+                    ImageMap(
+                        grid, separator=separator, patches=patches[:, None], states=states[:, None]
+                    )
+                ]
+            )
         return maps
+
+    def tower_of(self, backbone: Backbone, modality: Modality) -> Any:
+        return backbone.tower if modality == "image" else backbone.base.video_tower
+
+    def prefix(self, backbone: Backbone, given: Mapping[str, Any]) -> int:
+        if "pixel_values_videos" in given:  # [CLS] of a frame is a separator among its tokens
+            return int(self.has_cls(backbone))
+        return super().prefix(backbone, given)
 
 
 class DeepseekVL(Family):

@@ -26,8 +26,8 @@ without images and, where there are any, clips (`tests/test_families.py`,
 `tests/test_mllama.py`). Real checkpoints load on
 your machine. Methods that read the vision tower work where its column says so, and are refused
 elsewhere: attention and keys (ToDRE, token correlation, HoloV, ...), or patch states that the
-projector receives as well (VisionZip, VisPruner, SCOPE, PruMerge). On clips only Qwen-VL's and
-GLM-V's towers can be read.
+projector receives as well (VisionZip, VisPruner, SCOPE, PruMerge). A clip's frames have each
+their own [CLS], so that a clip is shown none.
 
 """
 

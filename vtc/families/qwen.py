@@ -14,7 +14,7 @@ from .base import Backbone, Family, ImageMap, Modality, UnsupportedModelError
 
 
 class QwenVL(Family):
-    """Qwen2-VL, Qwen2.5-VL, Qwen3-VL and GLM-4.1V.
+    """Qwen2-VL, Qwen2.5-VL, Qwen3-VL (dense and MoE), GLM-4.1V, GLM-4.5V and GLM-4.6V.
 
     A vision token's position is its place in the picture, so it keeps it: "contiguous" is as
     "original" here, as in the official code of the methods for these models. Qwen3-VL adds features
@@ -22,8 +22,11 @@ class QwenVL(Family):
     at which it stands.
     """
 
-    name: ClassVar[str] = "qwen2_vl, qwen2_5_vl, qwen3_vl, glm4v"
-    model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v")
+    model_types: ClassVar[tuple[str, ...]] = (
+        *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"),
+        *("glm4v", "glm4v_moe", "glm46v"),
+    )
+    name: ClassVar[str] = ", ".join(model_types)
     stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
     axial: ClassVar[bool] = True
     positions: ClassVar[str] = "places in the picture"

@@ -180,11 +180,12 @@ class Mistral3(Family):
 
 
 def placeholder_ids(backbone: Backbone, given: Mapping[str, Any]) -> dict[Modality, Tensor]:
-    """(b, s) bool, where the ids say that features go."""
-    ids = given.get("input_ids")
-    if ids is None:
-        raise ValueError(
-            "inputs_embeds: a patched model finds the images of this family by input_ids; pass "
-            "these, or unpatch"
-        )
-    return {"image": ids == backbone.model.config.image_token_id}
+    """(b, s) bool, where the ids say that features go; without ids, where embeddings are those of
+    the placeholder, as the model itself has it."""
+    ids, place = given.get("input_ids"), backbone.model.config.image_token_id
+    if ids is not None:
+        return {"image": ids == place}
+    embeds = given["inputs_embeds"]
+    table = backbone.base.get_input_embeddings()
+    mark = table(torch.full((), place, dtype=torch.long, device=embeds.device))
+    return {"image": (embeds == mark).all(-1)}

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .base import Backbone, Family, ImageMap, Modality, grid_positions
+from .base import Backbone, Family, ImageMap, Modality, grid_positions, merged_patches
 
 
 class LlavaNext(Family):
@@ -116,12 +116,26 @@ class LlavaNext(Family):
     ) -> list[list[ImageMap]]:
         """Frames pooled to fewer tokens, one after the other."""
         frames = given["pixel_values_videos"].shape[1]
+        area = self.side(backbone) ** 2
+        patches, states = self.pooled(backbone)
         maps = []
-        for own in features:
-            per_frame = len(own) // frames
-            columns = math.isqrt(per_frame)
-            maps.append([replace(self._clip(frames, columns, len(own)), tiles=frames)])
+        for i, own in enumerate(features):
+            frame = torch.arange(i * frames, (i + 1) * frames)[:, None, None]
+            plain = self._clip(frames, math.isqrt(len(patches)), len(own))
+            spare = (0, 0, 0, len(own) - frames * len(patches))  # a newline after all
+            of_clip = [
+                torch.nn.functional.pad((frame * count + places).flatten(0, 1), spare, value=-1)
+                for count, places in ((area, patches), (int(states.max()) + 1, states))
+            ]
+            maps.append([replace(plain, tiles=frames, patches=of_clip[0], states=of_clip[1])])
         return maps
+
+    def pooled(self, backbone: Backbone) -> tuple[Tensor, Tensor]:
+        """(n, m) patches of a frame, and (n, k) rows of what the projector receives of it, that
+        each of the frame's tokens is made of."""
+        side, by = self.side(backbone), backbone.model.config.spatial_pool_stride
+        patches = merged_patches(side, side, by)
+        return patches, torch.arange(len(patches))[:, None]  # pooled before the projector
 
     def _clip(self, frames: int, side: int, n: int) -> ImageMap:
         grid = grid_positions(side, side).repeat(frames, 1)
@@ -148,6 +162,17 @@ class LlavaOnevision(LlavaNext):
             if not alone[i]:
                 return 1
         return super().tiles(backbone, given, i)
+
+    def pooled(self, backbone: Backbone) -> tuple[Tensor, Tensor]:
+        # Bilinear, after the projector: a token lies between two rows and two columns.
+        side = self.side(backbone)
+        count = math.ceil(side / 2)
+        middle = ((torch.arange(count) + 0.5) * side / count - 0.5).clamp_min(0)
+        low = middle.long()
+        ends = torch.stack([low, (low + 1).clamp_max(side - 1)], dim=1)
+        row, column = ends[:, None, :, None], ends[None, :, None, :]
+        patches = (row * side + column).reshape(count * count, 4)
+        return patches, patches
 
     def pack(self, backbone: Backbone, given: Mapping[str, Any], i: int, places: Tensor) -> Tensor:
         ratio = given.get("vision_aspect_ratio") or backbone.model.config.vision_aspect_ratio
