@@ -40,7 +40,10 @@ class Sees(Probe):
         return Selection(torch.arange(0, len(state.vision), 2))
 
 
-PICTURES = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v"}
+PICTURES = {
+    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5"),
+    *("glm4v", "glm4v_moe", "glm46v"),
+}
 """The plain model cannot place an image on its axes of which tokens are masked."""
 LAYERED = [
     name

@@ -555,14 +555,14 @@ TEXT = {
     "head_dim": 8,
 }
 FOREIGN = {
-    "both directions": [
+    "takes token_type_ids": [
         lambda: PaliGemmaConfig(
             vision_config={**VISION, "model_type": "siglip_vision_model"},
             text_config={**TEXT, "model_type": "gemma"},
         ),
-        lambda: Gemma3Config(vision_config=VISION, text_config=TEXT, mm_tokens_per_image=4),
     ],
     "one rotary embedding": [
+        lambda: Gemma3Config(vision_config=VISION, text_config=TEXT, mm_tokens_per_image=4),
         lambda: LlavaConfig(
             vision_config={**VISION, "model_type": "clip_vision_model"},
             text_config={**TEXT, "model_type": "gemma3_text"},

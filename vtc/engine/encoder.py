@@ -88,7 +88,8 @@ class EncoderSide:
     @contextmanager
     def _installed(self) -> Iterator[None]:
         overrides: list[Override] = []
-        self.thread = threading.get_ident()
+        before = self.taps, self.patches, self.thread  # of a call that this one interrupts
+        self.taps, self.patches, self.thread = [], None, threading.get_ident()
         try:
             for i, layer in enumerate(self.layers[: self.used]):
                 self.taps.append(taps.install(layer.self_attn))
@@ -99,7 +100,7 @@ class EncoderSide:
                 override.remove()
             for tap in self.taps:
                 tap.remove()
-            self._forget()
+            self.taps, self.patches, self.thread = before
 
     def encode(
         self,

@@ -94,17 +94,15 @@ class VisionSide:
         left["states"] = [(tap.armed, tap.captured) for tap in self.taps.values()]
         for tap in self.taps.values():  # they stay where they are, and let this pass
             tap.armed = None
-        left["patches"] = None if self.merger is None else self.merger.patches
         signals = self.signals
         self.forget()
         self.signals = signals
         for name in under_way.keys() & set(names):
             self.__dict__[name] = under_way[name]
-        self.recent = dict(self.recent)
+        # What is gone back to stays as it was.
+        self.recent, self.taps = dict(self.recent), dict(self.taps)
         for tap, state in zip(self.taps.values(), under_way.get("states", ()), strict=True):
             tap.armed, tap.captured = state
-        if self.merger is not None:
-            self.merger.patches = under_way.get("patches")
         return left
 
     def __getstate__(self) -> dict[str, Any]:
