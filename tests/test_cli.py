@@ -145,7 +145,7 @@ def test_show_draws_and_answers(cli, folder, tmp_path):
     picture(0).save(tmp_path / "image.png")
     out = tmp_path / "kept.png"
     result = cli(
-        "show", tmp_path / "image.png", "--question", QUESTION, "--method", "random+fastv:keep=4",
+        "show", tmp_path / "image.png", "--question", QUESTION, "--method", "random|fastv:keep=4",
         "--keep", "0.5", "--model", folder, "--out", out,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -154,7 +154,7 @@ def test_show_draws_and_answers(cli, folder, tmp_path):
     assert Image.open(out).width > 500
 
 
-@pytest.mark.parametrize("method", ["tome", "flowcut+fastv:keep=3"])
+@pytest.mark.parametrize("method", ["tome", "flowcut|fastv:keep=3"])
 def test_show_draws_what_the_tower_left(cli, folder, tmp_path, method):
     picture(0).save(tmp_path / "image.png")
     result = cli(
@@ -251,7 +251,7 @@ def test_methods_as_text():
     assert takes_keep("random")
     assert not takes_keep("random:keep=5")
     assert not takes_keep("full")
-    assert takes_keep("random:keep=5+fastv")
+    assert takes_keep("random:keep=5|fastv")
     with pytest.raises(TypeError, match="keep"):
         parse_method("full", keep=0.5)
 

@@ -632,7 +632,7 @@ def test_settings_go_to_the_method() -> None:
             ("fastv", "llava", 64),
             {},
             ValueError,
-            "unknown name 'llava'; known are llava-1.5, llava-next, qwen2.5-vl",
+            "unknown name 'llava' .did you mean llava-1.5.*; known are llava-1.5, llava-next, qwen2.5-vl",
         ),
         (("fastv", None, 64), {}, ValueError, "target: unknown name None"),
         (

@@ -61,7 +61,7 @@ def methods() -> None:
     console = _console()
     console.print(table)
     console.print(
-        "\nIn text: name, name:setting=value:setting=value, and first+second to compose. "
+        "\nIn text: name, name:setting=value:setting=value, and 'first|second' to compose. "
         "keep is a fraction in (0, 1] or a whole number of tokens per image.",
         style="dim",
     )
@@ -184,7 +184,9 @@ def suite(
     from vtc.eval.run import SUITE, write_suite
 
     if name not in SUITE:
-        raise _fail("NAME", f"expected one of {', '.join(SUITE)}, got {name!r}")
+        from vtc.names import unknown
+
+        raise _fail("NAME", unknown(name, SUITE))
     _console().print(str(write_suite(name, out, limit, seed)))
 
 

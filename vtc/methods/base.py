@@ -18,6 +18,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from vtc.names import unknown
+
 Positions = Literal["original", "contiguous"]
 Rows = Literal["last", "text", "vision", "vision_text"]
 """Query rows whose attention a method may ask for: the prompt's last token, all of its text after
@@ -410,7 +412,7 @@ def make(method: str | Method | Mapping[str, Any], **settings: Any) -> Method:
         return method
     if isinstance(method, type) and issubclass(method, Method):
         raise TypeError(f"method: got the class {method.__name__}; give {method.__name__}(...)")
-    if isinstance(method, str) and set(method) & set("+:@"):
+    if isinstance(method, str) and set(method) & set("|+:@"):
         # The command line's way of writing settings and compositions.
         from vtc.spec import parse_method
 
@@ -423,14 +425,11 @@ def make(method: str | Method | Mapping[str, Any], **settings: Any) -> Method:
         )
     cls = _found(method.lower())
     if cls is None:
-        raise ValueError(f"method: unknown name {method!r}; known are {', '.join(methods())}")
+        raise ValueError(f"method: {unknown(method, methods())}")
     accepted = list(_accepted_fields(cls))
-    unknown = [key for key in settings if key not in accepted]
-    if unknown:
-        raise TypeError(
-            f"{method}: unknown setting {unknown[0]!r}; accepted are "
-            f"{', '.join(accepted) or 'none'}"
-        )
+    strange = [key for key in settings if key not in accepted]
+    if strange:
+        raise TypeError(f"{method}: {unknown(strange[0], accepted, 'setting', 'accepted')}")
     return cls(**settings)
 
 
