@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import pytest
 from typer.testing import CliRunner
+from vtc.eval.reproduce import load_tables
+from vtc.eval.suites import expand
 
 import vtc
 from vtc.cli import app
-from vtc.eval.reproduce import load_tables
-from vtc.eval.suites import expand
 from vtc.names import unknown
 from vtc.spec import parse_method
 

@@ -99,6 +99,12 @@ class _Watch(Method):
         self.record.saw(tokens)
         return Selection(torch.arange(len(tokens), device=tokens.features.device))
 
+    def __str__(self) -> str:
+        """Nothing: it is no part of what the user composed."""
+        return ""
+
+    __repr__ = __str__
+
 
 # Named here and not in the class, where it would register.
 _Watch.name = "watch"

@@ -361,11 +361,15 @@ def select_in_sequence(
             if forward.replay:
                 selection = forward.decisions[key]
             else:
+                grid = span.grid.to(embeds.device)
+                crop = None if span.crop is None else span.crop.to(embeds.device)
                 tokens = VisionTokens(
                     features=features,
-                    grid=span.grid.to(embeds.device)[current],
+                    grid=grid[current],
                     image=span.ordinal,
-                    crop=None if span.crop is None else span.crop.to(embeds.device)[current],
+                    crop=None if crop is None else crop[current],
+                    every_grid=grid,
+                    every_crop=crop,
                     **_signals(forward, method, span, alive, embeds, tower_layer, project),
                 )
                 selection = checked(method, method.select(tokens), len(tokens))
