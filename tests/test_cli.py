@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -191,6 +192,105 @@ def test_show_refuses_what_is_no_picture(cli, tmp_path):
         result = cli("show", tmp_path / name, "--question", "why")
         assert result.exit_code == 2
         assert "IMAGE" in result.output
+
+
+def test_show_refuses_damaged_and_oversized_pictures(cli, tmp_path, monkeypatch):
+    picture(0).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:150])
+    result = cli("show", tmp_path / "cut.png", "--question", "why")
+    assert result.exit_code == 2
+    assert "Invalid value for IMAGE" in result.output
+    assert "cut.png: damaged" in result.output
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    result = cli("show", tmp_path / "whole.png", "--question", "why")
+    assert result.exit_code == 2
+    assert "whole.png: too large, with more than 1,000 pixels" in result.output
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("kept.docx", "expected a file with one of the suffixes"),
+        ("kept", "expected a file with one of the suffixes"),
+        ("missing/kept.png", "no folder"),
+        ("folder.png", "is a folder"),
+    ],
+)
+def test_show_refuses_out_before_the_model_runs(cli, tmp_path, monkeypatch, out, message):
+    picture(0).save(tmp_path / "image.png")
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.setattr("vtc.trace.trace", lambda *_: pytest.fail("the model ran"))
+    result = cli(
+        "show", tmp_path / "image.png", "--question", "why", "--out", tmp_path / out,
+    )  # fmt: skip
+    assert result.exit_code == 2
+    assert "Invalid value for --out" in result.output
+    assert message in result.output
+
+
+def test_home_is_expanded_in_every_path_of_every_command(monkeypatch, tmp_path):
+    """`~` after `=` reaches the program as it is."""
+    import click
+    import typer
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    group = typer.main.get_command(app)
+    checked = set()
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        paths = [
+            p for p in command.params
+            if p.name in ("model", "config") or p.type.name in ("path", "file", "directory")
+        ]  # fmt: skip
+        got: dict = {}
+        monkeypatch.setattr(command, "callback", lambda got=got, **given: got.update(given))
+        for parameter in paths:
+            others = [p for p in command.params if p.required and p is not parameter]
+            words = [f"{p.opts[0]}=x" if p.opts[0].startswith("-") else "x" for p in others]
+            own = f"{parameter.opts[0]}=~/a" if parameter.opts[0].startswith("-") else "~/a"
+            words = [own, *words] if parameter.opts[0].startswith("-") else [own, *words]
+            command.main(words, standalone_mode=False)
+            assert str(got[parameter.name]) == str(tmp_path / "a"), (name, parameter.name)
+            checked.add((name, parameter.name))
+    assert isinstance(group, click.Group)
+    assert {("show", "image"), ("show", "out"), ("show", "model"), ("eval", "out")} <= checked
+    assert {("bench", "config"), ("suite", "out"), ("autotune", "model")} <= checked
+
+
+def test_show_opens_pictures_as_transformers_does(cli, folder, tmp_path, monkeypatch):
+    """Turned by EXIF, the drawing and the answer are those of the upright picture."""
+    from transformers.image_utils import load_image
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(0).save(tmp_path / "turned.png", exif=exif)
+    seen = []
+    monkeypatch.setattr("vtc.trace.trace", lambda model, found, *_: seen.append(found) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        from typer.testing import CliRunner as Runner
+
+        Runner().invoke(
+            app, ["show", str(tmp_path / "turned.png"), "--question", "q"], catch_exceptions=False
+        )
+    upright = np.asarray(load_image(str(tmp_path / "turned.png")))
+    assert np.array_equal(np.asarray(seen[0]), upright)
+    assert not np.array_equal(upright, np.asarray(picture(0)))
+
+
+def test_show_says_what_the_processor_crops_and_warns_of_nothing(cli, folder, tmp_path):
+    wide = Image.new("RGB", (4 * SIDE, SIDE))
+    wide.paste(picture(0), (int(1.5 * SIDE), 0))
+    wide.save(tmp_path / "wide.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        result = cli(
+            "show", tmp_path / "wide.png", "--question", QUESTION, "--method", "todre",
+            "--model", folder, "--out", tmp_path / "kept.png",
+        )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "the model sees the middle 25% of its width" in result.output
+    found = trace(str(folder), wide, QUESTION, vtc.make("todre"), "cpu", 2)
+    shown = np.asarray(found.image, dtype=int)
+    assert np.abs(shown - np.asarray(picture(0), dtype=int)).max() <= 1
 
 
 def test_a_trace_is_of_the_tokens_the_method_chose(folder):

@@ -90,7 +90,7 @@ def test_a_suite_runs_whole_and_as_the_tasks_have_it():
 
 def test_what_is_no_suite_is_refused_with_those_that_are():
     with pytest.raises(
-        ValueError, match="'images' .*; known are embedded, image, doc, video, reason"
+        ValueError, match=r"'images' .*; known are embedded, image, doc, video, reason"
     ):
         expand("images")
     with pytest.raises(TypeError, match="expected a name, got NoneType"):

@@ -8,6 +8,7 @@ and bad input answer at once.
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperCommand
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -25,7 +27,26 @@ if TYPE_CHECKING:
     from vtc.eval.run import Observer, Settings
     from vtc.methods.base import Method
 
-app = typer.Typer(
+
+class _Command(TyperCommand):
+    """A command in which `~` is the home folder in every path, also after `--option=`, where shells
+    leave it as it is."""
+
+    def invoke(self, ctx: Any) -> Any:
+        for name, value in ctx.params.items():
+            if isinstance(value, Path):
+                ctx.params[name] = value.expanduser()
+            elif name in ("model", "config") and isinstance(value, str) and value.startswith("~"):
+                ctx.params[name] = str(Path(value).expanduser())
+        return super().invoke(ctx)
+
+
+class _App(typer.Typer):
+    def command(self, *args: Any, **kwargs: Any) -> Any:
+        return super().command(*args, **{"cls": _Command, **kwargs})
+
+
+app = _App(
     name="vtc",
     help="Compress the vision tokens of Hugging Face vision-language models.",
     no_args_is_help=True,
@@ -589,6 +610,22 @@ def bench(
 
 
 # ---- vtc show -----------------------------------------------------------------------------------
+def _check_picture(out: Path) -> None:
+    """Refuse a file in which no picture can be written, before a model runs."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    accepted = FigureCanvasAgg.get_supported_filetypes()
+    if out.suffix.lstrip(".").lower() not in accepted:
+        kinds = ", ".join(f".{kind}" for kind in sorted(accepted))
+        raise _fail("--out", f"expected a file with one of the suffixes {kinds}, got {out}")
+    if out.is_dir():
+        raise _fail("--out", f"{out} is a folder; give a file in it")
+    if not out.parent.is_dir():
+        raise _fail("--out", f"no folder {out.parent}")
+    if not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise _fail("--out", f"{out}: no permission to write it")
+
+
 @app.command()
 def show(
     image: Annotated[Path, typer.Argument(help="The image.")],
@@ -609,8 +646,8 @@ def show(
     from importlib.util import find_spec
 
     import torch
-    from PIL import Image, UnidentifiedImageError
 
+    from vtc.pictures import PictureError, open_picture
     from vtc.spec import parse_keep, parse_method
 
     if find_spec("matplotlib") is None:  # said now, not after the model has run twice
@@ -621,10 +658,11 @@ def show(
     except (ValueError, TypeError) as error:
         option = "--keep" if str(error).startswith("keep") else "--method"
         raise _fail(option, str(error)) from None
+    _check_picture(out)
     try:
-        picture = Image.open(image).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise _fail("IMAGE", f"{image}: {error}") from None
+        picture = open_picture(image)
+    except PictureError as error:
+        raise _fail("IMAGE", str(error)) from None
     from vtc.eval.quiet import hub_answers, offline
     from vtc.trace import trace
 
@@ -641,17 +679,19 @@ def show(
         raise _fail("--model", f"{model}: {str(error).splitlines()[0]}") from None
     except (ValueError, TypeError, RuntimeError) as error:
         raise _fail("--method", str(error).splitlines()[0]) from None
-    from .plots import kept_tokens
+    from .plots import kept_views
 
     title = f"{method}{'' if keep is None else f', keep {keep}'}: {question}"
-    figure = kept_tokens(found.image, found.grid, found.kept, title=title)
+    figure = kept_views(found.views, title=title)
     try:
         figure.savefig(out)
     except (OSError, ValueError) as error:
         raise _fail("--out", f"{out}: {error}") from None
     console = _console()
-    for name, indices in found.kept.items():
-        console.print(f"{name}: {len(indices)} of {found.grid[0] * found.grid[1]} tokens")
+    if found.note is not None:
+        console.print(found.note, style="yellow", soft_wrap=True)
+    for name, count in found.counts.items():
+        console.print(f"{name}: {count} of {found.total} tokens")
     console.print(f"all tokens: {found.answer_full!r}", markup=False)
     console.print(f"compressed: {found.answer!r}", markup=False)
     console.print(f"{out}", soft_wrap=True)

@@ -12,8 +12,8 @@
 first method that has such a setting and was not given one of its own. After `@` it counts for each
 tile or frame. What a share means after other methods is said at `vtc.methods.Compose`.
 
-Values are Python literals or bare words: `layers=(3,9)`, `version=v2`. Separators inside brackets and
-quotes are part of the value.
+Values are Python literals or bare words: `layers=(3,9)`, `version=v2`. Separators inside brackets
+and quotes are part of the value.
 """
 
 from __future__ import annotations

@@ -428,6 +428,11 @@ def _signals(
         found["encoder_cls"] = None if signals.cls is None else signals.cls.to(device)
         found["crop_cls"] = None if signals.crop_cls is None else signals.crop_cls.to(device)
         found["project"] = project
+    if "patches" in needs and (patches := signals.map.patches) is not None:
+        separator = signals.map.separator
+        whole = patches if separator is None else patches[~separator]
+        filled = whole if signals.kept is None else whole[signals.kept.to(whole.device)]
+        found["patches"] = filled.to(device)[alive]
     if "text" in needs:
         found["text"] = embeds[b, forward.text[b]]
     if "segment" in needs:

@@ -42,7 +42,7 @@ without the residual; its attention's keys, heads concatenated; and "rotary", a 
 wide as a head. The last two are rotated to each token's position, as if the sample began at 0."""
 
 Signal = Literal[
-    "cls_attention", "low_attention", "cls_query", "keys", "encoder", "text", "segment"
+    "cls_attention", "low_attention", "cls_query", "keys", "encoder", "text", "segment", "patches"
 ]
 """What a method may ask for in `needs`; see `VisionTokens`."""
 
@@ -72,6 +72,8 @@ class VisionTokens:
             Comes with `encoder`.
         segment: (m, d) embeddings of the text between this image and the next, or the prompt's
             end. Only if asked for.
+        patches: (n, m) the tower's patches that each token is made of, numbered through all tiles
+            that it encoded in one call, or `None` where they are not known. Only if asked for.
         crop: (n,) whole numbers, the tile each token belongs to (0 is the thumbnail), or `None`
             where an image is not tiled.
         every_grid, every_crop: (N, 3) and (N,), `grid` and `crop` of all tokens that the image had
@@ -99,6 +101,7 @@ class VisionTokens:
     crop_cls: Tensor | None = None
     crop_query: Tensor | None = None
     crop_key: Tensor | None = None
+    patches: Tensor | None = None
     every_grid: Tensor | None = None
     every_crop: Tensor | None = None
 
@@ -260,7 +263,8 @@ class Method:
         super().__init_subclass__(**kwargs)
         if "__repr__" not in cls.__dict__:
             # In the class itself, where `dataclass` leaves it alone: its own lists every default.
-            cls.__repr__ = next(b.__repr__ for b in cls.__mro__[1:] if "__repr__" in b.__dict__)  # type: ignore[method-assign]
+            shown: Any = next(b.__repr__ for b in cls.__mro__[1:] if "__repr__" in b.__dict__)
+            cls.__repr__ = shown  # type: ignore[method-assign]
         name = cls.__dict__.get("name")
         if name is None:
             return
@@ -357,7 +361,7 @@ class Method:
 
     def _own_settings(self) -> str:
         """`keep` and what differs from the defaults, as they are written in a call."""
-        fields = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
+        fields: tuple[Any, ...] = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
         shown = {f.name: getattr(self, f.name) for f in fields if f.init}
         for field in fields:
             value = shown.get(field.name)

@@ -24,7 +24,9 @@ from vtc.methods.base import (
     make,
 )
 
-_OF_TOKENS = ("features", "grid", "cls_attention", "keys", "low_attention", "encoder", "crop")
+_OF_TOKENS = (
+    "features", "grid", "cls_attention", "keys", "low_attention", "encoder", "crop", "patches",
+)  # fmt: skip
 """What `VisionTokens` holds one row of for each token."""
 
 _OF_TILES = {"encoder_cls": "crop_cls", "cls_query": "crop_query", "cls_key": "crop_key"}

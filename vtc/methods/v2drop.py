@@ -27,9 +27,9 @@ class V2Drop(Method):
 
     The change is the L2 distance between the hidden states that enter layer l and layer l - 1,
     without a norm. Of an image's n tokens the first cut leaves int(n * keep), and later ones shares
-    of what they find, rounded down; at least one, or none where the share is 0. The last share is 0 in all published settings; the code leaves one token even there,
-    which `one_stays` restores. Tokens of several images compete with one another. Ties go to the
-    earlier token.
+    of what they find, rounded down; at least one, or none where the share is 0. The last share is
+    0 in all published settings; the code leaves one token even there, which `one_stays` restores.
+    Tokens of several images compete with one another. Ties go to the earlier token.
 
     Published for LLaVA-1.5-7B, before layers 3, 17 and 22 of 32, shares (0.5, 0.3, 0), (0.28, 0.25,
     0) and (0.05, 0.05, 0) for 192, 128 and 64 tokens on average over the layers. The repository's
