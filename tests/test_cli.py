@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
+import re
 import warnings
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -42,15 +46,14 @@ def cli():
 def test_methods_lists_every_method_with_its_settings(cli):
     result = cli("methods")
     assert result.exit_code == 0
+    entries = {e.split("\n")[0]: e for e in re.split(r"\n(?=\w)", result.output)}
     for name, cls in vtc.methods().items():
-        assert name in result.output
-        assert cls.title.split()[0] in result.output
+        assert cls.title in " ".join(entries[name].split())
+        assert cls.paper in entries[name]
     assert "keep=0.5, layer=2" in result.output
-    reads = {"divprune": "", "fastv": "decoder attention", "holov": "cls_attention"}
-    for name, wanted in reads.items():
-        row = next(line for line in result.output.splitlines() if line.startswith(name))
-        assert wanted in row
-        assert wanted or "attention" not in row
+    assert "reads" not in entries["divprune"]
+    assert "reads: decoder attention" in entries["fastv"]
+    assert "cls_attention" in entries["holov"]
 
 
 def test_models_lists_every_family(cli):
@@ -61,7 +64,39 @@ def test_models_lists_every_family(cli):
     for family in vtc.models():
         assert f"**{family.name}**" in page.output
         shown = family.name if family.model_types else "any other"
-        assert shown.split(",")[0] in result.output
+        assert shown in result.output
+
+
+@pytest.mark.parametrize("columns", ["80", "60"])
+@pytest.mark.parametrize("command", ["methods", "models", "presets"])
+def test_lists_fit_a_narrow_terminal(command, columns):
+    """No line is longer, no name, number or setting is broken."""
+    result = CliRunner(env={"COLUMNS": columns, "NO_COLOR": "1"}).invoke(app, [command])
+    assert result.exit_code == 0
+    long = [line for line in result.output.splitlines() if len(line.rstrip()) > int(columns)]
+    assert not long or (columns == "60" and command != "methods")
+    whole = CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1"}).invoke(app, [command, "--wide"])
+    words = set(re.findall(r"[\w.=:/-]{4,}", whole.output)) - {"method"}
+    assert words <= set(re.findall(r"[\w.=:/-]{4,}", result.output)) | {
+        "settings",
+        "source",
+        "paper",
+        "reads",
+        "stage",
+        "what",
+        "stages",
+        "family",
+        "video",
+        "positions",
+        "tested",
+    }
+
+
+def test_wide_lists_have_one_line_a_row(cli):
+    for command, count in (("methods", len(vtc.methods())), ("presets", len(vtc.presets()))):
+        lines = cli(command, "--wide").output.splitlines()
+        names = [line.split()[0] for line in lines[2:] if line and line[0].islower()]
+        assert len([n for n in names if n in vtc.methods()]) == count
 
 
 # ---- vtc eval -----------------------------------------------------------------------------------
@@ -228,30 +263,26 @@ def test_show_refuses_out_before_the_model_runs(cli, tmp_path, monkeypatch, out,
     assert message in result.output
 
 
-def test_home_is_expanded_in_every_path_of_every_command(monkeypatch, tmp_path):
+def test_home_is_expanded_in_every_path_of_every_command(cli, monkeypatch, tmp_path):
     """`~` after `=` reaches the program as it is."""
-    import click
-    import typer
-
     monkeypatch.setenv("HOME", str(tmp_path))
-    group = typer.main.get_command(app)
     checked = set()
-    for name, command in group.commands.items():  # type: ignore[attr-defined]
-        paths = [
-            p for p in command.params
-            if p.name in ("model", "config") or p.type.name in ("path", "file", "directory")
-        ]  # fmt: skip
-        got: dict = {}
-        monkeypatch.setattr(command, "callback", lambda got=got, **given: got.update(given))
-        for parameter in paths:
-            others = [p for p in command.params if p.required and p is not parameter]
-            words = [f"{p.opts[0]}=x" if p.opts[0].startswith("-") else "x" for p in others]
-            own = f"{parameter.opts[0]}=~/a" if parameter.opts[0].startswith("-") else "~/a"
-            words = [own, *words] if parameter.opts[0].startswith("-") else [own, *words]
-            command.main(words, standalone_mode=False)
-            assert str(got[parameter.name]) == str(tmp_path / "a"), (name, parameter.name)
-            checked.add((name, parameter.name))
-    assert isinstance(group, click.Group)
+    for info in app.registered_commands:
+        command, got = info.callback, {}
+        name = info.name or command.__name__
+        hints = get_type_hints(command)
+        paths = [n for n, hint in hints.items() if hint is Path or n in ("model", "config")]
+        record = functools.wraps(command)(lambda got=got, **given: got.update(given))
+        monkeypatch.setattr(info, "callback", record)
+        parameters = inspect.signature(command).parameters
+        required = [n for n in parameters if parameters[n].default is inspect.Parameter.empty]
+        positional = {"image", "name"}
+        for path in paths:
+            words = dict.fromkeys(required, "x") | {path: "~/a"}
+            options = [w if n in positional else f"--{n}={w}" for n, w in words.items()]
+            assert cli(name, *options).exit_code == 0
+            assert str(got[path]) == str(tmp_path / "a"), (name, path)
+            checked.add((name, path))
     assert {("show", "image"), ("show", "out"), ("show", "model"), ("eval", "out")} <= checked
     assert {("bench", "config"), ("suite", "out"), ("autotune", "model")} <= checked
 
@@ -265,12 +296,8 @@ def test_show_opens_pictures_as_transformers_does(cli, folder, tmp_path, monkeyp
     picture(0).save(tmp_path / "turned.png", exif=exif)
     seen = []
     monkeypatch.setattr("vtc.trace.trace", lambda model, found, *_: seen.append(found) or 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        from typer.testing import CliRunner as Runner
-
-        Runner().invoke(
-            app, ["show", str(tmp_path / "turned.png"), "--question", "q"], catch_exceptions=False
-        )
+    result = cli("show", tmp_path / "turned.png", "--question", "q")
+    assert isinstance(result.exception, ZeroDivisionError)
     upright = np.asarray(load_image(str(tmp_path / "turned.png")))
     assert np.array_equal(np.asarray(seen[0]), upright)
     assert not np.array_equal(upright, np.asarray(picture(0)))

@@ -10,14 +10,16 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperCommand
 
@@ -56,9 +58,39 @@ app = _App(
 
 
 def _console() -> Console:
-    """Standard output, as it is now; 120 columns wide where that is not a terminal."""
+    """Standard output, as it is now; 120 columns wide where nothing says how wide it is."""
     console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=120)
+    told = console.is_terminal or "COLUMNS" in os.environ
+    return console if told else Console(highlight=False, width=120)
+
+
+_Wide = Annotated[bool, typer.Option("--wide", help="A table with one line a row.")]
+
+
+def _wide_table(headers: Sequence[str], rows: Iterable[Sequence[str]], right: int = 0) -> None:
+    """A table as wide as it gets, for wide terminals and pipes; `right` columns after the third are
+    numbers."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for i, header in enumerate(headers):
+        table.add_column(header, no_wrap=True, justify="right" if 3 <= i < 3 + right else "left")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    wide = Console(highlight=False, width=10_000)
+    console = Console(highlight=False, width=max(80, wide.measure(table).maximum))
+    console.print(table)
+
+
+def _entry(console: Console, name: str, facts: Iterable[str]) -> None:
+    """A name and what is to be said of it, stacked: lines break between words only."""
+    width = min(console.width, 100)
+    console.print(name, style="bold", markup=False, soft_wrap=True)
+    for fact in facts:
+        lines = textwrap.wrap(
+            fact, width, initial_indent="  ", subsequent_indent="    ",
+            break_long_words=False, break_on_hyphens=False,
+        )  # fmt: skip
+        for line in lines:
+            console.print(line, markup=False, soft_wrap=True)
 
 
 def _fail(option: str, message: str) -> typer.BadParameter:
@@ -67,25 +99,29 @@ def _fail(option: str, message: str) -> typer.BadParameter:
 
 # ---- vtc methods, vtc models --------------------------------------------------------------------
 @app.command()
-def methods() -> None:
+def methods(wide: _Wide = False) -> None:
     """List the compression methods: stage, settings with their defaults, paper."""
     import vtc
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for header in ("method", "what it is", "stage", "reads", "settings", "paper"):
-        table.add_column(header, overflow="fold", no_wrap=header == "method")
+    console, rows = _console(), []
     for name, cls in vtc.methods().items():
         year = f" ({cls.year})" if cls.year else ""
         stages, reads, settings = _describe(cls)
         trained = ", trained" if cls.trained else ""
-        table.add_row(name, cls.title, stages + trained, reads, settings, f"{cls.paper}{year}")
-    console = _console()
-    console.print(table)
-    console.print(
-        "\nIn text: name, name:setting=value:setting=value, and 'first|second' to compose. "
-        "keep is a fraction in (0, 1] or a whole number of tokens per image.",
-        style="dim",
+        rows.append((name, cls.title, stages + trained, reads, settings, f"{cls.paper}{year}"))
+    if wide:
+        _wide_table(("method", "what it is", "stage", "reads", "settings", "paper"), rows)
+    else:
+        for name, title, stages, reads, settings, paper in rows:
+            facts = [f"{title} {paper}".rstrip(), f"stage: {stages}" if stages else ""]
+            facts += [f"reads: {reads}" if reads else "", f"settings: {settings}" * bool(settings)]
+            _entry(console, name, filter(None, facts))
+    notes = (
+        "In text: name, name:setting=value:setting=value, and 'first|second' to compose.",
+        "keep is a fraction in (0, 1] of an image's tokens, or a whole number of tokens per image.",
     )
+    for note in notes:
+        console.print(f"\n{note}" if note is notes[0] else note, style="dim", markup=False)
 
 
 _DEPTH_ASKED_FOR = 32
@@ -123,6 +159,7 @@ def _describe(cls: type[Method]) -> tuple[str, str, str]:
 @app.command()
 def models(
     markdown: Annotated[bool, typer.Option(help="Print the page MODELS.md.")] = False,
+    wide: _Wide = False,
 ) -> None:
     """List the model families that vtc patches."""
     import vtc
@@ -131,12 +168,14 @@ def models(
     if markdown:
         print(page(), end="")
         return
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for header in COLUMNS:
-        table.add_column(header, overflow="fold")
-    for family in vtc.models():
-        table.add_row(*row(family))
-    _console().print(table)
+    rows = [row(family) for family in vtc.models()]
+    if wide:
+        _wide_table(COLUMNS, rows)
+        return
+    console = _console()
+    for name, *facts in rows:
+        labels = zip(COLUMNS[1:], facts, strict=True)
+        _entry(console, name, [f"{label}: {fact}" for label, fact in labels])
 
 
 def _short(value: Any) -> str:
@@ -150,6 +189,7 @@ def _short(value: Any) -> str:
 def presets(
     method: Annotated[str | None, typer.Argument(help="One method only.")] = None,
     target: Annotated[str | None, typer.Option(help="llava-1.5, llava-next, qwen2.5-vl.")] = None,
+    wide: _Wide = False,
 ) -> None:
     """List published token targets, and what meeting them really costs the language model.
 
@@ -164,21 +204,8 @@ def presets(
         raise _fail(
             "METHOD" if str(error).startswith("method") else "--target", str(error)
         ) from None
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for header in (
-        "method",
-        "model",
-        "target",
-        "which is",
-        "enter",
-        "mean",
-        "last",
-        "KV MiB",
-        "TFLOPs",
-    ):
-        table.add_column(header, justify="left" if header in ("method", "model") else "right")
-    table.add_column("settings", overflow="fold")
-    table.add_column("source", overflow="fold")
+    headers = ("method", "model", "which is", "target", "enter", "mean", "last", "KV MiB", "TFLOPs")
+    rows, notes = [], []
     for each in found:
         seen = each.schedule()
         tokens = str(each.tokens) if isinstance(each.tokens, int) else f"{each.tokens:.4g}"
@@ -188,9 +215,25 @@ def presets(
             settings += "; for each tile"
         cache = f"{seen.kv_bytes / 2**20:.1f}"
         flops = f"{seen.flops / 1e12:.2f}"  # of the language model's prefill, by vtc.cost
-        row = (each.method, each.target, tokens, each.convention, *counts, cache, flops, settings)
-        table.add_row(*row, each.source)
-    _console().print(table)
+        rows.append((each.method, each.target, each.convention, tokens, *counts, cache, flops))
+        notes.append((settings, each.source))
+    if wide:
+        every = [row + note for row, note in zip(rows, notes, strict=True)]
+        _wide_table((*headers, "settings", "source"), every, right=6)
+        return
+    console = _console()
+    widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [
+            c.ljust(w) if i < 3 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "  ".join(padded)
+
+    console.print(line(headers), style="dim", markup=False, soft_wrap=True)
+    for row, note in zip(rows, notes, strict=True):
+        _entry(console, line(row), ["; ".join(filter(None, note))])
 
 
 # ---- vtc suite ----------------------------------------------------------------------------------
