@@ -73,23 +73,17 @@ def test_lists_fit_a_narrow_terminal(command, columns):
     """No line is longer, no name, number or setting is broken."""
     result = CliRunner(env={"COLUMNS": columns, "NO_COLOR": "1"}).invoke(app, [command])
     assert result.exit_code == 0
-    long = [line for line in result.output.splitlines() if len(line.rstrip()) > int(columns)]
-    assert not long or (columns == "60" and command != "methods")
-    whole = CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1"}).invoke(app, [command, "--wide"])
-    words = set(re.findall(r"[\w.=:/-]{4,}", whole.output)) - {"method"}
-    assert words <= set(re.findall(r"[\w.=:/-]{4,}", result.output)) | {
-        "settings",
-        "source",
-        "paper",
-        "reads",
-        "stage",
-        "what",
-        "stages",
-        "family",
-        "video",
-        "positions",
-        "tested",
-    }
+    # The figures of presets stand in one line of 73, the names of families in one of theirs.
+    most = max(int(columns), 75 if command == "presets" else 0)
+    assert max(len(line.rstrip()) for line in result.output.splitlines()) <= most
+    wide = CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1"}).invoke(app, [command, "--wide"])
+    body = "\n".join(wide.output.splitlines()[2:])  # without headers
+    assert words_of(body) <= words_of(result.output)
+
+
+def words_of(text):
+    """Names, numbers and settings of some length."""
+    return set(re.findall(r"[\w.=:/-]{4,}", text))
 
 
 def test_wide_lists_have_one_line_a_row(cli):
@@ -162,8 +156,8 @@ def test_presets_say_what_their_target_means(cli):
     assert result.exit_code == 0, result.output
     rows = [line.split() for line in result.output.splitlines() if line.startswith("fastv")]
     # 64 on average: 576 enter, 30 are left after two layers
-    assert ["fastv", "llava-1.5", "64", "average", "576", "64.1", "30"] in [r[:7] for r in rows]
-    assert ["fastv", "llava-1.5", "64", "kept", "576", "96.0", "64"] in [r[:7] for r in rows]
+    assert ["fastv", "llava-1.5", "average", "64", "576", "64.1", "30"] in [r[:7] for r in rows]
+    assert ["fastv", "llava-1.5", "kept", "64", "576", "96.0", "64"] in [r[:7] for r in rows]
 
 
 @pytest.mark.parametrize(
@@ -231,7 +225,8 @@ def test_show_refuses_what_is_no_picture(cli, tmp_path):
 
 def test_show_refuses_damaged_and_oversized_pictures(cli, tmp_path, monkeypatch):
     picture(0).save(tmp_path / "whole.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:150])
+    whole = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     result = cli("show", tmp_path / "cut.png", "--question", "why")
     assert result.exit_code == 2
     assert "Invalid value for IMAGE" in result.output

@@ -175,7 +175,7 @@ def models(
     console = _console()
     for name, *facts in rows:
         labels = zip(COLUMNS[1:], facts, strict=True)
-        _entry(console, name, [f"{label}: {fact}" for label, fact in labels])
+        _entry(console, name, ["; ".join(f"{label}: {fact}" for label, fact in labels)])
 
 
 def _short(value: Any) -> str:
@@ -225,11 +225,8 @@ def presets(
     widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
-        padded = [
-            c.ljust(w) if i < 3 else c.rjust(w)
-            for i, (c, w) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return "  ".join(padded)
+        sized = zip(cells, widths, strict=True)
+        return "  ".join(c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(sized))
 
     console.print(line(headers), style="dim", markup=False, soft_wrap=True)
     for row, note in zip(rows, notes, strict=True):

@@ -98,7 +98,7 @@ class _Record:
         where patches were merged in the tower."""
         if [len(t) for t in self.shown] == [len(t) for t in every.shown]:
             return self.stages
-        number = {}
+        number: dict[int, int] = {}
         for first, own, whole in zip(every.first, self.shown, every.shown, strict=True):
             at = {tuple(place): first + i for i, place in enumerate(whole.grid.tolist())}
             for place in own.grid.tolist():
