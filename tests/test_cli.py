@@ -73,8 +73,8 @@ def test_lists_fit_a_narrow_terminal(command, columns):
     """No line is longer, no name, number or setting is broken."""
     result = CliRunner(env={"COLUMNS": columns, "NO_COLOR": "1"}).invoke(app, [command])
     assert result.exit_code == 0
-    # The figures of presets stand in one line of 73, the names of families in one of theirs.
-    most = max(int(columns), 75 if command == "presets" else 0)
+    # The figures of presets stand in one line of 80, the names of families in one of theirs.
+    most = max(int(columns), 80 if command == "presets" else 0)
     assert max(len(line.rstrip()) for line in result.output.splitlines()) <= most
     wide = CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1"}).invoke(app, [command, "--wide"])
     body = "\n".join(wide.output.splitlines()[2:])  # without headers
