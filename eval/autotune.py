@@ -263,10 +263,10 @@ def candidates(methods: Sequence[str], keeps: Sequence[Keep]) -> list[str]:
 
 def _with_keep(text: str, keep: Keep) -> str:
     wanted = parse_method(text, keep)
-    parts = split_list(text.replace(" ", ""), "+")
+    parts = split_list(text.replace(" ", ""), "|")
     for i, part in enumerate(parts):
         if takes_keep(part):
-            whole = "+".join([*parts[:i], f"{part}:keep={keep!r}", *parts[i + 1 :]])
+            whole = "|".join([*parts[:i], f"{part}:keep={keep!r}", *parts[i + 1 :]])
             assert parse_method(whole) == wanted
             return whole
     raise AssertionError(f"{text!r} takes a keep, but none of its parts does")

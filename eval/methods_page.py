@@ -121,7 +121,7 @@ def _stages(label: str) -> str:
 def _row(cell: Cell, verdicts: Mapping[str, Verdict]) -> list[str]:
     low, high = (100 * x for x in cell["interval"])
     row = [
-        f"`{_name(cell)}`" if cell["label"] != "blind" else "blind",
+        f"`{_name(cell)}`".replace("|", r"\|") if cell["label"] != "blind" else "blind",
         _stages(cell["label"]),
         "" if cell["keep"] is None else f"{cell['keep']:g}",
         f"{100 * cell['score']:.1f} [{low:.0f}, {high:.0f}]",

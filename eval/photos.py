@@ -9,7 +9,6 @@ Training questions are composed from the training photos only; dev rows are only
 from __future__ import annotations
 
 import functools
-import io
 import json
 import os
 import zipfile
@@ -21,6 +20,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageEnhance
+
+from vtc.pictures import open_picture
 
 from .labels import COLOR_INDEX, IMAGE_SIZE, empty_labels, label_tile
 from .questions import Asked, Box
@@ -62,7 +63,7 @@ class Archive:
         self._read = functools.lru_cache(maxsize=4096)(self._decode)
 
     def _decode(self, name: str) -> Image.Image:
-        return Image.open(io.BytesIO(self._zip.read(name))).convert("RGB")
+        return open_picture(self._zip.read(name))
 
     def __getitem__(self, name: str) -> Image.Image:
         return self._read(name)

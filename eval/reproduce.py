@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from vtc.methods import Method, make
+from vtc.names import unknown
 from vtc.presets import find
 from vtc.spec import parse_method
 
@@ -154,7 +155,7 @@ def load_tables(model: str, folder: Path = FOLDER) -> list[Table]:
             and the field.
     """
     if model not in MODELS:
-        raise ValueError(f"name: expected one of {', '.join(MODELS)}, got {model!r}")
+        raise ValueError(f"name: {unknown(model, MODELS)}")
     tables = [_table(path) for path in sorted(folder.glob("*.json"))]
     seen: set[str] = set()
     for table in tables:

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vtc.names import unknown
+
 __all__ = ["SUITES", "Entry", "Suite", "expand"]
 
 
@@ -116,5 +118,5 @@ def expand(suite: str) -> list[str]:
     if not isinstance(suite, str):
         raise TypeError(f"suite: expected a name, got {type(suite).__name__}")
     if suite not in SUITES:
-        raise ValueError(f"suite: expected one of {', '.join(SUITES)}, got {suite!r}")
+        raise ValueError(f"suite: {unknown(suite, SUITES)}")
     return [entry.task for entry in SUITES[suite].entries]

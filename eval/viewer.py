@@ -31,6 +31,8 @@ from typing import Any
 from PIL import Image
 
 from vtc.methods.base import Compose, Method
+from vtc.pictures import as_rgb
+from vtc.views import View
 
 from . import run as runner
 from .loading import Tasks, find_source, leaves, load
@@ -151,6 +153,7 @@ class _Request:
 
     def __init__(self, task: str, name: str, instance: Any, question: str, images: list) -> None:
         self.task, self.instance, self.question, self.images = task, instance, question, images
+        self.seen: Any = None
         self.id = f"{name}/{instance.doc_id}"
 
     @property
@@ -214,8 +217,12 @@ def _plain_pass(model: Any, requests: Sequence[_Request], found: dict[str, Any])
             model.vtc_apply(Compose((_Watch(record),)))
             with _pixels(model) as seen:
                 request.ask(model)
-            sample["grid"] = _extent(record.every)
-            picture = _as_seen(model, seen, request.images[0])
+            try:
+                request.seen = seen, record
+                view = _view(model, request, record)
+                sample["grid"], picture = list(view.grid), view.image
+            except ValueError as error:
+                sample["note"] = f"not drawn: {error}"
         if isinstance(picture, Image.Image):
             sample["image"], sample["size"] = _jpeg(picture)
         found["samples"][request.id] = sample
@@ -238,17 +245,11 @@ def _kept(
         late = [_recording(m, record) for m in method.parts if m not in early]
         model.vtc_apply(Compose((*early, _Watch(record), *late)))
         answer = request.ask(model)
-        rows, columns = grid
-        stages = {
-            stage: bits([r * columns + c for r, c in filter(None, places)], rows * columns)
-            for stage, places in record.stages.items()
-        }
+        size = grid[0] * grid[1]
+        left = _view(model, request, record).kept
+        stages = {stage: bits(cells, size) for stage, cells in left.items()}
         kept[request.id] = {"answer": answer, "grid": grid, "stages": stages}
     return kept
-
-
-def _extent(places: Sequence[tuple[int, int]]) -> list[int]:
-    return [1 + max(row for row, _ in places), 1 + max(column for _, column in places)]
 
 
 class _pixels:
@@ -270,21 +271,29 @@ class _pixels:
         self.hook.remove()
 
 
-def _as_seen(model: Any, inputs: Mapping[str, Any], picture: Image.Image) -> Image.Image:
-    """What the vision tower saw: resized and cropped. `picture` where that cannot be told."""
-    from vtc.trace import _shown
+def _view(model: Any, request: _Request, record: Any) -> View:
+    """What the vision tower saw of a request's picture: of a tiled one the thumbnail, if any.
 
+    Args:
+        record: of a run; the plain one is in `request.seen`.
+
+    Raises:
+        ValueError: the tokens have no places in the picture.
+    """
+    from vtc.trace import views
+
+    inputs, every = request.seen
     names = ("processor", "_processor", "_image_processor")
     found = (getattr(model, name, None) for name in names)
     processor = next((p for p in found if hasattr(p, "image_processor")), None)
-    if processor is None or "pixel_values" not in inputs:
-        return picture
-    return _shown(inputs, processor, picture)
+    if processor is None:
+        inputs = {}
+    return views(record, every, inputs, model.model, processor, as_rgb(request.images[0]))[-1]
 
 
 def _jpeg(picture: Image.Image) -> tuple[str, list[int]]:
     """(base64, [width, height]) of a copy that is not larger than a page needs."""
-    small = picture.convert("RGB")
+    small = as_rgb(picture).copy()
     small.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=_QUALITY, optimize=True)

@@ -239,6 +239,8 @@ class Masked:
                         grid=self.grid[candidates],
                         image=i,
                         crop=crop,
+                        every_grid=self.grid[where],
+                        every_crop=None if image.crop is None else torch.tensor(image.crop),
                         text=untouched[self.text] if "text" in part.needs else None,
                         segment=untouched[self._segment(i)] if "segment" in part.needs else None,
                     )

@@ -341,6 +341,7 @@ class Truth:
                 shown = VisionTokens(
                     features=self.embeds[candidates].clone(),
                     grid=seen.grid[stay],
+                    every_grid=seen.grid,
                     image=i,
                     text=text,
                     cls_attention=seen.score[stay] if "cls_attention" in part.needs else None,

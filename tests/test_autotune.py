@@ -254,12 +254,12 @@ def test_one_that_fails_is_out():
 
 # ---- candidates ---------------------------------------------------------------------------------
 def test_a_keep_is_written_into_the_method():
-    names = candidates(["todre", "todre+fastv:keep=9", "fastv:keep=4"], [0.25, 64])
+    names = candidates(["todre", "todre|fastv:keep=9", "fastv:keep=4"], [0.25, 64])
     assert names == [
-        "todre:keep=0.25", "todre:keep=64", "todre:keep=0.25+fastv:keep=9",
-        "todre:keep=64+fastv:keep=9", "fastv:keep=4",
+        "todre:keep=0.25", "todre:keep=64", "todre:keep=0.25|fastv:keep=9",
+        "todre:keep=64|fastv:keep=9", "fastv:keep=4",
     ]  # fmt: skip
-    assert parse_method(names[2]) == parse_method("todre+fastv:keep=9", 0.25)
+    assert parse_method(names[2]) == parse_method("todre|fastv:keep=9", 0.25)
     assert parse_method(names[1]) == vtc.ToDRE(keep=64)
 
 

@@ -3,8 +3,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
+import re
+import warnings
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -41,15 +46,14 @@ def cli():
 def test_methods_lists_every_method_with_its_settings(cli):
     result = cli("methods")
     assert result.exit_code == 0
+    entries = {e.split("\n")[0]: e for e in re.split(r"\n(?=\w)", result.output)}
     for name, cls in vtc.methods().items():
-        assert name in result.output
-        assert cls.title.split()[0] in result.output
+        assert cls.title in " ".join(entries[name].split())
+        assert cls.paper in entries[name]
     assert "keep=0.5, layer=2" in result.output
-    reads = {"divprune": "", "fastv": "decoder attention", "holov": "cls_attention"}
-    for name, wanted in reads.items():
-        row = next(line for line in result.output.splitlines() if line.startswith(name))
-        assert wanted in row
-        assert wanted or "attention" not in row
+    assert "reads" not in entries["divprune"]
+    assert "reads: decoder attention" in entries["fastv"]
+    assert "cls_attention" in entries["holov"]
 
 
 def test_models_lists_every_family(cli):
@@ -60,7 +64,33 @@ def test_models_lists_every_family(cli):
     for family in vtc.models():
         assert f"**{family.name}**" in page.output
         shown = family.name if family.model_types else "any other"
-        assert shown.split(",")[0] in result.output
+        assert shown in result.output
+
+
+@pytest.mark.parametrize("columns", ["80", "60"])
+@pytest.mark.parametrize("command", ["methods", "models", "presets"])
+def test_lists_fit_a_narrow_terminal(command, columns):
+    """No line is longer, no name, number or setting is broken."""
+    result = CliRunner(env={"COLUMNS": columns, "NO_COLOR": "1"}).invoke(app, [command])
+    assert result.exit_code == 0
+    # The figures of presets stand in one line of 80, the names of families in one of theirs.
+    most = max(int(columns), 80 if command == "presets" else 0)
+    assert max(len(line.rstrip()) for line in result.output.splitlines()) <= most
+    wide = CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1"}).invoke(app, [command, "--wide"])
+    body = "\n".join(wide.output.splitlines()[2:])  # without headers
+    assert words_of(body) <= words_of(result.output)
+
+
+def words_of(text):
+    """Names, numbers and settings of some length."""
+    return set(re.findall(r"[\w.=:/-]{4,}", text))
+
+
+def test_wide_lists_have_one_line_a_row(cli):
+    for command, count in (("methods", len(vtc.methods())), ("presets", len(vtc.presets()))):
+        lines = cli(command, "--wide").output.splitlines()
+        names = [line.split()[0] for line in lines[2:] if line and line[0].islower()]
+        assert len([n for n in names if n in vtc.methods()]) == count
 
 
 # ---- vtc eval -----------------------------------------------------------------------------------
@@ -126,8 +156,8 @@ def test_presets_say_what_their_target_means(cli):
     assert result.exit_code == 0, result.output
     rows = [line.split() for line in result.output.splitlines() if line.startswith("fastv")]
     # 64 on average: 576 enter, 30 are left after two layers
-    assert ["fastv", "llava-1.5", "64", "average", "576", "64.1", "30"] in [r[:7] for r in rows]
-    assert ["fastv", "llava-1.5", "64", "kept", "576", "96.0", "64"] in [r[:7] for r in rows]
+    assert ["fastv", "llava-1.5", "average", "64", "576", "64.1", "30"] in [r[:7] for r in rows]
+    assert ["fastv", "llava-1.5", "kept", "64", "576", "96.0", "64"] in [r[:7] for r in rows]
 
 
 @pytest.mark.parametrize(
@@ -145,7 +175,7 @@ def test_show_draws_and_answers(cli, folder, tmp_path):
     picture(0).save(tmp_path / "image.png")
     out = tmp_path / "kept.png"
     result = cli(
-        "show", tmp_path / "image.png", "--question", QUESTION, "--method", "random+fastv:keep=4",
+        "show", tmp_path / "image.png", "--question", QUESTION, "--method", "random|fastv:keep=4",
         "--keep", "0.5", "--model", folder, "--out", out,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -154,7 +184,7 @@ def test_show_draws_and_answers(cli, folder, tmp_path):
     assert Image.open(out).width > 500
 
 
-@pytest.mark.parametrize("method", ["tome", "flowcut+fastv:keep=3"])
+@pytest.mark.parametrize("method", ["tome", "flowcut|fastv:keep=3"])
 def test_show_draws_what_the_tower_left(cli, folder, tmp_path, method):
     picture(0).save(tmp_path / "image.png")
     result = cli(
@@ -191,6 +221,98 @@ def test_show_refuses_what_is_no_picture(cli, tmp_path):
         result = cli("show", tmp_path / name, "--question", "why")
         assert result.exit_code == 2
         assert "IMAGE" in result.output
+
+
+def test_show_refuses_damaged_and_oversized_pictures(cli, tmp_path, monkeypatch):
+    picture(0).save(tmp_path / "whole.png")
+    whole = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    result = cli("show", tmp_path / "cut.png", "--question", "why")
+    assert result.exit_code == 2
+    assert "Invalid value for IMAGE" in result.output
+    assert "cut.png: damaged" in result.output
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    result = cli("show", tmp_path / "whole.png", "--question", "why")
+    assert result.exit_code == 2
+    assert "whole.png: too large, with more than 1,000 pixels" in result.output
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("kept.docx", "expected a file with one of the suffixes"),
+        ("kept", "expected a file with one of the suffixes"),
+        ("missing/kept.png", "no folder"),
+        ("folder.png", "is a folder"),
+    ],
+)
+def test_show_refuses_out_before_the_model_runs(cli, tmp_path, monkeypatch, out, message):
+    picture(0).save(tmp_path / "image.png")
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.setattr("vtc.trace.trace", lambda *_: pytest.fail("the model ran"))
+    result = cli(
+        "show", tmp_path / "image.png", "--question", "why", "--out", tmp_path / out,
+    )  # fmt: skip
+    assert result.exit_code == 2
+    assert "Invalid value for --out" in result.output
+    assert message in result.output
+
+
+def test_home_is_expanded_in_every_path_of_every_command(cli, monkeypatch, tmp_path):
+    """`~` after `=` reaches the program as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    checked = set()
+    for info in app.registered_commands:
+        command, got = info.callback, {}
+        name = info.name or command.__name__
+        hints = get_type_hints(command)
+        paths = [n for n, hint in hints.items() if hint is Path or n in ("model", "config")]
+        record = functools.wraps(command)(lambda got=got, **given: got.update(given))
+        monkeypatch.setattr(info, "callback", record)
+        parameters = inspect.signature(command).parameters
+        required = [n for n in parameters if parameters[n].default is inspect.Parameter.empty]
+        positional = {"image", "name"}
+        for path in paths:
+            words = dict.fromkeys(required, "x") | {path: "~/a"}
+            options = [w if n in positional else f"--{n}={w}" for n, w in words.items()]
+            assert cli(name, *options).exit_code == 0
+            assert str(got[path]) == str(tmp_path / "a"), (name, path)
+            checked.add((name, path))
+    assert {("show", "image"), ("show", "out"), ("show", "model"), ("eval", "out")} <= checked
+    assert {("bench", "config"), ("suite", "out"), ("autotune", "model")} <= checked
+
+
+def test_show_opens_pictures_as_transformers_does(cli, folder, tmp_path, monkeypatch):
+    """Turned by EXIF, the drawing and the answer are those of the upright picture."""
+    from transformers.image_utils import load_image
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(0).save(tmp_path / "turned.png", exif=exif)
+    seen = []
+    monkeypatch.setattr("vtc.trace.trace", lambda model, found, *_: seen.append(found) or 1 / 0)
+    result = cli("show", tmp_path / "turned.png", "--question", "q")
+    assert isinstance(result.exception, ZeroDivisionError)
+    upright = np.asarray(load_image(str(tmp_path / "turned.png")))
+    assert np.array_equal(np.asarray(seen[0]), upright)
+    assert not np.array_equal(upright, np.asarray(picture(0)))
+
+
+def test_show_says_what_the_processor_crops_and_warns_of_nothing(cli, folder, tmp_path):
+    wide = Image.new("RGB", (4 * SIDE, SIDE))
+    wide.paste(picture(0), (int(1.5 * SIDE), 0))
+    wide.save(tmp_path / "wide.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        result = cli(
+            "show", tmp_path / "wide.png", "--question", QUESTION, "--method", "todre",
+            "--model", folder, "--out", tmp_path / "kept.png",
+        )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "the model sees the middle 25% of its width" in result.output
+    found = trace(str(folder), wide, QUESTION, vtc.make("todre"), "cpu", 2)
+    shown = np.asarray(found.image, dtype=int)
+    assert np.abs(shown - np.asarray(picture(0), dtype=int)).max() <= 1
 
 
 def test_a_trace_is_of_the_tokens_the_method_chose(folder):
@@ -251,7 +373,7 @@ def test_methods_as_text():
     assert takes_keep("random")
     assert not takes_keep("random:keep=5")
     assert not takes_keep("full")
-    assert takes_keep("random:keep=5+fastv")
+    assert takes_keep("random:keep=5|fastv")
     with pytest.raises(TypeError, match="keep"):
         parse_method("full", keep=0.5)
 

@@ -369,7 +369,7 @@ def test_the_seed_reaches_methods_that_sample(tmp_path):
 
 def test_a_composition_gives_keep_to_its_first_method(tmp_path):
     settings = Settings(
-        out=tmp_path, methods=("todre+fastv:layer=3:keep=7",), keeps=(0.5,), baselines=False
+        out=tmp_path, methods=("todre|fastv:layer=3:keep=7",), keeps=(0.5,), baselines=False
     )
     (cell,) = plan(settings)
     first, second = cell.method.parts

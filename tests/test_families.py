@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import itertools
 import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -437,6 +438,15 @@ def test_cell(
     recorder.note(f"{name} {probe} {kind} {attention} {mode}", found, control)
     assert control > CONTROL
     assert found < TOLERANCE
+
+
+def test_only_a_wish_to_close_gaps_is_warned_of_where_there_are_none() -> None:
+    model = shared("qwen2_vl", "sdpa")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vtc.patch(model, "todre", keep=0.5).unpatch()
+    with pytest.warns(UserWarning, match="positions='contiguous' has no meaning"):
+        vtc.patch(model, "fastv", positions="contiguous").unpatch()
 
 
 # ---- what methods are shown ---------------------------------------------------------------------

@@ -184,7 +184,7 @@ def test_settings_and_report(folder, task, plain, tmp_path):
 
 def test_a_composition(folder, task):
     lm = get_model("vtc_llava_hf")(
-        pretrained=str(folder), method="random:seed=2+fastv:layer=4:keep=3", keep=0.5
+        pretrained=str(folder), method="random:seed=2|fastv:layer=4:keep=3", keep=0.5
     )
     _evaluate(lm, task)
     assert lm.vtc_patch.report.tokens_per_layer == [18] * 4 + [3] * 4
@@ -315,7 +315,7 @@ def test_a_multiple_choice_task(folder, task, plain):
         ({"method": "fastv", "keep": 1.5}, "keep"),
         ({"method": "full", "keep": 0.5}, "keep"),
         ({"keep": 0.5}, "need a method"),
-        ({"method": "todre+fastv", "settings": {"layer": 3}}, "composition"),
+        ({"method": "todre|fastv", "settings": {"layer": 3}}, "composition"),
     ],
 )
 def test_bad_arguments_are_refused_before_the_model_is_loaded(arguments, message):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import vtc
 from vtc.methods import (
     Compose,
     Downsample,
@@ -548,3 +550,67 @@ def test_methods_work_in_the_models_dtype(dtype):
             exact = method.select(tokens).features
             tolerance = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 1e-6}[dtype]
             torch.testing.assert_close(selection.features.double(), exact, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("method", "shown", "text"),
+    [
+        (ToDRE(keep=0.1), "ToDRE(keep=0.1)", "todre(keep=0.1)"),
+        (ToDRE(), "ToDRE(keep=0.25)", "todre(keep=0.25)"),
+        (Full(), "Full()", "full()"),
+        (
+            ToDRE(keep=9, tau=0.2) | FastV(layer=3),
+            "ToDRE(keep=9, tau=0.2) | FastV(keep=0.5, layer=3)",
+            "todre(keep=9, tau=0.2) | fastv(keep=0.5, layer=3)",
+        ),
+        (
+            vtc.PerTile(ToDRE(keep=9, second_stage=False), thumbnail=3),
+            "PerTile(inner=ToDRE(keep=9, second_stage=False), thumbnail=3)",
+            "per_tile(todre(keep=9, second_stage=False), thumbnail=3)",
+        ),
+        (vtc.SparseVLM(version="v2"), "SparseVLM(version='v2')", "sparsevlm(version='v2')"),
+        (vtc.PruMerge(), "PruMerge()", "prumerge()"),
+    ],
+)
+def test_a_method_shows_what_was_set(method, shown, text):
+    assert repr(method) == shown
+    assert str(method) == text
+    assert eval(shown, vars(vtc)) == method
+
+
+def test_methods_of_one_s_own_show_themselves_alike():
+    @dataclass(frozen=True)
+    class Own(Method):
+        keep: float = 0.5
+        knob: int = 3
+
+        def select(self, tokens):
+            return Selection(torch.arange(1))
+
+    Own.name = "own"  # not in the class, where it would register
+    assert repr(Own()) == "Own(keep=0.5)"
+    assert repr(Own(knob=4) | ToDRE()) == "Own(keep=0.5, knob=4) | ToDRE(keep=0.25)"
+
+    class Bare(Method):
+        name = "bare_of_fields"
+        listed = False
+
+    assert repr(Bare()) == "Bare()"
+
+
+@pytest.mark.parametrize(
+    ("method", "asked"),
+    [
+        (ToDRE(), False),
+        (ToDRE(positions="original"), False),
+        (FastV(), False),
+        (FastV(positions="contiguous"), True),
+        (vtc.SparseVLM(), False),
+        (vtc.SparseVLM(version="v2", positions="contiguous"), True),
+        (ToDRE() | FastV(positions="contiguous"), True),
+        (vtc.PerTile(vtc.DivPrune()), False),
+        (vtc.PerFrame(vtc.Random(positions="contiguous")), True),
+    ],
+)
+def test_a_default_is_not_a_wish(method, asked):
+    assert method.closes_gaps_by_choice is asked

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -175,6 +176,8 @@ class Truth:
                     grid=torch.tensor(image.grid)[left],
                     image=i,
                     crop=None if image.crop is None else torch.tensor(image.crop)[left],
+                    every_grid=torch.tensor(image.grid),
+                    every_crop=None if image.crop is None else torch.tensor(image.crop),
                     text=embeds[text],
                     segment=embeds[text & (place > marks[i]) & (place < until)],
                 )
@@ -719,6 +722,23 @@ def test_positions_have_no_meaning() -> None:
         vtc.patch(shared("sdpa"), "random", keep=0.5, positions="contiguous"),
     ):
         pass
+
+
+def test_a_default_that_nobody_set_is_not_warned_of() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vtc.patch(shared("sdpa"), "divprune", keep=0.5).unpatch()
+
+
+def test_a_part_whose_budget_is_met_is_named() -> None:
+    batch = FAMILY.collate(rows_of("ragged"))
+    method = vtc.Random(0.25) | vtc.DivPrune(0.5)
+    with vtc.patch(shared("sdpa"), method) as patch, torch.no_grad():
+        with pytest.warns(UserWarning, match="divprune dropped nothing"):
+            patch.model(**batch)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            patch.model(**batch)
 
 
 def test_inputs_that_cannot_be_told_apart_are_refused() -> None:

@@ -523,7 +523,7 @@ def test_of_a_real_run(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "hub_answers", lambda: False)
     model = save_model(tmp_path / "model")
     settings = runner.Settings(
-        out=tmp_path / "run", model=str(model), methods=("todre", "fastv", "fastv+todre:keep=0.5"),
+        out=tmp_path / "run", model=str(model), methods=("todre", "fastv", "fastv|todre:keep=0.5"),
         keeps=(0.25,), tasks=("vtc_scenes",), limit=4,
     )  # fmt: skip
     results = runner.run(settings)

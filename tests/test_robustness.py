@@ -510,9 +510,9 @@ def test_settings_are_never_dropped() -> None:
     composed = (vtc.Random(keep=0.5) | FASTV).to_dict()
     with pytest.raises(TypeError, match="keep"):
         vtc.make(composed, keep=0.1)
-    assert vtc.make("todre+fastv:layer=3", keep=0.2) == vtc.ToDRE(keep=0.2) | vtc.FastV(layer=3)
+    assert vtc.make("todre|fastv:layer=3", keep=0.2) == vtc.ToDRE(keep=0.2) | vtc.FastV(layer=3)
     with pytest.raises(TypeError, match="settings"):
-        vtc.make("todre+fastv", tau=0.2)
+        vtc.make("todre|fastv", tau=0.2)
 
 
 # ---- other models -------------------------------------------------------------------------------
@@ -566,7 +566,7 @@ FOREIGN = {
         lambda: LlavaConfig(
             vision_config={**VISION, "model_type": "clip_vision_model"},
             text_config={**TEXT, "model_type": "gemma3_text"},
-        )
+        ),
     ],
     "generate of its own": [
         lambda: Blip2Config(

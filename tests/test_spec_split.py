@@ -36,7 +36,7 @@ from vtc.spec import parse_method, split_list, takes_keep
             vtc.PerTile(vtc.Random(keep=3), thumbnail=vtc.Pool(keep=9)),
         ),
         (
-            "visionzip@tile:keep=64+fastv:layer=3:keep=9",
+            "visionzip@tile:keep=64|fastv:layer=3:keep=9",
             vtc.PerTile(vtc.VisionZip(keep=64)) | vtc.FastV(layer=3, keep=9),
         ),
         ("vscan@tile:keep=0.25:then=0.5", vtc.PerTile(vtc.VScan(keep=0.25, then=0.5))),
@@ -52,10 +52,10 @@ def test_keep_and_seed_go_to_the_inner_method(each: str) -> None:
     assert takes_keep(text)
     assert parse_method(text, 7, seed=4) == wrap(vtc.Random(keep=7, seed=4))
     assert parse_method(f"{text}:seed=1", 7, seed=4) == wrap(vtc.Random(keep=7, seed=1))
-    assert parse_method(f"{text}+fastv", 3) == wrap(vtc.Random(keep=3)) | vtc.FastV()
+    assert parse_method(f"{text}|fastv", 3) == wrap(vtc.Random(keep=3)) | vtc.FastV()
     assert not takes_keep(f"{text}:keep=0.5")
-    assert takes_keep(f"{text}:keep=0.5+fastv")
-    assert parse_method(f"{text}:keep=0.5+fastv", 3) == (
+    assert takes_keep(f"{text}:keep=0.5|fastv")
+    assert parse_method(f"{text}:keep=0.5|fastv", 3) == (
         wrap(vtc.Random(keep=0.5)) | vtc.FastV(keep=3)
     )
     with pytest.raises(TypeError, match=f"keep: 'random@{each}:keep=2' has no such setting"):
@@ -118,4 +118,50 @@ def test_labels_keep_it_and_lists_do_not_split_it() -> None:
 )
 def test_errors_name_what_is_wrong(text: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
+        parse_method(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("random:keep=0.5|fastv:keep=0.1", vtc.Random(keep=0.5) | vtc.FastV(keep=0.1)),
+        ("random | divprune | fastv", vtc.Random() | vtc.DivPrune() | vtc.FastV()),
+        # What was a joint once, inside of values.
+        ("catp:context_pool=image+text", vtc.CATP(context_pool="image+text")),
+        ("catp:context_pool='image+text'", vtc.CATP(context_pool="image+text")),
+        ("todre:tau=1e+0", vtc.ToDRE(tau=1.0)),
+        ("sparsevlm:keep=(30, 20, 11)", vtc.SparseVLM(keep=(30, 20, 11))),
+    ],
+)
+def test_a_bar_composes_as_in_python(text: str, expected: Method) -> None:
+    assert parse_method(text) == expected
+    assert vtc.make(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("random:keep=0.5:keep=0.1", "^keep: given twice in 'random:keep=0.5:keep=0.1'"),
+        ("fastv|random:seed=1:seed=1", "^seed: given twice"),
+        ("random@tile:keep=2:thumbnail=3:thumbnail=4", "^thumbnail: given twice"),
+        ("random|", "expected a name on both sides of each '|'"),
+        ("|random", "expected a name on both sides"),
+        ("random||fastv", "expected a name on both sides"),
+        ("", "expected a name"),
+        ("random:", "setting=value after 'random' and a colon, got ''"),
+        ("random::keep=3", "setting=value .* got ''"),
+        ("random:=3", "setting=value .* got '=3'"),
+        ("random:keep=", "^keep: expected .* got ''"),
+        ("random:keep=0.5;", "^keep: expected .* got '0.5;'"),
+        ("random:keep=0.5#fastv", "^keep: expected .* got '0.5#fastv'"),
+        ("random:keep=(0.5", "brackets do not match"),
+        ("random:keep=[0.5)", "brackets do not match"),
+        ("random:keep='0.5", "quotes do not match"),
+        ("random+fastv", r"unknown name 'random\+fastv'.*; methods are composed with '\|'"),
+        ("random:keep=0.5+fastv:keep=0.1", r"^keep: got '0.5\+fastv'; .* composed with '\|'"),
+        ("random:seed=2+fastv", r"^seed: got '2\+fastv'; methods are composed with '\|'"),
+    ],
+)
+def test_duplicates_and_stray_characters_are_refused(text: str, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
         parse_method(text)

@@ -89,7 +89,9 @@ def test_a_suite_runs_whole_and_as_the_tasks_have_it():
 
 
 def test_what_is_no_suite_is_refused_with_those_that_are():
-    with pytest.raises(ValueError, match="embedded, image, doc, video, reasoning, got 'images'"):
+    with pytest.raises(
+        ValueError, match=r"'images' .*; known are embedded, image, doc, video, reason"
+    ):
         expand("images")
     with pytest.raises(TypeError, match="expected a name, got NoneType"):
         expand(None)  # type: ignore[arg-type]
@@ -273,5 +275,5 @@ def test_a_table_that_is_not_as_said_is_refused_by_name(tmp_path, change, messag
 
 
 def test_a_model_without_tables_is_refused():
-    with pytest.raises(ValueError, match=r"name: expected one of llava-1\.5-7b, got 'llava'"):
+    with pytest.raises(ValueError, match=r"name: unknown name 'llava'.*known are llava-1\.5-7b"):
         plan_reproduction("llava")

@@ -8,16 +8,20 @@ and bad input answer at once.
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
+import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperCommand
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -25,7 +29,26 @@ if TYPE_CHECKING:
     from vtc.eval.run import Observer, Settings
     from vtc.methods.base import Method
 
-app = typer.Typer(
+
+class _Command(TyperCommand):
+    """A command in which `~` is the home folder in every path, also after `--option=`, where shells
+    leave it as it is."""
+
+    def invoke(self, ctx: Any) -> Any:
+        for name, value in ctx.params.items():
+            if isinstance(value, Path):
+                ctx.params[name] = value.expanduser()
+            elif name in ("model", "config") and isinstance(value, str) and value.startswith("~"):
+                ctx.params[name] = str(Path(value).expanduser())
+        return super().invoke(ctx)
+
+
+class _App(typer.Typer):
+    def command(self, *args: Any, **kwargs: Any) -> Any:
+        return super().command(*args, **{"cls": _Command, **kwargs})
+
+
+app = _App(
     name="vtc",
     help="Compress the vision tokens of Hugging Face vision-language models.",
     no_args_is_help=True,
@@ -35,9 +58,39 @@ app = typer.Typer(
 
 
 def _console() -> Console:
-    """Standard output, as it is now; 120 columns wide where that is not a terminal."""
+    """Standard output, as it is now; 120 columns wide where nothing says how wide it is."""
     console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=120)
+    told = console.is_terminal or "COLUMNS" in os.environ
+    return console if told else Console(highlight=False, width=120)
+
+
+_Wide = Annotated[bool, typer.Option("--wide", help="A table with one line a row.")]
+
+
+def _wide_table(headers: Sequence[str], rows: Iterable[Sequence[str]], right: int = 0) -> None:
+    """A table as wide as it gets, for wide terminals and pipes; `right` columns after the third are
+    numbers."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for i, header in enumerate(headers):
+        table.add_column(header, no_wrap=True, justify="right" if 3 <= i < 3 + right else "left")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    wide = Console(highlight=False, width=10_000)
+    console = Console(highlight=False, width=max(80, wide.measure(table).maximum))
+    console.print(table)
+
+
+def _entry(console: Console, name: str, facts: Iterable[str]) -> None:
+    """A name and what is to be said of it, stacked: lines break between words only."""
+    width = min(console.width, 100)
+    console.print(name, style="bold", markup=False, soft_wrap=True)
+    for fact in facts:
+        lines = textwrap.wrap(
+            fact, width, initial_indent="  ", subsequent_indent="    ",
+            break_long_words=False, break_on_hyphens=False,
+        )  # fmt: skip
+        for line in lines:
+            console.print(line, markup=False, soft_wrap=True)
 
 
 def _fail(option: str, message: str) -> typer.BadParameter:
@@ -97,25 +150,29 @@ def doctor() -> None:
 
 # ---- vtc methods, vtc models --------------------------------------------------------------------
 @app.command()
-def methods() -> None:
+def methods(wide: _Wide = False) -> None:
     """List the compression methods: stage, settings with their defaults, paper."""
     import vtc
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for header in ("method", "what it is", "stage", "reads", "settings", "paper"):
-        table.add_column(header, overflow="fold", no_wrap=header == "method")
+    console, rows = _console(), []
     for name, cls in vtc.methods().items():
         year = f" ({cls.year})" if cls.year else ""
         stages, reads, settings = _describe(cls)
         trained = ", trained" if cls.trained else ""
-        table.add_row(name, cls.title, stages + trained, reads, settings, f"{cls.paper}{year}")
-    console = _console()
-    console.print(table)
-    console.print(
-        "\nIn text: name, name:setting=value:setting=value, and first+second to compose. "
-        "keep is a fraction in (0, 1] or a whole number of tokens per image.",
-        style="dim",
+        rows.append((name, cls.title, stages + trained, reads, settings, f"{cls.paper}{year}"))
+    if wide:
+        _wide_table(("method", "what it is", "stage", "reads", "settings", "paper"), rows)
+    else:
+        for name, title, stages, reads, settings, paper in rows:
+            facts = [f"{title} {paper}".rstrip(), f"stage: {stages}" if stages else ""]
+            facts += [f"reads: {reads}" if reads else "", f"settings: {settings}" * bool(settings)]
+            _entry(console, name, filter(None, facts))
+    notes = (
+        "In text: name, name:setting=value:setting=value, and 'first|second' to compose.",
+        "keep is a fraction in (0, 1] of an image's tokens, or a whole number of tokens per image.",
     )
+    for note in notes:
+        console.print(f"\n{note}" if note is notes[0] else note, style="dim", markup=False)
 
 
 _DEPTH_ASKED_FOR = 32
@@ -153,6 +210,7 @@ def _describe(cls: type[Method]) -> tuple[str, str, str]:
 @app.command()
 def models(
     markdown: Annotated[bool, typer.Option(help="Print the page MODELS.md.")] = False,
+    wide: _Wide = False,
 ) -> None:
     """List the model families that vtc patches."""
     import vtc
@@ -161,12 +219,14 @@ def models(
     if markdown:
         print(page(), end="")
         return
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for header in COLUMNS:
-        table.add_column(header, overflow="fold")
-    for family in vtc.models():
-        table.add_row(*row(family))
-    _console().print(table)
+    rows = [row(family) for family in vtc.models()]
+    if wide:
+        _wide_table(COLUMNS, rows)
+        return
+    console = _console()
+    for name, *facts in rows:
+        labels = zip(COLUMNS[1:], facts, strict=True)
+        _entry(console, name, ["; ".join(f"{label}: {fact}" for label, fact in labels)])
 
 
 def _short(value: Any) -> str:
@@ -180,6 +240,7 @@ def _short(value: Any) -> str:
 def presets(
     method: Annotated[str | None, typer.Argument(help="One method only.")] = None,
     target: Annotated[str | None, typer.Option(help="llava-1.5, llava-next, qwen2.5-vl.")] = None,
+    wide: _Wide = False,
 ) -> None:
     """List published token targets, and what meeting them really costs the language model.
 
@@ -194,21 +255,8 @@ def presets(
         raise _fail(
             "METHOD" if str(error).startswith("method") else "--target", str(error)
         ) from None
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for header in (
-        "method",
-        "model",
-        "target",
-        "which is",
-        "enter",
-        "mean",
-        "last",
-        "KV MiB",
-        "TFLOPs",
-    ):
-        table.add_column(header, justify="left" if header in ("method", "model") else "right")
-    table.add_column("settings", overflow="fold")
-    table.add_column("source", overflow="fold")
+    headers = ("method", "model", "which is", "target", "enter", "mean", "last", "KV MiB", "TFLOPs")
+    rows, notes = [], []
     for each in found:
         seen = each.schedule()
         tokens = str(each.tokens) if isinstance(each.tokens, int) else f"{each.tokens:.4g}"
@@ -218,9 +266,22 @@ def presets(
             settings += "; for each tile"
         cache = f"{seen.kv_bytes / 2**20:.1f}"
         flops = f"{seen.flops / 1e12:.2f}"  # of the language model's prefill, by vtc.cost
-        row = (each.method, each.target, tokens, each.convention, *counts, cache, flops, settings)
-        table.add_row(*row, each.source)
-    _console().print(table)
+        rows.append((each.method, each.target, each.convention, tokens, *counts, cache, flops))
+        notes.append((settings, each.source))
+    if wide:
+        every = [row + note for row, note in zip(rows, notes, strict=True)]
+        _wide_table((*headers, "settings", "source"), every, right=6)
+        return
+    console = _console()
+    widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        sized = zip(cells, widths, strict=True)
+        return "  ".join(c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(sized))
+
+    console.print(line(headers), style="dim", markup=False, soft_wrap=True)
+    for row, note in zip(rows, notes, strict=True):
+        _entry(console, line(row), ["; ".join(filter(None, note))])
 
 
 # ---- vtc suite ----------------------------------------------------------------------------------
@@ -235,7 +296,9 @@ def suite(
     from vtc.eval.run import SUITE, write_suite
 
     if name not in SUITE:
-        raise _fail("NAME", f"expected one of {', '.join(SUITE)}, got {name!r}")
+        from vtc.names import unknown
+
+        raise _fail("NAME", unknown(name, SUITE))
     _console().print(str(write_suite(name, out, limit, seed)))
 
 
@@ -638,6 +701,22 @@ def bench(
 
 
 # ---- vtc show -----------------------------------------------------------------------------------
+def _check_picture(out: Path) -> None:
+    """Refuse a file in which no picture can be written, before a model runs."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    accepted = FigureCanvasAgg.get_supported_filetypes()
+    if out.suffix.lstrip(".").lower() not in accepted:
+        kinds = ", ".join(f".{kind}" for kind in sorted(accepted))
+        raise _fail("--out", f"expected a file with one of the suffixes {kinds}, got {out}")
+    if out.is_dir():
+        raise _fail("--out", f"{out} is a folder; give a file in it")
+    if not out.parent.is_dir():
+        raise _fail("--out", f"no folder {out.parent}")
+    if not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise _fail("--out", f"{out}: no permission to write it")
+
+
 @app.command()
 def show(
     image: Annotated[Path, typer.Argument(help="The image.")],
@@ -658,8 +737,8 @@ def show(
     from importlib.util import find_spec
 
     import torch
-    from PIL import Image, UnidentifiedImageError
 
+    from vtc.pictures import PictureError, open_picture
     from vtc.spec import parse_keep, parse_method
 
     if find_spec("matplotlib") is None:  # said now, not after the model has run twice
@@ -670,10 +749,11 @@ def show(
     except (ValueError, TypeError) as error:
         option = "--keep" if str(error).startswith("keep") else "--method"
         raise _fail(option, str(error)) from None
+    _check_picture(out)
     try:
-        picture = Image.open(image).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise _fail("IMAGE", f"{image}: {error}") from None
+        picture = open_picture(image)
+    except PictureError as error:
+        raise _fail("IMAGE", str(error)) from None
     from vtc.eval.quiet import hub_answers, offline
     from vtc.trace import trace
 
@@ -690,17 +770,19 @@ def show(
         raise _fail("--model", f"{model}: {str(error).splitlines()[0]}") from None
     except (ValueError, TypeError, RuntimeError) as error:
         raise _fail("--method", str(error).splitlines()[0]) from None
-    from .plots import kept_tokens
+    from .plots import kept_views
 
     title = f"{method}{'' if keep is None else f', keep {keep}'}: {question}"
-    figure = kept_tokens(found.image, found.grid, found.kept, title=title)
+    figure = kept_views(found.views, title=title)
     try:
         figure.savefig(out)
     except (OSError, ValueError) as error:
         raise _fail("--out", f"{out}: {error}") from None
     console = _console()
-    for name, indices in found.kept.items():
-        console.print(f"{name}: {len(indices)} of {found.grid[0] * found.grid[1]} tokens")
+    if found.note is not None:
+        console.print(found.note, style="yellow", soft_wrap=True)
+    for name, count in found.counts.items():
+        console.print(f"{name}: {count} of {found.total} tokens")
     console.print(f"all tokens: {found.answer_full!r}", markup=False)
     console.print(f"compressed: {found.answer!r}", markup=False)
     console.print(f"{out}", soft_wrap=True)

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .pictures import as_rgb
+from .views import View
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from PIL import Image
 
-__all__ = ["figure_of", "kept_tokens", "token_axis", "tradeoff"]
+__all__ = ["figure_of", "kept_tokens", "kept_views", "token_axis", "tradeoff"]
 
 # Okabe and Ito's palette, told apart by colour-blind readers; markers differ as well.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -185,42 +188,70 @@ def kept_tokens(
         ValueError: a token outside the grid, or nothing to draw.
     """
     panels = dict(kept) if isinstance(kept, Mapping) else {"": kept}
-    if not panels:
+    cells = list(range(grid[0] * grid[1]))
+    view = View("image", image, grid, cells, {name: list(left) for name, left in panels.items()})
+    return kept_views([view], title=title)
+
+
+def kept_views(views: Sequence[View], *, title: str | None = None) -> Figure:
+    """Draw which tokens survive on the pictures that they come from, each with its panels.
+
+    Args:
+        views: of one image, as in `vtc.trace.Trace`: the plane of its tiles and its thumbnail, each
+            with the same stages.
+        title: over it all.
+
+    Raises:
+        ValueError: a token outside a grid, or nothing to draw.
+    """
+    if not views or not views[0].kept:
         raise ValueError("kept: expected at least one list of tokens, got none")
-    rows, columns = grid
-    masks = {}
-    for name, indices in panels.items():
-        chosen = np.asarray(list(indices), dtype=int)
-        if chosen.size and not (chosen.min() >= 0 and chosen.max() < rows * columns):
-            raise ValueError(
-                f"kept: a grid of {rows} x {columns} has tokens 0 to {rows * columns - 1}, got "
-                f"{chosen.min()} to {chosen.max()}"
-            )
-        mask = np.zeros((rows, columns), dtype=bool)
-        mask.flat[chosen] = True
-        masks[name] = mask
-    total = 1 + len(masks)
+    masks = [{stage: _mask(view, left) for stage, left in view.kept.items()} for view in views]
+    total = 1 + len(masks[0])
     across = min(total, 4)
     down = -(-total // across)
-    height = 3.1 * image.height / image.width
+    # Wide and high planes of tiles fill their panels; the panels of a row are of one shape.
+    heights = [3.1 * min(max(v.image.height / v.image.width, 0.2), 2.5) for v in views]
     lines = textwrap.wrap(title or "", 42 * across)
-    figure = figure_of(3.1 * across, (height + 0.35) * down + 0.25 * len(lines))
-    axes = figure.subplots(down, across, squeeze=False)
-    for i, ax in enumerate(axes.flat):
-        ax.set_visible(i < total)
-        ax.set(xticks=[], yticks=[])
-        ax.spines[:].set(color="#B0B0B0", linewidth=0.6)
-    shown = image.convert("RGB")
-    axes.flat[0].imshow(shown)
-    axes.flat[0].set_title("image", fontsize=9, loc="left")
-    for ax, (name, mask) in zip(list(axes.flat)[1:], masks.items(), strict=False):
-        ax.imshow(_faded(shown, mask))
-        _outline(ax, mask, shown.width, shown.height)
-        count = f"{int(mask.sum())} of {mask.size} tokens"
-        ax.set_title(f"{name}: {count}" if name else count, fontsize=9, loc="left")
+    room = sum((height + 0.35) * down for height in heights)
+    figure = figure_of(3.1 * across, room + 0.25 * len(lines))
+    axes = figure.subplots(
+        down * len(views),
+        across,
+        squeeze=False,
+        height_ratios=[height for height in heights for _ in range(down)],
+    )
+    for i, (view, own) in enumerate(zip(views, masks, strict=True)):
+        panels = list(axes[i * down : (i + 1) * down].flat)
+        for n, ax in enumerate(panels):
+            ax.set_visible(n < total)
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set(color="#B0B0B0", linewidth=0.6)
+        shown = as_rgb(view.image)
+        panels[0].imshow(shown)
+        panels[0].set_title(view.name, fontsize=9, loc="left")
+        for ax, (stage, mask) in zip(panels[1:], own.items(), strict=False):
+            ax.imshow(_faded(shown, mask))
+            _outline(ax, mask, shown.width, shown.height)
+            count = f"{int(mask.sum())} of {len(view.cells)} tokens"
+            ax.set_title(f"{stage}: {count}" if stage else count, fontsize=9, loc="left")
     if lines:
         figure.suptitle("\n".join(lines), fontsize=10, x=0.01, ha="left")
     return figure
+
+
+def _mask(view: View, left: Sequence[int]) -> np.ndarray:
+    """(rows, columns) bool, the cells whose tokens are left."""
+    rows, columns = view.grid
+    chosen = np.asarray(list(left), dtype=int)
+    if chosen.size and not (chosen.min() >= 0 and chosen.max() < rows * columns):
+        raise ValueError(
+            f"kept: a grid of {rows} x {columns} has tokens 0 to {rows * columns - 1}, got "
+            f"{chosen.min()} to {chosen.max()}"
+        )
+    mask = np.zeros((rows, columns), dtype=bool)
+    mask.flat[chosen] = True
+    return mask
 
 
 def _faded(image: Image.Image, mask: np.ndarray) -> np.ndarray:

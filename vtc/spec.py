@@ -3,30 +3,39 @@
 
     todre                       a method with its default settings
     fastv:layer=3:rank=last     with settings, each after a colon
-    todre+fastv:keep=9          composed: the first acts first
+    "todre|fastv:keep=9"        composed: the first acts first; quoted, as shells have their own |
     divprune@tile               for each tile of an image by itself, `vtc.PerTile`
     divprune@tile:thumbnail=64  the same, its thumbnail with another keep or method
     divprune@frame              for each frame of a clip by itself, `vtc.PerFrame`
 
 `keep` is usually swept on its own, so it is given beside the text. In a composition it goes to the
 first method that has such a setting and was not given one of its own. After `@` it counts for each
-tile or frame.
+tile or frame. What a share means after other methods is said at `vtc.methods.Compose`.
+
+Values are Python literals or bare words: `layers=(3,9)`, `version=v2`. Separators inside brackets
+and quotes are part of the value.
 """
 
 from __future__ import annotations
 
 import ast
 import dataclasses
+import re
 from typing import Any
 
 from .methods.base import Method, make, methods
 from .methods.split import PerFrame, PerTile
+from .names import unknown
 
 __all__ = ["parse_keep", "parse_method", "split_list", "takes_keep"]
 
 Keep = int | float
 Part = tuple[str, str, dict[str, Any]]
 """A method's name, what it is applied to each of ("" for whole images), and settings."""
+
+_BRACKETS = {"(": ")", "[": "]", "{": "}"}
+_WORD = re.compile(r"[\w.+~/\\-]+")
+"""Numbers, names and paths, which need no quotes."""
 
 _EACH: dict[str, type[PerTile] | type[PerFrame]] = {"tile": PerTile, "frame": PerFrame}
 
@@ -35,19 +44,31 @@ def split_list(text: str, separator: str = ",") -> list[str]:
     """Split at `separator` outside of brackets, without surrounding spaces and empty parts.
 
     Raises:
-        ValueError: brackets that do not match.
+        ValueError: brackets or quotes that do not match.
     """
-    parts, depth, start = [], 0, 0
+    return [part for part in _split(text, separator) if part]
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """The parts between separators outside of brackets and quotes, stripped, also empty ones."""
+    parts, start, quote = [], 0, ""
+    closers: list[str] = []
     for i, char in enumerate(text):
-        depth += (char in "([{") - (char in ")]}")
-        if depth < 0:
-            break
-        if char == separator and depth == 0:
+        if quote:
+            quote = "" if char == quote else quote
+        elif char in "'\"":
+            quote = char
+        elif char in _BRACKETS:
+            closers.append(_BRACKETS[char])
+        elif char in ")]}":
+            if not closers or closers.pop() != char:
+                raise ValueError(f"brackets do not match in {text!r}")
+        elif char == separator and not closers:
             parts.append(text[start:i])
             start = i + 1
-    if depth:
-        raise ValueError(f"brackets do not match in {text!r}")
-    return [part.strip() for part in [*parts, text[start:]] if part.strip()]
+    if closers or quote:
+        raise ValueError(f"{'quotes' if quote else 'brackets'} do not match in {text!r}")
+    return [part.strip() for part in [*parts, text[start:]]]
 
 
 def parse_keep(text: str) -> Keep:
@@ -72,38 +93,59 @@ def parse_keep(text: str) -> Keep:
     return keep
 
 
-def _value(text: str) -> Any:
-    """A Python literal, or else the text itself."""
+def _value(key: str, text: str) -> Any:
+    """A Python literal, or else the bare word itself."""
     if text.lower() in ("true", "false", "none"):
         return {"true": True, "false": False, "none": None}[text.lower()]
+    if "+" in text and text.rpartition("+")[2].partition("@")[0].strip().lower() in methods():
+        raise ValueError(f"{key}: got {text!r}; methods are composed with '|'")
+    if _WORD.fullmatch(text):
+        try:
+            return ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            return text
     try:
-        return ast.literal_eval(text)
+        if not _comments(text):
+            return ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        return text
+        pass
+    raise ValueError(
+        f"{key}: expected a number, a word, or a Python literal such as 'a b' or (1, 2), "
+        f"got {text!r}"
+    )
+
+
+def _comments(text: str) -> bool:
+    """Whether Python would take the rest of `text` for a comment, and leave it out."""
+    return any(len(part) < len(text) for part in _split(text, "#"))
 
 
 def _parts(text: str) -> list[Part]:
     """Each method in `text`, names checked."""
     parts = []
-    for part in split_list(text, "+"):
-        whole, *pairs = split_list(part, ":") or [""]
+    for part in _split(text, "|"):
+        if not part:
+            raise ValueError(f"method: expected a name on both sides of each '|', got {text!r}")
+        whole, *pairs = _split(part, ":")
         name, at, each = (piece.strip().lower() for piece in whole.partition("@"))
         if name not in methods():
-            raise ValueError(f"method: unknown name {name!r}; known are {', '.join(methods())}")
+            joined = "+" in name and all(n.strip() in methods() for n in name.split("+"))
+            hint = "; methods are composed with '|'" if joined else ""
+            raise ValueError(f"method: {unknown(name, methods())}{hint}")
         if at and each not in _EACH:
             accepted = " or ".join(f"@{known}" for known in _EACH)
             raise ValueError(f"method: expected {accepted} after {name!r}, got {'@' + each!r}")
-        settings = {}
+        settings: dict[str, Any] = {}
         for pair in pairs:
-            key, equals, value = pair.partition("=")
-            if not equals:
+            key, equals, value = (piece.strip() for piece in pair.partition("="))
+            if not (key and equals):
                 raise ValueError(
                     f"method: expected setting=value after {whole!r} and a colon, got {pair!r}"
                 )
-            settings[key.strip()] = _value(value.strip())
+            if key in settings:
+                raise ValueError(f"{key}: given twice in {part!r}")
+            settings[key] = _value(key, value)
         parts.append((name, each, settings))
-    if not parts:
-        raise ValueError(f"method: expected a name, got {text!r}")
     return parts
 
 
@@ -134,8 +176,8 @@ def parse_method(text: str, keep: Keep | None = None, seed: int | None = None) -
         seed: for every method that samples and is not given one in `text`.
 
     Raises:
-        ValueError: unknown name, malformed settings, a value the method refuses, or `@` after a
-            method that cannot act on a tile by itself.
+        ValueError: unknown name, malformed settings or one that is given twice, a value the method
+            refuses, or `@` after a method that cannot act on a tile by itself.
         TypeError: a setting the method does not have, `keep` where no method has one left open,
             or a setting without a default left out.
     """

@@ -10,7 +10,7 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 def doc_to_visual(doc: Mapping[str, Any]) -> list[Image.Image]:
@@ -18,7 +18,7 @@ def doc_to_visual(doc: Mapping[str, Any]) -> list[Image.Image]:
     image = doc["image"]
     if not isinstance(image, Image.Image):
         image = Image.open(io.BytesIO(image["bytes"]))
-    return [image.convert("RGB")]
+    return [ImageOps.exif_transpose(image).convert("RGB")]
 
 
 def doc_to_text(

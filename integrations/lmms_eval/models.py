@@ -76,7 +76,7 @@ class VtcModel:
     """Mixed into a built-in class: patches its model and lets no failure pass for a wrong answer.
 
     Args:
-        method: a method as text (`fastv:layer=3`, `todre+fastv`; see `vtc.spec`); without it the
+        method: a method as text (`fastv:layer=3`, `todre|fastv`; see `vtc.spec`); without it the
             model is not patched.
         keep: for the method; a fraction, or a whole number of tokens per image.
         blind: show the model grey images, to see what it answers without seeing.
@@ -347,9 +347,9 @@ def _method(
         json.loads(settings) if isinstance(settings, str) else settings or {}
     )
     if fields:
-        if "+" in method:
+        if "|" in method:
             raise ValueError(
-                "settings: for a composition write them in the method (todre+fastv:layer=3)"
+                "settings: for a composition write them in the method (todre|fastv:layer=3)"
             )
         method = method + "".join(f":{key}={value!r}" for key, value in fields.items())
     return parse_method(method, keep)

@@ -108,7 +108,7 @@ class _Run:
         side = math.isqrt(sizes["tokens"] - 1) + 1
         raster = torch.arange(sizes["tokens"])
         self.grid = torch.stack([raster * 0, raster // side, raster % side], dim=1)
-        self.original = sizes["tokens"]
+        self.every, self.original = self.grid, sizes["tokens"]
 
     def random(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.generator)
@@ -161,6 +161,7 @@ class _Run:
             features=self.random(n, d),
             grid=self.grid,
             heads=math.gcd(self.sizes["heads"], wide),
+            every_grid=self.every,
             **signals,
         )
         found, flops = self._counted(part.select, shown)

@@ -37,6 +37,7 @@ from .decoder import check_in_place
 from .engine import _by_name, _split_mask, refuse_hidden_answers, refuse_packed
 from .forward import checked
 from .generation import Request
+from .idle import dropped_in_sequence, warn_of_idle
 from .layout import Layout, gather_tokens
 from .ledger import Group, Ledger, attach, cache_in, ledger_of
 from .override import Override
@@ -306,11 +307,15 @@ class CrossEngine:
                 for number, method in enumerate(self.plan.sequence):
                     key = (number, b, i)
                     if not call.replay:
+                        grid = image.grid.to(states.device)
+                        crop = None if image.crop is None else image.crop.to(states.device)
                         shown = VisionTokens(
                             features=features,
-                            grid=image.grid[at].to(states.device),
+                            grid=grid[at.to(states.device)],
                             image=i,
-                            crop=None if image.crop is None else image.crop[at].to(states.device),
+                            crop=None if crop is None else crop[at.to(states.device)],
+                            every_grid=grid,
+                            every_crop=crop,
                             **self._texts(call, method, b, i, len(own), valid),
                         )
                         chosen = checked(method, method.select(shown), len(shown))
@@ -452,6 +457,18 @@ class CrossEngine:
         if not call.replay and any(sample.images for sample in call.samples):
             clocks = call.vision, Stopwatch(), call.selector, call.lm
             self.report.add(Prefill(call.samples, hidden.element_size(), *clocks))
+            self._warn_of_idle_parts(call, call.samples)
+
+    def _warn_of_idle_parts(self, call: _Call, samples: list[Sample]) -> None:
+        """Say once of each part of a composition that its budget was met by those before it."""
+        count = len(self.plan.sequence)
+        chains = [
+            (image.original, [len(call.decisions[n, b, i].indices) for n in range(count)])
+            for b, sample in enumerate(samples)
+            for i, image in enumerate(sample.images)
+        ]
+        dropped = dropped_in_sequence(chains, list(range(count)))
+        warn_of_idle(self.method, dropped, self.warned, len(self.backbone.layers), stacklevel=2)
 
     def _sample(
         self, call: _Call, tokens: int, held: int, images: list[CrossImage], left: list[int]
@@ -486,7 +503,7 @@ def _check(family: Family, backbone: Backbone, method: Method) -> None:
                 f"states of {kind} join several layers of two encoders over all tiles, for which "
                 "this has no meaning; choose a method that reads features or text"
             )
-        if part.positions == "contiguous":
+        if part.closes_gaps_by_choice:
             warnings.warn(
                 f"{part}: positions='contiguous' has no meaning for {kind}, whose vision states "
                 "have no positions",

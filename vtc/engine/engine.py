@@ -36,6 +36,7 @@ from .forward import (
     select_in_sequence,
 )
 from .generation import Request
+from .idle import dropped_in_sequence, warn_of_idle
 from .layout import Layout, gather_tokens
 from .ledger import Group, Ledger, attach, cache_in, ledger_of
 from .override import Override
@@ -57,7 +58,8 @@ class Engine:
         # Installed things
         self.handles: list[Any] = []
         self.overrides: list[Override] = []
-        self.warned = self.told = False
+        self.warned: set[int] = set()
+        self.told = False
         self._forget()
 
     def _forget(self) -> None:
@@ -527,20 +529,24 @@ class Engine:
             )
 
     def _warn_of_idle_parts(self, forward: Forward) -> None:
-        """Say once that a part of a composition finds its budget met by those before it."""
-        if self.warned or len(self.method.parts) == 1:
+        """Say once of each part of a composition that its budget was met by those before it."""
+        parts = self.method.parts
+        if len(parts) == 1:
             return
-        self.warned = True
-        for number, method in enumerate(self.method.parts):
-            keep = getattr(method, "keep", None)
-            made = [key for key in forward.decisions if key[:2] == ("layers", number)]
-            if not made or number in forward.dropped or keep == 1.0:
-                continue
-            warnings.warn(
-                f"{method.name} dropped nothing: its budget counts the tokens that an image had "
-                f"at first, and in {self.method} the parts before it left no more",
-                stacklevel=2,
+        chains = [
+            (
+                len(span.index if span.signals.kept is None else span.signals.kept),
+                [len(forward.decisions[i, span.sample, span.ordinal].indices)  # type: ignore[union-attr]
+                 for i in range(len(self.plan.sequence))],
             )
+            for span in forward.spans
+        ]  # fmt: skip
+        numbers = [i for i, part in enumerate(parts) if "sequence" in part.stages]
+        dropped = forward.dropped | dropped_in_sequence(chains, numbers)
+        if any(span.signals.kept is not None for span in forward.spans):
+            early = {"pixels", "encoder"}
+            dropped |= {i for i, part in enumerate(parts) if early & set(part.stages)}
+        warn_of_idle(self.method, dropped, self.warned, self.num_layers, stacklevel=2)
 
     # ---- decoder layers -----------------------------------------------------------------------
     @torch.compiler.disable

@@ -407,11 +407,15 @@ def select_in_sequence(
             if forward.replay:
                 selection = forward.decisions[key]
             else:
+                grid = span.grid.to(embeds.device)
+                crop = None if span.crop is None else span.crop.to(embeds.device)
                 tokens = VisionTokens(
                     features=features,
-                    grid=span.grid.to(embeds.device)[current],
+                    grid=grid[current],
                     image=span.ordinal,
-                    crop=None if span.crop is None else span.crop.to(embeds.device)[current],
+                    crop=None if crop is None else crop[current],
+                    every_grid=grid,
+                    every_crop=crop,
                     **_signals(forward, method, span, alive, embeds, tower_layer, project),
                 )
                 selection = checked(method, method.select(tokens), len(tokens))
@@ -470,6 +474,11 @@ def _signals(
         found["encoder_cls"] = None if signals.cls is None else signals.cls.to(device)
         found["crop_cls"] = None if signals.crop_cls is None else signals.crop_cls.to(device)
         found["project"] = project
+    if "patches" in needs and (patches := signals.map.patches) is not None:
+        separator = signals.map.separator
+        whole = patches if separator is None else patches[~separator]
+        filled = whole if signals.kept is None else whole[signals.kept.to(whole.device)]
+        found["patches"] = filled.to(device)[alive]
     if "text" in needs:
         found["text"] = embeds[b, forward.text[b]]
     if "segment" in needs:

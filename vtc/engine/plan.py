@@ -68,7 +68,7 @@ class Plan:
                 )
         cut = {n for m in self.method.parts for n in m.prune_layers(self.num_layers)}
         self.family.check_layers(self.backbone, sorted(cut))
-        if self.family.axial and any(m.positions == "contiguous" for m in self.method.parts):
+        if self.family.axial and any(m.closes_gaps_by_choice for m in self.method.parts):
             warnings.warn(
                 f"{self.method}: positions='contiguous' has no meaning for {kind}, whose positions "
                 "are places in the picture; tokens keep theirs",

@@ -209,7 +209,7 @@ def save_heads(heads: ATPHeads, folder: Path | str, settings: Mapping[str, Any])
 
 def _files(weights: str) -> tuple[Path, Path]:
     """The tensors and the config that `weights` means."""
-    path = Path(weights)
+    path = Path(weights).expanduser()
     tensors = path / _TENSORS if path.is_dir() else path
     config = tensors.with_name(_CONFIG)
     for file in (tensors, config):

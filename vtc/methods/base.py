@@ -18,6 +18,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from vtc.names import unknown
+
 Positions = Literal["original", "contiguous"]
 Rows = Literal["last", "text", "vision", "vision_text"]
 """Query rows whose attention a method may ask for: the prompt's last token, all of its text after
@@ -40,7 +42,7 @@ without the residual; its attention's keys, heads concatenated; and "rotary", a 
 wide as a head. The last two are rotated to each token's position, as if the sample began at 0."""
 
 Signal = Literal[
-    "cls_attention", "low_attention", "cls_query", "keys", "encoder", "text", "segment"
+    "cls_attention", "low_attention", "cls_query", "keys", "encoder", "text", "segment", "patches"
 ]
 """What a method may ask for in `needs`; see `VisionTokens`."""
 
@@ -70,8 +72,12 @@ class VisionTokens:
             Comes with `encoder`.
         segment: (m, d) embeddings of the text between this image and the next, or the prompt's
             end. Only if asked for.
+        patches: (n, m) the tower's patches that each token is made of, numbered through all tiles
+            that it encoded in one call, or `None` where they are not known. Only if asked for.
         crop: (n,) whole numbers, the tile each token belongs to (0 is the thumbnail), or `None`
             where an image is not tiled.
+        every_grid, every_crop: (N, 3) and (N,), `grid` and `crop` of all tokens that the image had
+            at first, before any method acted; `None` if these are all.
         crop_cls, crop_query, crop_key: (c, ...) what `encoder_cls`, `cls_query` and `cls_key` are,
             of each of the tiles 0 to c - 1 (these are the thumbnail's), or `None` where an image is
             not tiled or the tower has no [CLS]. Come with them.
@@ -95,9 +101,22 @@ class VisionTokens:
     crop_cls: Tensor | None = None
     crop_query: Tensor | None = None
     crop_key: Tensor | None = None
+    patches: Tensor | None = None
+    every_grid: Tensor | None = None
+    every_crop: Tensor | None = None
 
     def __len__(self) -> int:
         return self.features.shape[0]
+
+    @property
+    def original(self) -> int:
+        """Tokens that the image had at first, before any method."""
+        return len(self) if self.every_grid is None else self.every_grid.shape[0]
+
+    def budget(self, keep: float | int) -> int:
+        """Tokens that a method with this `keep` leaves: a fraction is one of `original`, a whole
+        number is a number, and neither is more than there are."""
+        return min(budget(keep, self.original), len(self))
 
 
 @dataclass(frozen=True)
@@ -242,6 +261,10 @@ class Method:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if "__repr__" not in cls.__dict__:
+            # In the class itself, where `dataclass` leaves it alone: its own lists every default.
+            shown: Any = next(b.__repr__ for b in cls.__mro__[1:] if "__repr__" in b.__dict__)
+            cls.__repr__ = shown  # type: ignore[method-assign]
         name = cls.__dict__.get("name")
         if name is None:
             return
@@ -257,8 +280,10 @@ class Method:
     # ---- what a method implements -------------------------------------------------------------
     @property
     def keeps_all(self) -> bool:
-        """Encoder stage: whether no patch ever leaves, so that the tower may run as it is."""
-        return False
+        """Whether no token of any image ever leaves: then the model may run as it is."""
+        keep = getattr(self, "keep", None)
+        shares = keep if isinstance(keep, tuple) and keep else (keep,)
+        return all(isinstance(share, float) and share == 1.0 for share in shares)
 
     def merge(self, state: EncoderState) -> Merging | None:
         """Encoder stage: merge or drop patches in a tower layer, or `None` to leave them."""
@@ -325,14 +350,54 @@ class Method:
         """Name and settings, ready for JSON; `from_dict` is the inverse."""
         return {"method": self.name, **dataclasses.asdict(self)}  # type: ignore[call-overload]
 
+    @property
+    def closes_gaps_by_choice(self) -> bool:
+        """Whether `positions` is "contiguous" because it was asked for, and not by default."""
+        fields = {f.name: f for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        if self.positions != "contiguous" or "positions" not in fields:
+            return False
+        plain: Any = dataclasses.replace(self, positions=fields["positions"].default)  # type: ignore[type-var]
+        return bool(plain.positions != "contiguous")
+
+    def _own_settings(self) -> str:
+        """`keep` and what differs from the defaults, as they are written in a call."""
+        fields: tuple[Any, ...] = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
+        shown = {f.name: getattr(self, f.name) for f in fields if f.init}
+        for field in fields:
+            value = shown.get(field.name)
+            budget = field.name == "keep" and isinstance(value, (int, float))
+            if field.init and not budget and self._is_default(field, value):
+                del shown[field.name]
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+    def _is_default(self, field: dataclasses.Field[Any], value: Any) -> bool:
+        if value == field.default:
+            return True
+        # Some defaults follow other settings, as SparseVLM's do its version.
+        plain: Any = dataclasses.replace(self, **{field.name: None}) if field.default is None else 0  # type: ignore[type-var]
+        return bool(plain == self)
+
     def __str__(self) -> str:
-        settings = ", ".join(f"{k}={v!r}" for k, v in self.to_dict().items() if k != "method")
-        return f"{self.name}({settings})"
+        return f"{self.name}({self._own_settings()})"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._own_settings()})"
 
 
 @dataclass(frozen=True)
 class Compose(Method):
-    """Methods applied one after the other: each acts on what the one before it left."""
+    """Methods applied one after the other: each acts on what the one before it left.
+
+    What `keep` says does not depend on the company: a fraction is a share of the tokens that the
+    image (or tile, or frame) had at first, and a whole number is a number, in every stage. So
+    `Random(0.5) | DivPrune(0.25)` leaves a quarter, as does `DivPrune(0.5) | FastV(0.25)`. A part
+    whose budget the parts before it have met already has nothing left to do; the first time that
+    happens a warning names it.
+
+    What a method's settings say of its own stages stays as published: `then` of VScan is a share of
+    its own first budget, later cuts of V2Drop and the schedule "after_selection" of TransPrune are
+    shares of what they find.
+    """
 
     methods: tuple[Method, ...] = ()
 
@@ -351,8 +416,16 @@ class Compose(Method):
     def to_dict(self) -> dict[str, Any]:
         return {"method": "compose", "methods": [m.to_dict() for m in self.methods]}
 
+    @property
+    def closes_gaps_by_choice(self) -> bool:
+        """Whether one of them does."""
+        return any(m.closes_gaps_by_choice for m in self.methods)
+
     def __str__(self) -> str:
-        return " | ".join(str(m) for m in self.methods)
+        return " | ".join(filter(None, map(str, self.methods)))
+
+    def __repr__(self) -> str:
+        return " | ".join(filter(None, map(repr, self.methods)))
 
 
 _REGISTRY: dict[str, type[Method]] = {}
@@ -410,7 +483,7 @@ def make(method: str | Method | Mapping[str, Any], **settings: Any) -> Method:
         return method
     if isinstance(method, type) and issubclass(method, Method):
         raise TypeError(f"method: got the class {method.__name__}; give {method.__name__}(...)")
-    if isinstance(method, str) and set(method) & set("+:@"):
+    if isinstance(method, str) and set(method) & set("|+:@"):
         # The command line's way of writing settings and compositions.
         from vtc.spec import parse_method
 
@@ -423,14 +496,11 @@ def make(method: str | Method | Mapping[str, Any], **settings: Any) -> Method:
         )
     cls = _found(method.lower())
     if cls is None:
-        raise ValueError(f"method: unknown name {method!r}; known are {', '.join(methods())}")
+        raise ValueError(f"method: {unknown(method, methods())}")
     accepted = list(_accepted_fields(cls))
-    unknown = [key for key in settings if key not in accepted]
-    if unknown:
-        raise TypeError(
-            f"{method}: unknown setting {unknown[0]!r}; accepted are "
-            f"{', '.join(accepted) or 'none'}"
-        )
+    strange = [key for key in settings if key not in accepted]
+    if strange:
+        raise TypeError(f"{method}: {unknown(strange[0], accepted, 'setting', 'accepted')}")
     return cls(**settings)
 
 

@@ -108,7 +108,7 @@ class CATP(Method):
             ValueError: `tokens` comes without `segment`.
         """
         n = len(tokens)
-        k = self.halfway(n)
+        k = min(self.halfway(tokens.original), n)
         if k >= n:
             return Selection(torch.arange(n, device=tokens.features.device))
         if tokens.segment is None:

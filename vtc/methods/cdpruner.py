@@ -13,7 +13,6 @@ from vtc.methods.base import (
     Positions,
     Selection,
     VisionTokens,
-    budget,
     check_choice,
     check_keep,
 )
@@ -62,7 +61,7 @@ class CDPruner(Method):
             ValueError: `tokens` comes without `text`.
         """
         n = len(tokens)
-        k = budget(self.keep, n)
+        k = tokens.budget(self.keep)
         if k >= n:
             return Selection(torch.arange(n, device=tokens.features.device))
         rows = unit_rows(tokens.features)

@@ -96,22 +96,27 @@ class Correlation(Method):
             ValueError: `tokens` comes without the signals in `needs`.
         """
         n, device = len(tokens), tokens.features.device
-        if self.keep is not None and budget(self.keep, n) >= n:
+        if self.keep is not None and tokens.budget(self.keep) >= n and tokens.original == n:
             return Selection(torch.arange(n, device=device))
         if tokens.cls_attention is None or tokens.low_attention is None or tokens.keys is None:
             raise ValueError("cls_attention, low_attention, keys: needed, got tokens without")
         crops = torch.zeros(n, dtype=torch.long, device=device)
         if tokens.crop is not None:
             crops = tokens.crop
+        at_first = crops if tokens.every_grid is None else tokens.every_crop
         indices, contents = [], []
         for crop in crops.unique():
             places = (crops == crop).nonzero().squeeze(1)
             attention, keys = tokens.cls_attention[places].float(), tokens.keys[places]
             low = tokens.low_attention[places].float()
-            share = self.density(keys) if self.keep is None else self.keep
+            if self.keep is None:
+                k = budget(self.density(keys), len(places))
+            else:
+                whole = tokens.original if at_first is None else int((at_first == crop).sum())
+                k = min(budget(self.keep, whole), len(places))
             # Generators tell seeds apart by their lower half.
             seed = (self.seed * 1_000_003 + tokens.image * 1_009 + int(crop)) & 0xFFFFFFFF
-            kept = self._kept(attention, low, budget(share, len(places)), seed)
+            kept = self._kept(attention, low, k, seed)
             features = tokens.features[places]
             indices.append(places[kept])
             contents.append(merge_into_nearest(features, keys, kept, attention))

@@ -12,7 +12,6 @@ from vtc.methods.base import (
     Positions,
     Selection,
     VisionTokens,
-    budget,
     check_choice,
     check_keep,
 )
@@ -50,7 +49,7 @@ class DivPrune(Method):
     def select(self, tokens: VisionTokens) -> Selection:
         """Ascending indices, (k,)."""
         n = len(tokens)
-        k = budget(self.keep, n)
+        k = tokens.budget(self.keep)
         if k >= n:
             return Selection(torch.arange(n, device=tokens.features.device))
         return Selection(max_min(tokens.features, k).sort().values)

@@ -71,7 +71,7 @@ class Downsample(Method):
         if self.how == "pixels":
             raise TypeError("how: 'pixels' acts before the vision tower, not on its tokens")
         n = len(tokens)
-        b = budget(self.keep, n)
+        b = tokens.budget(self.keep)
         if b >= n:
             return Selection(torch.arange(n, device=tokens.features.device))
         return Selection(*pool_grid(tokens.features, tokens.grid, b, "bilinear", tokens.crop))

@@ -59,11 +59,6 @@ class FlowCut(Method):
         check_keep(self.keep)
         check_choice("positions", self.positions, ("original", "contiguous"))
 
-    @property
-    def keeps_all(self) -> bool:
-        """At `keep=1.0`."""
-        return isinstance(self.keep, float) and self.keep == 1.0
-
     def merge(self, state: EncoderState) -> Merging | None:
         """Targets of the n tokens, -1 for those that leave, and the scores of the others."""
         n, wanted = len(state), budget(self.keep, state.original)

@@ -15,7 +15,6 @@ from vtc.methods.base import (
     Positions,
     Selection,
     VisionTokens,
-    budget,
     check_choice,
     check_keep,
     check_layer,
@@ -108,7 +107,7 @@ class HoloV(Method):
             ValueError: `tokens` comes without `cls_attention`, or that holds NaN.
         """
         n, device = len(tokens), tokens.features.device
-        total = budget(self.keep, n)
+        total = tokens.budget(self.keep)
         if total >= n:
             return Selection(torch.arange(n, device=device))
         if tokens.cls_attention is None:

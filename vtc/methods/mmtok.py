@@ -12,7 +12,6 @@ from vtc.methods.base import (
     Positions,
     Selection,
     VisionTokens,
-    budget,
     check_choice,
     check_keep,
 )
@@ -71,7 +70,7 @@ class MMTok(Method):
             ValueError: `tokens` comes without `encoder` or `text`.
         """
         n = len(tokens)
-        k = budget(self.keep, n)
+        k = tokens.budget(self.keep)
         if k >= n:
             return Selection(torch.arange(n, device=tokens.features.device))
         if tokens.encoder is None or tokens.text is None:

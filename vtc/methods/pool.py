@@ -12,7 +12,6 @@ from vtc.methods.base import (
     Positions,
     Selection,
     VisionTokens,
-    budget,
     check_choice,
     check_keep,
 )
@@ -48,7 +47,7 @@ class Pool(Method):
     def select(self, tokens: VisionTokens) -> Selection:
         """Ascending indices, (k,), and the means that stand there, (k, d)."""
         n = len(tokens)
-        b = budget(self.keep, n)
+        b = tokens.budget(self.keep)
         if b >= n:
             return Selection(torch.arange(n, device=tokens.features.device))
         return Selection(*pool_grid(tokens.features, tokens.grid, b, "mean", tokens.crop))

@@ -14,7 +14,6 @@ from vtc.methods.base import (
     Positions,
     Selection,
     VisionTokens,
-    budget,
     check_choice,
     check_keep,
     check_layer,
@@ -84,7 +83,7 @@ class PruMerge(Method):
             ValueError: `tokens` comes without the signals in `needs`.
         """
         n, device = len(tokens), tokens.features.device
-        total = n if self.keep is None else budget(self.keep, n)
+        total = n if self.keep is None else tokens.budget(self.keep)
         if n == 1 or (self.keep is not None and total >= n):
             return Selection(torch.arange(n, device=device))
         keys, states = tokens.keys, tokens.encoder

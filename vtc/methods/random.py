@@ -13,7 +13,6 @@ from vtc.methods.base import (
     Positions,
     Selection,
     VisionTokens,
-    budget,
     check_choice,
     check_keep,
 )
@@ -55,5 +54,5 @@ class Random(Method):
         digest = hashlib.sha256(f"{self.seed},{tokens.image},{n}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         # Drawn on the CPU, so that every device keeps the same tokens.
-        drawn = torch.randperm(n, generator=generator)[: budget(self.keep, n)]
+        drawn = torch.randperm(n, generator=generator)[: tokens.budget(self.keep)]
         return Selection(drawn.sort().values.to(tokens.features.device))

@@ -12,7 +12,6 @@ from vtc.methods.base import (
     Positions,
     Selection,
     VisionTokens,
-    budget,
     check_choice,
     check_keep,
 )
@@ -60,7 +59,7 @@ class SCOPE(Method):
             ValueError: `tokens` comes without `cls_attention` or `encoder`.
         """
         n = len(tokens)
-        k = budget(self.keep, n)
+        k = tokens.budget(self.keep)
         if k >= n:
             return Selection(torch.arange(n, device=tokens.features.device))
         if tokens.cls_attention is None or tokens.encoder is None:

@@ -24,7 +24,9 @@ from vtc.methods.base import (
     make,
 )
 
-_OF_TOKENS = ("features", "grid", "cls_attention", "keys", "low_attention", "encoder", "crop")
+_OF_TOKENS = (
+    "features", "grid", "cls_attention", "keys", "low_attention", "encoder", "crop", "patches",
+)  # fmt: skip
 """What `VisionTokens` holds one row of for each token."""
 
 _OF_TILES = {"encoder_cls": "crop_cls", "cls_query": "crop_query", "cls_key": "crop_key"}
@@ -44,6 +46,16 @@ class _Split(Method):
     def stages(self) -> tuple[str, ...]:
         """Those of the inner method."""
         return self.inner.stages
+
+    @property
+    def closes_gaps_by_choice(self) -> bool:
+        """As the inner method has it."""
+        return self.inner.closes_gaps_by_choice
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether each of the methods does."""
+        return all(method.keeps_all for method in self._methods)
 
     @property
     def needs(self) -> frozenset[Signal]:  # type: ignore[override]
@@ -105,12 +117,18 @@ class _Split(Method):
         return next((m for m in self._methods if m.needs & signals), self.inner)
 
     def _apply(
-        self, tokens: VisionTokens, part: Tensor, first: Method, tiles: bool = False
+        self,
+        tokens: VisionTokens,
+        part: Tensor,
+        every: Tensor | None,
+        first: Method,
+        tiles: bool = False,
     ) -> Selection:
         """Ascending indices, (k,), and (k, d) contents where a part was merged.
 
         Args:
             part: (n,) the part each token belongs to.
+            every: (N,) the same of all tokens that there were at first, or `None` if these are all.
             first: acts on the part 0, the inner method on all others.
             tiles: whether the parts are tiles, which have a [CLS] of their own.
         """
@@ -121,6 +139,10 @@ class _Split(Method):
                 field: None if (value := getattr(tokens, field)) is None else value[places]
                 for field in _OF_TOKENS
             }
+            if every is not None and tokens.every_grid is not None:
+                signals |= {"every_grid": tokens.every_grid[every == name], "every_crop": None}
+                if tokens.every_crop is not None:
+                    signals["every_crop"] = tokens.every_crop[every == name]
             for field, of_tiles in _OF_TILES.items() if tiles else ():
                 if (rows := getattr(tokens, of_tiles)) is not None:
                     signals |= {field: rows[name], of_tiles: None}
@@ -246,7 +268,7 @@ class PerTile(_Split):
         # One tile alone, be it the only one or what others left, is no thumbnail beside tiles.
         several = bool((tokens.crop != tokens.crop[0]).any())
         first = self.of_thumbnail if several else self.inner
-        return self._apply(tokens, tokens.crop, first, tiles=True)
+        return self._apply(tokens, tokens.crop, tokens.every_crop, first, tiles=True)
 
     def to_dict(self) -> dict[str, Any]:
         given = self.thumbnail
@@ -285,10 +307,13 @@ class PerFrame(_Split):
 
     def select(self, tokens: VisionTokens) -> Selection:
         """(k,) ascending indices, and (k, d) contents where the method merges."""
-        frame = tokens.grid[:, 0]
-        if not bool((frame != frame[:1]).any()):
+        frame, every = tokens.grid[:, 0], None
+        if tokens.every_grid is not None:  # others may have left one frame of several
+            every = tokens.every_grid[:, 0]
+        whole = frame if every is None else every
+        if not bool((whole != whole[:1]).any()):
             return self.inner.select(tokens)
-        return self._apply(tokens, frame, self.inner)
+        return self._apply(tokens, frame, every, self.inner)
 
     def to_dict(self) -> dict[str, Any]:
         return {"method": self.name, "inner": self.inner.to_dict()}

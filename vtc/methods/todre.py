@@ -17,7 +17,6 @@ from vtc.methods.base import (
     Rows,
     Selection,
     VisionTokens,
-    budget,
     check_choice,
     check_keep,
     check_layer,
@@ -107,7 +106,7 @@ class ToDRE(Method):
             ValueError: `tokens` comes without `cls_attention`, or features are not finite.
         """
         n = len(tokens)
-        k = budget(self.keep, n)
+        k = tokens.budget(self.keep)
         if k >= n:
             return Selection(torch.arange(n, device=tokens.features.device))
         choose = max_sum if self.mode == "maxsum" else farthest_first

@@ -62,11 +62,6 @@ class ToMe(Method):
         """As `proportional_attention` says."""
         return self.proportional_attention
 
-    @property
-    def keeps_all(self) -> bool:
-        """At `keep=1.0`."""
-        return isinstance(self.keep, float) and self.keep == 1.0
-
     def merge(self, state: EncoderState) -> Merging | None:
         """Targets of the n tokens: first what A keeps, then B, both in the order they came.
 

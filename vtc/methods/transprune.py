@@ -97,6 +97,11 @@ class TransPrune(Method):
         """What the three cuts leave, before `keep`."""
         return SCHEDULES[self.schedule] if isinstance(self.schedule, str) else self.schedule
 
+    @property
+    def keeps_all(self) -> bool:
+        """Only where the schedule does, which `keep` scales."""
+        return self.keep == 1.0 and self.shares == (1.0, 1.0, 1.0)
+
     def prune_layers(self, num_layers: int) -> tuple[int, ...]:
         """After layers 7, 9 and 12 of 32 (1-based), scaled to the depth."""
         return scale_layers(None, (0.21875, 0.28125, 0.375), num_layers)

@@ -26,17 +26,18 @@ class V2Drop(Method):
     """Before three decoder layers, keep the tokens that the layer before changed most.
 
     The change is the L2 distance between the hidden states that enter layer l and layer l - 1,
-    without a norm. Of the n tokens held, int(n * share) are left, at least one, or none where the
-    share is 0. The last share is 0 in all published settings; the code leaves one token even there,
-    which `one_stays` restores. Tokens of several images compete with one another. Ties go to the
-    earlier token.
+    without a norm. Of an image's n tokens the first cut leaves int(n * keep), and later ones shares
+    of what they find, rounded down; at least one, or none where the share is 0. The last share is
+    0 in all published settings; the code leaves one token even there, which `one_stays` restores.
+    Tokens of several images compete with one another. Ties go to the earlier token.
 
     Published for LLaVA-1.5-7B, before layers 3, 17 and 22 of 32, shares (0.5, 0.3, 0), (0.28, 0.25,
     0) and (0.05, 0.05, 0) for 192, 128 and 64 tokens on average over the layers. The repository's
     own literal is (0.5, 0.5, 0), which is none of these.
 
     Args:
-        keep: share left by the first cut, a fraction in (0, 1]; 1.0 drops nothing anywhere.
+        keep: share of an image's tokens left by the first cut, a fraction in (0, 1]; 1.0 drops
+            nothing anywhere.
         then: shares left by the later cuts, of what they find, each in [0, 1].
         layers: 0-based layers before which it cuts, ascending; by default 3, 17 and 22, scaled from
             32 layers to the depth.
@@ -94,7 +95,9 @@ class V2Drop(Method):
         stage = self.prune_layers(state.num_layers).index(state.layer)
         share, vision = (self.keep, *self.then)[stage], state.vision
         least = 0 if share == 0 and not self.one_stays else 1
-        k = max(least, int(vision.shape[0] * share))
+        # `keep` is a share of the image as it was, the shares of `then` are of what they find.
+        counted = sum(state.original) if stage == 0 else vision.shape[0]
+        k = max(least, int(counted * share))
         if k >= vision.shape[0]:
             return None
         before = state.recorded[state.layer - 1, "input"][vision]

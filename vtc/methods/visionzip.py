@@ -15,7 +15,6 @@ from vtc.methods.base import (
     Positions,
     Selection,
     VisionTokens,
-    budget,
     check_choice,
     check_keep,
 )
@@ -81,7 +80,7 @@ class VisionZip(Method):
             ValueError: `tokens` comes without the signals in `needs`.
         """
         n, device = len(tokens), tokens.features.device
-        total = budget(self.keep, n)
+        total = tokens.budget(self.keep)
         if total >= n:
             return Selection(torch.arange(n, device=device))
         attention, keys, states = tokens.cls_attention, tokens.keys, tokens.encoder

@@ -94,7 +94,7 @@ class VScan(Method):
             ValueError: `tokens` comes without `cls_attention` or `low_attention`.
         """
         n = len(tokens)
-        k = budget(self.keep, n)
+        k = tokens.budget(self.keep)
         if k >= n:
             return Selection(torch.arange(n, device=tokens.features.device))
         if tokens.cls_attention is None or tokens.low_attention is None:

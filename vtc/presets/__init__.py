@@ -43,6 +43,7 @@ from typing import Any, Literal, get_args
 
 from vtc.cost import equivalent_tokens
 from vtc.methods import Method, PerTile, make, methods
+from vtc.names import meant
 
 from .schedule import Schedule, describe, scope_of, tokens_per_layer
 from .table import (
@@ -216,9 +217,11 @@ def _rows_of(method: str) -> list[Row]:
         raise TypeError(f"method: expected a name, got {type(method).__name__}")
     rows = [row for row in TABLE if row.method == method.lower()]
     if not rows:
-        why = f": {WITHOUT[method.lower()]}" if method.lower() in WITHOUT else ""
-        known = ", ".join(dict.fromkeys(row.method for row in TABLE))
-        raise ValueError(f"method: there are no presets of {method!r}{why}; there are of {known}")
+        known = list(dict.fromkeys(row.method for row in TABLE))
+        why = f": {WITHOUT[method.lower()]}" if method.lower() in WITHOUT else meant(method, known)
+        raise ValueError(
+            f"method: there are no presets of {method!r}{why}; there are of {', '.join(known)}"
+        )
     return rows
 
 

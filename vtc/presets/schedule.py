@@ -146,8 +146,28 @@ COUNTS: dict[str, Callable[[Any, int, int, int], list[int]]] = {
 }  # fmt: skip
 
 
+_CAPS = (_flat, _one_cut, _pyramid, _vscan, _catp, _all)
+"""Those that leave so many of an image's tokens, whatever others have left of them."""
+
+
+def _composed(method: Compose, n: int, layers: int, tiles: int) -> list[int]:
+    """Budgets count the image as it was, so in every layer the smallest of them is met."""
+    for part in method.parts:
+        relative = getattr(part, "schedule", None) == "after_selection"
+        caps = COUNTS.get(part.name) in _CAPS or (part.name == "transprune" and not relative)
+        if not caps:
+            raise ValueError(
+                f"method: the tokens of {method} cannot be told by arithmetic, as what {part.name} "
+                "leaves follows what it finds"
+            )
+    rows = [tokens_per_layer(part, n, layers, tiles) for part in method.parts]
+    return [min(seen) for seen in zip(*rows, strict=True)]
+
+
 def scope_of(method: Method, tiles: int) -> Literal["image", "tile"]:
     """Whether all tiles of an image share one budget, or each tile has its own."""
+    if isinstance(method, Compose):  # of parts that share theirs; see `_composed`
+        return "image"
     while isinstance(method, PerFrame):
         method = method.inner
     alone = isinstance(method, PerTile) or COUNTS[method.name] in (by_tile, by_cell)
@@ -155,7 +175,9 @@ def scope_of(method: Method, tiles: int) -> Literal["image", "tile"]:
 
 
 def tokens_per_layer(method: Method, n: int, layers: int, tiles: int) -> list[int]:
-    if isinstance(method, Compose) or method.name not in COUNTS:
+    if isinstance(method, Compose):
+        return _composed(method, n, layers, tiles)
+    if method.name not in COUNTS:
         raise ValueError(
             f"method: the tokens of {method} cannot be told by arithmetic; those of "
             f"{', '.join(sorted(COUNTS))} can, each by itself"
@@ -263,7 +285,9 @@ def describe(method: Method, target: str, *, text: int = 0, image: int | None = 
     plain = method
     while isinstance(plain, (PerTile, PerFrame)):
         plain = plain.inner
-    unsure = plain.name in ("pool", "downsample") and not model.tile and side * side != n
+    cells = not isinstance(plain, Compose) and plain.name in ("pool", "downsample")
+    unsure = cells and not model.tile and side * side != n
+    unsure = unsure or any(part.name == "todre" and "layers" in part.stages for part in plain.parts)
     return Schedule(
         method=str(method),
         target=model.name,
@@ -276,5 +300,5 @@ def describe(method: Method, target: str, *, text: int = 0, image: int | None = 
         visual_flops=visual_flops(
             seen, model.decoder["hidden_size"], model.decoder["intermediate_size"]
         ),
-        at_most=unsure or (plain.name == "todre" and "layers" in plain.stages),
+        at_most=unsure,
     )

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal
 
+from vtc.names import unknown
+
 Convention = Literal["exact", "average", "kept", "counted"]
 
 
@@ -68,7 +70,7 @@ TARGETS: dict[str, Target] = {
 def target_of(name: str) -> Target:
     found = TARGETS.get(name.lower()) if isinstance(name, str) else None
     if found is None:
-        raise ValueError(f"target: unknown name {name!r}; known are {', '.join(TARGETS)}")
+        raise ValueError(f"target: {unknown(name, TARGETS)}")
     return found
 
 
