@@ -305,7 +305,7 @@ def test_a_limit_is_refused(tmp_path):
 def test_the_embedded_model_is_tuned_and_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr("vtc.eval.run.hub_answers", lambda: False)
     # A cell's key is of vtc's code too, which somebody may edit while this runs.
-    monkeypatch.setattr("vtc.eval.run.own_sources", lambda: "as it is")
+    monkeypatch.setattr("vtc.eval.run.shared_code", lambda: "as it is")
     given = Settings(out=tmp_path, methods=("todre:keep=0.5", "random"), keeps=(4,))
     result = tuner.autotune(given, allowed=0.2, start=16, most=32)
     assert json.loads((tmp_path / "autotune.json").read_text()) == json.loads(json.dumps(result))

@@ -21,12 +21,14 @@ pytest.importorskip("lmms_eval")
 
 from vtc.eval import run as runner
 from vtc.eval import stats
-from vtc.eval.loading import fingerprint, write_suite
+from vtc.eval.identity import fingerprint
+from vtc.eval.loading import write_suite
 from vtc.eval.plan import BadInput, Cell, Observer, Settings, plan
 from vtc.eval.quiet import offline
 from vtc.eval.report import runs, table
-from vtc.eval.results import compare, samples_of, scores_of
+from vtc.eval.results import compare
 from vtc.eval.run import run
+from vtc.eval.scoring import samples_of, scores_of
 
 ROWS = 6
 KEEPS = (0.5, 4)
@@ -58,9 +60,10 @@ def _indexed_once(monkeypatch):
     original = TaskManager.initialize_tasks
 
     def initialize(self, include_path=None, include_defaults=True):
-        if "index" not in _INDEX:
-            _INDEX["index"] = original(self, include_path, include_defaults)
-        return _INDEX["index"]
+        name = str(include_defaults)
+        if name not in _INDEX:
+            _INDEX[name] = original(self, include_path, include_defaults)
+        return _INDEX[name]
 
     monkeypatch.setattr(TaskManager, "initialize_tasks", initialize)
 

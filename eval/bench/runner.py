@@ -16,7 +16,8 @@ import vtc
 
 from ..machine import load_average, machine
 from ..plan import BadInput, Observer
-from ..results import as_json, write
+from ..results import write
+from ..scoring import as_json
 from .model import build, config_of
 from .rows import csv_of, row_of
 from .settings import Settings, Variant, device_of, plan
