@@ -370,14 +370,14 @@ def _functions(value: Any) -> Iterator[Callable[..., Any]]:
     """The functions anywhere in a task's configuration."""
     if callable(value) and not isinstance(value, type):
         yield value
+    elif hasattr(value, "__dataclass_fields__"):  # first, as lmms-eval's are mappings as well
+        yield from _functions(dict(vars(value)))
     elif isinstance(value, Mapping):
         for each in value.values():
             yield from _functions(each)
     elif isinstance(value, (list, tuple)):
         for each in value:
             yield from _functions(each)
-    elif hasattr(value, "__dataclass_fields__"):
-        yield from _functions(vars(value))
 
 
 def _missing_data(name: str, manager: Any, error: BaseException) -> str:

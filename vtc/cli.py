@@ -44,9 +44,31 @@ def _fail(option: str, message: str) -> typer.BadParameter:
     return typer.BadParameter(message, param_hint=option)
 
 
+def _imported(modules: list[str]) -> list[str]:
+    from vtc.plugins import import_modules
+
+    try:
+        import_modules(modules)
+    except ValueError as error:
+        raise _fail("--import", str(error).removeprefix("import: ")) from None
+    return modules
+
+
+Import = Annotated[
+    list[str],
+    typer.Option(
+        "--import",
+        metavar="MODULE",
+        callback=_imported,
+        is_eager=True,
+        help="A module with methods of your own, by its name or as a .py file; repeatable.",
+    ),
+]
+
+
 # ---- vtc methods, vtc models --------------------------------------------------------------------
 @app.command()
-def methods() -> None:
+def methods(imports: Import = []) -> None:  # noqa: B006
     """List the compression methods: stage, settings with their defaults, paper."""
     import vtc
 
@@ -204,12 +226,19 @@ def evaluate(
     ] = "0.25,0.1",
     tasks: Annotated[
         str | None,
-        typer.Option(help="vtc_scenes, vtc_photo, vtc_mosaic, or lmms-eval's: pope,mme,gqa."),
+        typer.Option(
+            help="vtc_scenes, vtc_photo, vtc_mosaic, lmms-eval's (pope,mme,gqa), or a task file."
+        ),
     ] = None,
     suite: Annotated[
         str | None, typer.Option(help="Tasks by name: embedded, image, doc, video, reasoning.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Samples of each task.")] = None,
+    include_path: Annotated[
+        list[str], typer.Option(help="A folder with task files of your own; repeatable.")
+    ] = [],  # noqa: B006
+    limit: Annotated[
+        str | None, typer.Option(help="Samples of each task: a number, or a share such as 0.5.")
+    ] = None,
     out: Annotated[
         Path, typer.Option(help="Folder for results; finished cells are reused.")
     ] = Path("results"),
@@ -231,6 +260,13 @@ def evaluate(
     lmms_model: Annotated[
         str | None, typer.Option(help="lmms-eval's class, if the model's type does not tell.")
     ] = None,
+    model_args: Annotated[
+        str,
+        typer.Option(
+            help="Of that class, with commas between: attn_implementation=eager,quantization=4bit."
+        ),
+    ] = "",
+    imports: Import = [],  # noqa: B006
     page: Annotated[
         bool, typer.Option(help="Write report.html, with samples and the tokens kept of them.")
     ] = True,
@@ -244,6 +280,7 @@ def evaluate(
     2 if something given does not work.
     """
     from vtc.eval import parallel
+    from vtc.eval.plan import parse_arguments, parse_limit
     from vtc.eval.run import BadInput, Settings, plan, run
     from vtc.spec import parse_keep, split_list
 
@@ -252,19 +289,27 @@ def evaluate(
         names = tuple(split_list(methods))
     except ValueError as error:
         raise _fail("--keep" if "keep:" in str(error) else "--methods", str(error)) from None
+    try:
+        samples = None if limit is None else parse_limit(limit)
+        arguments = parse_arguments(model_args)
+    except BadInput as error:
+        raise _fail(error.option, error.message) from None
     settings = Settings(
         out=out,
         model=model,
         methods=names,
         keeps=keeps,
         tasks=_tasks(tasks, suite),
-        limit=limit,
+        limit=samples,
         batch_size=batch_size,
         device=device,
         dtype=dtype,
         seed=seed,
         baselines=baselines,
         lmms_model=lmms_model,
+        model_args=arguments,
+        include_paths=tuple(include_path),
+        imports=tuple(imports),
     )
     started = time.perf_counter()
     try:
@@ -394,7 +439,9 @@ def reproduce(
     model: Annotated[
         str | None, typer.Option(help="Folder or id of the checkpoint, if not the usual one.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Samples of each task.")] = None,
+    limit: Annotated[
+        str | None, typer.Option(help="Samples of each task: a number, or a share such as 0.5.")
+    ] = None,
     out: Annotated[
         Path, typer.Option(help="Folder for results; finished cells are reused.")
     ] = Path("results"),
@@ -409,8 +456,13 @@ def reproduce(
     import json
 
     from vtc.eval import reproduce as published
+    from vtc.eval.plan import parse_limit
     from vtc.eval.run import BadInput, run
 
+    try:
+        samples = None if limit is None else parse_limit(limit)
+    except BadInput as error:
+        raise _fail(error.option, error.message) from None
     try:
         plan = published.plan_reproduction(name)
     except ValueError as error:
@@ -429,7 +481,7 @@ def reproduce(
     except published.MissingError as error:
         Console(file=sys.stderr, highlight=False).print(str(error), markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
-    options = {"limit": limit, "device": device} | ({"model": model} if model else {})
+    options = {"limit": samples, "device": device} | ({"model": model} if model else {})
     settings = published.settings_of(plan, out, **options)
     try:
         with _progress(Console(file=sys.stderr, highlight=False)) as progress:
@@ -469,6 +521,7 @@ def autotune(
     batch_size: Annotated[int, typer.Option(help="For lmms-eval's class of the model.")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.")] = None,
     seed: Annotated[int, typer.Option(help="Of sampling methods and generated tasks.")] = 0,
+    imports: Import = [],  # noqa: B006
 ) -> None:
     """Find the cheapest method and keep that loses at most so much against the full model.
 
@@ -487,7 +540,7 @@ def autotune(
         raise _fail("--keep" if "keep:" in str(error) else "--methods", str(error)) from None
     settings = Settings(
         out=out, model=model, methods=names, keeps=keeps, tasks=tuple(split_list(tasks)),
-        batch_size=batch_size, device=device, seed=seed,
+        batch_size=batch_size, device=device, seed=seed, imports=tuple(imports),
     )  # fmt: skip
     try:
         with _progress(Console(file=sys.stderr, highlight=False)) as progress:
@@ -538,6 +591,7 @@ def bench(
     repeats: Annotated[int, typer.Option(help="Turns that count.")] = 7,
     threads: Annotated[int | None, typer.Option(help="Threads of PyTorch on a CPU.")] = None,
     seed: Annotated[int, typer.Option(help="Of weights, inputs and sampling methods.")] = 0,
+    imports: Import = [],  # noqa: B006
     out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.csv.")] = Path(
         "results/bench"
     ),
@@ -602,6 +656,7 @@ def show(
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 24,
+    imports: Import = [],  # noqa: B006
 ) -> None:
     """Draw which tokens of an image survive, and print the answers with all and with those."""
     from importlib.util import find_spec
