@@ -31,6 +31,8 @@ from vtc.methods import Method, make
 from vtc.presets import find
 from vtc.spec import parse_method
 
+from .results import of_this_run
+
 __all__ = [
     "BENCHMARKS",
     "MODELS",
@@ -392,7 +394,7 @@ def compare(results: Mapping[str, Any], tables: Sequence[Table]) -> list[dict[st
         beside a difference says what weakens it.
     """
     cells: dict[tuple[str, str], Mapping[str, Any]] = {}
-    for cell in results["cells"]:
+    for cell in of_this_run(results):
         if not cell["blind"]:
             cells[_identity(cell["method"]), cell["task"]] = cell
     return [row for table in tables for row in _compared(table, cells)]

@@ -9,7 +9,7 @@ is carried over from cell to cell.
 
 In the output folder:
 
-    results.json   what `run` returns: all cells of this run (below)
+    results.json   what `run` returns: all cells of the folder (below)
     results.csv    the same as one row a cell
     cells/KEY.json, KEY.jsonl    one finished cell and its samples
     journal/       what unfinished cells have answered so far; see `journal.py`
@@ -25,7 +25,11 @@ full disk), is marked so, and the others go on.
 
 results.json:
 
-    {"format": 1, "vtc": version, "settings": {...}, "model": {"id", "fingerprint", "lmms_eval"},
+    {"format": 1, "vtc": version,
+     "settings": {...}, "model": {"id", "fingerprint", "lmms_eval"},     of the latest run
+     "run": [...],                   keys of the cells that it asked for
+     "superseded": number,           older cells of the same names, by other code or versions, that
+                                     are still in cells/ and not in this list:
      "cells": [{
         "key", "task", "label",      label: "todre", "fastv:layer=3", "blind"
         "keep",                      the swept keep, null for methods without one
@@ -51,7 +55,12 @@ results.json:
         "ms",                        {"vision", "selector", "lm"}: medians over prefills (batches);
                                      lm is the language model's prefill without the selector
         "seconds",                   of the whole cell
+        "setup",                     what cells that may be compared have in common: model, class of
+                                     lmms-eval, limit, batch size, seed, dtype, device, data
         "versions", "warnings"}]}
+
+Runs in one folder accumulate. Cells of other models, limits, seeds and so on stand beside one
+another and are compared within their group only.
 """
 
 from __future__ import annotations
@@ -176,7 +185,7 @@ def run(settings: Settings, observer: Observer | None = None) -> dict[str, Any]:
                 write_results(settings.out, {**head, "cells": [r for r in rows if r is not None]})
     results = {**head, "cells": [r for r in rows if r is not None]}
     try:
-        write_results(settings.out, results)
+        results = write_results(settings.out, results)
     except OSError as error:
         failed = [
             f"{_title(cells[i])}: {r['error']}" for i, r in enumerate(rows) if r and r["error"]
