@@ -134,6 +134,9 @@ class Observer:
     def finished(self, cell: Mapping[str, Any]) -> None:
         """A cell is done or failed; a cell as in results.json."""
 
+    def measured(self, results: Mapping[str, Any]) -> None:
+        """Of `vtc bench`: the rows of one precision and batch size, as in bench.json."""
+
 
 _TASK_FILES = (".yaml", ".yml")
 

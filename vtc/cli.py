@@ -8,11 +8,12 @@ and bad input answer at once.
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -34,10 +35,17 @@ app = typer.Typer(
 )
 
 
-def _console() -> Console:
-    """Standard output, as it is now; 120 columns wide where that is not a terminal."""
+_WIDE = 160
+
+
+def _console(wide: bool = False) -> Console:
+    """Standard output, as it is now; where that is not a terminal and COLUMNS is not set, 120
+    columns wide. `wide` has lines as long as they need be."""
     console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=120)
+    if wide:
+        return Console(highlight=False, width=max(console.width, _WIDE))
+    known = console.is_terminal or "COLUMNS" in os.environ
+    return console if known else Console(highlight=False, width=120)
 
 
 def _fail(option: str, message: str) -> typer.BadParameter:
@@ -273,6 +281,9 @@ def evaluate(
     processes: Annotated[
         int, typer.Option(min=1, help="Processes that share each task's samples.")
     ] = 1,
+    wide: Annotated[
+        bool, typer.Option("--wide", help="Print all columns, however long the lines.")
+    ] = False,
 ) -> None:
     """Run methods on tasks through lmms-eval; print a table, write results.json and a picture.
 
@@ -315,7 +326,7 @@ def evaluate(
     try:
         plan(settings)
         if processes > 1 and not parallel.launched():
-            _shared(settings, processes, page)
+            _shared(settings, processes, page, wide)
             return
         if parallel.rank() == 0:
             # Progress on the error stream, so that the table alone can be piped; on the stream
@@ -327,8 +338,12 @@ def evaluate(
             results = run(settings)
     except BadInput as error:
         raise _fail(error.option, error.message) from None
+    except KeyboardInterrupt:
+        if parallel.launched() or parallel.rank() != 0:  # who started the processes says it
+            raise
+        _stopped(_kept(out))
     if parallel.rank() == 0 and not parallel.launched():
-        _present(results, settings.out, started, page)
+        _present(results, settings.out, started, page, wide)
 
 
 def _tasks(tasks: str | None, suite: str | None) -> tuple[str, ...]:
@@ -346,7 +361,7 @@ def _tasks(tasks: str | None, suite: str | None) -> tuple[str, ...]:
         raise _fail("--suite", str(error).removeprefix("suite: ")) from None
 
 
-def _shared(settings: Settings, processes: int, page: bool) -> None:
+def _shared(settings: Settings, processes: int, page: bool, wide: bool) -> None:
     """This very command in several processes; prints what they have written."""
     import json
 
@@ -357,7 +372,7 @@ def _shared(settings: Settings, processes: int, page: bool) -> None:
     if code != 0:  # they have said why
         raise typer.Exit(code)
     results = json.loads((settings.out / "results.json").read_text("utf-8"))
-    _present(results, settings.out, started, page)
+    _present(results, settings.out, started, page, wide)
 
 
 def _progress(console: Console) -> Progress:
@@ -378,7 +393,29 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _observer(progress: Progress) -> Observer:
+def _stopped(message: str) -> NoReturn:
+    """Say what Ctrl-C left behind, and end as shells expect it."""
+    Console(file=sys.stderr, highlight=False).print(message, markup=False, soft_wrap=True)
+    raise typer.Exit(130)
+
+
+def _kept(out: Path, again: str = "The same command goes on from there.") -> str:
+    """How far a run of `vtc eval` came that was stopped."""
+    from vtc.eval.journal import answers_in
+
+    cells = sum(
+        1 for file in (out / "cells").glob("*.json") if file.with_suffix(".jsonl").is_file()
+    )
+    answers = answers_in(out / "journal")
+    return (
+        f"stopped: {cells} finished cells and {answers} answers of unfinished ones are kept in "
+        f"{out}. {again}"
+    )
+
+
+def _observer(
+    progress: Progress, measured: Callable[[Mapping[str, Any]], None] | None = None
+) -> Observer:
     from vtc.eval.run import Observer
 
     class Bar(Observer):
@@ -402,22 +439,31 @@ def _observer(progress: Progress) -> Observer:
             if cell["status"] != "done":
                 progress.console.print(f"{cell['label']} failed: {cell['error']}", style="red")
 
+        def measured(self, results: Mapping[str, Any]) -> None:
+            if measured is not None:
+                measured(results)
+
     return Bar()
 
 
-def _present(results: Mapping[str, Any], out: Path, started: float, page: bool) -> None:
+def _present(
+    results: Mapping[str, Any], out: Path, started: float, page: bool, wide: bool = False
+) -> None:
     """Print the table, draw the picture, write the page; exit code 1 if a cell failed."""
     from vtc.eval.page import write_page
     from vtc.eval.report import table
+    from vtc.eval.results import grouped, of_this_run
 
     from .plots import tradeoff
 
-    console = _console()
-    console.print(table(results))
+    console = _console(wide)
+    console.print(table(results, None if wide else console.width))
     written = ["results.json", "results.csv"]
     if any(c["status"] == "done" and c["tokens"] for c in results["cells"]):
+        # Cells that must not be compared are not drawn into one panel.
+        drawn = [{**c, "task": title} for title, rows in grouped(results["cells"]) for c in rows]
         try:
-            tradeoff(results).savefig(out / "tradeoff.png")
+            tradeoff({**results, "cells": drawn}).savefig(out / "tradeoff.png")
             written.append("tradeoff.png")
         except OSError as error:
             console.print(f"no picture: {error}", style="red", markup=False)
@@ -426,9 +472,11 @@ def _present(results: Mapping[str, Any], out: Path, started: float, page: bool) 
             written.append(write_page(out).name)
         except (OSError, ValueError) as error:  # the figures stand without it
             console.print(f"no page: {error}", style="red", markup=False)
+        except KeyboardInterrupt:
+            _stopped(f"stopped: no page; `python -m vtc.eval.page {out}` writes it")
     seconds = time.perf_counter() - started
     console.print(f"\n{out}: {', '.join(written)} ({seconds:.0f} s)", soft_wrap=True)
-    if any(c["status"] != "done" for c in results["cells"]):
+    if any(c["status"] != "done" for c in of_this_run(results)):
         raise typer.Exit(1)
 
 
@@ -457,6 +505,7 @@ def reproduce(
 
     from vtc.eval import reproduce as published
     from vtc.eval.plan import parse_limit
+    from vtc.eval.results import of_this_run
     from vtc.eval.run import BadInput, run
 
     try:
@@ -488,12 +537,14 @@ def reproduce(
             results = run(settings, _observer(progress))
     except BadInput as error:
         raise _fail(error.option, error.message) from None
+    except KeyboardInterrupt:
+        _stopped(_kept(out))
     rows = published.compare(results, plan.tables)
     (out / "reproduced.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False), "utf-8")
     console.print(published.table_of(rows))
     for what, why in plan.left_out:
         console.print(f"not run: {what}: {why}", markup=False, style="dim")
-    if any(cell["status"] != "done" for cell in results["cells"]):
+    if any(cell["status"] != "done" for cell in of_this_run(results)):
         raise typer.Exit(1)
 
 
@@ -522,6 +573,9 @@ def autotune(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.")] = None,
     seed: Annotated[int, typer.Option(help="Of sampling methods and generated tasks.")] = 0,
     imports: Import = [],  # noqa: B006
+    wide: Annotated[
+        bool, typer.Option("--wide", help="Print all columns, however long the lines.")
+    ] = False,
 ) -> None:
     """Find the cheapest method and keep that loses at most so much against the full model.
 
@@ -551,8 +605,10 @@ def autotune(
         raise _fail(error.option, error.message) from None
     except RuntimeError as error:  # the full model failed: there is nothing to compare with
         raise _fail("vtc autotune", str(error)) from None
-    console = _console()
-    console.print(tuner.table(found))
+    except KeyboardInterrupt:
+        _stopped(_kept(out))
+    console = _console(wide)
+    console.print(tuner.table(found, None if wide else console.width))
     console.print(f"\n{out}: autotune.json", soft_wrap=True)
     if found["failed"]:
         raise typer.Exit(1)
@@ -592,6 +648,9 @@ def bench(
     threads: Annotated[int | None, typer.Option(help="Threads of PyTorch on a CPU.")] = None,
     seed: Annotated[int, typer.Option(help="Of weights, inputs and sampling methods.")] = 0,
     imports: Import = [],  # noqa: B006
+    wide: Annotated[
+        bool, typer.Option("--wide", help="Print all columns, however long the lines.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.csv.")] = Path(
         "results/bench"
     ),
@@ -627,13 +686,26 @@ def bench(
         seed=seed, out=out,
     )  # fmt: skip
     started = time.perf_counter()
+    console = _console(wide)
+    width = None if wide else console.width
+    shown: list[int] = []
+
+    def show_rows(found: Mapping[str, Any]) -> None:
+        if not shown:
+            console.print(timing.head(found))
+        shown.append(len(found["rows"]))
+        for block in timing.blocks(found, width):
+            console.print(block)
+
     try:
         with _progress(Console(file=sys.stderr, highlight=False)) as progress:
-            results = timing.run(settings, _observer(progress))
+            results = timing.run(settings, _observer(progress, show_rows))
     except BadInput as error:
         raise _fail(error.option, error.message) from None
-    console = _console()
-    console.print(timing.table(results))
+    except KeyboardInterrupt:
+        kept = f"{sum(shown)} rows are kept in {out}/bench.json" if shown else "nothing is kept"
+        _stopped(f"stopped: {kept}; rows of a precision and batch size are measured together")
+    console.print(timing.notes(results))
     seconds = time.perf_counter() - started
     console.print(f"\n{out}: bench.json, bench.csv ({seconds:.0f} s)", soft_wrap=True)
     if any(row["status"] != "done" for row in results["rows"]):
