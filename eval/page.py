@@ -113,7 +113,7 @@ def _context(out: Path, results: Mapping[str, Any], samples: int, trace: bool) -
     alerts = _alerts(out, results)
     if lost:
         alerts.append(f"No logged samples, and so no tests: {', '.join(lost)}.")
-    tasks = []
+    tasks: list[dict[str, Any]] = []
     groups = grouped(cells)
     for number, (title, mine) in enumerate(groups, 1):
         constant = chance(mine, logs)
@@ -219,7 +219,7 @@ def _plot(title: str, cells: Sequence[Mapping[str, Any]]) -> dict[str, str] | No
             return None
         height = 3.8
         for legend in figure.legends:
-            handles = legend.legend_handles
+            handles = [handle for handle in legend.legend_handles if handle is not None]
             labels = [text.get_text() for text in legend.get_texts()]
             columns = max(1, min(4, 40 // (max(map(len, labels)) + 4)))
             legend.remove()

@@ -92,7 +92,8 @@ def choose(
     """
     mine = [logs[c["key"]] for c in cells if c["key"] in logs and not c["blind"]]
     ids = list(dict.fromkeys(name for log in mine for name in log))
-    spread, kinds = {}, {}
+    spread: dict[str, float] = {}
+    kinds: dict[Any, list[tuple[float, int, str]]] = {}
     for place, name in enumerate(ids):
         said = [log[name] for log in mine if name in log]
         scores = [s["score"] for s in said if s["score"] is not None]

@@ -687,14 +687,14 @@ def bench(
     )  # fmt: skip
     started = time.perf_counter()
     console = _console(wide)
-    width = None if wide else console.width
+    room = None if wide else console.width
     shown: list[int] = []
 
     def show_rows(found: Mapping[str, Any]) -> None:
         if not shown:
             console.print(timing.head(found))
         shown.append(len(found["rows"]))
-        for block in timing.blocks(found, width):
+        for block in timing.blocks(found, room):
             console.print(block)
 
     try:
