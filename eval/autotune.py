@@ -421,7 +421,7 @@ def table(result: Mapping[str, Any], width: int | None = None) -> Any:
     unit, name = (1e12, "TFLOPs") if full["cost"] >= 1e12 else (1e9, "GFLOPs")
     narrow = width is not None and width < FULL_WIDTH
     drawn = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
-    drawn.add_column("\ncandidate", overflow="fold", max_width=24 if narrow else None)
+    drawn.add_column("\ncandidate", overflow="fold", max_width=22 if narrow else None)
     numbers = [f"LM,\n{name}", "prefill,\nms", "\nsamples", "accuracy,\n%", "loss, points\n"]
     numbers[-1] += f"[{100 * result['confidence']:g} % interval]"
     left_out = (1, 2) if narrow else ()
@@ -442,7 +442,7 @@ def table(result: Mapping[str, Any], width: int | None = None) -> Any:
             f"{100 * m['score']:.1f}", loss,
         ]  # fmt: skip
         drawn.add_row(
-            named(m["name"], 24) if narrow else m["name"],
+            named(m["name"], 22) if narrow else m["name"],
             *(figure for i, figure in enumerate(figures) if i not in left_out),
             verdicts.get(m["name"], "–"),
             "●" if m["name"] in result["frontier"] else "",
