@@ -75,7 +75,7 @@ def write_suite(
         raise ValueError(f"name: expected one of {', '.join(SUITE)}, got {name!r}")
     from . import suite
 
-    data, made_of = folder / f"{name}.parquet", folder / f".{name}.identity"
+    data, made_of = folder / f"{name}.parquet", folder / f"{name}.identity"
     tasks = Path(__file__).parent / "tasks"
     folder.mkdir(parents=True, exist_ok=True)
     for file in (*_SHARED_TASK_FILES, f"{name}.yaml"):

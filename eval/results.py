@@ -75,7 +75,9 @@ def _setting(name: str, value: Any) -> str:
 
 def of_this_run(results: Mapping[str, Any]) -> list[Any]:
     """The cells that the latest run of a folder asked for, without those of earlier ones."""
-    keys = set(results["run"]) if "run" in results else {c["key"] for c in results["cells"]}
+    if "run" not in results:
+        return list(results["cells"])
+    keys = set(results["run"])
     return [cell for cell in results["cells"] if cell["key"] in keys]
 
 
