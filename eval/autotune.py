@@ -30,14 +30,14 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
 from vtc.spec import Keep, parse_method, split_list, takes_keep
 
+from .report import FULL_WIDTH, named
 from .results import logged as logged_samples
-from .results import write
+from .results import of_this_run, write
 from .run import BadInput, Observer, Settings, run
 
 __all__ = [
@@ -351,7 +351,7 @@ class _Runner:
         )
         results = run(chosen, self.observer)
         self.settings, self.model = results["settings"], results["model"]
-        cells = {(c["label"], c["task"]): c for c in results["cells"]}
+        cells = {(c["label"], c["task"]): c for c in of_this_run(results)}
         tasks = list(dict.fromkeys(self.given.tasks))
         reference = {task: self._scores(cells["full", task]) for task in tasks}
         measured = []
@@ -404,8 +404,14 @@ def _mean(values: Sequence[float]) -> float:
 
 
 # ---- printing -----------------------------------------------------------------------------------
-def table(result: Mapping[str, Any], out: Path | None = None) -> Any:
-    """What `autotune` returned, for the terminal: all candidates, the frontier, the winner."""
+def table(result: Mapping[str, Any], width: int | None = None) -> Any:
+    """What `autotune` returned, for the terminal: all candidates, the frontier, the winner.
+
+    Args:
+        result: it.
+        width: of the terminal; below `FULL_WIDTH` there are fewer columns, which fit 80. `None`
+            shows all.
+    """
     from rich.box import SIMPLE_HEAD
     from rich.console import Group
     from rich.table import Table
@@ -413,12 +419,17 @@ def table(result: Mapping[str, Any], out: Path | None = None) -> Any:
 
     full, best = result["full"], result["winner"]
     unit, name = (1e12, "TFLOPs") if full["cost"] >= 1e12 else (1e9, "GFLOPs")
-    drawn = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    drawn.add_column("candidate", overflow="fold")
-    for header in (f"LM, {name}", "prefill, ms", "samples", "accuracy, %", "loss, points"):
-        drawn.add_column(header, justify="right")
-    drawn.add_column("verdict")
-    drawn.add_column("frontier", justify="center")
+    narrow = width is not None and width < FULL_WIDTH
+    drawn = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+    drawn.add_column("\ncandidate", overflow="fold", max_width=22 if narrow else None)
+    numbers = [f"LM,\n{name}", "prefill,\nms", "\nsamples", "accuracy,\n%", "loss, points\n"]
+    numbers[-1] += f"[{100 * result['confidence']:g} % interval]"
+    left_out = (1, 2) if narrow else ()
+    for i, header in enumerate(numbers):
+        if i not in left_out:
+            drawn.add_column(header, justify="right", no_wrap=True)
+    drawn.add_column("\nverdict", no_wrap=True)
+    drawn.add_column("on the\nfrontier", justify="center", no_wrap=True)
     verdicts = {k: v for one in result["rounds"] for k, v in one["verdicts"].items()}
     rows = [{"name": "full", "loss": 0.0, "low": 0.0, "high": 0.0, **full}]
     rows += sorted(result["latest"].values(), key=lambda m: -m["cost"])
@@ -426,12 +437,17 @@ def table(result: Mapping[str, Any], out: Path | None = None) -> Any:
         loss = "–" if m["name"] == "full" else (
             f"{100 * m['loss']:.1f} [{100 * m['low']:.1f}, {100 * m['high']:.1f}]"
         )  # fmt: skip
+        figures = [
+            f"{m['cost'] / unit:.3g}", f"{m['ms']:.1f}", str(m["samples"]),
+            f"{100 * m['score']:.1f}", loss,
+        ]  # fmt: skip
         drawn.add_row(
-            m["name"], f"{m['cost'] / unit:.3g}", f"{m['ms']:.1f}", str(m["samples"]),
-            f"{100 * m['score']:.1f}", loss, verdicts.get(m["name"], "–"),
+            named(m["name"], 22) if narrow else m["name"],
+            *(figure for i, figure in enumerate(figures) if i not in left_out),
+            verdicts.get(m["name"], "–"),
             "●" if m["name"] in result["frontier"] else "",
             style="bold green" if m["name"] == best else None,
-        )  # fmt: skip
+        )
     allowed = f"{100 * result['allowed']:g} points"
     if best is None:
         left = "open" in result["rounds"][-1]["verdicts"].values()

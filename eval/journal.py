@@ -29,7 +29,7 @@ from vtc.engine.report import Prefill, Report
 
 from . import prefills
 
-__all__ = ["Journal", "SampleError"]
+__all__ = ["Journal", "SampleError", "answers_in"]
 
 
 class SampleError(RuntimeError):
@@ -133,6 +133,16 @@ class Journal:
         with self.path.open("ab", buffering=0) as file:
             while line:
                 line = line[file.write(line) :]
+
+
+def answers_in(folder: Path) -> int:
+    """How many answers the journals in a folder hold."""
+    records = (
+        _parsed(line)
+        for file in folder.glob("*.jsonl")
+        for line in file.read_bytes().split(b"\n")[:-1]
+    )
+    return sum(len(record["answers"]) for record in records if record is not None)
 
 
 def _asked(requests: list[Any], ask: Callable[[list[Any]], list[Any]]) -> list[Any]:

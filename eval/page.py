@@ -23,12 +23,15 @@ from typing import Any
 
 from .machine import machine
 from .page_tables import Logs, chance, done, name_of, results_table, split, tests, types
+from .results import group_of, grouped
 from .run import BASELINES, BadInput, plan
-from .viewer import collect, settings_of
+from .viewer import choose, collect, settings_of
 
 __all__ = ["machine", "write_page"]
 
 NAME = "report.html"
+SAMPLES = 16
+"""Of each task, in the viewer, unless another number is asked for."""
 _PICTURES = 3_500_000
 """Characters that the samples may take, so that the page stays below 5 MB."""
 
@@ -36,14 +39,15 @@ _NONE = "–"
 _FOLDER = Path(__file__).parent / "pages"
 
 
-def write_page(out: Path, samples: int = 8, trace: bool = True) -> Path:
+def write_page(out: Path, samples: int | None = None, trace: bool = True) -> Path:
     """Write `report.html` into a run's folder, from its results.json and the samples it logged.
 
     A run that is not finished, or in which cells failed, gives a page that says so.
 
     Args:
         out: the folder that `vtc eval --out` wrote.
-        samples: how many of each task the sample viewer has at most.
+        samples: how many of each task the sample viewer has at most: those first on which methods
+            differ, of each type of question. `SAMPLES` without it.
         trace: put the methods on the model once more to see which tokens they keep of these
             samples, where that is not in `samples.json` yet. Without it the viewer has what is
             there.
@@ -55,6 +59,7 @@ def write_page(out: Path, samples: int = 8, trace: bool = True) -> Path:
         FileNotFoundError: no such folder.
         ValueError: `samples` below 0, or a results.json that is none of this version.
     """
+    samples = SAMPLES if samples is None else samples
     if samples < 0:
         raise ValueError(f"samples: expected at least 0, got {samples}")
     if not out.is_dir():
@@ -96,7 +101,7 @@ def _render(context: Mapping[str, Any]) -> str:
         text = (_FOLDER / f"report.{suffix}").read_text("utf-8")
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
         own |= {name: Markup(text), f"{name}_hash": f"sha256-{digest}"}
-    empty: dict[str, Any] = {"plot": None, "tasks": [], "viewer": None, "viewer_notes": []}
+    empty: dict[str, Any] = {"plots": [], "tasks": [], "viewer": None, "viewer_notes": []}
     empty |= {"facts": [], "warnings": []}
     return environment.get_template("report.html.jinja").render({**empty, **context, **own})
 
@@ -108,14 +113,14 @@ def _context(out: Path, results: Mapping[str, Any], samples: int, trace: bool) -
     alerts = _alerts(out, results)
     if lost:
         alerts.append(f"No logged samples, and so no tests: {', '.join(lost)}.")
-    tasks = []
-    for number, name in enumerate(dict.fromkeys(c["task"] for c in cells), 1):
-        mine = [c for c in cells if c["task"] == name]
+    tasks: list[dict[str, Any]] = []
+    groups = grouped(cells)
+    for number, (title, mine) in enumerate(groups, 1):
         constant = chance(mine, logs)
         failed = [c for c in mine if c["status"] != "done"]
         tasks.append(
             {
-                "name": name,
+                "name": _title(title),
                 "results": results_table(number, mine, constant),
                 "failed": [(name_of(c), c["error"] or "no reason is known") for c in failed],
                 "tests": tests(number, mine, logs),
@@ -123,8 +128,10 @@ def _context(out: Path, results: Mapping[str, Any], samples: int, trace: bool) -
                 "types": types(number, mine, constant),
             }
         )
-    found = collect(out, results, samples, trace) if samples and done(cells) else {}
-    viewer, notes = _viewer(found, cells, logs, samples)
+    chosen = {group_of(mine[0]): choose(done(mine), logs, samples) for _, mine in groups}
+    wanted = {group: list(ids) for group, ids in chosen.items()}
+    found = collect(out, results, wanted, trace) if samples and done(cells) else {}
+    viewer, notes = _viewer(found, groups, logs, chosen)
     model = _public(results["model"]["id"])
     sizes = {c["samples"] for c in done(cells)}
     count = f", {max(sizes)} samples" if len(sizes) == 1 else ""
@@ -132,7 +139,7 @@ def _context(out: Path, results: Mapping[str, Any], samples: int, trace: bool) -
         "title": f"vtc eval: {model}",
         "lead": f"{', '.join(t['name'] for t in tasks) or 'No task'}{count}.",
         "alerts": alerts,
-        "plot": _plot(results),
+        "plots": list(filter(None, (_plot(title, mine) for title, mine in groups))),
         "tasks": tasks,
         "viewer": viewer,
         "viewer_notes": notes,
@@ -167,6 +174,11 @@ def _alerts(out: Path, results: Mapping[str, Any]) -> list[str]:
     failed = len(cells) - len(done(cells))
     if not done(cells):
         alerts.append("No cell of this run has finished.")
+    if results.get("superseded"):
+        alerts.append(
+            f"{results['superseded']} older cells of other code or versions are left out; they are "
+            "still in cells/."
+        )
     if failed:
         alerts.append(f"{failed} of {len(cells)} cells failed; their errors stand below.")
     try:
@@ -184,8 +196,16 @@ def _alerts(out: Path, results: Mapping[str, Any]) -> list[str]:
     return alerts
 
 
-def _plot(results: Mapping[str, Any]) -> str | None:
-    """The trade-off as a data address, or `None` without anything to draw."""
+def _title(title: str) -> str:
+    """A group's title, of folders their names only."""
+    return " · ".join(map(_public, title.split(" · ")))
+
+
+def _plot(title: str, cells: Sequence[Mapping[str, Any]]) -> dict[str, str] | None:
+    """The trade-off of a group as a data address, or `None` without anything to draw.
+
+    The legend stands below, where it is seen on a narrow screen as well.
+    """
     import matplotlib
 
     from vtc.plots import tradeoff
@@ -194,48 +214,67 @@ def _plot(results: Mapping[str, Any]) -> str | None:
     # Without the salt and the date the same run would give another file each time.
     with matplotlib.rc_context({"svg.hashsalt": "vtc", "svg.fonttype": "path"}):
         try:
-            figure = tradeoff(results)
+            figure = tradeoff({"cells": cells})
         except ValueError:
             return None
+        height = 3.8
+        for legend in figure.legends:
+            handles = [handle for handle in legend.legend_handles if handle is not None]
+            labels = [text.get_text() for text in legend.get_texts()]
+            columns = max(1, min(4, 40 // (max(map(len, labels)) + 4)))
+            legend.remove()
+            figure.legend(
+                handles,
+                labels,
+                ncols=columns,
+                loc="outside lower center",
+                frameon=False,
+                fontsize=9,
+            )
+            height += 0.2 * -(-len(labels) // columns)
+        figure.set_size_inches(5.2, height)
         figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(drawn.getvalue()).decode("ascii")
+    address = "data:image/svg+xml;base64," + base64.b64encode(drawn.getvalue()).decode("ascii")
+    return {"name": _title(title), "address": address}
 
 
 def _viewer(
-    found: Mapping[str, Any], cells: Sequence[Mapping[str, Any]], logs: Logs, samples: int
+    found: Mapping[str, Any],
+    groups: Sequence[tuple[str, Sequence[Mapping[str, Any]]]],
+    logs: Logs,
+    chosen: Mapping[str, Mapping[str, bool]],
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """What the sample viewer shows, and notes on what it does not."""
-    finished = [c for c in done(cells) if c["key"] in logs]
-    if not finished or not samples:
+    finished = [c for _, mine in groups for c in done(mine) if c["key"] in logs]
+    if not finished or not any(chosen.values()):
         return None, []
-    shown = found["samples"]
-    ids: dict[str, str] = {}  # with their task
-    for task in dict.fromkeys(c["task"] for c in finished):
-        logged = list(
-            dict.fromkeys(k for c in finished if c["task"] == task for k in logs[c["key"]])
-        )
-        chosen = [k for k in logged if k in shown] or logged[:samples]
-        ids |= dict.fromkeys(chosen, task)
     entries, left_out, size = [], 0, 0
-    for name, task in ids.items():
-        entry = _sample(name, shown.get(name), task, finished, logs, found["kept"])
-        size += len(json.dumps(entry))
-        if size > _PICTURES:
-            left_out += 1
-        else:
-            entries.append(entry)
+    for title, mine in groups:
+        group = group_of(mine[0])
+        shown = found["samples"].get(group, {})
+        for name, differs in chosen[group].items():
+            entry = _sample(name, shown.get(name), group, finished, logs, found["kept"])
+            if title != mine[0]["task"]:  # the same sample may have been asked in other ways
+                entry["id"] = f"{name} ({_title(title)})"
+            entry["differs"] = differs
+            size += len(json.dumps(entry))
+            if size > _PICTURES:
+                left_out += 1
+            else:
+                entries.append(entry)
     notes = [f"Not all pictures or tokens could be had. {text}" for text in found["problems"]]
     if left_out:
         notes.append(f"{left_out} samples are left out to keep the page small.")
     methods = (i for i, c in enumerate(finished) if c["label"] not in BASELINES)
     names = [{"name": name_of(c), "blind": c["blind"]} for c in finished]
-    return {"samples": entries, "cells": names, "first": next(methods, 0)}, notes
+    kinds = sorted({e["type"] for e in entries if e["type"] is not None})
+    return {"samples": entries, "cells": names, "first": next(methods, 0), "types": kinds}, notes
 
 
 def _sample(
     name: str,
     shown: Mapping[str, Any] | None,
-    task: str,
+    group: str,
     cells: Sequence[Mapping[str, Any]],
     logs: Logs,
     kept: Mapping[str, Any],
@@ -245,7 +284,7 @@ def _sample(
     entry |= {k: None if shown is None else shown[k] for k in fields}
     for i, cell in enumerate(cells):
         logged = logs[cell["key"]].get(name)
-        if cell["task"] != task or logged is None:
+        if group_of(cell) != group or logged is None:
             continue
         target = logged["target"]
         entry["truth"] = target if isinstance(target, str) else json.dumps(target)
@@ -302,7 +341,7 @@ def _plain(value: Any) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("out", type=Path, help="the folder that vtc eval wrote")
-    parser.add_argument("--samples", type=int, default=8, help="of each task, in the viewer")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="of each task, in the viewer")
     parser.add_argument(
         "--no-trace", action="store_true", help="do not run the model for the tokens kept"
     )

@@ -32,6 +32,8 @@ from vtc.names import unknown
 from vtc.presets import find
 from vtc.spec import parse_method
 
+from .results import of_this_run
+
 __all__ = [
     "BENCHMARKS",
     "MODELS",
@@ -393,7 +395,7 @@ def compare(results: Mapping[str, Any], tables: Sequence[Table]) -> list[dict[st
         beside a difference says what weakens it.
     """
     cells: dict[tuple[str, str], Mapping[str, Any]] = {}
-    for cell in results["cells"]:
+    for cell in of_this_run(results):
         if not cell["blind"]:
             cells[_identity(cell["method"]), cell["task"]] = cell
     return [row for table in tables for row in _compared(table, cells)]

@@ -1,114 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What came out of a cell, and how it is written."""
+"""What came out of the cells of a folder, and how it is written."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-import math
 import os
-import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import parallel, stats
+from .identity import digest
+from .plan import BASELINES
+from .scoring import as_json
 
-__all__ = [
-    "as_json",
-    "compare",
-    "figures_of",
-    "hard",
-    "logged",
-    "samples_of",
-    "scores_of",
-    "write",
-    "write_results",
-]
-
-
-def _first_metric(found: Mapping[str, Any], task: str) -> str:
-    """The first metric of a task's configuration; of a group's, that of its first task."""
-    configs = found["configs"]
-    config = configs.get(task) or next(iter(configs.values()))
-    return str(config["metric_list"][0]["metric"])
-
-
-def samples_of(found: Mapping[str, Any], task: str) -> Iterator[dict[str, Any]]:
-    """What is kept of each sample: enough for loyalty, paired tests and scores by type."""
-    metric = _first_metric(found, task)
-    for name, logged in found["samples"].items():
-        # Several processes hand over theirs one after the other.
-        for sample in sorted(logged, key=lambda s: s["doc_id"]):
-            doc = sample.get("doc", {})
-            kinds = (doc.get(k) for k in ("type", "category", "question_type"))
-            answer = sample["filtered_resps"]
-            while isinstance(answer, (list, tuple)) and len(answer) == 1:
-                answer = answer[0]
-            yield {
-                "id": f"{name}/{sample['doc_id']}",
-                "type": next((k for k in kinds if isinstance(k, str)), None),
-                "target": as_json(sample["target"]),
-                "answer": answer if isinstance(answer, str) else json.dumps(as_json(answer)),
-                "score": stats.sample_score(sample.get(metric)),
-            }
-
-
-def scores_of(
-    found: Mapping[str, Any], task: str, samples: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    metric = _first_metric(found, task)
-    figures = found["results"].get(task, {})
-    scores = [s["score"] for s in samples if s["score"] is not None]
-    named = {k: v for k, v in figures.items() if k.split(",")[0] == metric}
-    score = stats.sample_score(next(iter(named.values()), None))
-    if score is None and scores:  # a group without an aggregate of its own
-        score = sum(scores) / len(scores)
-    # Only of a mean over samples do the samples tell the interval.
-    is_mean = score is not None and scores and math.isclose(score, sum(scores) / len(scores))
-    by_type: dict[str, Any] = {}
-    for kind in sorted({s["type"] for s in samples if s["type"] is not None}):
-        part = [s["score"] for s in samples if s["type"] == kind and s["score"] is not None]
-        if part and is_mean:
-            by_type[kind] = {
-                "score": sum(part) / len(part),
-                "interval": list(stats.interval(part)),
-                "samples": len(part),
-            }
-    return {
-        "metric": metric,
-        "score": score,
-        "interval": list(stats.interval(scores)) if is_mean else None,
-        "samples": len(samples),
-        "by_type": by_type,
-        "lmms_eval": as_json(figures),
-    }
-
-
-def figures_of(report: Any) -> dict[str, Any]:
-    """Tokens, FLOPs and times of a cell from its patch's report.
-
-    Times are medians: the first prefills are slow for reasons that are not the method's.
-    """
-    if not report.prefills:
-        return {"tokens": None, "flops": None, "kv_bytes": None, "ms": None}
-    flops = dict(report.flops)
-    flops["total"] = sum(flops.values())
-    times = {
-        name: statistics.median(getattr(prefill, f"{name}_ms") for prefill in report.prefills)
-        for name in ("vision", "selector", "lm")
-    }
-    tokens = {
-        "in": report.tokens_in,
-        "out": report.tokens_out,
-        "per_layer": report.tokens_per_layer,
-        "equivalent": report.equivalent_tokens,
-    }
-    figures: dict[str, Any] = as_json(
-        {"tokens": tokens, "flops": flops, "kv_bytes": report.kv_bytes, "ms": times}
-    )
-    return figures
+__all__ = ["compare", "gather", "group_of", "grouped", "hard", "logged", "of_this_run"]
+__all__ += ["write", "write_results"]
 
 
 # ---- writing ------------------------------------------------------------------------------------
@@ -129,21 +38,98 @@ def write(path: Path, text: str) -> None:
         raise
 
 
-def as_json(value: Any) -> Any:
-    """`value` as strict JSON can hold it: `nan` becomes `null`, what is unknown its text."""
+# ---- all cells of a folder ----------------------------------------------------------------------
+def group_of(cell: Mapping[str, Any]) -> str:
+    """A name for what cells must have in common to be compared: the task, and how it was asked."""
+    return digest([cell["task"], cell.get("setup") or {}])
+
+
+def grouped(cells: Sequence[Any]) -> list[tuple[str, list[Any]]]:
+    """Cells that may be compared, each group with a title: the task, and in what its setting
+    differs from those of the same task, if there are others."""
+    groups: dict[str, list[Any]] = {}
+    for cell in cells:
+        groups.setdefault(group_of(cell), []).append(cell)
+    titles = []
+    for rows in groups.values():
+        task, own = rows[0]["task"], rows[0].get("setup") or {}
+        others = [g[0].get("setup") or {} for g in groups.values() if g[0]["task"] == task]
+        differs = [k for k in own if any(other.get(k) != own[k] for other in others)]
+        if len(differs) > 1 and "data" in differs:  # follows from another limit or seed
+            differs.remove("data")
+        if "id" in differs and "fingerprint" in differs:
+            differs.remove("fingerprint")
+        titles.append(" · ".join([task, *(_setting(k, own[k]) for k in differs)]))
+    return list(zip(titles, groups.values(), strict=True))
+
+
+def _setting(name: str, value: Any) -> str:
+    if name == "id":
+        return str(value)
+    if name == "limit":
+        return "all samples" if value is None else f"limit {value}"
     if isinstance(value, Mapping):
-        return {str(k): as_json(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [as_json(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
+        value = ", ".join(f"{k}={v}" for k, v in value.items()) or "none"
+    return f"{name.replace('_', ' ')} {value}"
+
+
+def of_this_run(results: Mapping[str, Any]) -> list[Any]:
+    """The cells that the latest run of a folder asked for, without those of earlier ones."""
+    if "run" not in results:
+        return list(results["cells"])
+    keys = set(results["run"])
+    return [cell for cell in results["cells"] if cell["key"] in keys]
+
+
+def gather(out: Path, rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
+    """The cells of a run and those of earlier runs in its folder; and how many were left out, as
+    there is a newer one of the same name and setting, by other code or versions.
+
+    Earlier cells that failed are known from results.json only.
+    """
+    found = list(rows)
+    names = {_name(row) for row in rows}
+    keys = {row["key"] for row in rows}
+    superseded = 0
+    files = (out / "cells").glob("*.json")
+    for file in sorted(files, key=lambda f: (-f.stat().st_mtime_ns, f.name)):
+        row = _read(file)
+        if row is None or row.get("key") in keys or not file.with_suffix(".jsonl").is_file():
+            continue
+        if "setup" not in row or _name(row) in names:
+            superseded += 1
+            continue
+        names.add(_name(row))
+        found.append(row)
+    before = _read(out / "results.json") or {}
+    for row in before.get("cells", ()):
+        if row.get("status") == "failed" and "setup" in row and _name(row) not in names:
+            names.add(_name(row))
+            found.append(row)
+    # Groups as they come first; in a group the baselines first, unless the run itself has another
+    # order.
+    order = {group: i for i, group in reversed(list(enumerate(map(group_of, found))))}
+    place = {id(row): (0, 0) for row in rows}
+    for row in found[len(rows) :]:
+        label = row["label"]
+        place[id(row)] = (1, BASELINES.index(label) if label in BASELINES else len(BASELINES))
+    found.sort(key=lambda row: (order[group_of(row)], place[id(row)]))
+    return found, superseded
+
+
+def _name(row: Mapping[str, Any]) -> tuple[str, str, Any]:
+    return group_of(row), row["label"], row["keep"]
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    try:
+        row = json.loads(file.read_text("utf-8"))
+        return row if isinstance(row, dict) else None
+    except (OSError, ValueError):
         return None
-    if value is None or isinstance(value, (str, int, float, bool)):
-        return value
-    if hasattr(value, "item"):
-        return as_json(value.item())
-    return str(value)
 
 
+# ---- comparisons --------------------------------------------------------------------------------
 def logged(out: Path, key: str) -> dict[str, dict[str, Any]]:
     """The samples of a finished cell by their id."""
     lines = (out / "cells" / f"{key}.jsonl").read_text("utf-8").splitlines()
@@ -152,8 +138,8 @@ def logged(out: Path, key: str) -> dict[str, dict[str, Any]]:
 
 def compare(out: Path, cells: Sequence[dict[str, Any]]) -> None:
     """Add what a cell can only be told beside others: loyalty, and the score on hard samples."""
-    for task in {cell["task"] for cell in cells}:
-        done = [c for c in cells if c["task"] == task and c["status"] == "done"]
+    for _, group in grouped(cells):
+        done = [c for c in group if c["status"] == "done"]
         samples = {c["key"]: logged(out, c["key"]) for c in done}
         full = next((samples[c["key"]] for c in done if c["label"] == "full"), None)
         small = {c["keep"]: samples[c["key"]] for c in done if c["label"] == "downsample"}
@@ -201,6 +187,13 @@ _COLUMNS = {
     "selector_ms": ("ms", "selector"),
     "lm_ms": ("ms", "lm"),
     "error": ("error",),
+    "model": ("setup", "id"),
+    "fingerprint": ("setup", "fingerprint"),
+    "limit": ("setup", "limit"),
+    "batch_size": ("setup", "batch_size"),
+    "seed": ("setup", "seed"),
+    "dtype": ("setup", "dtype"),
+    "device": ("setup", "device"),
 }
 
 
@@ -213,9 +206,23 @@ def _at(cell: Any, path: Sequence[Any]) -> Any:
     return cell
 
 
-def write_results(out: Path, results: dict[str, Any]) -> None:
+def write_results(out: Path, results: dict[str, Any]) -> dict[str, Any]:
+    """Write results.json and results.csv of a folder; returns `results` with all its cells.
+
+    Args:
+        out: the folder.
+        results: of a run, with the cells of that run.
+    """
     if parallel.rank() != 0:
-        return
+        return results
+    rows = results["cells"]
+    cells, superseded = gather(out, rows)
+    results = {
+        **results,
+        "run": list(dict.fromkeys(row["key"] for row in rows)),
+        "superseded": superseded,
+        "cells": cells,
+    }
     compare(out, results["cells"])
     write(out / "results.json", json.dumps(as_json(results), indent=1, ensure_ascii=False))
     table = io.StringIO()
@@ -224,3 +231,4 @@ def write_results(out: Path, results: dict[str, Any]) -> None:
     for cell in results["cells"]:
         writer.writerow([_at(cell, path) for path in _COLUMNS.values()])
     write(out / "results.csv", table.getvalue())
+    return results

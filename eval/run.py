@@ -9,7 +9,7 @@ is carried over from cell to cell.
 
 In the output folder:
 
-    results.json   what `run` returns: all cells of this run (below)
+    results.json   what `run` returns: all cells of the folder (below)
     results.csv    the same as one row a cell
     cells/KEY.json, KEY.jsonl    one finished cell and its samples
     journal/       what unfinished cells have answered so far; see `journal.py`
@@ -25,7 +25,11 @@ full disk), is marked so, and the others go on.
 
 results.json:
 
-    {"format": 1, "vtc": version, "settings": {...}, "model": {"id", "fingerprint", "lmms_eval"},
+    {"format": 1, "vtc": version,
+     "settings": {...}, "model": {"id", "fingerprint", "lmms_eval"},     of the latest run
+     "run": [...],                   keys of the cells that it asked for
+     "superseded": number,           older cells of the same names, by other code or versions, that
+                                     are still in cells/ and not in this list:
      "cells": [{
         "key", "task", "label",      label: "todre", "fastv:layer=3", "blind"
         "keep",                      the swept keep, null for methods without one
@@ -51,7 +55,12 @@ results.json:
         "ms",                        {"vision", "selector", "lm"}: medians over prefills (batches);
                                      lm is the language model's prefill without the selector
         "seconds",                   of the whole cell
+        "setup",                     what cells that may be compared have in common: model, class of
+                                     lmms-eval, limit, batch size, seed, dtype, device, data
         "versions", "warnings"}]}
+
+Runs in one folder accumulate. Cells of other models, limits, seeds and so on stand beside one
+another and are compared within their group only.
 """
 
 from __future__ import annotations
@@ -59,22 +68,31 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import random
 import sys
-import time
-import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import vtc
 
 from . import parallel
-from .journal import Journal
-from .loading import Tasks, find_source, installed_versions, load, own_sources, write_suite
-from .plan import BASELINES, DTYPES, SUITE, BadInput, Cell, Observer, Settings, plan
+from .cell import run_cell
+from .identity import FileHashes, code_of_method, installed_versions, named_files, shared_code
+from .loading import REMEMBERED, Source, Tasks, find_source, load, write_suite
+from .plan import (
+    BASELINES,
+    DTYPES,
+    SUITE,
+    BadInput,
+    Cell,
+    Observer,
+    Settings,
+    plan,
+    with_task_files,
+)
 from .quiet import hub_answers, offline, quiet
-from .results import as_json, figures_of, samples_of, scores_of, write, write_results
+from .ready import import_lmms_eval
+from .results import write_results
+from .scoring import as_json
 
 __all__ = [
     "BASELINES",
@@ -102,6 +120,7 @@ def run(settings: Settings, observer: Observer | None = None) -> dict[str, Any]:
     from .machine import machine
 
     observer = observer or Observer()
+    settings = with_task_files(settings)
     cells = plan(settings)
     try:
         settings.out.mkdir(parents=True, exist_ok=True)
@@ -110,31 +129,33 @@ def run(settings: Settings, observer: Observer | None = None) -> dict[str, Any]:
         raise BadInput("--out", f"{settings.out}: {error.strerror}") from error
     local = settings.model is None or Path(settings.model).expanduser().is_dir()
     all_local = local and all(task in SUITE for task in settings.tasks)
-    observer.stage("looking at the model")
     number = parallel.rank()
     log = settings.out / ("log.txt" if number == 0 else f"log.{number}.txt")
+    with quiet(log):
+        if "lmms_eval.evaluator" not in sys.modules:
+            observer.stage("importing lmms-eval")
+        import_lmms_eval()
     with quiet(log), offline(all_local or not hub_answers()):
         parallel.start(settings.device)
-        _import_lmms_eval(observer)
-        source = find_source(settings)
+        observer.stage("looking at the model")
+        hashes = FileHashes(settings.out / REMEMBERED)
+        source = find_source(settings, hashes)
         observer.stage("preparing the data")
-        tasks = Tasks(settings, source)
-        versions = installed_versions()
-        fixed = {
-            "model": source.fingerprint,
-            "lmms_eval_class": source.builtin,
-            "limit": settings.limit,
-            "batch_size": settings.batch_size,
-            "seed": settings.seed,
-            "dtype": source.dtype,
-            "device": source.device.partition(":")[0],
-            "versions": {k: v for k, v in versions.items() if k != "torch"},
-            "sources": own_sources(),
+        tasks = Tasks(settings, source, hashes)
+        versions = installed_versions(source.arguments)
+        setups = {task: setup_of(task, settings, source, tasks) for task in tasks.data}
+        context = {
+            "versions": {k: v for k, v in versions.items() if k != "vtc"},  # its code is hashed
+            "code": shared_code(),
         }
-        keys = [cell.key({**fixed, "data": tasks.data.get(cell.task)}) for cell in cells]
+        keys = parallel.from_first(
+            lambda: [_key(cell, {**setups[cell.task], **context}, hashes) for cell in cells]
+        )
         # Asked of one process, as they must agree on what is to be done.
         rows: list[dict[str, Any] | None] = parallel.from_first(
-            lambda: [_finished(settings.out, key) for key in keys]
+            lambda: [
+                _finished(settings.out, cell, key) for cell, key in zip(cells, keys, strict=True)
+            ]
         )
         todo = [i for i, row in enumerate(rows) if row is None]
         # `advanced` hears of this process's share only.
@@ -157,13 +178,14 @@ def run(settings: Settings, observer: Observer | None = None) -> dict[str, Any]:
         for i in todo:
             cell = cells[i]
             observer.stage(_title(cell))
-            rows[i] = _run_cell(cell, keys[i], model, tasks, settings, versions)
+            setup = setups[cell.task]
+            rows[i] = run_cell(cell, keys[i], model, tasks, settings, versions, setup)
             observer.finished(rows[i] or {})
             with contextlib.suppress(OSError):  # a full disk; the last time it counts
                 write_results(settings.out, {**head, "cells": [r for r in rows if r is not None]})
     results = {**head, "cells": [r for r in rows if r is not None]}
     try:
-        write_results(settings.out, results)
+        results = write_results(settings.out, results)
     except OSError as error:
         failed = [
             f"{_title(cells[i])}: {r['error']}" for i, r in enumerate(rows) if r and r["error"]
@@ -178,108 +200,45 @@ def run(settings: Settings, observer: Observer | None = None) -> dict[str, Any]:
     return results
 
 
-def _import_lmms_eval(observer: Observer) -> None:
-    if "lmms_eval.evaluator" not in sys.modules:
-        observer.stage("importing lmms-eval")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import lmms_eval.evaluator  # noqa: F401
-    except ImportError as error:
-        raise BadInput(
-            "vtc eval", f"needs `pip install vision-token-compression[eval]` ({error})"
-        ) from error
-
-
 def _title(cell: Cell) -> str:
     keep = "" if cell.keep is None else f" keep {cell.keep:g}"
     return f"{cell.task}: {cell.label}{keep}"
 
 
-def _finished(out: Path, key: str) -> dict[str, Any] | None:
+def setup_of(task: str, settings: Settings, source: Source, tasks: Tasks) -> dict[str, Any]:
+    """What cells of a task must have in common to be compared."""
+    found: dict[str, Any] = as_json(
+        {
+            **source.summary,
+            "prompts": source.prompts,
+            # With another kind of task beside it a task is asked through another class.
+            "chat": tasks.generation_only,
+            "model_args": dict(source.arguments),
+            "limit": tasks.limits[task],
+            "batch_size": settings.batch_size,
+            "seed": settings.seed,
+            "dtype": source.dtype,
+            "device": source.device.partition(":")[0],
+            "data": tasks.data[task],
+        }
+    )
+    return found
+
+
+def _key(cell: Cell, context: dict[str, Any], hashes: FileHashes) -> str:
+    own = {
+        "code of method": code_of_method(cell.method),
+        "files of method": named_files(cell.method.to_dict(), hashes),  # trained weights
+    }
+    # The same files under another name are the same model.
+    return cell.key({**{k: v for k, v in context.items() if k != "id"}, **own})
+
+
+def _finished(out: Path, cell: Cell, key: str) -> dict[str, Any] | None:
     """The cell as it was written when it finished, if it was."""
     file = out / "cells" / f"{key}.json"
     if not file.is_file() or not file.with_suffix(".jsonl").is_file():
         return None
     row: dict[str, Any] = json.loads(file.read_text("utf-8"))
-    return row
-
-
-def _run_cell(
-    cell: Cell,
-    key: str,
-    model: Any,
-    tasks: Tasks,
-    settings: Settings,
-    versions: Mapping[str, str],
-) -> dict[str, Any]:
-    from lmms_eval.evaluator import simple_evaluate
-
-    row: dict[str, Any] = {
-        "key": key,
-        "task": cell.task,
-        "label": cell.label,
-        "keep": cell.keep,
-        "method": as_json(cell.method.to_dict()),
-        "blind": cell.blind,
-        "status": "failed",
-        "error": None,
-        "versions": dict(versions),
-    }
-    started = time.perf_counter()
-    state = random.getstate()  # lmms-eval seeds the process's generators
-    model.vtc_journal = journal = Journal(
-        settings.out / "journal",
-        key,
-        process=parallel.rank(),
-        seed=settings.seed,
-        batch=settings.batch_size,
-    )
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("default", UserWarning)
-            model.vtc_apply(cell.method, blind=cell.blind)
-        row["warnings"] = sorted({str(w.message) for w in caught})
-        found = simple_evaluate(
-            model=model,
-            tasks=[cell.task],
-            task_manager=tasks.manager,
-            limit=settings.limit,
-            batch_size=settings.batch_size,
-            bootstrap_iters=0,  # intervals are made here, from the samples
-            log_samples=True,
-            random_seed=settings.seed,
-            numpy_random_seed=settings.seed,
-            torch_random_seed=settings.seed,
-            fewshot_random_seed=settings.seed,
-            process_docs_parallel=1,
-        )
-        report = model.vtc_patch.report
-        shared = [prefill for part in parallel.everyone(journal.prefills) for prefill in part]
-        if parallel.rank() != 0:  # all that lmms-eval found is with the first
-            return {**row, "status": "done"}
-        report.reset()
-        for prefill in shared:
-            report.add(prefill)
-        samples = list(samples_of(found, cell.task))
-        done = {
-            **row,
-            **scores_of(found, cell.task, samples),
-            **figures_of(report),
-            "seconds": round(time.perf_counter() - started, 3),
-            "status": "done",
-        }
-        base = settings.out / "cells"
-        lines = "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples)
-        write(base / f"{key}.jsonl", lines)
-        write(base / f"{key}.json", json.dumps(done, indent=1))
-        journal.remove()
-        return done
-    except Exception as error:
-        row["error"] = f"{type(error).__name__}: {error}"
-        row["seconds"] = round(time.perf_counter() - started, 3)
-        return row
-    finally:
-        random.setstate(state)
-        model.vtc_journal = None
-        model.vtc_apply(None)
+    # "todre:keep=0.1" and "todre" with 0.1 swept are one cell, which may have either name.
+    return {**row, "label": cell.label, "keep": cell.keep}

@@ -18,15 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from .identity import FileHashes, code_of_files
 from .photos import dev_rows, require_data_folder
 from .questions import TYPES
 from .scenes import Question, generate
 
 SUITES: tuple[str, ...] = ("vtc_scenes", "vtc_photo", "vtc_mosaic")
 DEFAULT_LIMIT = 400
-_VERSION = 6
-"""Part of the cache's key: raise it when the generator's pictures or questions change."""
-
 _MOST_FROM_ONE_SCENE = 3
 
 
@@ -83,6 +81,25 @@ def suite_questions(
         yield rows[(seed + k * len(rows) // count) % len(rows)]
 
 
+def size_of(name: str) -> int:
+    """The number of questions of a suite without a limit."""
+    if name == "vtc_scenes":
+        return DEFAULT_LIMIT
+    rows = require_data_folder() / f"{name.removeprefix('vtc_')}_dev.jsonl"
+    return sum(1 for line in rows.read_text("utf-8").splitlines() if line.strip())
+
+
+def identity(name: str, hashes: FileHashes) -> list[str]:
+    """What the questions and pictures of a suite depend on beside `limit` and `seed`, as hashes:
+    the code that makes them, and the rows and photos."""
+    parts = [code_of_files([Path(__file__)])]
+    if name != "vtc_scenes":
+        folder = require_data_folder()
+        files = (f"{name.removeprefix('vtc_')}_dev.jsonl", "photos.zip")
+        parts += [hashes.of(folder / file) for file in files]
+    return parts
+
+
 def build_suite(name: str, out_dir: Path | str, limit: int | None = None, seed: int = 0) -> Path:
     """Writes a suite into ``out_dir`` unless it is there already, and returns the parquet's path.
 
@@ -90,10 +107,7 @@ def build_suite(name: str, out_dir: Path | str, limit: int | None = None, seed: 
     """
     if name not in SUITES:
         raise ValueError(f"suite must be one of {SUITES}, not {name!r}")
-    settings = {"name": name, "limit": limit, "seed": seed, "version": _VERSION}
-    if name != "vtc_scenes":
-        rows = require_data_folder() / f"{name.removeprefix('vtc_')}_dev.jsonl"
-        settings["rows"] = hashlib.sha256(rows.read_bytes()).hexdigest()
+    settings = {"name": name, "limit": limit, "seed": seed, "of": identity(name, FileHashes())}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     path = Path(out_dir) / f"{name}-{key}.parquet"
     if path.is_file():

@@ -6,10 +6,11 @@ tasks, and puts the cells' methods on the model once more, through the same clas
 record what they keep. What it found is written to `samples.json` in the run's folder, so that it is
 done once:
 
-    {"format": 1, "signature": {...},         what it depends on; another one starts anew
-     "samples": {ID: {"question", "image",    a JPEG in base64, what the vision tower saw
-                      "size", "grid",         [width, height]; [rows, columns] of its tokens
-                      "note"}},               why there is no picture or grid
+    {"format": 2,
+     "samples": {GROUP:                       of the cells that were asked alike: `group_of`
+        {ID: {"question", "image",            a JPEG in base64, what the vision tower saw
+              "size", "grid",                 [width, height]; [rows, columns] of its tokens
+              "note"}}},                      why there is no picture or grid
      "kept": {KEY: {ID: {"answer", "grid",    of the second pass
                          "stages"}}}}         {"into the language model": bits, ...}
 
@@ -32,26 +33,85 @@ from PIL import Image
 
 from vtc.methods.base import Compose, Method
 from vtc.pictures import as_rgb
+from vtc.spec import parse_method
 from vtc.views import View
 
 from . import run as runner
-from .loading import Tasks, find_source, leaves, load
+from .identity import FileHashes
+from .loading import REMEMBERED, Tasks, find_source, leaves, load
+from .plan import bring_in
 from .quiet import hub_answers, offline, quiet
-from .results import write
+from .results import group_of, write
 
-__all__ = ["bits", "collect", "settings_of"]
+__all__ = ["bits", "choose", "collect", "settings_of"]
 
-_FORMAT = 1
+_FORMAT = 2
 _LONGEST_SIDE = 448
 _QUALITY = 80
 
 
 def settings_of(out: Path, results: Mapping[str, Any]) -> runner.Settings:
     """The settings of a run, from its results.json; `out` is where its folder is now."""
-    saved = {f.name: results["settings"][f.name] for f in fields(runner.Settings)}
-    lists = {name: tuple(saved[name]) for name in ("methods", "keeps", "tasks")}
+    given = results["settings"]
+    saved = {f.name: given[f.name] for f in fields(runner.Settings) if f.name in given}
+    lists = ("methods", "keeps", "tasks", "include_paths", "imports")
+    tuples = {name: tuple(saved[name]) for name in lists if name in saved}
     model = None if saved["model"] == "embedded" else saved["model"]
-    return runner.Settings(**{**saved, **lists, "out": out, "model": model})
+    return runner.Settings(**{**saved, **tuples, "out": out, "model": model})
+
+
+def _settings_of_group(
+    out: Path, results: Mapping[str, Any], cell: Mapping[str, Any]
+) -> runner.Settings:
+    """What a cell and those that were asked alike were run with, one sample at a time."""
+    setup = cell["setup"]
+    return replace(
+        settings_of(out, results),
+        model=None if setup["id"] == "embedded" else setup["id"],
+        tasks=(cell["task"],),
+        limit=setup["limit"],
+        seed=setup["seed"],
+        dtype=setup["dtype"],
+        device=setup["device"],
+        lmms_model=setup["lmms_eval"],
+        model_args=setup["model_args"],
+        batch_size=1,  # so that what is recorded can be told apart
+    )
+
+
+def choose(
+    cells: Sequence[Mapping[str, Any]], logs: Mapping[str, Mapping[str, Any]], count: int
+) -> dict[str, bool]:
+    """The samples worth a look, in their order, and whether the cells differ on them.
+
+    Types of question take turns, each with the samples first on which right and wrong are most
+    evenly spread over the cells (over different answers, where they are not scored).
+
+    Args:
+        cells: of one group.
+        logs: their samples.
+        count: how many at most.
+    """
+    mine = [logs[c["key"]] for c in cells if c["key"] in logs and not c["blind"]]
+    ids = list(dict.fromkeys(name for log in mine for name in log))
+    spread: dict[str, float] = {}
+    kinds: dict[Any, list[tuple[float, int, str]]] = {}
+    for place, name in enumerate(ids):
+        said = [log[name] for log in mine if name in log]
+        scores = [s["score"] for s in said if s["score"] is not None]
+        if scores:
+            mean = sum(scores) / len(scores)
+            spread[name] = sum((x - mean) ** 2 for x in scores) / len(scores)
+        else:
+            spread[name] = float(len({s["answer"] for s in said}) - 1)
+        kinds.setdefault(said[0]["type"], []).append((-spread[name], place, name))
+    queues = [sorted(kind) for kind in kinds.values()]
+    chosen: set[str] = set()
+    for turn in range(max(map(len, queues), default=0)):
+        for queue in queues:
+            if turn < len(queue) and len(chosen) < count:
+                chosen.add(queue[turn][2])
+    return {name: spread[name] > 0 for name in ids if name in chosen}
 
 
 def bits(kept: Sequence[int], size: int) -> str:
@@ -68,9 +128,12 @@ def bits(kept: Sequence[int], size: int) -> str:
 
 
 def collect(
-    out: Path, results: Mapping[str, Any], per_task: int = 8, trace: bool = True
+    out: Path,
+    results: Mapping[str, Any],
+    wanted: Mapping[str, Sequence[str]],
+    trace: bool = True,
 ) -> dict[str, Any]:
-    """The first `per_task` samples of each task of a run, as in samples.json.
+    """Samples of a run, as in samples.json.
 
     What cannot be had is left out, and "problems" says why: a page without pictures is better than
     none.
@@ -78,37 +141,48 @@ def collect(
     Args:
         out: the run's folder.
         results: its results.json.
-        per_task: number of samples.
+        wanted: for each group of cells, ids of samples.
         trace: put the methods on the model where samples.json does not have them yet. Without it
             only what is there is read.
     """
-    signature = {
-        "model": results["model"]["fingerprint"],
-        **{name: results["settings"][name] for name in ("tasks", "limit", "seed", "dtype")},
-        "per_task": per_task,
-    }
-    found = _read(out, signature)
+    found = _read(out)
     problems: list[str] = []
-    done = [c for c in results["cells"] if c["status"] == "done"]
-    todo = [c for c in done if not c["blind"] and c["key"] not in found["kept"]]
-    if trace and todo:
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for cell in results["cells"]:
+        if cell["status"] == "done" and not cell["blind"] and cell.get("setup"):
+            groups.setdefault(group_of(cell), []).append(cell)
+    for group, cells in groups.items() if trace else ():
+        ids = wanted.get(group, ())
+        kept = found["kept"]
+        todo = [
+            c
+            for c in cells
+            if any(i not in kept.get(c["key"], {}) for i in _drawn(found, group, ids))
+        ]
+        if not todo:
+            continue
         try:
-            _fill(out, results, found, todo, per_task, problems)
+            _fill(out, results, found, todo, group, ids, problems)
         except runner.BadInput as error:
             problems.append(str(error))
         except Exception as error:  # other people's code: the data, the model, the GPU's memory
             problems.append(f"{type(error).__name__}: {error}")
-    return {**found, "problems": problems}
+    return {**found, "problems": list(dict.fromkeys(problems))}
 
 
-def _read(out: Path, signature: Mapping[str, Any]) -> dict[str, Any]:
-    empty = {"format": _FORMAT, "signature": dict(signature), "samples": {}, "kept": {}}
+def _drawn(found: Mapping[str, Any], group: str, ids: Sequence[str]) -> list[str]:
+    """Samples of which tokens can be drawn, as far as that is known."""
+    known = found["samples"].get(group, {})
+    return [name for name in ids if known.get(name, {}).get("note") is None]
+
+
+def _read(out: Path) -> dict[str, Any]:
+    empty: dict[str, Any] = {"format": _FORMAT, "samples": {}, "kept": {}}
     file = out / "samples.json"
     if not file.is_file():
         return empty
     found: dict[str, Any] = json.loads(file.read_text("utf-8"))
-    same = found.get("format") == _FORMAT and found.get("signature") == empty["signature"]
-    return found if same else empty
+    return found if found.get("format") == _FORMAT else empty
 
 
 def _fill(
@@ -116,32 +190,38 @@ def _fill(
     results: Mapping[str, Any],
     found: dict[str, Any],
     todo: Sequence[Mapping[str, Any]],
-    per_task: int,
+    group: str,
+    ids: Sequence[str],
     problems: list[str],
 ) -> None:
-    """Run the cells `todo` on the samples, and write what was found after each."""
-    # One sample at a time, so that what is recorded can be told apart.
-    settings = replace(settings_of(out, results), batch_size=1)
+    """Run the cells `todo` of a group on the samples, and write what was found after each."""
+    settings = _settings_of_group(out, results, todo[0])
+    bring_in(settings.imports)
+    setup, task = todo[0]["setup"], todo[0]["task"]
     local = settings.model is None or Path(settings.model).expanduser().is_dir()
-    own = local and all(task in runner.SUITE for task in settings.tasks)
+    own = local and task in runner.SUITE
+    hashes = FileHashes(out / REMEMBERED)
     state = random.getstate()  # lmms-eval seeds the process's generators
     with quiet(out / "log.txt"), offline(own or not hub_answers()):
-        source = find_source(settings)
-        if source.fingerprint != results["model"]["fingerprint"]:
+        source = find_source(settings, hashes)
+        if source.fingerprint != setup["fingerprint"]:
             raise runner.BadInput("--model", "the model is not the one of this run any more")
-        tasks = Tasks(settings, source)
-        model = load(source, settings, simple=not tasks.generation_only)
+        tasks = Tasks(settings, source, hashes)
+        if tasks.data[task] != setup["data"]:
+            raise runner.BadInput("--tasks", f"{task} is not what it was in this run any more")
+        model = load(source, settings, simple=not setup["chat"])
         try:
-            requests = _requests(model, tasks, settings, per_task)
-            _plain_pass(model, requests, found)
-            cells = {(c.task, c.label, c.keep): c for c in runner.plan(settings)}
+            samples = found["samples"].setdefault(group, {})
+            requests = _requests(model, tasks, settings, ids)
+            _plain_pass(model, [r for r in requests if r.id not in samples], samples)
             for row in todo:
-                cell = cells[row["task"], row["label"], row["keep"]]
-                mine = [r for r in requests if r.task == cell.task]
+                method = parse_method(row["label"], row["keep"], setup["seed"])
+                kept = found["kept"].setdefault(row["key"], {})
+                mine = [r for r in requests if r.id not in kept]
                 try:
-                    found["kept"][row["key"]] = _kept(model, cell.method, mine, found["samples"])
+                    kept |= _kept(model, method, mine, samples)
                 except Exception as error:  # this method fails here; the others may not
-                    problems.append(f"{cell.label}: {type(error).__name__}: {error}")
+                    problems.append(f"{row['label']}: {type(error).__name__}: {error}")
                 write(out / "samples.json", json.dumps(found, ensure_ascii=False))
         finally:
             model.vtc_apply(None)
@@ -151,8 +231,8 @@ def _fill(
 class _Request:
     """One sample, ready to be asked."""
 
-    def __init__(self, task: str, name: str, instance: Any, question: str, images: list) -> None:
-        self.task, self.instance, self.question, self.images = task, instance, question, images
+    def __init__(self, name: str, instance: Any, question: str, images: list) -> None:
+        self.instance, self.question, self.images = instance, question, images
         self.seen: Any = None
         self.id = f"{name}/{instance.doc_id}"
 
@@ -175,36 +255,37 @@ class _Request:
         return str(getattr(answer, "text", answer))
 
 
-def _requests(model: Any, tasks: Any, settings: runner.Settings, per_task: int) -> list[_Request]:
-    """The first samples of each task, as `simple_evaluate` would ask them."""
+def _requests(
+    model: Any, tasks: Any, settings: runner.Settings, ids: Sequence[str]
+) -> list[_Request]:
+    """The samples of these ids, as `simple_evaluate` would ask them."""
     from lmms_eval.tasks import get_task_dict
 
     requests = []
-    limit = min(per_task, settings.limit or per_task)
     for name in dict.fromkeys(settings.tasks):
         loaded = get_task_dict([name], tasks.manager, "simple" if model.is_simple else "chat")
-        parts = list(leaves(loaded))
-        share = -(-limit // len(parts))
-        for task in parts:
+        for task in leaves(loaded):
+            leaf = task.config.task
+            numbers = {int(i.rpartition("/")[2]) for i in ids if i.rpartition("/")[0] == leaf}
+            if not numbers:
+                continue
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
             task.set_fewshot_seed(seed=settings.seed)
-            leaf = task.config.task
             model.task_dict[leaf] = task.dataset
-            task.build_all_requests(limit=share, rank=0, world_size=1)
-            seen = set()
+            task.build_all_requests(limit=max(numbers) + 1, rank=0, world_size=1)
             for instance in task.instances:
-                if instance.doc_id in seen:  # one of several choices
+                if instance.doc_id not in numbers:  # not wanted, or one of several choices
                     continue
-                seen.add(instance.doc_id)
+                numbers.remove(instance.doc_id)
                 doc = task.eval_docs[instance.doc_id]
                 question = task.doc_to_text(doc)
                 images = list(task.doc_to_visual(doc) or ())
-                requests.append(_Request(name, leaf, instance, str(question), images))
+                requests.append(_Request(leaf, instance, str(question), images))
     return requests
 
 
-def _plain_pass(model: Any, requests: Sequence[_Request], found: dict[str, Any]) -> None:
+def _plain_pass(model: Any, requests: Sequence[_Request], samples: dict[str, Any]) -> None:
     """Note each sample's picture and grid, with all tokens kept."""
     from vtc.trace import _Record, _Watch
 
@@ -225,7 +306,7 @@ def _plain_pass(model: Any, requests: Sequence[_Request], found: dict[str, Any])
                 sample["note"] = f"not drawn: {error}"
         if isinstance(picture, Image.Image):
             sample["image"], sample["size"] = _jpeg(picture)
-        found["samples"][request.id] = sample
+        samples[request.id] = sample
 
 
 def _kept(

@@ -305,7 +305,7 @@ def test_a_limit_is_refused(tmp_path):
 def test_the_embedded_model_is_tuned_and_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr("vtc.eval.run.hub_answers", lambda: False)
     # A cell's key is of vtc's code too, which somebody may edit while this runs.
-    monkeypatch.setattr("vtc.eval.run.own_sources", lambda: "as it is")
+    monkeypatch.setattr("vtc.eval.run.shared_code", lambda: "as it is")
     given = Settings(out=tmp_path, methods=("todre:keep=0.5", "random"), keeps=(4,))
     result = tuner.autotune(given, allowed=0.2, start=16, most=32)
     assert json.loads((tmp_path / "autotune.json").read_text()) == json.loads(json.dumps(result))
@@ -349,3 +349,23 @@ def _printed(result) -> str:
     console = Console(width=160, file=io.StringIO())
     console.print(tuner.table(result))
     return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_table_fits_80_columns_without_breaking_numbers():
+    one = {"loss": -0.123, "low": -0.2345, "high": 0.1234, "cost": 1.2345e12, "ms": 12345.6}
+    one |= {"samples": 512, "score": 0.8765}
+    names = ["divprune@tile:thumbnail=64:keep=0.25", "todre:keep=0.1"]
+    result = {
+        "full": {k: one[k] for k in ("score", "cost", "ms", "samples")},
+        "latest": {name: {"name": name, **one} for name in names},
+        "rounds": [{"verdicts": {names[0]: "costlier", names[1]: "held"}}],
+        "frontier": names, "winner": names[1], "certain": True, "allowed": 0.01,
+        "confidence": 0.95, "failed": {},
+    }  # fmt: skip
+    console = Console(width=80, file=io.StringIO())
+    console.print(tuner.table(result, 80))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert max(len(line.rstrip()) for line in lines) <= 80
+    row = next(line for line in lines if line.startswith("todre:keep=0.1"))
+    assert row.split()[1:] == ["1.23", "87.6", "-12.3", "[-23.4,", "12.3]", "held", "●"]
+    assert any(line.rstrip() == " :thumbnail=64" for line in lines)

@@ -298,7 +298,7 @@ def test_json_says_where_it_was_measured(watched):
     assert json.loads((out / "bench.json").read_text("utf-8")) == results
     assert results["format"] == 1
     assert set(results) == {
-        "format", "settings", "model", "versions", "warnings", "machine", "rows",
+        "format", "complete", "settings", "model", "versions", "warnings", "machine", "rows",
     }  # fmt: skip
     assert results["settings"]["seed"] == 0
     assert results["settings"]["image"] == [84, 84]
@@ -346,6 +346,44 @@ def test_table_shows_all_rows(watched):
     assert text.count("MiB") == 2  # the last column is not cut off
     ratio = results["rows"][1]["ratio"]["short"]["prefill"]["median"]
     assert f"{ratio:.3f}" in text
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_table_fits_a_narrow_terminal(watched, width):
+    results = watched[0]
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(table(results, width))
+    text = console.export_text()
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= width
+    for row in results["rows"]:
+        assert (
+            f"{row['ratio']['short']['prefill']['median']:.3f}" in text if row["method"] else True
+        )
+
+
+def test_rows_are_saved_and_told_as_they_come(tmp_path):
+    """Stopped in the second batch size, what the first gave is there."""
+    seen = []
+
+    class Stopping(Observer):
+        def measured(self, results):
+            seen.append(results)
+            saved = json.loads((tmp_path / "bench.json").read_text())
+            assert saved["complete"] is False
+            assert [r["label"] for r in results["rows"]] == [r["label"] for r in saved["rows"]]
+            raise KeyboardInterrupt
+
+    settings = Settings(
+        config="tiny", methods=("random",), keeps=(0.5,), batches=(1, 2), text=8, decode=1,
+        repeats=2, device="cpu", out=tmp_path,
+    )  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, Stopping())
+    saved = json.loads((tmp_path / "bench.json").read_text())
+    assert {row["batch"] for row in saved["rows"]} == {1}
+    assert (tmp_path / "bench.csv").read_text().count("\n") == 1 + len(saved["rows"])
+    assert len(seen) == 1
+    assert run(settings)["complete"]
 
 
 def test_weights_and_inputs_follow_the_seed():

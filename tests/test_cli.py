@@ -144,6 +144,39 @@ def test_eval_refuses_bad_input_by_name(cli, tmp_path, arguments, option, messag
     assert not (tmp_path / "results.json").exists()
 
 
+def test_ctrl_c_says_what_is_kept_and_the_same_command_goes_on(cli, folder, tmp_path, monkeypatch):
+    pytest.importorskip("lmms_eval")
+    from vtc.eval.journal import Journal
+
+    def build_suite(name, out_dir, limit=None, seed=0):
+        return write_rows(Path(out_dir) / "built.parquet", ["w1"] * limit)
+
+    monkeypatch.setattr("vtc.eval.suite.build_suite", build_suite)
+    written = []
+    original = Journal._append
+
+    def append(self, record):
+        original(self, record)
+        written.append(record)
+        if len(written) == 5:
+            raise KeyboardInterrupt
+
+    arguments = (
+        "eval", "--model", folder, "--methods", "full,blind", "--no-baselines", "--limit", "3",
+        "--out", tmp_path, "--no-page",
+    )  # fmt: skip
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "_append", append)
+        stopped = cli(*arguments)
+    assert stopped.exit_code == 130
+    kept = "1 finished cells and 2 answers of unfinished ones are kept"
+    assert kept in " ".join(stopped.output.split())
+    assert "The same command goes on from there." in stopped.output
+    monkeypatch.setattr(Journal, "_append", lambda self, record: written.append(record))
+    assert cli(*arguments).exit_code == 0
+    assert len(written) == 6
+
+
 def test_suite_refuses_other_tasks(cli, tmp_path):
     result = cli("suite", "pope", "--out", tmp_path)
     assert result.exit_code == 2

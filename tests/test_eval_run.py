@@ -21,12 +21,14 @@ pytest.importorskip("lmms_eval")
 
 from vtc.eval import run as runner
 from vtc.eval import stats
-from vtc.eval.loading import fingerprint, write_suite
+from vtc.eval.identity import fingerprint
+from vtc.eval.loading import write_suite
 from vtc.eval.plan import BadInput, Cell, Observer, Settings, plan
 from vtc.eval.quiet import offline
 from vtc.eval.report import runs, table
-from vtc.eval.results import compare, samples_of, scores_of
+from vtc.eval.results import compare, of_this_run
 from vtc.eval.run import run
+from vtc.eval.scoring import samples_of, scores_of
 
 ROWS = 6
 KEEPS = (0.5, 4)
@@ -58,9 +60,10 @@ def _indexed_once(monkeypatch):
     original = TaskManager.initialize_tasks
 
     def initialize(self, include_path=None, include_defaults=True):
-        if "index" not in _INDEX:
-            _INDEX["index"] = original(self, include_path, include_defaults)
-        return _INDEX["index"]
+        name = str(include_defaults)
+        if name not in _INDEX:
+            _INDEX[name] = original(self, include_path, include_defaults)
+        return _INDEX[name]
 
     monkeypatch.setattr(TaskManager, "initialize_tasks", initialize)
 
@@ -484,6 +487,66 @@ def test_the_table_fits_and_names_its_units(done):
     assert max(len(line.rstrip()) for line in text.splitlines()) <= 120
     for wanted in ("GFLOPs", "ms", "%", "66.7", "36×2 4×6", "blind", "100.0"):
         assert wanted in text
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_the_table_fits_a_narrow_terminal_without_breaking_numbers(done, width):
+    console = Console(width=width, highlight=False)
+    long = {
+        **_cell(done["results"], "fastv", 4),
+        "label": "random:keep=0.5|fastv:layer=3:rank=last",
+    }
+    results = {**done["results"], "cells": [*done["results"]["cells"], long]}
+    with console.capture() as captured:
+        console.print(table(results, width))
+    lines = captured.get().splitlines()
+    assert max(len(line.rstrip()) for line in lines) <= width
+    full = next(line.split() for line in lines if line.startswith("full"))
+    assert full[:3] == ["full", "–", "66.7"]
+    assert full[-3:-1] == ["100.0", "36.0"]
+    start = next(i for i, line in enumerate(lines) if line.startswith("random:keep=0.5|"))
+    assert lines[start + 1].split() == [":layer=3:rank=last"]
+    assert "--wide" in captured.get()
+
+
+# ---- several runs in one folder -----------------------------------------------------------------
+def test_runs_in_one_folder_accumulate(folder, tmp_path):
+    def started(*methods: str, **changed: Any) -> dict[str, Any]:
+        given = {"out": tmp_path, "model": str(folder), "baselines": False, "limit": 2, **changed}
+        return run(Settings(methods=methods, keeps=(4,), **given))
+
+    def named(results: dict[str, Any]) -> list[tuple[str, int]]:
+        return [(c["label"], c["setup"]["limit"]) for c in results["cells"]]
+
+    started("full", "random")
+    second = started("fastv", "fastv:layer=8")  # one that fails
+    assert named(second) == [("fastv", 2), ("fastv:layer=8", 2), ("full", 2), ("random", 2)]
+    assert json.loads((tmp_path / "results.json").read_text()) == second
+    with (tmp_path / "results.csv").open() as file:
+        assert [row["label"] for row in csv.DictReader(file)] == [n for n, _ in named(second)]
+    # Compared with the full model of the run before.
+    assert _cell(second, "fastv", 4)["loyalty"] is not None
+    # Another number of samples stands beside, and is compared with none of them.
+    third = started("random", limit=3)
+    assert named(third) == [("random", 3), *[n for n in named(third) if n[1] == 2]]
+    assert len(named(third)) == 5
+    assert third["cells"][0]["loyalty"] is None
+    text = _print(table(third))
+    assert "vtc_scenes · limit 3 · 3 samples" in text
+    assert "4 cells of other tasks and settings" in text
+    assert of_this_run(third) == third["cells"][:1]
+
+
+def test_cells_of_other_code_are_left_out_and_counted(folder, tmp_path, monkeypatch):
+    settings = Settings(
+        out=tmp_path, model=str(folder), methods=("random",), keeps=(4,), limit=1, baselines=False
+    )
+    first = run(settings)
+    monkeypatch.setattr(runner, "shared_code", lambda: "other")
+    second = run(settings)
+    assert [c["key"] for c in second["cells"]] != [c["key"] for c in first["cells"]]
+    assert (len(second["cells"]), second["superseded"]) == (1, 1)
+    assert "1 cells of other code or versions are left out" in _print(table(second))
 
 
 def test_runs_of_layers():

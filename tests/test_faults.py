@@ -23,9 +23,11 @@ from tests.evalkit import save_model, write_rows
 
 pytest.importorskip("lmms_eval")
 
-from vtc.eval import prefills
+from vtc.eval import prefills, suite
 from vtc.eval import run as runner
+from vtc.eval.identity import FileHashes, digest
 from vtc.eval.journal import Journal, SampleError
+from vtc.eval.results import of_this_run
 
 from vtc.cli import app
 from vtc.engine.report import ImageTokens, Prefill, Report, Sample, Stopwatch
@@ -176,7 +178,7 @@ def test_the_journal_is_taken_up(
     # Another seed is another cell, and takes nothing from this one's journal.
     runner.run(settings("killed", seed=1))
     assert len(asked) == ROWS
-    resumed = runner.run(settings("killed"))["cells"]
+    resumed = of_this_run(runner.run(settings("killed")))
     assert len(asked) == ROWS + (3 if torn else 2)
     assert [_same(c) for c in resumed] == [_same(c) for c in undisturbed]
     assert not list((tmp_path / "killed" / "journal").iterdir())
@@ -405,6 +407,9 @@ def test_an_unreadable_image_fails_its_cells_only(folder: Path, tmp_path: Path) 
     rows = table.to_pylist()
     rows[2]["image"]["bytes"] = rows[2]["image"]["bytes"][:20] + b"torn"
     pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), file)
+    # As if it had been generated so; other data would be replaced.
+    identity = digest([ROWS, 0, suite.identity("vtc_scenes", FileHashes())])
+    (data / "vtc_scenes.identity").write_text(identity)
     code, cells, output = _evaluate(
         folder, tmp_path, "--methods", "divprune,random", "--tasks", "vtc_scenes,vtc_mosaic",
         "--limit", str(ROWS),

@@ -26,8 +26,10 @@ from hypothesis import strategies as st
 
 pytest.importorskip("lmms_eval")
 
+from vtc.eval import page as pages
 from vtc.eval import run as runner
 from vtc.eval import stats, viewer
+from vtc.eval.identity import digest
 from vtc.eval.page import machine, write_page
 from vtc.eval.results import hard, logged
 
@@ -43,6 +45,22 @@ RIGHT = {
     "downsample": range(18),
     "todre": range(6, 36),
 }
+
+
+SETUP = {
+    "id": "embedded", "fingerprint": "f1", "lmms_eval": "llava_hf", "prompts": "vtc_embedded",
+    "chat": True, "model_args": {}, "limit": N, "batch_size": 1, "seed": 7, "dtype": "float32",
+    "device": "cpu", "data": "d1",
+}  # fmt: skip
+GROUP = digest(["vtc_scenes", SETUP])
+# On these two of five differ, the most evenly that there is, and they come first; the types of
+# question take turns.
+SHOWN = ("vtc_scenes/20", "vtc_scenes/21")
+
+
+@pytest.fixture(autouse=True)
+def _two_samples(monkeypatch):
+    monkeypatch.setattr(pages, "SAMPLES", 2)
 
 
 class Page(HTMLParser):
@@ -132,7 +150,8 @@ def _cell(label: str, keep: float | None, samples: list[dict[str, Any]]) -> dict
         "tokens": {"in": 576.0, "out": tokens, "per_layer": [tokens] * 8, "equivalent": tokens},
         "flops": {"vision": 5e9, "projector": 1e8, "lm": 6e9 * tokens / 576, "total": 1e10},
         "kv_bytes": 1024.0**2, "ms": {"vision": 9.0, "selector": 0.5, "lm": 35.0},
-        "seconds": 2.0, "versions": {"vtc": "0.1.0", "torch": "2.14.1"}, "warnings": [],
+        "seconds": 2.0, "setup": SETUP,
+        "versions": {"vtc": "0.1.0", "torch": "2.14.1"}, "warnings": [],
     }  # fmt: skip
 
 
@@ -169,26 +188,25 @@ def out(tmp_path: Path) -> Path:
     failed = {
         "key": "key-fastv", "task": "vtc_scenes", "label": "fastv", "keep": 0.25,
         "method": {"method": "fastv"}, "blind": False, "status": "failed",
-        "error": f"RuntimeError: {EVIL}", "versions": {"vtc": "0.1.0"}, "warnings": [EVIL],
+        "error": f"RuntimeError: {EVIL}", "setup": SETUP,
+        "versions": {"vtc": "0.1.0"}, "warnings": [EVIL],
     }  # fmt: skip
     settings = _settings()
     model = {"id": "embedded", "fingerprint": "f1", "lmms_eval": "llava_hf"}
     results = {"format": 1, "vtc": "0.1.0", "settings": settings, "model": model}
     _save(tmp_path, {**results, "cells": [*cells, failed]})
     shown = {"question": EVIL, "image": JPEG, "size": [336, 336], "grid": [24, 24], "note": None}
-    ids = ("vtc_scenes/0", "vtc_scenes/1")
     kept = {"into the language model": viewer.bits(range(576), 576)}
     kept["before layer 2"] = viewer.bits(range(0, 576, 4), 576)
     second = {"grid": [24, 24], "stages": kept}
-    signature = {"model": "f1", **{k: settings[k] for k in ("tasks", "limit", "seed", "dtype")}}
     found = {
-        "format": 1,
-        "signature": {**signature, "per_task": 8},
-        "samples": dict.fromkeys(ids, shown),
+        "format": 2,
+        "samples": {GROUP: dict.fromkeys(SHOWN, shown)},
         "kept": {
             cell["key"]: {
-                name: {"answer": s["answer"], **second}
-                for name, s in zip(ids, _samples(cell["label"]), strict=False)
+                s["id"]: {"answer": s["answer"], **second}
+                for s in _samples(cell["label"])
+                if s["id"] in SHOWN
             }
             for cell in cells
             if not cell["blind"]
@@ -462,6 +480,46 @@ def test_bits_can_be_read_back(case):
         viewer.bits([size], size)
 
 
+def test_samples_on_which_methods_differ_come_first():
+    def log(right: set[int]) -> dict[str, Any]:
+        kinds = ["a", "a", "a", "a", "b", "b"]
+        return {
+            f"t/{i}": {"type": kind, "score": float(i in right), "answer": str(i in right)}
+            for i, kind in enumerate(kinds)
+        }
+
+    cells = [{"key": k, "blind": k == "blind"} for k in ("full", "x", "y", "z", "blind")]
+    # 1: one of four differs; 3: two of four; 4, 5 and the others: none
+    logs = {"full": log({1, 3}), "x": log({1, 3}), "y": log({1}), "z": log(set())}
+    logs["blind"] = log({0, 2, 4})
+    assert viewer.choose(cells, logs, 3) == {"t/1": True, "t/3": True, "t/4": False}
+    assert viewer.choose(cells, logs, 99).keys() == logs["full"].keys()
+    assert viewer.choose(cells, {}, 3) == {}
+
+
+def test_types_and_differences_are_in_the_page(out):
+    page = Page(write_page(out, samples=4, trace=False))
+    assert page.data["types"] == ["a", "b"]
+    assert [s["differs"] for s in page.data["samples"]] == [True] * 4
+    assert {"pick-type", "only-differing"} <= {a.get("id") for _, a, _ in page.elements}
+
+
+def test_cells_of_another_setting_have_tables_and_samples_of_their_own(out):
+    results = _results(out)
+    other = {**results["cells"][5], "key": "key-other", "setup": {**SETUP, "seed": 8}}
+    _log(out, "key-other", _samples("todre"))
+    _save(out, {**results, "cells": [*results["cells"], other]})
+    page = Page(write_page(out, trace=False))
+    titles = [t for t in page.texts("h2") if t.startswith("vtc_scenes")]
+    assert titles == ["vtc_scenes · seed 7", "vtc_scenes · seed 8"]
+    assert len(page.table("results-2")) == 2  # itself and chance
+    assert "tests-2" not in page.tables
+    entries = page.data["samples"]
+    assert {len(e["cells"]) for e in entries} == {6, 1}
+    assert entries[-1]["id"].endswith("(vtc_scenes · seed 8)")
+    assert len([a for t, a, _ in page.elements if t == "img"]) == 2
+
+
 def test_what_was_traced_is_not_traced_again(out, monkeypatch):
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("the model was loaded")
@@ -478,7 +536,7 @@ def test_what_was_traced_is_not_traced_again(out, monkeypatch):
 
 def test_another_answer_in_the_second_pass_is_said(out):
     found = json.loads((out / "samples.json").read_text("utf-8"))
-    found["kept"]["key-todre"]["vtc_scenes/0"]["answer"] = "something else"
+    found["kept"]["key-todre"][SHOWN[0]]["answer"] = "something else"
     (out / "samples.json").write_text(json.dumps(found), "utf-8")
     data = Page(write_page(out)).data
     assert data["samples"][0]["cells"][str(data["first"])]["second"] == "something else"
@@ -489,12 +547,12 @@ def test_without_pictures_the_answers_are_still_there(out, monkeypatch):
         raise OSError("no such model")
 
     (out / "samples.json").unlink()
-    data = Page(write_page(out, trace=False)).data
+    data = Page(write_page(out, samples=8, trace=False)).data
     assert len(data["samples"]) == 8
     assert data["samples"][0]["image"] is None
     assert data["samples"][0]["cells"]["0"]["answer"] == "yes"
     monkeypatch.setattr(viewer, "find_source", broken)
-    page = Page(write_page(out))
+    page = Page(write_page(out, samples=8))
     assert any(t.endswith("OSError: no such model") for t in page.texts("p"))
     assert page.data["samples"] == data["samples"]
     assert not Page(write_page(out, samples=0)).texts("script", id="data")
@@ -502,10 +560,10 @@ def test_without_pictures_the_answers_are_still_there(out, monkeypatch):
 
 def test_the_page_stays_small(out):
     found = json.loads((out / "samples.json").read_text("utf-8"))
-    big = {**found["samples"]["vtc_scenes/0"], "image": "A" * 900_000}
-    found["samples"] = {f"vtc_scenes/{i}": big for i in range(8)}
+    big = {**found["samples"][GROUP][SHOWN[0]], "image": "A" * 900_000}
+    found["samples"] = {GROUP: {f"vtc_scenes/{i}": big for i in range(N)}}
     (out / "samples.json").write_text(json.dumps(found), "utf-8")
-    page = write_page(out)
+    page = write_page(out, samples=8, trace=False)
     assert page.stat().st_size < 5_000_000
     assert len(Page(page).data["samples"]) == 3
     assert any(t.startswith("5 samples are left out") for t in Page(page).texts("p"))
@@ -530,7 +588,7 @@ def test_of_a_real_run(tmp_path, monkeypatch):
     page = Page(write_page(tmp_path / "run", samples=3))
     assert not page.alerts
     data = page.data
-    assert [s["id"] for s in data["samples"]] == [f"vtc_scenes/{i}" for i in range(3)]
+    assert len(data["samples"]) == 3
     seen = 0
     for i, cell in enumerate(results["cells"]):
         for sample in data["samples"]:
@@ -641,6 +699,24 @@ COLUMN = "[...document.querySelectorAll('#results-1 tbody tr')].map(r => r.cells
 SORTS = "[...document.querySelectorAll('#results-1 thead th')].map(c => c.ariaSort)"
 
 
+def _filters(browser: Browser) -> None:
+    """By type of question, and by whether methods differ."""
+    options = "[...document.querySelectorAll('#pick-sample option')].map(o => o.textContent)"
+    change = (
+        "(e => {{ e.{}; e.dispatchEvent(new Event('change')); }})(document.getElementById('{}'))"
+    )
+    assert [o.split(":")[0] for o in browser.run(options)] == list(SHOWN)
+    browser.run(change.format("value = 'a'", "pick-type"))
+    assert [o.split(":")[0] for o in browser.run(options)] == [SHOWN[0]]
+    assert "type=a" in browser.run("location.hash")
+    browser.run("document.getElementById('next').click()")
+    assert SHOWN[0].replace("/", "%2F") in browser.run("location.hash")
+    browser.run(change.format("checked = true", "only-differing"))
+    assert len(browser.run(options)) == 1
+    browser.run(change.format("value = ''", "pick-type"))
+    assert len(browser.run(options)) == 2
+
+
 @pytest.mark.slow
 def test_in_a_browser(out, tmp_path):
     path = write_page(out)
@@ -671,7 +747,7 @@ def test_in_a_browser(out, tmp_path):
         text = "document.getElementById('{}').textContent".format
         assert "todre keep 0.25, before layer 2: 144 of 576 tokens" in browser.run(text("caption"))
         assert EVIL in browser.run(text("facts"))
-        assert "✗ wrong" in browser.run(text("facts"))
+        assert "✓ right" in browser.run(text("facts"))
         lit = "document.querySelector('.dropped').getAttribute('d').split('M').length - 1"
         assert browser.run(lit) == 576 - 144
         # Six stripes of one column: two sides in each of 24 rows, and both ends.
@@ -683,12 +759,12 @@ def test_in_a_browser(out, tmp_path):
         assert width == pytest.approx(height, rel=0.02)
         assert width > 200
         browser.run("document.getElementById('next').click()")
-        assert "thing" not in browser.run(text("facts"))
+        assert "thing 21" in browser.run(text("facts"))
         browser.run("document.querySelector('#all button').click()")  # full
         assert "full, before layer 2" in browser.run(text("caption"))
         assert "✓ right" in browser.run(text("facts"))
         state = browser.run("location.hash")
-        assert "sample=vtc_scenes%2F1" in state
+        assert "sample=vtc_scenes%2F21" in state
         assert "sort=results-1.0.ascending" in state
         assert browser.run("document.querySelectorAll('script').length") == 2
         # The picture is not one, and of that only the console complains; no policy is broken.
@@ -699,9 +775,14 @@ def test_in_a_browser(out, tmp_path):
         browser.open(path.as_uri() + state)  # the link shows the same
         assert browser.run(COLUMN) == sorted(by_score)
         assert "full, before layer 2" in browser.run(text("caption"))
+        _filters(browser)
         size = {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}
         browser("Emulation.setDeviceMetricsOverride", **size)
         assert browser.run("document.documentElement.scrollWidth") <= 360
+        plot = "(r => [r.left, r.right])(document.querySelector('.plot').getBoundingClientRect())"
+        left, right = browser.run(plot)
+        assert left >= 0  # with its legend, which is part of the picture
+        assert right <= 360
         dark = [{"name": "prefers-color-scheme", "value": "dark"}]
         ground = "getComputedStyle(document.body).backgroundColor"
         assert browser.run(ground) == "rgb(255, 255, 255)"

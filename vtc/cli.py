@@ -7,14 +7,13 @@ and bad input answer at once.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 import textwrap
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from vtc.eval.run import Observer, Settings
-    from vtc.methods.base import Method
 
 
 class _Command(TyperCommand):
@@ -57,11 +55,17 @@ app = _App(
 )
 
 
-def _console() -> Console:
-    """Standard output, as it is now; 120 columns wide where nothing says how wide it is."""
+_WIDE = 160
+
+
+def _console(wide: bool = False) -> Console:
+    """Standard output, as it is now; where that is not a terminal and COLUMNS is not set, 120
+    columns wide. `wide` has lines as long as they need be."""
     console = Console(highlight=False)
-    told = console.is_terminal or "COLUMNS" in os.environ
-    return console if told else Console(highlight=False, width=120)
+    if wide:
+        return Console(highlight=False, width=max(console.width, _WIDE))
+    known = console.is_terminal or "COLUMNS" in os.environ
+    return console if known else Console(highlight=False, width=120)
 
 
 _Wide = Annotated[bool, typer.Option("--wide", help="A table with one line a row.")]
@@ -148,18 +152,40 @@ def doctor() -> None:
     raise typer.Exit(int(bad))
 
 
+def _imported(modules: list[str]) -> list[str]:
+    from vtc.plugins import import_modules
+
+    try:
+        import_modules(modules)
+    except ValueError as error:
+        raise _fail("--import", str(error).removeprefix("import: ")) from None
+    return modules
+
+
+Import = Annotated[
+    list[str],
+    typer.Option(
+        "--import",
+        metavar="MODULE",
+        callback=_imported,
+        is_eager=True,
+        help="A module with methods of your own, by its name or as a .py file; repeatable.",
+    ),
+]
+
+
 # ---- vtc methods, vtc models --------------------------------------------------------------------
 @app.command()
-def methods(wide: _Wide = False) -> None:
+def methods(wide: _Wide = False, imports: Import = []) -> None:  # noqa: B006
     """List the compression methods: stage, settings with their defaults, paper."""
-    import vtc
+    from vtc.catalogue import catalogue
 
     console, rows = _console(), []
-    for name, cls in vtc.methods().items():
-        year = f" ({cls.year})" if cls.year else ""
-        stages, reads, settings = _describe(cls)
-        trained = ", trained" if cls.trained else ""
-        rows.append((name, cls.title, stages + trained, reads, settings, f"{cls.paper}{year}"))
+    for entry in catalogue(live=bool(imports)):
+        year = f" ({entry.year})" if entry.year else ""
+        stages = ", ".join(entry.stages) + ", trained" * entry.trained
+        reads, settings = ", ".join(entry.reads), ", ".join(entry.settings)
+        rows.append((entry.name, entry.title, stages, reads, settings, f"{entry.paper}{year}"))
     if wide:
         _wide_table(("method", "what it is", "stage", "reads", "settings", "paper"), rows)
     else:
@@ -173,38 +199,6 @@ def methods(wide: _Wide = False) -> None:
     )
     for note in notes:
         console.print(f"\n{note}" if note is notes[0] else note, style="dim", markup=False)
-
-
-_DEPTH_ASKED_FOR = 32
-_OF_THE_DECODER = {
-    "taps": "decoder attention",
-    "peeks": "decoder attention ahead",
-    "records": "decoder states",
-}
-
-
-def _describe(cls: type[Method]) -> tuple[str, str, str]:
-    """(stages, what it reads, settings) of a method class."""
-    try:
-        method = cls()
-        stages = ", ".join(method.stages)
-    except (TypeError, ValueError):  # settings without which there is no method
-        method = None
-        names = {"select": "sequence", "prune": "layers"}
-        stages = ", ".join(stage for name, stage in names.items() if name in vars(cls))
-    reads: list[str] = [*sorted(cls.needs)]
-    for name, what in _OF_THE_DECODER.items():
-        # A method that cannot be made without settings is asked what it overrides.
-        depth = _DEPTH_ASKED_FOR
-        asks = name in vars(cls) if method is None else bool(getattr(method, name)(depth))
-        reads += [what] * asks
-    settings = []
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        if not field.init:
-            continue
-        default = "" if field.default is dataclasses.MISSING else f"={_short(field.default)}"
-        settings.append(f"{field.name}{default}")
-    return stages, ", ".join(reads), ", ".join(settings)
 
 
 @app.command()
@@ -229,13 +223,6 @@ def models(
         _entry(console, name, ["; ".join(f"{label}: {fact}" for label, fact in labels)])
 
 
-def _short(value: Any) -> str:
-    """A setting for reading: shares to four digits."""
-    if isinstance(value, tuple):
-        return "(" + ", ".join(map(_short, value)) + ")"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 @app.command()
 def presets(
     method: Annotated[str | None, typer.Argument(help="One method only.")] = None,
@@ -248,6 +235,7 @@ def presets(
     FLOPs a multiply-add.
     """
     import vtc
+    from vtc.catalogue import short
 
     try:
         found = vtc.presets(method, target)
@@ -261,7 +249,7 @@ def presets(
         seen = each.schedule()
         tokens = str(each.tokens) if isinstance(each.tokens, int) else f"{each.tokens:.4g}"
         counts = (str(seen.entering), f"{seen.average:.1f}", str(seen.kept))
-        settings = ", ".join(f"{name}={_short(value)}" for name, value in each.settings.items())
+        settings = ", ".join(f"{name}={short(value)}" for name, value in each.settings.items())
         if each.scope == "tile":
             settings += "; for each tile"
         cache = f"{seen.kv_bytes / 2**20:.1f}"
@@ -318,12 +306,19 @@ def evaluate(
     ] = "0.25,0.1",
     tasks: Annotated[
         str | None,
-        typer.Option(help="vtc_scenes, vtc_photo, vtc_mosaic, or lmms-eval's: pope,mme,gqa."),
+        typer.Option(
+            help="vtc_scenes, vtc_photo, vtc_mosaic, lmms-eval's (pope,mme,gqa), or a task file."
+        ),
     ] = None,
     suite: Annotated[
         str | None, typer.Option(help="Tasks by name: embedded, image, doc, video, reasoning.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Samples of each task.")] = None,
+    include_path: Annotated[
+        list[str], typer.Option(help="A folder with task files of your own; repeatable.")
+    ] = [],  # noqa: B006
+    limit: Annotated[
+        str | None, typer.Option(help="Samples of each task: a number, or a share such as 0.5.")
+    ] = None,
     out: Annotated[
         Path, typer.Option(help="Folder for results; finished cells are reused.")
     ] = Path("results"),
@@ -345,12 +340,22 @@ def evaluate(
     lmms_model: Annotated[
         str | None, typer.Option(help="lmms-eval's class, if the model's type does not tell.")
     ] = None,
+    model_args: Annotated[
+        str,
+        typer.Option(
+            help="Of that class, with commas between: attn_implementation=eager,quantization=4bit."
+        ),
+    ] = "",
+    imports: Import = [],  # noqa: B006
     page: Annotated[
         bool, typer.Option(help="Write report.html, with samples and the tokens kept of them.")
     ] = True,
     processes: Annotated[
         int, typer.Option(min=1, help="Processes that share each task's samples.")
     ] = 1,
+    wide: Annotated[
+        bool, typer.Option("--wide", help="Print all columns, however long the lines.")
+    ] = False,
 ) -> None:
     """Run methods on tasks through lmms-eval; print a table, write results.json and a picture.
 
@@ -358,6 +363,7 @@ def evaluate(
     2 if something given does not work.
     """
     from vtc.eval import parallel
+    from vtc.eval.plan import parse_arguments, parse_limit
     from vtc.eval.run import BadInput, Settings, plan, run
     from vtc.spec import parse_keep, split_list
 
@@ -366,25 +372,33 @@ def evaluate(
         names = tuple(split_list(methods))
     except ValueError as error:
         raise _fail("--keep" if "keep:" in str(error) else "--methods", str(error)) from None
+    try:
+        samples = None if limit is None else parse_limit(limit)
+        arguments = parse_arguments(model_args)
+    except BadInput as error:
+        raise _fail(error.option, error.message) from None
     settings = Settings(
         out=out,
         model=model,
         methods=names,
         keeps=keeps,
         tasks=_tasks(tasks, suite),
-        limit=limit,
+        limit=samples,
         batch_size=batch_size,
         device=device,
         dtype=dtype,
         seed=seed,
         baselines=baselines,
         lmms_model=lmms_model,
+        model_args=arguments,
+        include_paths=tuple(include_path),
+        imports=tuple(imports),
     )
     started = time.perf_counter()
     try:
         plan(settings)
         if processes > 1 and not parallel.launched():
-            _shared(settings, processes, page)
+            _shared(settings, processes, page, wide)
             return
         if parallel.rank() == 0:
             # Progress on the error stream, so that the table alone can be piped; on the stream
@@ -396,8 +410,12 @@ def evaluate(
             results = run(settings)
     except BadInput as error:
         raise _fail(error.option, error.message) from None
+    except KeyboardInterrupt:
+        if parallel.launched() or parallel.rank() != 0:  # who started the processes says it
+            raise
+        _stopped(_kept(out))
     if parallel.rank() == 0 and not parallel.launched():
-        _present(results, settings.out, started, page)
+        _present(results, settings.out, started, page, wide)
 
 
 def _tasks(tasks: str | None, suite: str | None) -> tuple[str, ...]:
@@ -415,7 +433,7 @@ def _tasks(tasks: str | None, suite: str | None) -> tuple[str, ...]:
         raise _fail("--suite", str(error).removeprefix("suite: ")) from None
 
 
-def _shared(settings: Settings, processes: int, page: bool) -> None:
+def _shared(settings: Settings, processes: int, page: bool, wide: bool) -> None:
     """This very command in several processes; prints what they have written."""
     import json
 
@@ -426,7 +444,7 @@ def _shared(settings: Settings, processes: int, page: bool) -> None:
     if code != 0:  # they have said why
         raise typer.Exit(code)
     results = json.loads((settings.out / "results.json").read_text("utf-8"))
-    _present(results, settings.out, started, page)
+    _present(results, settings.out, started, page, wide)
 
 
 def _progress(console: Console) -> Progress:
@@ -447,7 +465,29 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _observer(progress: Progress) -> Observer:
+def _stopped(message: str) -> NoReturn:
+    """Say what Ctrl-C left behind, and end as shells expect it."""
+    Console(file=sys.stderr, highlight=False).print(message, markup=False, soft_wrap=True)
+    raise typer.Exit(130)
+
+
+def _kept(out: Path, again: str = "The same command goes on from there.") -> str:
+    """How far a run of `vtc eval` came that was stopped."""
+    from vtc.eval.journal import answers_in
+
+    cells = sum(
+        1 for file in (out / "cells").glob("*.json") if file.with_suffix(".jsonl").is_file()
+    )
+    answers = answers_in(out / "journal")
+    return (
+        f"stopped: {cells} finished cells and {answers} answers of unfinished ones are kept in "
+        f"{out}. {again}"
+    )
+
+
+def _observer(
+    progress: Progress, measured: Callable[[Mapping[str, Any]], None] | None = None
+) -> Observer:
     from vtc.eval.run import Observer
 
     class Bar(Observer):
@@ -471,22 +511,31 @@ def _observer(progress: Progress) -> Observer:
             if cell["status"] != "done":
                 progress.console.print(f"{cell['label']} failed: {cell['error']}", style="red")
 
+        def measured(self, results: Mapping[str, Any]) -> None:
+            if measured is not None:
+                measured(results)
+
     return Bar()
 
 
-def _present(results: Mapping[str, Any], out: Path, started: float, page: bool) -> None:
+def _present(
+    results: Mapping[str, Any], out: Path, started: float, page: bool, wide: bool = False
+) -> None:
     """Print the table, draw the picture, write the page; exit code 1 if a cell failed."""
     from vtc.eval.page import write_page
     from vtc.eval.report import table
+    from vtc.eval.results import grouped, of_this_run
 
     from .plots import tradeoff
 
-    console = _console()
-    console.print(table(results))
+    console = _console(wide)
+    console.print(table(results, None if wide else console.width))
     written = ["results.json", "results.csv"]
     if any(c["status"] == "done" and c["tokens"] for c in results["cells"]):
+        # Cells that must not be compared are not drawn into one panel.
+        drawn = [{**c, "task": title} for title, rows in grouped(results["cells"]) for c in rows]
         try:
-            tradeoff(results).savefig(out / "tradeoff.png")
+            tradeoff({**results, "cells": drawn}).savefig(out / "tradeoff.png")
             written.append("tradeoff.png")
         except OSError as error:
             console.print(f"no picture: {error}", style="red", markup=False)
@@ -495,9 +544,11 @@ def _present(results: Mapping[str, Any], out: Path, started: float, page: bool) 
             written.append(write_page(out).name)
         except (OSError, ValueError) as error:  # the figures stand without it
             console.print(f"no page: {error}", style="red", markup=False)
+        except KeyboardInterrupt:
+            _stopped(f"stopped: no page; `python -m vtc.eval.page {out}` writes it")
     seconds = time.perf_counter() - started
     console.print(f"\n{out}: {', '.join(written)} ({seconds:.0f} s)", soft_wrap=True)
-    if any(c["status"] != "done" for c in results["cells"]):
+    if any(c["status"] != "done" for c in of_this_run(results)):
         raise typer.Exit(1)
 
 
@@ -508,7 +559,9 @@ def reproduce(
     model: Annotated[
         str | None, typer.Option(help="Folder or id of the checkpoint, if not the usual one.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Samples of each task.")] = None,
+    limit: Annotated[
+        str | None, typer.Option(help="Samples of each task: a number, or a share such as 0.5.")
+    ] = None,
     out: Annotated[
         Path, typer.Option(help="Folder for results; finished cells are reused.")
     ] = Path("results"),
@@ -523,8 +576,14 @@ def reproduce(
     import json
 
     from vtc.eval import reproduce as published
+    from vtc.eval.plan import parse_limit
+    from vtc.eval.results import of_this_run
     from vtc.eval.run import BadInput, run
 
+    try:
+        samples = None if limit is None else parse_limit(limit)
+    except BadInput as error:
+        raise _fail(error.option, error.message) from None
     try:
         plan = published.plan_reproduction(name)
     except ValueError as error:
@@ -543,19 +602,21 @@ def reproduce(
     except published.MissingError as error:
         Console(file=sys.stderr, highlight=False).print(str(error), markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
-    options = {"limit": limit, "device": device} | ({"model": model} if model else {})
+    options = {"limit": samples, "device": device} | ({"model": model} if model else {})
     settings = published.settings_of(plan, out, **options)
     try:
         with _progress(Console(file=sys.stderr, highlight=False)) as progress:
             results = run(settings, _observer(progress))
     except BadInput as error:
         raise _fail(error.option, error.message) from None
+    except KeyboardInterrupt:
+        _stopped(_kept(out))
     rows = published.compare(results, plan.tables)
     (out / "reproduced.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False), "utf-8")
     console.print(published.table_of(rows))
     for what, why in plan.left_out:
         console.print(f"not run: {what}: {why}", markup=False, style="dim")
-    if any(cell["status"] != "done" for cell in results["cells"]):
+    if any(cell["status"] != "done" for cell in of_this_run(results)):
         raise typer.Exit(1)
 
 
@@ -583,6 +644,10 @@ def autotune(
     batch_size: Annotated[int, typer.Option(help="For lmms-eval's class of the model.")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.")] = None,
     seed: Annotated[int, typer.Option(help="Of sampling methods and generated tasks.")] = 0,
+    imports: Import = [],  # noqa: B006
+    wide: Annotated[
+        bool, typer.Option("--wide", help="Print all columns, however long the lines.")
+    ] = False,
 ) -> None:
     """Find the cheapest method and keep that loses at most so much against the full model.
 
@@ -601,7 +666,7 @@ def autotune(
         raise _fail("--keep" if "keep:" in str(error) else "--methods", str(error)) from None
     settings = Settings(
         out=out, model=model, methods=names, keeps=keeps, tasks=tuple(split_list(tasks)),
-        batch_size=batch_size, device=device, seed=seed,
+        batch_size=batch_size, device=device, seed=seed, imports=tuple(imports),
     )  # fmt: skip
     try:
         with _progress(Console(file=sys.stderr, highlight=False)) as progress:
@@ -612,8 +677,10 @@ def autotune(
         raise _fail(error.option, error.message) from None
     except RuntimeError as error:  # the full model failed: there is nothing to compare with
         raise _fail("vtc autotune", str(error)) from None
-    console = _console()
-    console.print(tuner.table(found))
+    except KeyboardInterrupt:
+        _stopped(_kept(out))
+    console = _console(wide)
+    console.print(tuner.table(found, None if wide else console.width))
     console.print(f"\n{out}: autotune.json", soft_wrap=True)
     if found["failed"]:
         raise typer.Exit(1)
@@ -652,6 +719,10 @@ def bench(
     repeats: Annotated[int, typer.Option(help="Turns that count.")] = 7,
     threads: Annotated[int | None, typer.Option(help="Threads of PyTorch on a CPU.")] = None,
     seed: Annotated[int, typer.Option(help="Of weights, inputs and sampling methods.")] = 0,
+    imports: Import = [],  # noqa: B006
+    wide: Annotated[
+        bool, typer.Option("--wide", help="Print all columns, however long the lines.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.csv.")] = Path(
         "results/bench"
     ),
@@ -687,13 +758,26 @@ def bench(
         seed=seed, out=out,
     )  # fmt: skip
     started = time.perf_counter()
+    console = _console(wide)
+    room = None if wide else console.width
+    shown: list[int] = []
+
+    def show_rows(found: Mapping[str, Any]) -> None:
+        if not shown:
+            console.print(timing.head(found))
+        shown.append(len(found["rows"]))
+        for block in timing.blocks(found, room):
+            console.print(block)
+
     try:
         with _progress(Console(file=sys.stderr, highlight=False)) as progress:
-            results = timing.run(settings, _observer(progress))
+            results = timing.run(settings, _observer(progress, show_rows))
     except BadInput as error:
         raise _fail(error.option, error.message) from None
-    console = _console()
-    console.print(timing.table(results))
+    except KeyboardInterrupt:
+        kept = f"{sum(shown)} rows are kept in {out}/bench.json" if shown else "nothing is kept"
+        _stopped(f"stopped: {kept}; rows of a precision and batch size are measured together")
+    console.print(timing.notes(results))
     seconds = time.perf_counter() - started
     console.print(f"\n{out}: bench.json, bench.csv ({seconds:.0f} s)", soft_wrap=True)
     if any(row["status"] != "done" for row in results["rows"]):
@@ -732,6 +816,7 @@ def show(
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 24,
+    imports: Import = [],  # noqa: B006
 ) -> None:
     """Draw which tokens of an image survive, and print the answers with all and with those."""
     from importlib.util import find_spec

@@ -55,6 +55,6 @@ from __future__ import annotations
 
 from .runner import run
 from .settings import PRESETS, Settings, Variant, plan
-from .tables import table
+from .tables import blocks, head, notes, table
 
-__all__ = ["PRESETS", "Settings", "Variant", "plan", "run", "table"]
+__all__ = ["PRESETS", "Settings", "Variant", "blocks", "head", "notes", "plan", "run", "table"]

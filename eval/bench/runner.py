@@ -7,7 +7,7 @@ import gc
 import json
 import platform
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,8 @@ import vtc
 
 from ..machine import load_average, machine
 from ..plan import BadInput, Observer
-from ..results import as_json, write
+from ..results import write
+from ..scoring import as_json
 from .model import build, config_of
 from .rows import csv_of, row_of
 from .settings import Settings, Variant, device_of, plan
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 def run(settings: Settings, observer: Observer | None = None) -> dict[str, Any]:
     """Measure all rows, and write bench.json and bench.csv if there is a folder for them.
+
+    They are written anew, and the observer is told, after each precision and batch size, whose
+    variants take turns; "complete" is false until all are there.
 
     A variant that fails, for lack of memory say, is marked so, and the others go on.
 
@@ -49,13 +53,22 @@ def run(settings: Settings, observer: Observer | None = None) -> dict[str, Any]:
     config, image = config_of(settings)
     before, threads = load_average(), torch.get_num_threads()
     rows: list[dict[str, Any]] = []
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = {"format": 1, "settings": _stated(settings, image)}
     turns = settings.warmup + settings.repeats + 1  # and one for the memory
     cells = [(dtype, batch) for dtype in settings.dtypes for batch in settings.batches]
     # A method may have a short variant of its own.
     observer.planned(turns * len(cells) * (1 + 2 * len(wanted)), len(cells), 0)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+
+    def found() -> dict[str, Any]:
+        load = {"before": before, "after": load_average()}
+        complete = len(cells) == len({(row["dtype"], row["batch"]) for row in rows})
+        where = {**_where(device), "load_average": load}
+        given = {**results, "machine": where, "complete": complete, "rows": rows}
+        made: dict[str, Any] = as_json(given)
+        return made
+
     # What is there already will not be garbage; looking at it before each run takes long.
     gc.collect()
     gc.freeze()
@@ -63,7 +76,11 @@ def run(settings: Settings, observer: Observer | None = None) -> dict[str, Any]:
         for dtype in settings.dtypes:
             observer.stage(f"making the model in {dtype}")
             model = build(config, settings, getattr(torch, dtype), device)
-            checked = _check(model, wanted) if not rows else []
+            if not rows:
+                checked = _check(model, wanted)
+                results["model"] = _describe(config, model, settings)
+                results["versions"] = _versions()
+                results["warnings"] = checked
             for batch in settings.batches:
                 observer.stage(f"{dtype}, batch {batch}")
                 fresh = [Variant(v.label, v.keep, v.method) for v in wanted]
@@ -71,23 +88,20 @@ def run(settings: Settings, observer: Observer | None = None) -> dict[str, Any]:
                 rows += made
                 for row in made:
                     observer.finished(row)
-            if not results:
-                results = {"format": 1, "settings": _stated(settings, image)}
-                results["model"] = _describe(config, model, settings)
-                results["versions"] = _versions()
-                results["warnings"] = checked
+                _save(settings, found())
+                observer.measured({**found(), "rows": as_json(made)})
             del model
             gc.collect()
-        where = _where(device)
+        return found()
     finally:
         gc.unfreeze()
         torch.set_num_threads(threads)
-    results["machine"] = {**where, "load_average": {"before": before, "after": load_average()}}
-    found: dict[str, Any] = as_json({**results, "rows": rows})
+
+
+def _save(settings: Settings, found: Mapping[str, Any]) -> None:
     if settings.out is not None:
         write(settings.out / "bench.json", json.dumps(found, indent=1, ensure_ascii=False))
         write(settings.out / "bench.csv", csv_of(found["rows"]))
-    return found
 
 
 def _check(model: nn.Module, wanted: Sequence[Variant]) -> list[str]:

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..report import FULL_WIDTH, named
 from ..report import runs as run_lengths
 from .rows import at
 
@@ -20,37 +21,60 @@ the layers before the first cut. / ideal: over what the FLOPs predict from the u
 decode: one token a row. peak: beyond weights and inputs. Ratios are formed turn by turn."""
 
 
-def table(results: Mapping[str, Any]) -> RenderableType:
-    """The rows of `results` (what `run` returned), 120 columns wide at most."""
-    from itertools import groupby
+def table(results: Mapping[str, Any], width: int | None = None) -> RenderableType:
+    """The rows of `results`, which `run` returned.
 
+    Args:
+        results: they.
+        width: of the terminal; below `FULL_WIDTH` there are fewer columns, which fit 80. `None`
+            shows all, 120 wide at most.
+    """
     from rich.console import Group
+
+    return Group(head(results), *blocks(results, width), notes(results))
+
+
+def head(results: Mapping[str, Any]) -> RenderableType:
+    """What was measured, and where."""
     from rich.text import Text
 
     machine, model = results["machine"], results["model"]
     where = machine["gpu"]["name"] if machine["gpu"] else machine["cpu"]
     load = machine["load_average"]["before"]
     busy = "" if load is None else f", load {load[0]} before"
-    head = (
+    return Text(
         f"{model['id']} · {model['layers']} layers, d = {model['hidden_size']}, "
-        f"{model['weights']} weights · {where}, {machine['threads']} threads{busy}"
+        f"{model['weights']} weights · {where}, {machine['threads']} threads{busy}",
+        style="bold",
     )
-    parts: list[RenderableType] = [Text(head, style="bold")]
-    failed = []
+
+
+def blocks(results: Mapping[str, Any], width: int | None = None) -> Iterator[RenderableType]:
+    """A table for each precision and batch size."""
+    from itertools import groupby
+
+    narrow = width is not None and width < FULL_WIDTH
     for (dtype, batch), group in groupby(results["rows"], key=lambda r: (r["dtype"], r["batch"])):
-        rows = list(group)
-        parts.append(_block(f"{dtype}, batch {batch}", rows))
-        failed += [
-            f"{dtype}, batch {batch}, {row['label']}: {row['error']}"
-            for row in rows
-            if row["status"] != "done"
-        ]
-    parts.append(Text(_NOTE.format(repeats=results["settings"]["repeats"]), style="dim"))
-    parts += [Text(f"failed: {line}", style="red") for line in failed]
-    return Group(*parts)
+        yield _block(f"{dtype}, batch {batch}", list(group), narrow)
 
 
-def _block(title: str, rows: Sequence[Mapping[str, Any]]) -> RenderableType:
+def notes(results: Mapping[str, Any]) -> RenderableType:
+    """How to read the tables, and the errors of what failed."""
+    from rich.console import Group
+    from rich.text import Text
+
+    failed = [
+        f"{row['dtype']}, batch {row['batch']}, {row['label']}: {row['error']}"
+        for row in results["rows"]
+        if row["status"] != "done"
+    ]
+    return Group(
+        Text(_NOTE.format(repeats=results["settings"]["repeats"]), style="dim"),
+        *(Text(f"failed: {line}", style="red") for line in failed),
+    )
+
+
+def _block(title: str, rows: Sequence[Mapping[str, Any]], narrow: bool) -> RenderableType:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
@@ -59,12 +83,17 @@ def _block(title: str, rows: Sequence[Mapping[str, Any]]) -> RenderableType:
         title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD,
         pad_edge=False, show_edge=False, padding=(0, 1, 0, 0),
     )  # fmt: skip
-    drawn.add_column("\nmethod", overflow="fold", min_width=14)
+    drawn.add_column("\nmethod", overflow="fold", min_width=14, max_width=18 if narrow else None)
     drawn.add_column("tokens ×\nlayers", overflow="fold", min_width=8)
     headers = "tower,\nms|prefill, ms\n± half IQR|selector,\nms|\n/ all|\n/ short|\nbeyond|"
     headers += "\n/ ideal|decode,\nms|\n/ short|peak,\nMiB"
-    for header in headers.split("|"):
-        drawn.add_column(header, justify="right", no_wrap=True)
+    # What a method costs and saves; the others are the parts that this is made of.
+    chosen = (1, 2, 3, 4, 8, 9) if narrow else tuple(range(10))
+    for number, header in enumerate(headers.split("|")):
+        if number in chosen:
+            text = "decode\n/ short" if narrow and number == 8 else header
+            text = "prefill,\nms" if narrow and number == 1 else text
+            drawn.add_column(text, justify="right", no_wrap=True)
 
     def ratio(row: Mapping[str, Any], *path: str) -> str:
         value = at(row, "ratio", *path, "median")
@@ -72,16 +101,15 @@ def _block(title: str, rows: Sequence[Mapping[str, Any]]) -> RenderableType:
 
     for row in rows:
         keep = "" if row["keep"] is None else f" {row['keep']:g}"
+        name = (named(row["label"], 18 - len(keep)) if narrow else row["label"]) + keep
         if row["status"] != "done":
-            drawn.add_row(f"{row['label']}{keep}", "", Text("failed", style="bold red"))
+            drawn.add_row(name, "", Text("failed", style="bold red"))
             continue
         ms, peak = row["ms"], row["peak_bytes"]
         middle, half = ms["prefill"]["median"], (ms["prefill"]["q3"] - ms["prefill"]["q1"]) / 2
-        drawn.add_row(
-            f"{row['label']}{keep}",
-            run_lengths(row["tokens"]["per_layer"]),
+        figures = (
             _ms(ms["vision"]["median"]),
-            f"{_ms(middle)} ± {_ms(half)}",
+            _ms(middle) if narrow else f"{_ms(middle)} ± {_ms(half)}",
             "–" if row["method"] is None else _ms(ms["selector"]["median"]),
             ratio(row, "unpatched", "prefill"),
             ratio(row, "short", "prefill"),
@@ -90,6 +118,10 @@ def _block(title: str, rows: Sequence[Mapping[str, Any]]) -> RenderableType:
             _ms(ms["decode"]["median"]),
             ratio(row, "short", "decode"),
             "–" if peak is None else f"{peak / 2**20:.0f}",
+        )
+        lengths = run_lengths(row["tokens"]["per_layer"])
+        drawn.add_row(
+            name, lengths.replace(" ", "\n") if narrow else lengths, *(figures[i] for i in chosen)
         )
     return drawn
 

@@ -88,6 +88,25 @@
   };
 
   let now = { sample: 0, cell: 0, stage: null };
+  // Numbers of the samples that the filters let through.
+  let listed = [];
+  const pickType = at("pick-type"), onlyDiffering = at("only-differing");
+  const list = () => {
+    const type = pickType ? pickType.value : "";
+    const fits = (sample) => (!type || sample.type === type) &&
+      (!onlyDiffering.checked || sample.differs);
+    listed = data.samples.map((_, i) => i).filter((i) => fits(data.samples[i]));
+    const pick = at("pick-sample");
+    pick.replaceChildren();
+    for (const i of listed) {
+      const sample = data.samples[i];
+      const text = sample.question === null ? "" : ": " + sample.question;
+      make("option", (sample.id + text).slice(0, 90), pick).value = i;
+    }
+    const none = listed.length === 0;
+    if (none) make("option", "none of this type", pick);
+    for (const name of ["pick-sample", "previous", "next"]) at(name).disabled = none;
+  };
   const cellsOf = (sample) => data.cells.map((cell, i) => i).filter((i) => sample.cells[i]);
   const show = () => {
     const sample = data.samples[now.sample];
@@ -162,10 +181,20 @@
     remember("sample", data.samples[now.sample].id);
     remember("cell", now.cell);
   };
-  data.samples.forEach((sample, i) => {
-    const text = sample.question === null ? "" : ": " + sample.question;
-    make("option", (sample.id + text).slice(0, 90), at("pick-sample")).value = i;
-  });
+  const filter = () => {
+    list();
+    remember("type", pickType ? pickType.value : "");
+    remember("differ", onlyDiffering.checked ? "1" : "");
+    if (listed.length && !listed.includes(now.sample)) choose({ sample: listed[0] });
+  };
+  if (pickType) {
+    for (const type of data.types) make("option", type, pickType).value = type;
+    if (data.types.includes(state.get("type"))) pickType.value = state.get("type");
+    pickType.addEventListener("change", filter);
+  }
+  onlyDiffering.checked = state.get("differ") === "1";
+  onlyDiffering.addEventListener("change", filter);
+  list();
   const number = (element) => Number(element.value);
   at("pick-sample").addEventListener("change", (event) => choose({ sample: number(event.target) }));
   at("pick-cell").addEventListener("change", (event) => choose({ cell: number(event.target) }));
@@ -173,12 +202,13 @@
     choose({ stage: event.target.selectedOptions[0].textContent });
   });
   const step = (by) => {
-    const count = data.samples.length;
-    choose({ sample: (now.sample + by + count) % count });
+    const count = listed.length;
+    if (count) choose({ sample: listed[(listed.indexOf(now.sample) + by + count) % count] });
   };
   at("previous").addEventListener("click", () => step(-1));
   at("next").addEventListener("click", () => step(1));
   now.sample = Math.max(0, data.samples.findIndex((sample) => sample.id === state.get("sample")));
   now.cell = state.has("cell") && data.cells[state.get("cell")] ? Number(state.get("cell")) : data.first;
+  if (listed.length && !listed.includes(now.sample)) now.sample = listed[0];
   show();
 })();

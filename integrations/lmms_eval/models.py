@@ -25,6 +25,7 @@ from PIL import Image
 
 from vtc.patching import Patch
 from vtc.patching import patch as vtc_patch
+from vtc.plugins import import_modules
 from vtc.spec import parse_keep, parse_method
 
 from . import EMBEDDED
@@ -32,7 +33,10 @@ from . import EMBEDDED
 if TYPE_CHECKING:
     from vtc.eval.journal import Journal
 
-__all__ = ["VtcModel", "accepted_arguments", "grey"]
+__all__ = ["VTC_ARGUMENTS", "VtcModel", "accepted_arguments", "grey"]
+
+VTC_ARGUMENTS = ("method", "keep", "blind", "settings", "report")
+"""Of `VtcModel`, and none of the built-in class."""
 
 _GREY = (128, 128, 128)
 
@@ -84,6 +88,9 @@ class VtcModel:
         report: a file to write the report (tokens, times, FLOPs) to at the end.
         kwargs: the built-in class's. `device` is a GPU if there is one and else the CPU, and
             `device_map` is that device, where the class takes them and they are not given.
+            `attn_implementation` is handed to transformers where the class does not take it, and so
+            is `quantization`, "4bit" or "8bit" of bitsandbytes. `vtc_import` names modules with
+            methods of one's own, with spaces between.
 
     The first five may also be written with `vtc_` before them.
     """
@@ -110,6 +117,7 @@ class VtcModel:
         blind = kwargs.pop("vtc_blind", blind)
         settings = kwargs.pop("vtc_settings", settings)
         self._vtc_report_path = kwargs.pop("vtc_report", report)
+        import_modules(str(kwargs.pop("vtc_import", "")).split())
         chosen = _method(method, keep, settings)  # before the model is loaded: loading is slow
         accepted = accepted_arguments(type(self))
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -118,7 +126,8 @@ class VtcModel:
         if "device_map" in accepted:
             # Built-in defaults ("", "auto") fail in transformers 5 or assume a GPU.
             kwargs.setdefault("device_map", kwargs.get("device", device))
-        super().__init__(**kwargs)
+        with _loading_with(_for_transformers(kwargs, accepted)):
+            super().__init__(**kwargs)
         if not isinstance(getattr(self, "model", None), torch.nn.Module):
             raise TypeError(f"{type(self).__name__} has no PyTorch model that could be patched")
         self.vtc_apply(chosen, blind=bool(blind))
@@ -362,6 +371,49 @@ def accepted_arguments(cls: type) -> set[str]:
         if "__init__" in vars(base):
             names |= set(inspect.signature(vars(base)["__init__"]).parameters)
     return names
+
+
+def _for_transformers(kwargs: dict[str, Any], accepted: set[str]) -> dict[str, Any]:
+    """Takes out of `kwargs` what is for `from_pretrained` and not for the built-in class.
+
+    Raises:
+        ValueError: a kind of quantization that is not known.
+        ImportError: bitsandbytes is not installed.
+    """
+    options: dict[str, Any] = {}
+    if "attn_implementation" in kwargs and "attn_implementation" not in accepted:
+        options["attn_implementation"] = kwargs.pop("attn_implementation")
+    kind = kwargs.pop("quantization", None)
+    if kind is not None:
+        if kind not in ("4bit", "8bit"):
+            raise ValueError(f"quantization: expected 4bit or 8bit, got {kind!r}")
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ImportError("quantization: needs `pip install bitsandbytes`")
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(**{f"load_in_{kind}": True})
+    return options
+
+
+@contextmanager
+def _loading_with(options: Mapping[str, Any]) -> Iterator[None]:
+    """While it lasts, models are loaded with `options` as well: built-in classes that do not take
+    them have no other way to `from_pretrained`."""
+    from transformers import PreTrainedModel
+
+    if not options:
+        yield
+        return
+    original = vars(PreTrainedModel)["from_pretrained"]
+
+    def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
+        return original.__func__(cls, *args, **{**kwargs, **options})
+
+    PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        PreTrainedModel.from_pretrained = original  # type: ignore[method-assign]
 
 
 @contextmanager
