@@ -130,6 +130,31 @@ def test_density_peaks_find_separate_groups():
     assert [int(joins[c]) for c in centres] == [0, 1]
 
 
+@pytest.mark.parametrize("seed", [0, 2, 4, 5])  # of 3, two products are equal within `TIED`
+def test_density_peaks_decide_between_what_is_nearly_equal(seed):
+    """The definition, without any tolerance, in fp64: of hundreds of points some nearly tie."""
+    points = gaussian(300, 64, seed)
+    distance = torch.cdist(points, points) / 8
+    density = (-distance.topk(31, largest=False).values.square().mean(1)).exp()
+    denser = density > density[:, None]
+    separation = torch.where(denser, distance, distance.max()).amin(1)
+    centres = (density * separation).topk(31).indices
+    joins = distance[centres].argmin(0)
+    joins[centres] = torch.arange(31)
+    found = density_peaks(points, 31, 31)
+    assert [t.tolist() for t in found] == [centres.tolist(), joins.tolist()]
+
+
+@pytest.mark.parametrize("n", [4, 40, 300])
+def test_distances_of_a_pair_are_one_and_those_of_copies_none(n):
+    """So that ties are exact, whatever the blocks that products are made in round to."""
+    points = 5 + torch.randn(n // 2, 1024, generator=torch.Generator().manual_seed(n)).repeat(2, 1)
+    with mock.patch.object(density, "_PRODUCTS_AT_ONCE", 100):
+        found = density._distances(points)
+    assert torch.equal(found, found.T)
+    assert torch.equal(found == 0, torch.eye(n // 2).repeat(2, 2) == 1)
+
+
 @pytest.mark.parametrize(
     ("clusters", "neighbours", "names"), [(0, 1, "clusters"), (4, 1, "clusters"), (1, 4, "neigh")]
 )

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vtc.ops.coverage import EQUAL, SPENT
+from vtc.ops.density import TIED
 from vtc.ops.similarity import unit_rows
 
 
@@ -170,7 +171,7 @@ def density_peaks(points: Tensor, clusters: int, neighbours: int) -> tuple[Tenso
     ]
 
     def denser(j: int, i: int) -> bool:
-        if abs(density[j] - density[i]) <= EQUAL * density[i]:
+        if abs(density[j] - density[i]) <= TIED * density[i]:
             return j < i
         return density[j] > density[i]
 
@@ -183,11 +184,11 @@ def density_peaks(points: Tensor, clusters: int, neighbours: int) -> tuple[Tenso
     while len(centres) < clusters:
         rest = [i for i in range(n) if i not in centres]
         best = max(score[i] for i in rest)
-        centres.append(min(i for i in rest if score[i] >= best - EQUAL * max(score)))
+        centres.append(min(i for i in rest if score[i] >= best * (1 - TIED)))
 
     def nearest(i: int) -> int:
         reach = [distance[i][c] for c in centres]
-        return next(c for c, d in enumerate(reach) if d <= min(reach) + EQUAL * farthest)
+        return next(c for c, d in enumerate(reach) if d <= min(reach) * (1 + TIED))
 
     joins = [centres.index(i) if i in centres else nearest(i) for i in range(n)]
     device = points.device
