@@ -63,14 +63,14 @@ def gaussian(n: int, d: int, seed: int) -> Tensor:
 
 
 # ---- matching -----------------------------------------------------------------------------------
-@given(features=tied_tokens(), begins=st.booleans(), data=st.data())
+@given(features=tied_tokens(), begins=st.booleans(), ranked=st.booleans(), data=st.data())
 @quick
-def test_matching_equals_twin_with_ties(features, begins, data):
+def test_matching_equals_twin_with_ties(features, begins, ranked, data):
     n = len(features)
     a = (n + begins) // 2
     r = data.draw(st.integers(0, a if n > a else 0))
-    found = bipartite_match(features, r, begins)
-    assert found.tolist() == naive.bipartite_match(features, r, begins).tolist()
+    found = bipartite_match(features, r, begins, ranked)
+    assert found.tolist() == naive.bipartite_match(features, r, begins, ranked).tolist()
     assert sorted(set(found.tolist())) == list(range(n - r))
 
 

@@ -195,13 +195,16 @@ def density_peaks(points: Tensor, clusters: int, neighbours: int) -> tuple[Tenso
     return torch.tensor(centres, device=device), torch.tensor(joins, device=device)
 
 
-def bipartite_match(metric: Tensor, r: int, begins_with_a: bool = True) -> Tensor:
+def bipartite_match(
+    metric: Tensor, r: int, begins_with_a: bool = True, ranked: bool = False
+) -> Tensor:
     """Twin of `bipartite.bipartite_match`."""
     similarity, n = cosines(metric).tolist(), metric.shape[0]
     a = [i for i in range(n) if (i % 2 == 0) == begins_with_a]
     b = [i for i in range(n) if i not in a]
     partner = {i: min(b, key=lambda j: (-similarity[i][j], j)) for i in a} if b else {}
-    merged = sorted(partner, key=lambda i: (-similarity[i][partner[i]], i))[:r]
-    order = [i for i in a if i not in merged] + b
+    best = sorted(partner, key=lambda i: (-similarity[i][partner[i]], i))
+    merged, left = best[:r], best[r:] if ranked and r else [i for i in a if i not in best[:r]]
+    order = left + b
     target = [order.index(partner[i] if i in merged else i) for i in range(n)]
     return torch.tensor(target, device=metric.device)
