@@ -72,7 +72,7 @@ class ToMe(Method):
         return isinstance(self.keep, float) and self.keep == 1.0
 
     def merge(self, state: EncoderState) -> Merging | None:
-        """Targets of the n tokens: first what A keeps, then B, in the order they came (see `order`).
+        """Targets of the n tokens: first what A keeps, then B, in the order they came.
 
         Raises:
             ValueError: halving in every layer would not be enough.
