@@ -40,6 +40,7 @@ from vtc.ops import (
     top_k,
     unit_rows,
 )
+from vtc.ops.batch import together
 
 GREEDY = [
     pytest.param(max_sum, naive.max_sum, id="max_sum"),
@@ -472,6 +473,22 @@ def test_each_image_of_a_batch_gets_what_it_gets_alone(name, lockstep, images, p
     k = data.draw(st.integers(1, images.shape[1]))
     with ways(lockstep, pairs):
         check_batch(name, images, k)
+
+
+def test_batches_are_worked_on_together_where_they_are_small_or_not_on_a_cpu():
+    ones = torch.ones(2, 3, 4)
+    assert together(torch.ones(600, 600))
+    assert together(ones)
+    assert together(ones, 24)
+    assert not together(ones, 23)
+    assert not together(torch.ones(2, 3, 2**16))
+    assert together(torch.ones(2, 3, 2**16, device="meta"), 23)
+
+
+def test_batch_of_more_points_than_a_block_of_densities():
+    points = gaussian(2 * 140, 4, 1).view(2, 140, 4)
+    with ways(lockstep=True):
+        check_batch("density_peaks", points, 12)
 
 
 @pytest.mark.parametrize("lockstep", [False, True])
