@@ -95,7 +95,7 @@ _SIZES = ("_AT_ONCE", "_UP_TO")
 
 
 def places(source: str) -> dict[tuple[int, int], list[tuple[str, int]]]:
-    """What can be mutated: by line and column, names of operators and which of their occurrences."""
+    """What can be mutated: by line and column, operators and which of their occurrences."""
     from cosmic_ray import plugins
     from cosmic_ray.ast import ast_nodes, get_ast
 

@@ -323,6 +323,7 @@ def test_catp_reads_the_last_rows_of_two_layers() -> None:
     with pytest.raises(ValueError, match=r"layer: expected 2 to 6 in a model of 8 .* got 7"):
         vtc.CATP(layer=7).prune_layers(8)
     assert vtc.CATP().prune_layers(33) == (9, 10)
+    assert vtc.CATP().prune_layers(4) == (2, 3)  # a layer before K is needed
     assert [vtc.CATP(positions=p).prune_positions for p in ("contiguous", "original")] == [
         "original", "original",
     ]  # fmt: skip
