@@ -290,6 +290,14 @@ def test_k_center_takes_no_copy_while_another_token_remains(features, data):
     assert len({tuple(row) for row in features[chosen].tolist()}) == len(chosen)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_unit_rows_leave_what_they_are_given(dtype):
+    given = gaussian(5, 3, 0).to(dtype)
+    before = given.clone()
+    unit_rows(given)
+    assert torch.equal(given, before)
+
+
 def test_max_sum_may_take_a_copy_first():
     # a, a copy of it, b opposite, y: after a and b the copy's sum (0.1) beats that of y (0.4).
     a, b, y = (1.0, 0.0, 0.0), (-0.9, 0.4359, 0.0), (0.3, 0.8489, 0.4359)
