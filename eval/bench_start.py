@@ -38,7 +38,7 @@ def measure(turns: int = 5) -> dict[str, tuple[float, float]]:
             wall = time.perf_counter() - started
             seen[name].append((float(done.stderr.split()[-1]), wall))
     return {
-        name: tuple(statistics.median(column) for column in zip(*rows, strict=True))  # type: ignore[misc]
+        name: tuple(statistics.median(column) for column in zip(*rows, strict=True))
         for name, rows in seen.items()
     }
 

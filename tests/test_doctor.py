@@ -57,7 +57,8 @@ def test_every_requirement_is_locked_and_within_its_bounds() -> None:
         assert requirement.specifier.contains(locked[name]), line
         lower = [s.version for s in requirement.specifier if s.operator == ">="]
         assert lower, f"{line}: no lower bound"
-        if name in floor:
+        # Those of no extra that the floor has may be in it for another package's sake.
+        if any(f'extra == "{extra}"' in line for extra in ("eval", "test")) or "extra" not in line:
             assert Version(floor[name]).release[:2] == (*Version(lower[0]).release, 0)[:2], line
 
 
@@ -92,7 +93,7 @@ def test_doctor_judges_versions(monkeypatch, installed, state, bad) -> None:
     out = CliRunner().invoke(app, ["doctor"])
     assert out.exit_code == int(bad)
     assert f"filelock {installed}" in out.output
-    assert (state in out.output) == bad
+    assert (f"{state}: filelock" in out.output) == bad
 
 
 def test_doctor_says_what_is_untested_and_what_is_missing(monkeypatch) -> None:
@@ -127,7 +128,7 @@ def test_doctor_imports_what_a_version_cannot_tell(tmp_path: Path) -> None:
     "code",
     [
         "import vtc",
-        "import vtc; vtc.__version__; vtc.methods",
+        "import vtc; vtc.__version__",
         "from typer.testing import CliRunner; from vtc.cli import app;"
         "assert CliRunner().invoke(app, ['--help']).exit_code == 0",
         "from typer.testing import CliRunner; from vtc.cli import app;"

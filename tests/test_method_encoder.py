@@ -8,6 +8,7 @@ import dataclasses
 import math
 from collections import Counter
 from itertools import pairwise
+from typing import Literal
 
 import pytest
 import torch
@@ -97,6 +98,51 @@ def test_tome_merges_the_most_similar_pairs(n: int, seed: int, cls: bool) -> Non
     ]
     assert groups == naive_tome(state.keys, n - wanted, cls)
     assert sorted(token for group in groups for token in group) == list(range(n))
+
+
+@pytest.mark.parametrize("order", ["sequence", "similarity"])
+@pytest.mark.parametrize("cls", [False, True])
+def test_tome_s_order_over_layers(order: Literal["sequence", "similarity"], cls: bool) -> None:
+    """Which patches become one over four layers, with what A keeps as it came or, in towers
+    without [CLS] only, as the published code leaves it: sorted by similarity."""
+    groups, keys = [{i} for i in range(48)], state_of(48, seed=3).keys
+    expected, contents = [{i} for i in range(48)], state_of(48, seed=3).keys
+    for layer in range(4):
+        state = dataclasses.replace(state_of(len(groups), layer, 4, cls=cls), keys=keys)
+        merging = ToMe(16, order=order).merge(dataclasses.replace(state, original=48))
+        assert merging is not None
+        m = int(merging.target.max()) + 1
+        members = [(merging.target == k).nonzero().flatten().tolist() for k in range(m)]
+        groups = [set().union(*(groups[i] for i in some)) for some in members]
+        keys = torch.stack([keys[some].mean(0) for some in members])
+        expected, contents = published_tome(expected, contents, 8, cls, order == "similarity")
+        assert groups == expected
+
+
+def published_tome(
+    groups: list[set[int]], keys: Tensor, r: int, cls: bool, unsorted: bool
+) -> tuple[list[set[int]], Tensor]:
+    """One layer with [CLS] in the first place, whose row matches nothing, as a sort of A's rows."""
+    if cls:
+        keys = torch.cat([torch.zeros(1, *keys.shape[1:]), keys])
+        groups = [set(), *groups]
+    metric = torch.nn.functional.normalize(keys.mean(1), dim=1)
+    scores = metric[0::2] @ metric[1::2].T
+    if cls:
+        scores[0] = -torch.inf
+    best, partner = scores.max(1)
+    order = best.argsort(descending=True).tolist()
+    source, rest = order[:r], order[r:]
+    if cls or not unsorted:
+        rest.sort()
+    a, b = [groups[2 * i] for i in rest], [set(g) for g in groups[1::2]]
+    joined = [[keys[2 * j + 1]] for j in range(len(b))]
+    for i in source:
+        b[int(partner[i])] |= groups[2 * i]
+        joined[int(partner[i])].append(keys[2 * i])
+    means = [torch.stack(some).mean(0) for some in joined]
+    left = [keys[2 * i] for i in rest] + means
+    return (a + b)[int(cls) :], torch.stack(left)[int(cls) :]
 
 
 @quick

@@ -283,6 +283,20 @@ def test_density_is_the_share_that_does_not_repeat_itself() -> None:
     assert method.density(keys.flip(0)) == method.density(7 * keys) == method.density(keys)
 
 
+def test_density_counts_the_others_and_strictly_more() -> None:
+    """A patch is not its own double, and as many as the threshold says are not too many."""
+    for group, redundant in ((5, False), (6, True)):  # beta of 32 patches are 4 others
+        keys = torch.cat([torch.ones(group, 40), 9 * torch.eye(40)[: 32 - group]])
+        expected = 1 - group / 32 if redundant else 1.0
+        assert vtc.Correlation().density(keys) == pytest.approx(expected)
+    assert vtc.Correlation(beta=0).density(torch.eye(8)) == 1
+    # As similar as alpha itself is not more similar.
+    right = torch.eye(4).repeat_interleave(2, 0)
+    assert vtc.Correlation(alpha=1.0, beta=0).density(right) == 1
+    assert vtc.Correlation(alpha=0.0, beta=0, least=0.5).density(torch.eye(4)) == 1
+    assert vtc.Correlation(alpha=0.99, beta=0, least=0.5).density(right) == 0.5
+
+
 @quick
 @given(st.integers(0, 9), st.floats(0, 1), st.floats(0, 1))
 def test_density_falls_with_stricter_thresholds(seed: int, alpha: float, beta: float) -> None:
@@ -304,6 +318,66 @@ def test_outliers_stay_whatever_the_density() -> None:
     assert vtc.Correlation().select(even).indices.tolist() == [0, 1, 2, 3]
     expected = naive.merge_into_nearest(tokens.features, alike, found.indices, attention)
     torch.testing.assert_close(found.features, expected)
+
+
+@pytest.mark.parametrize("keep", [None, 5])
+def test_correlation_s_means_weigh_the_attention_of_the_last_layer(keep: int | None) -> None:
+    """Not the early layer's, and not evenly: attention differs within every group."""
+    tokens = vision_tokens(6, 6, seed=4, low_attention=rand(36, 8))
+    assert tokens.keys is not None
+    assert tokens.cls_attention is not None
+    groups = tokens.keys[:6].repeat_interleave(6, 0) + 0.01 * tokens.keys
+    tokens = dataclasses.replace(tokens, keys=groups)
+    found = vtc.Correlation(keep=keep).select(tokens)
+    cosine, kept = naive.cosines(groups), found.indices.tolist()
+    assert len(kept) < 12
+    joins = [i if i in kept else max(kept, key=lambda j: float(cosine[i, j])) for i in range(36)]
+    assert found.features is not None
+    for row, own in zip(found.features, kept, strict=True):
+        members = [i for i in range(36) if joins[i] == own]
+        shares = tokens.cls_attention[members].double()
+        mean = (shares[:, None] * tokens.features[members]).sum(0) / shares.sum()
+        torch.testing.assert_close(row, mean, atol=1e-5, rtol=1e-5)
+
+
+def test_correlation_compresses_crops_one_by_one_and_needs_its_signals() -> None:
+    """Interleaved tiles are in order again, each with its own number and means."""
+    crop = torch.tensor([0, 1] * 18)
+    tokens = vision_tokens(6, 6, seed=2, crop=crop)
+    found = vtc.Correlation(keep=4).select(tokens)
+    assert found.features is not None
+    for tile in (0, 1):
+        places = torch.arange(tile, 36, 2)
+        alone = dataclasses.replace(
+            tokens,
+            features=tokens.features[places],
+            crop=None,
+            **{name: getattr(tokens, name)[places]
+               for name in ("keys", "cls_attention", "low_attention")},
+        )  # fmt: skip
+        own = vtc.Correlation(keep=4).select(alone)
+        of_tile = crop[found.indices] == tile
+        assert found.indices[of_tile].tolist() == places[own.indices].tolist()
+        torch.testing.assert_close(found.features[of_tile], own.features)
+    assert found.indices.tolist() == sorted(found.indices.tolist())
+    assert len(found.indices) == 8
+    for name in ("keys", "cls_attention", "low_attention"):
+        with pytest.raises(ValueError, match="cls_attention, low_attention, keys: needed"):
+            vtc.Correlation().select(dataclasses.replace(tokens, **{name: None}))
+    assert vtc.Correlation(keep=36).select(tokens).features is None
+
+
+def test_correlation_s_outliers_lie_above_the_quartiles() -> None:
+    """Q3 + 1.5 (Q3 - Q1) by linear interpolation, itself not above it."""
+    attention = torch.arange(1.0, 9.0)
+    low = torch.zeros(8)
+    low[0] = 1.0
+    keys = torch.ones(8, 4).double()
+    for largest, outlier in ((11.4, False), (11.6, True)):  # 6.25 + 1.5 * 3.5 = 11.5
+        attention[7] = largest
+        tokens = vision_tokens(2, 4, cls_attention=attention, low_attention=low, keys=keys)
+        kept = vtc.Correlation().select(tokens).indices.tolist()
+        assert kept == ([0, 7] if outlier else [0])
 
 
 def test_blank_crops_collapse_and_dense_ones_stay() -> None:

@@ -150,6 +150,33 @@ def test_raters_are_remembered_where_nothing_goes() -> None:
     assert chosen.memory.tolist() == [bool(x > share.mean()) for x in share]
 
 
+@pytest.mark.parametrize("keep", [(300, 30, 17), (40, 30, 17), (39, 30, 17), 40, 0.999])
+@pytest.mark.parametrize("recycle", [True, False])
+def test_a_list_longer_than_the_image_drops_one(keep: Any, recycle: bool) -> None:
+    """Published is the least of the list's number and n - 1, at every layer."""
+    state = state_of(3)
+    hidden, row = state.hidden[START : START + 40], state.attention[2][:, START : START + 40]
+    chosen = SparseVLM(keep=keep, recycle=recycle).prune(state)
+    worst = int(row[chosen.memory].mean(0).argmin())
+    rest = [i for i in range(40) if i != worst]
+    if not recycle:
+        assert chosen.indices.tolist() == rest
+        return
+    # The one that goes is recycled, and comes last.
+    assert chosen.indices.tolist() == list(range(40))
+    torch.testing.assert_close(chosen.features, hidden[[*rest, worst]])
+
+
+def test_only_a_share_of_one_keeps_all_and_one_token_always_stays() -> None:
+    whole = SparseVLM(keep=1.0)
+    assert [whole.stays(n, (40,), 2, 3) for n in (1, 40)] == [1, 40]
+    assert [SparseVLM(keep=(1.0, 50, 1)).stays(20, (40,), stage, 3) for stage in range(3)] == [
+        20, 19, 1
+    ]  # fmt: skip
+    assert SparseVLM(keep=3).stays(1, (40,), 2, 3) == 1
+    assert SparseVLM(keep=(9, 9, 9)).stays(60, (40, 20), 0, 3) == 18
+
+
 def test_without_text_tokens_stay_evenly() -> None:
     chosen = SparseVLM(keep=(10, 5, 2)).prune(state_of(3, text=0))
     assert chosen.indices.tolist() == list(range(0, 40, 4))

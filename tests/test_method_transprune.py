@@ -91,6 +91,74 @@ def test_variation_adds_up_over_the_layers_that_ran(layer: int, scope: str) -> N
     torch.testing.assert_close(found, total)
 
 
+def layer_variation(state: LayerState, layer: int, method: vtc.TransPrune) -> Tensor:
+    """What one layer adds, its softmaxes over what the state holds."""
+    total = torch.zeros(len(state.vision))
+    for part in PARTS:
+        entered, left = (state.recorded[layer, f"{part}_{e}"] for e in ("in", "out"))  # type: ignore[index]
+        c = torch.cosine_similarity(left, entered, dim=1)
+        powers = (1 - (c if method.direction == "signed" else c.abs())).exp()
+        inside = powers[state.vision if method.softmax_scope == "image" else slice(None)]
+        m = left.norm(dim=1) / entered.norm(dim=1)
+        total += (powers / inside.sum() * m)[state.vision]
+    return total
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"direction": "signed", "softmax_scope": "sequence"},
+    {"schedule": (1.0, 0.625, 0.125)},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_what_a_cut_leaves_keeps_the_weights_that_it_had(settings: dict[str, Any]) -> None:
+    """The accumulated vector of a run that gathers it at each cut, as the published code does."""
+    method, held, kept, memory = vtc.TransPrune(**settings), 24, torch.arange(24), None
+    expected, ran = torch.zeros(24), 6
+    for cut in (7, 9, 12):
+        whole = state_of(cut, vision=24)
+        places = torch.cat([torch.arange(2), 2 + kept, torch.arange(26, 29)])
+        state = state_of(
+            cut,
+            vision=held,
+            original=(24,),
+            memory=memory,
+            recorded={key: rows[places] for key, rows in whole.recorded.items()},
+        )
+        for layer in range(ran, cut):
+            expected = expected + layer_variation(state, layer, method)
+        torch.testing.assert_close(method.variation(state), expected)
+        chosen = method.prune(state)
+        kept, expected, memory = kept[chosen.indices], expected[chosen.indices], chosen.memory
+        held, ran = len(kept), cut
+    assert held == 3
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_weights_cross_the_cuts_of_a_model(settings: dict[str, Any]) -> None:
+    expected, ran, crossed = torch.zeros(0), 1, list[int]()
+
+    class Spy(vtc.TransPrune):
+        def prune(self, state: LayerState) -> vtc.Selection:
+            nonlocal expected, ran
+            if ran == 1:
+                expected = torch.zeros(len(state.vision))
+            for layer in range(ran, state.layer):
+                expected = expected + layer_variation(state, layer, self)
+            torch.testing.assert_close(self.variation(state), expected)
+            chosen = super().prune(state)
+            crossed.append(len(chosen.indices))
+            expected, ran = expected[chosen.indices], state.layer
+            return chosen
+
+    model = shared_model("clip+llama", "sdpa")
+    with vtc.patch(model, Spy(**settings)), torch.no_grad():
+        model(**collate(samples("images", "clip")[:1]))
+    assert len(crossed) == 3
+    assert crossed[0] >= crossed[1] > crossed[2]
+
+
 def test_scores_mix_two_shares() -> None:
     state, method = state_of(12), vtc.TransPrune()
     variation = method.variation(state)
@@ -98,10 +166,8 @@ def test_scores_mix_two_shares() -> None:
     looked = state.ahead[:, 2:18].mean(0)
     score = variation / variation.sum() + looked / looked.sum()
     found = method.prune(state)
-    assert found is not None
     assert found.indices.tolist() == score.topk(2).indices.sort().values.tolist()
     only = vtc.TransPrune(alpha=0.0).prune(state)
-    assert only is not None
     assert only.indices.tolist() == looked.topk(2).indices.sort().values.tolist()
 
 
@@ -118,7 +184,6 @@ def test_schedules_leave_the_published_numbers(schedule: str, n: int, counts: li
     method, left, found = vtc.TransPrune(schedule=schedule), n, []
     for layer in method.prune_layers(32):
         selection = method.prune(state_of(layer, vision=left, original=(576,)))
-        assert selection is not None
         left = len(selection.indices)
         found.append(left)
     assert found == counts
@@ -151,7 +216,6 @@ def test_a_schedule_of_ones_own() -> None:
     left, found = 16, []
     for layer in method.prune_layers(32):
         selection = method.prune(state_of(layer, vision=left, original=(16,)))
-        assert selection is not None
         left = len(selection.indices)
         found.append(left)
     assert found == [12, 8, 4]

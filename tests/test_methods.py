@@ -399,6 +399,13 @@ def test_todre_layer_can_be_given():
             ToDRE(layer=16).prune_layers(num_layers)
 
 
+@pytest.mark.parametrize("positions", ["original", "contiguous"])
+def test_todre_s_second_stage_never_numbers_anew(positions):
+    method = ToDRE(positions=positions)
+    assert method.positions == positions
+    assert method.prune_positions == "original"
+
+
 def test_todre_stages():
     assert ToDRE().stages == ("sequence", "layers")
     for off in (ToDRE(second_stage=False, layer=90), ToDRE(keep=1.0)):

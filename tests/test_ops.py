@@ -40,6 +40,7 @@ from vtc.ops import (
     top_k,
     unit_rows,
 )
+from vtc.ops.batch import together
 
 GREEDY = [
     pytest.param(max_sum, naive.max_sum, id="max_sum"),
@@ -63,14 +64,14 @@ def gaussian(n: int, d: int, seed: int) -> Tensor:
 
 
 # ---- matching -----------------------------------------------------------------------------------
-@given(features=tied_tokens(), begins=st.booleans(), data=st.data())
+@given(features=tied_tokens(), begins=st.booleans(), ranked=st.booleans(), data=st.data())
 @quick
-def test_matching_equals_twin_with_ties(features, begins, data):
+def test_matching_equals_twin_with_ties(features, begins, ranked, data):
     n = len(features)
     a = (n + begins) // 2
     r = data.draw(st.integers(0, a if n > a else 0))
-    found = bipartite_match(features, r, begins)
-    assert found.tolist() == naive.bipartite_match(features, r, begins).tolist()
+    found = bipartite_match(features, r, begins, ranked)
+    assert found.tolist() == naive.bipartite_match(features, r, begins, ranked).tolist()
     assert sorted(set(found.tolist())) == list(range(n - r))
 
 
@@ -128,6 +129,31 @@ def test_density_peaks_find_separate_groups():
     assert len(set(joins[:7].tolist())) == len(set(joins[7:].tolist())) == 1
     assert joins[0] != joins[7]
     assert [int(joins[c]) for c in centres] == [0, 1]
+
+
+@pytest.mark.parametrize("seed", [0, 2, 4, 5])  # of 3, two products are equal within `TIED`
+def test_density_peaks_decide_between_what_is_nearly_equal(seed):
+    """The definition, without any tolerance, in fp64: of hundreds of points some nearly tie."""
+    points = gaussian(300, 64, seed)
+    distance = torch.cdist(points, points) / 8
+    density = (-distance.topk(31, largest=False).values.square().mean(1)).exp()
+    denser = density > density[:, None]
+    separation = torch.where(denser, distance, distance.max()).amin(1)
+    centres = (density * separation).topk(31).indices
+    joins = distance[centres].argmin(0)
+    joins[centres] = torch.arange(31)
+    found = density_peaks(points, 31, 31)
+    assert [t.tolist() for t in found] == [centres.tolist(), joins.tolist()]
+
+
+@pytest.mark.parametrize("n", [4, 40, 300])
+def test_distances_of_a_pair_are_one_and_those_of_copies_none(n):
+    """So that ties are exact, whatever the blocks that products are made in round to."""
+    points = 5 + torch.randn(n // 2, 1024, generator=torch.Generator().manual_seed(n)).repeat(2, 1)
+    with mock.patch.object(density, "_PRODUCTS_AT_ONCE", 100):
+        found = density._distances(points)
+    assert torch.equal(found, found.T)
+    assert torch.equal(found == 0, torch.eye(n // 2).repeat(2, 2) == 1)
 
 
 @pytest.mark.parametrize(
@@ -262,6 +288,14 @@ def test_k_center_takes_no_copy_while_another_token_remains(features, data):
     distinct = len({tuple(row) for row in features.tolist()})
     chosen = farthest_first(features, data.draw(st.integers(1, distinct)))
     assert len({tuple(row) for row in features[chosen].tolist()}) == len(chosen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_unit_rows_leave_what_they_are_given(dtype):
+    given = gaussian(5, 3, 0).to(dtype)
+    before = given.clone()
+    unit_rows(given)
+    assert torch.equal(given, before)
 
 
 def test_max_sum_may_take_a_copy_first():
@@ -447,6 +481,22 @@ def test_each_image_of_a_batch_gets_what_it_gets_alone(name, lockstep, images, p
     k = data.draw(st.integers(1, images.shape[1]))
     with ways(lockstep, pairs):
         check_batch(name, images, k)
+
+
+def test_batches_are_worked_on_together_where_they_are_small_or_not_on_a_cpu():
+    ones = torch.ones(2, 3, 4)
+    assert together(torch.ones(600, 600))
+    assert together(ones)
+    assert together(ones, 24)
+    assert not together(ones, 23)
+    assert not together(torch.ones(2, 3, 2**16))
+    assert together(torch.ones(2, 3, 2**16, device="meta"), 23)
+
+
+def test_batch_of_more_points_than_a_block_of_densities():
+    points = gaussian(2 * 140, 4, 1).view(2, 140, 4)
+    with ways(lockstep=True):
+        check_batch("density_peaks", points, 12)
 
 
 @pytest.mark.parametrize("lockstep", [False, True])

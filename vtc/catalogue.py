@@ -62,7 +62,7 @@ def catalogue(live: bool = False) -> list[Entry]:
 
 
 def _entry(row: dict[str, Any]) -> Entry:
-    return Entry(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
+    return Entry(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})  # type: ignore[arg-type]
 
 
 def _digest() -> str:

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 
-from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -75,8 +74,7 @@ def findings() -> list[Finding]:
 def _applies(requirement: Requirement, extra: str) -> bool:
     if requirement.marker is None:
         return extra == "core"
-    environment = {**default_environment(), "extra": "" if extra == "core" else extra}
-    return requirement.marker.evaluate(environment)
+    return requirement.marker.evaluate({"extra": "" if extra == "core" else extra})
 
 
 def _judge(extra: str, requirement: Requirement) -> Finding:

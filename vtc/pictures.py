@@ -13,10 +13,12 @@ import os
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 __all__ = ["PictureError", "as_rgb", "open_picture"]
 
@@ -42,7 +44,7 @@ def open_picture(source: str | os.PathLike[str] | bytes) -> Image.Image:
         with warnings.catch_warnings():
             # Between Pillow's limit and twice of it there is only a warning of it.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as found:
+            with _whole_files_only(), Image.open(file) as found:
                 found.load()
                 return as_rgb(found)
     except UnidentifiedImageError:
@@ -59,6 +61,16 @@ def open_picture(source: str | os.PathLike[str] | bytes) -> Image.Image:
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
         # What Pillow's readers raise for files that are cut off or overwritten.
         raise PictureError(f"{name}: damaged ({error})") from None
+
+
+@contextmanager
+def _whole_files_only() -> Iterator[None]:
+    """Libraries (lmms-eval among them) have Pillow fill what a cut-off file lacks with grey."""
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def as_rgb(picture: Image.Image) -> Image.Image:

@@ -112,6 +112,7 @@ class CrossEngine:
         self.cross_layers = family.cross_layers(backbone)
         self.handles: list[Any] = []
         self.overrides: list[Override] = []
+        self.warned: set[int] = set()
         self._forget()
 
     def _forget(self) -> None:

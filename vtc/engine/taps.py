@@ -296,9 +296,9 @@ def listen_rows(
                     seen = visible.to(query.device)[:, lost:]
                     room = seen.new_zeros(b, key.shape[2] - seen.shape[1])
                     allowed = allowed & torch.cat([seen, room], dim=1)[:, None, None]
-            if (own := options.get("position_bias")) is not None:
-                own = _rows_at(own, places)
-                bias = own if bias is None else bias + own
+            if (added := options.get("position_bias")) is not None:
+                added = _rows_at(added, places)
+                bias = added if bias is None else bias + added
             attend = row_attention if by_head else mean_attention
             tap.captured.append(attend(picked, key, allowed, bias, Options.of(options)))
         tap.armed = None

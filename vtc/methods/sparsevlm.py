@@ -47,11 +47,14 @@ class SparseVLM(Method):
     authors, whose code has lists of tokens; so has this: (300, 200, 110) of 576 for their 192,
     (303, 110, 36) for 128, (66, 30, 17) for 64, recycled tokens not counted. Layers really process
     206.5, 145.4 and 82.2 tokens on average. All vision tokens of a sample compete for the sum of
-    the budgets of its images. Without text after the image, evenly spaced tokens stay.
+    the budgets of its images. A list that asks for as many as there are, or more, drops one, as in
+    the code ("v1.5" recycles it, as the last token). Without text after the image, evenly spaced
+    tokens stay.
 
     Args:
         keep: what each layer leaves: a share of an image's original tokens or a number per image,
-            for each; or one for the last, before which shares fall by equal factors.
+            for each; or one for the last, before which shares fall by equal factors. Only a share
+            of 1.0 leaves all.
         layers: 0-based layers after which tokens go, ascending; by default after 2, 6 and 15 of
             32, scaled to the depth.
         version: "v1.5" (also the paper's 1.0) or "v2".
@@ -144,6 +147,13 @@ class SparseVLM(Method):
         share = budget(self.keep, n) / n
         return max(1, round(n * share ** ((stage + 1) / stages)))
 
+    def stays(self, held: int, original: tuple[int, ...], stage: int, stages: int) -> int:
+        """Tokens, out of those held, that a stage keeps of images of so many, recycled ones apart:
+        all but one at most, unless it is told to keep a share of 1.0."""
+        keep = self.keep[stage] if isinstance(self.keep, tuple) else self.keep
+        most = held if isinstance(keep, float) and keep == 1.0 else max(1, held - 1)
+        return min(most, sum(self.left(n, stage, stages) for n in original))
+
     # ---- what it does -------------------------------------------------------------------------
     def prune(self, state: LayerState) -> Selection:
         """Ascending indices among the sample's vision tokens, and contents where it recycles."""
@@ -151,8 +161,8 @@ class SparseVLM(Method):
         stage, vision = layers.index(state.layer), state.vision
         raters = self._raters(state) if state.memory is None else state.memory
         n = vision.shape[0]
-        k = sum(self.left(original, stage, len(layers)) for original in state.original)
-        if k >= n:
+        k = self.stays(n, state.original, stage, len(layers))
+        if k == n:
             return Selection(torch.arange(n, device=vision.device), memory=raters)
         if not raters.shape[0]:
             even = torch.arange(k, device=vision.device) * n // k

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from vtc.methods.base import (
     EncoderState,
@@ -36,6 +37,7 @@ class ToMe(Method):
     Args:
         keep: fraction of an image's patches, or a whole number of tokens per image.
         proportional_attention: whether sizes weigh in attention.
+        order: of what A keeps in towers without [CLS], "sequence" or "similarity".
         positions: "contiguous" (the language model sees a shorter image) or "original".
     """
 
@@ -46,6 +48,7 @@ class ToMe(Method):
 
     keep: float | int = 0.25
     proportional_attention: bool = True
+    order: Literal["sequence", "similarity"] = "sequence"
     positions: Positions = "contiguous"
 
     def __post_init__(self) -> None:
@@ -55,6 +58,7 @@ class ToMe(Method):
                 "proportional_attention: expected True or False, got "
                 f"{self.proportional_attention!r}"
             )
+        check_choice("order", self.order, ("sequence", "similarity"))
         check_choice("positions", self.positions, ("original", "contiguous"))
 
     @property
@@ -63,7 +67,7 @@ class ToMe(Method):
         return self.proportional_attention
 
     def merge(self, state: EncoderState) -> Merging | None:
-        """Targets of the n tokens: first what A keeps, then B, both in the order they came.
+        """Targets of the n tokens: first what A keeps, then B, in the order they came.
 
         Raises:
             ValueError: halving in every layer would not be enough.
@@ -74,7 +78,8 @@ class ToMe(Method):
             return None
         # [CLS] takes the first place of A, so that with it the patches begin with B.
         keys = state.keys.float().mean(1)
-        return Merging(bipartite_match(keys, r, begins_with_a=not state.has_cls))
+        ranked = self.order == "similarity" and not state.has_cls
+        return Merging(bipartite_match(keys, r, begins_with_a=not state.has_cls, ranked=ranked))
 
     def pairs(self, n: int, wanted: int, layers_left: int) -> int:
         """Pairs to merge in a layer that n tokens enter, with `layers_left` layers, itself one."""

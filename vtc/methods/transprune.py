@@ -41,7 +41,10 @@ class TransPrune(Method):
     For the attention and the MLP of a layer, T_in is what enters (after the norm) and T_out what
     leaves (before the residual): m = |T_out| / |T_in|, c = cos(T_out, T_in), and the variation of
     token i is softmax_i(1 - |c_i|) * m_i (eqs. 1-2), added up over both parts and over the layers
-    7 to 12 that have run (eqs. 3-4). The attention term is what the text after the image pays, in
+    7 to 12 that have run (eqs. 3-4). A layer's softmax is over the tokens that it held, and a cut
+    changes no weight: of the layers before it, survivors keep theirs, as in the code. (What another
+    method drops since the last cut is missing in it.) The attention term is what the text after the
+    image pays, in
     the layer about to run, to each token, mean over rows and heads (eq. 5). Each is divided by its
     sum over the vision tokens, as the code does and the paper leaves out, and the two are mixed by
     `alpha` (eq. 6). After layers 7, 9 and 12 int(N * share) tokens of an image of N are left.
@@ -120,8 +123,8 @@ class TransPrune(Method):
         names = frozenset(name for part in _PARTS for name in part)
         return dict.fromkeys(self.watched(num_layers), names)
 
-    def prune(self, state: LayerState) -> Selection | None:
-        """Ascending indices among the sample's vision tokens, or `None` if all fit the budget."""
+    def prune(self, state: LayerState) -> Selection:
+        """Ascending indices among the sample's vision tokens."""
         cuts, vision = self.prune_layers(state.num_layers), state.vision
         stage, shares = cuts.index(state.layer), self.shares
         share, counted = self.keep * shares[stage], state.original
@@ -130,18 +133,28 @@ class TransPrune(Method):
             counted = (len(vision),)
             share = share if stage == 0 else shares[stage] / shares[stage - 1]
         k = max(1, sum(int(n * share) for n in counted))
+        variation, sums = self._measured(state)
         if k >= vision.shape[0]:
-            return None
+            return Selection(torch.arange(len(vision), device=vision.device), memory=sums)
         if state.ahead is None:
             raise ValueError("ahead: TransPrune needs it, got a state without")
-        score = self.alpha * _shares(self.variation(state))
+        score = self.alpha * _shares(variation)
         if state.ahead.shape[0]:
             score = score + (1 - self.alpha) * _shares(state.ahead[:, vision].mean(0))
-        return Selection(top_k(score, k).sort().values)
+        return Selection(top_k(score, k).sort().values, memory=sums)
 
     def variation(self, state: LayerState) -> Tensor:
         """(n,) the accumulated variation of the vision tokens held now."""
+        return self._measured(state)[0]
+
+    def _measured(self, state: LayerState) -> tuple[Tensor, Tensor]:
+        """The variation, and (p,) the logarithms of what its p softmaxes divide by, in the order of
+        layers and parts. They are handed on from cut to cut: tokens that are gone count in them."""
         vision, total = state.vision, state.hidden.new_zeros(len(state.vision)).float()
+        # An answer that is being scored is no part of the prompt.
+        scope = vision if self.softmax_scope == "image" else slice(state.prompt_length)
+        known = () if state.memory is None else state.memory
+        sums: list[Tensor] = []
         for layer in self.watched(state.num_layers):
             if layer >= state.layer:
                 break
@@ -151,13 +164,10 @@ class TransPrune(Method):
                 cosine = torch.cosine_similarity(left, entered, dim=1)
                 turned = 1 - (cosine.abs() if self.direction == "abs" else cosine)
                 stretched = left.norm(dim=1) / entered.norm(dim=1).clamp_min(1e-12)
-                if self.softmax_scope == "image":
-                    total = total + turned[vision].softmax(0) * stretched[vision]
-                else:
-                    # An answer that is being scored is no part of the prompt.
-                    share = turned[: state.prompt_length].softmax(0)
-                    total = total + share[vision] * stretched[vision]
-        return total
+                at = len(sums)
+                sums.append(known[at] if at < len(known) else turned[scope].logsumexp(0))
+                total = total + (turned[vision] - sums[at]).exp() * stretched[vision]
+        return total, torch.stack(sums)
 
 
 def _three_shares(given: Any) -> tuple[float, float, float]:

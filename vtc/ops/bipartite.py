@@ -10,7 +10,9 @@ from vtc.ops.batch import check_shape
 from vtc.ops.similarity import unit_rows
 
 
-def bipartite_match(metric: Tensor, r: int, begins_with_a: bool = True) -> Tensor:
+def bipartite_match(
+    metric: Tensor, r: int, begins_with_a: bool = True, ranked: bool = False
+) -> Tensor:
     """ToMe's matching (arXiv 2210.09461, section 3).
 
     Tokens are dealt out alternately to two sets. Each of A has one candidate, the token of B that
@@ -20,10 +22,12 @@ def bipartite_match(metric: Tensor, r: int, begins_with_a: bool = True) -> Tenso
         metric: (n, d) what tokens are compared by, or (b, n, d) of b images.
         r: pairs to merge, from 0 to the size of A; of B there must be one if r is above 0.
         begins_with_a: whether the first token belongs to A.
+        ranked: whether what A keeps is ordered by similarity to its candidate, the most similar
+            first, and not as it came.
 
     Returns:
         (n,) or (b, n), for each token, which of the n - r after merging it belongs to: first what
-        A keeps, then B, both in the order they came. Ties go to the first token, of A and of B.
+        A keeps, then B, in the order they came. Ties go to the first token, of A and of B.
 
     Raises:
         ValueError: `r` out of range, or a metric of another shape or not finite.
@@ -38,11 +42,14 @@ def bipartite_match(metric: Tensor, r: int, begins_with_a: bool = True) -> Tenso
         raise ValueError(f"r: expected 0 to {most} pairs of {n} tokens, got {r}")
     partner = torch.zeros(*images, a.shape[-2], dtype=torch.long, device=rows.device)
     merged = partner.bool()
+    place = torch.arange(a.shape[-2], device=rows.device).expand_as(partner)
     if r:
         best, partner = (a @ b.mT).max(-1)
-        merged.scatter_(-1, best.argsort(descending=True, stable=True)[..., :r], True)
+        order = best.argsort(descending=True, stable=True)
+        merged.scatter_(-1, order[..., :r], True)
+        place = order.argsort(-1) - r if ranked else (~merged).cumsum(-1) - 1
     rest = a.shape[-2] - r
     target = torch.empty(*images, n, dtype=torch.long, device=rows.device)
-    target[..., first::2] = torch.where(merged, rest + partner, (~merged).cumsum(-1) - 1)
+    target[..., first::2] = torch.where(merged, rest + partner, place)
     target[..., second::2] = torch.arange(rest, n - r, device=rows.device)
     return target

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from vtc.ops.batch import check_shape, rows_at, together
-from vtc.ops.coverage import EQUAL
+
+TIED = 5e-7
+"""Densities, products and distances that differ by no more than this share are equal. Rounding can
+differ by as much; the published code adds more noise to its densities."""
+
+_SPARE = 4
+"""By how many units of rounding the squares of points are made smaller, so that the distance of a
+point to its copy is 0, and not the square root of what rounding leaves."""
 
 _ROWS_AT_ONCE = 128
 
@@ -28,9 +35,9 @@ def density_peaks(points: Tensor, clusters: int, neighbours: int) -> tuple[Tenso
     Centres have the largest products of the two; every point joins the nearest centre.
 
     Two points that are each other's nearest are equally dense in exact arithmetic, and rounding
-    must not choose between them. Densities within a share `EQUAL` count as equal, and of these the
-    point with the lower index as the denser one; so do products and distances within that share of
-    the largest one, of which the first is taken.
+    must not choose between them. Densities within a share `TIED` count as equal, and of these the
+    point with the lower index as the denser one; so do products within that share of the largest
+    and distances within that of the smallest, of which the first is taken.
 
     Args:
         points: (n, d), or (b, n, d) of b images.
@@ -68,23 +75,21 @@ def density_peaks(points: Tensor, clusters: int, neighbours: int) -> tuple[Tenso
     ):
         own, others = own[..., None], density[..., None, :]
         denser = torch.where(
-            place < at[:, None], others >= own * (1 - EQUAL), others > own * (1 + EQUAL)
+            place < at[:, None], others >= own * (1 - TIED), others > own * (1 + TIED)
         )
         found.append(torch.where(denser, rows, torch.inf).amin(-1))
     separation = torch.cat(found, -1)
     largest = distance.amax((-2, -1))[..., None]
     score = density * torch.where(separation.isinf(), largest, separation)
-    slack = EQUAL * score.amax(-1, keepdim=True)
     chosen = []
     for _ in range(clusters):
         best = score.amax(-1, keepdim=True)
-        index = (score >= best - slack).to(torch.uint8).argmax(-1, keepdim=True)
+        index = (score >= best * (1 - TIED)).to(torch.uint8).argmax(-1, keepdim=True)
         chosen.append(index)
         score.scatter_(-1, index, -torch.inf)
     centres = torch.cat(chosen, -1)
     reach = rows_at(distance, centres)
-    nearest = reach.amin(-2, keepdim=True) + EQUAL * largest[..., None]
-    joins = (reach <= nearest).to(torch.uint8).argmax(-2)
+    joins = (reach <= reach.amin(-2, keepdim=True) * (1 + TIED)).to(torch.uint8).argmax(-2)
     joins.scatter_(-1, centres, torch.arange(clusters, device=points.device).expand_as(centres))
     return centres, joins
 
@@ -92,12 +97,13 @@ def density_peaks(points: Tensor, clusters: int, neighbours: int) -> tuple[Tenso
 def _distances(points: Tensor) -> Tensor:
     """(..., n, n) Euclidean distances of the (..., n, d) points, divided by the root of d.
 
-    Made in blocks of rows, each from the diagonal on, and mirrored: half the products.
+    Made in blocks of rows, each from the diagonal on, and mirrored: half the products. The two
+    distances of a pair are the same to the last bit.
     """
     *_, n, width = points.shape
     # Centred, so that less is lost where squares are subtracted.
     points = points - points.mean(-2, keepdim=True)
-    squares = points.square().sum(-1)
+    squares = points.square().sum(-1) * (1 - _SPARE * torch.finfo(points.dtype).eps)
     distance = points.new_empty(*squares.shape, n)
     add_product = torch.addmm if points.ndim == 2 else torch.baddbmm
     for start in range(0, n, _PRODUCTS_AT_ONCE):
@@ -105,8 +111,9 @@ def _distances(points: Tensor) -> Tensor:
         some, rest = points[..., start:stop, :], points[..., start:, :]
         block = add_product(squares[..., None, start:], some, rest.mT, alpha=-2)
         block.add_(squares[..., start:stop, None]).clamp_min_(0).mul_(1 / width).sqrt_()
+        own = block[..., : stop - start]
+        own.copy_(own.triu(1) + own.triu(1).mT)
         distance[..., start:stop, start:] = block
         if stop < n:
             distance[..., stop:, start:stop] = block[..., stop - start :].mT
-    distance.diagonal(dim1=-2, dim2=-1).fill_(0)
     return distance

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vtc.ops.coverage import EQUAL, SPENT
+from vtc.ops.density import TIED
 from vtc.ops.similarity import unit_rows
 
 
@@ -170,7 +171,7 @@ def density_peaks(points: Tensor, clusters: int, neighbours: int) -> tuple[Tenso
     ]
 
     def denser(j: int, i: int) -> bool:
-        if abs(density[j] - density[i]) <= EQUAL * density[i]:
+        if abs(density[j] - density[i]) <= TIED * density[i]:
             return j < i
         return density[j] > density[i]
 
@@ -183,24 +184,27 @@ def density_peaks(points: Tensor, clusters: int, neighbours: int) -> tuple[Tenso
     while len(centres) < clusters:
         rest = [i for i in range(n) if i not in centres]
         best = max(score[i] for i in rest)
-        centres.append(min(i for i in rest if score[i] >= best - EQUAL * max(score)))
+        centres.append(min(i for i in rest if score[i] >= best * (1 - TIED)))
 
     def nearest(i: int) -> int:
         reach = [distance[i][c] for c in centres]
-        return next(c for c, d in enumerate(reach) if d <= min(reach) + EQUAL * farthest)
+        return next(c for c, d in enumerate(reach) if d <= min(reach) * (1 + TIED))
 
     joins = [centres.index(i) if i in centres else nearest(i) for i in range(n)]
     device = points.device
     return torch.tensor(centres, device=device), torch.tensor(joins, device=device)
 
 
-def bipartite_match(metric: Tensor, r: int, begins_with_a: bool = True) -> Tensor:
+def bipartite_match(
+    metric: Tensor, r: int, begins_with_a: bool = True, ranked: bool = False
+) -> Tensor:
     """Twin of `bipartite.bipartite_match`."""
     similarity, n = cosines(metric).tolist(), metric.shape[0]
     a = [i for i in range(n) if (i % 2 == 0) == begins_with_a]
     b = [i for i in range(n) if i not in a]
     partner = {i: min(b, key=lambda j: (-similarity[i][j], j)) for i in a} if b else {}
-    merged = sorted(partner, key=lambda i: (-similarity[i][partner[i]], i))[:r]
-    order = [i for i in a if i not in merged] + b
+    best = sorted(partner, key=lambda i: (-similarity[i][partner[i]], i))
+    merged, left = best[:r], best[r:] if ranked and r else [i for i in a if i not in best[:r]]
+    order = left + b
     target = [order.index(partner[i] if i in merged else i) for i in range(n)]
     return torch.tensor(target, device=metric.device)

@@ -94,7 +94,7 @@ def _sparsevlm(method: Any, n: int, layers: int, tiles: int) -> list[int]:
     """Of what each cut finds, some are kept, and some of the others may come back as means."""
     left, cuts, at = n, [], method.prune_layers(layers)
     for stage, layer in enumerate(at):
-        kept = method.left(n, stage, len(at))
+        kept = method.stays(left, (n,), stage, len(at))
         if kept < left:
             gone, left = left - kept, kept
             if method.recycle:
