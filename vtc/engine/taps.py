@@ -131,7 +131,7 @@ def mean_attention(query: Tensor, key: Tensor, *options: Any) -> Tensor:
     """`row_attention` averaged over the heads, (b, 1, r, k), by key head where all are large."""
     b, h, r = query.shape[:3]
     h_kv = key.shape[1]
-    if b * h * r * key.shape[2] <= _AT_ONCE:
+    if h * r * key.shape[2] <= _AT_ONCE:  # of a sample: how it is summed hangs on no other
         return row_attention(query, key, *options).mean(1, keepdim=True)
     total = query.new_zeros(b, 1, r, key.shape[2], dtype=torch.float32)
     for of_head, own in zip(query.chunk(h_kv, 1), key.split(1, 1), strict=True):

@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from vtc.families import Backbone, Family, ImageMap, Modality, UnsupportedModelError
 from vtc.methods.base import Method
+from vtc.methods.split import PerFrame, PerTile
 
 from . import taps
 from .encoder import EncoderSide, Merged
@@ -101,17 +102,29 @@ class VisionSide:
         return place % count
 
     def install(self) -> None:
+        projector = self.family.projector(self.backbone)
+        if projector is not None and not all(_keeps_all(part) for part in self.method.parts):
+            self.handles.append(projector.register_forward_pre_hook(self._enter_projector))
         for layer in self.tower_layers:
             modules = self.family.tower_attention(self.backbone)
             self.taps[layer] = taps.install(modules[layer])
         if self.merger is not None:
             self.merger.install()
         if self.reads_encoder:
-            projector: Any = self.family.projector(self.backbone)
-            self.handles = [
+            assert projector is not None
+            self.handles += [
                 self.backbone.tower.register_forward_hook(self._leave_tower),
                 projector.register_forward_hook(self._leave_projector),
             ]
+
+    @torch.compiler.disable
+    def _enter_projector(self, module: Any, args: Any) -> Any:
+        """Patch states without [CLS] are a view with gaps, but for a single image. PyTorch adds the
+        bias of a linear layer to those in a step of its own, and so rounds twice: an image would
+        have other features, by a last place, in a batch than alone."""
+        if not self.listening:
+            return None
+        return tuple(arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args)
 
     @torch.compiler.disable
     def _leave_tower(self, module: Any, args: Any, output: Any) -> None:
@@ -481,6 +494,15 @@ class VisionSide:
                 gone = torch.ones(len(span.index), dtype=torch.bool, device=span.index.device)
                 gone[span.signals.kept.to(gone.device)] = False
                 forward.gap[span.sample, span.index[gone]] = True
+
+
+def _keeps_all(part: Method) -> bool:
+    """Whether the features of a model under `part` are to be those of the plain model, bit for
+    bit."""
+    if isinstance(part, (PerTile, PerFrame)):
+        return all(_keeps_all(inner) for inner in part._methods)
+    keep = getattr(part, "keep", None)
+    return part.name == "full" or (isinstance(keep, float) and keep == 1.0)
 
 
 def layers_read(method: Method) -> list[int | float]:
