@@ -184,7 +184,7 @@ def cases() -> list[Case]:
         ),
         Case(
             "dpp_greedy",
-            lambda x, k: ops.dpp_greedy(_similarity(x), k),
+            lambda x, k: ops.dpp_greedy(unit_rows(x), k),
             _both(_dpp),
             lambda x, k: naive.dpp_greedy(_similarity(x.double()), k),
         ),
