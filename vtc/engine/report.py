@@ -36,7 +36,7 @@ class Stopwatch:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
             return event
-        return self.host()
+        return Stopwatch.host()
 
     def stop(self, started: Any, device: torch.device) -> None:
         if device.type == "cuda":
@@ -44,7 +44,7 @@ class Stopwatch:
             event.record()
             self._events.append((started, event))
         else:
-            self._host_ms += (self.host() - started) * 1e3
+            self._host_ms += (Stopwatch.host() - started) * 1e3
 
     @contextmanager
     def measure(self, device: torch.device) -> Iterator[None]:
