@@ -3,6 +3,7 @@
 
     python -m vtc.eval.bench_ops                  288 of 2880 tokens at d = 1024
     python -m vtc.eval.bench_ops --n 576 --k 58 --d 4096 --threads 1
+    python -m vtc.eval.bench_ops --official --threads 1     methods beside their released code
 
 A selector that compares tokens can work in steps, with products for the similarities that a choice
 needs, or make all pairs at once. Both are timed here, with the library's own function, in turns in
@@ -31,6 +32,8 @@ from torch import Tensor
 
 from vtc import ops
 from vtc.ops import greedy, naive, unit_rows
+
+from . import bench_official
 
 Run = Callable[[], object]
 
@@ -184,7 +187,7 @@ def cases() -> list[Case]:
         ),
         Case(
             "dpp_greedy",
-            lambda x, k: ops.dpp_greedy(_similarity(x), k),
+            lambda x, k: ops.dpp_greedy(unit_rows(x), k),
             _both(_dpp),
             lambda x, k: naive.dpp_greedy(_similarity(x.double()), k),
         ),
@@ -258,6 +261,16 @@ def bench(n: int, k: int, d: int, dtype: torch.dtype, repeats: int, twins: bool)
     return rows
 
 
+def _print_official(n: int, k: int, d: int, repeats: int) -> None:
+    title = f"{k} of {n} tokens, d = {d}, float32, process time"
+    table = Table("ms", box=SIMPLE_HEAD, title=title, collapse_padding=True, pad_edge=False)
+    for header in ("vtc", "released", "times as fast"):
+        table.add_column(header, justify="right")
+    for name, (ours, theirs, ratio) in bench_official.measure(n, k, d, repeats).items():
+        table.add_row(name, f"{ours:.1f}", f"{theirs:.1f}", f"{ratio:.2f}")
+    Console().print(table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--n", type=int, default=2880, help="tokens")
@@ -267,9 +280,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-twins", action="store_true", help="leave the naive twins out")
+    parser.add_argument("--official", action="store_true", help="beside the released code")
     args = parser.parse_args()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    if args.official:
+        _print_official(args.n, args.k, args.d, args.repeats)
+        return
     dtype, twins = getattr(torch, args.dtype), not args.no_twins
     title = f"{args.k} of {args.n} tokens, d = {args.d}, {args.dtype}"
     table = Table(box=SIMPLE_HEAD, title=title, collapse_padding=True, pad_edge=False)

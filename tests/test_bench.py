@@ -8,6 +8,7 @@ import dataclasses
 import io
 import json
 import platform
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from rich.console import Console
 from vtc.eval import bench
 from vtc.eval.bench import PRESETS, Settings, plan, run, table
 from vtc.eval.bench.model import build, config_of
+from vtc.eval.bench.rows import median_interval
 from vtc.eval.bench.short import cache_of
-from vtc.eval.bench.subject import Subject
+from vtc.eval.bench.subject import Subject, clock_of, host_clock
 from vtc.eval.run import BadInput, Observer
 
 import vtc
 from vtc.cost import decode_flops, prefill_flops
+from vtc.engine.report import Stopwatch
 from vtc.methods.base import _REGISTRY
 
 TEXT, TOKENS, LAYERS = 12, 36, 4
@@ -236,7 +239,11 @@ def test_ratios_are_of_runs_in_the_same_turn(watched):
         plain = rows["unpatched"]
         for label, short in (("divprune", "short 4"), ("fastv:layer=2", "short 4/36")):
             for other, name in ((plain, "unpatched"), (rows[short], "short")):
-                for part in ("prefill", "total", "decode"):
+                # Steps of decoding are compared one by one, with those of the short sequence.
+                parts = (
+                    ("prefill", "total", "decode") if name == "unpatched" else ("prefill", "total")
+                )
+                for part in parts:
                     mine = rows[label]["ms"][part]["runs"]
                     pairs = zip(mine, other["ms"][part]["runs"], strict=True)
                     want = [a / b for a, b in pairs]
@@ -530,3 +537,35 @@ def test_presets_are_of_the_size_they_are_named_for(name):
     assert billions == pytest.approx(expected[name], rel=0.01, abs=1e-4)
     if name == "speed-bar":
         assert (image[0] // 14) * (image[1] // 14) == 2880
+
+
+# ---- the clock, and the interval ----------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("count", "expected"), [(5, None), (6, (0, 5)), (9, (1, 7)), (30, (9, 20)), (56, (20, 35))]
+)
+def test_the_medians_interval_is_that_of_the_tables(count: int, expected: Any) -> None:
+    """Order statistics of the sign test, as printed in tables of them."""
+    assert median_interval([float(i) for i in reversed(range(count))]) == expected
+
+
+def test_one_thread_on_a_cpu_is_timed_by_the_process() -> None:
+    threads = torch.get_num_threads()
+    clocks = {}
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        try:
+            with host_clock(torch.device("cpu")):
+                clocks[count] = Stopwatch.host, clock_of(torch.device("cpu"))
+        finally:
+            torch.set_num_threads(threads)
+    assert clocks == {1: (time.process_time, "process"), 2: (time.perf_counter, "wall")}
+    assert Stopwatch.host is time.perf_counter
+    assert clock_of(torch.device("cuda")) == "wall"
+
+
+def test_decoding_is_compared_step_by_step(watched: Any) -> None:
+    for row in watched[0]["rows"]:
+        if row["label"] in ("divprune", "random"):
+            steps = row["ratio"]["short"]["decode"]
+            assert len(steps["runs"]) == SMALL["repeats"] * SMALL["decode"]
+            assert len(row["ratio"]["short"]["prefill"]["runs"]) == SMALL["repeats"]

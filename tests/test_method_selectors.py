@@ -18,7 +18,7 @@ from torch import Tensor
 import vtc
 from vtc.methods import vispruner
 from vtc.methods.base import LayerState, VisionTokens
-from vtc.ops import dpp_greedy, merge_into_nearest, merging, naive
+from vtc.ops import merge_into_nearest, merging, naive
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -57,28 +57,6 @@ def test_everything_stays_and_nonsense_is_refused(name: str) -> None:
 
 
 # ---- the ops ------------------------------------------------------------------------------------
-@quick
-@given(st.integers(1, 10), st.integers(0, 20))
-def test_dpp_is_greedy_in_the_determinant(n: int, seed: int) -> None:
-    rows = randn(n, n + 3, seed=seed)
-    kernel, k = rows @ rows.T, max(1, n // 2)
-    assert dpp_greedy(kernel, k).tolist() == naive.dpp_greedy(kernel, k).tolist()
-    assert dpp_greedy(9.0 * kernel, k).tolist() == dpp_greedy(kernel, k).tolist()
-
-
-def test_dpp_beyond_the_rank_repeats_nothing() -> None:
-    rows = torch.eye(3)[[0, 0, 1, 1, 2, 2]]
-    chosen = dpp_greedy(rows @ rows.T, 6).tolist()
-    assert chosen[:3] == [0, 2, 4]
-    assert sorted(chosen) == list(range(6))
-    assert dpp_greedy(torch.zeros(4, 4), 3).tolist() == [0, 1, 2]
-    for wrong in (-1, 7):
-        with pytest.raises(ValueError, match="k"):
-            dpp_greedy(rows @ rows.T, wrong)
-    with pytest.raises(ValueError, match="kernel"):
-        dpp_greedy(torch.ones(2, 3), 1)
-
-
 @quick
 @given(st.integers(2, 14), st.integers(0, 9), st.booleans())
 def test_merging_is_the_naive_one(n: int, seed: int, weighted: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,10 +26,33 @@ def _spread(values: Sequence[float]) -> dict[str, Any] | None:
 
 
 def _ratio(mine: Sequence[float], other: Sequence[float]) -> dict[str, Any] | None:
-    """Median and quartiles of the ratios within each turn."""
+    """Median, quartiles and the median's 95 % interval of the ratios within each turn."""
     if not mine or len(mine) != len(other) or not all(y > 0 for y in other):
         return None
-    return _spread([x / y for x, y in zip(mine, other, strict=True)])
+    ratios = [x / y for x, y in zip(mine, other, strict=True)]
+    found = _spread(ratios)
+    return None if found is None else {**found, "interval": median_interval(ratios)}
+
+
+def median_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
+    """An interval of the median that assumes no distribution: between two order statistics.
+
+    `None` for too few values, of which even the whole range holds the median less often.
+    """
+    n, ordered = len(values), sorted(values)
+    outside, rank = 2 * 0.5**n, 0
+    if outside > 1 - level:
+        return None
+    while outside + 2 * math.comb(n, rank + 1) * 0.5**n <= 1 - level:
+        rank += 1
+        outside += 2 * math.comb(n, rank) * 0.5**n
+    return ordered[rank], ordered[n - 1 - rank]
+
+
+def _steps(variant: Variant) -> list[float]:
+    """Every step of decoding that was timed, in order."""
+    named = sorted(name for name in variant.runs if name.startswith("step "))
+    return [ms for name in named for ms in variant.runs[name]]
 
 
 def _flops(config: Any, seen: Sequence[tuple[int, ...]]) -> dict[str, float]:
@@ -90,6 +114,8 @@ def row_of(subject: Subject, variant: Variant, plain: Variant) -> dict[str, Any]
     other = variant.reference
     if other is not None and other.error is None:
         against = {name: _ratio(variant.runs[name], other.runs[name]) for name in compared}
+        # Steps are short, and pairs of them many: noise does not decide.
+        against["decode"] = _ratio(_steps(variant), _steps(other))
         ends = [each.runs.get("after", []) for each in (variant, other)]
         row["ratio"]["short"] = {**against, "beyond": _ratio(*ends)}
     return row

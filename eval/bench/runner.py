@@ -22,7 +22,7 @@ from .model import build, config_of
 from .rows import csv_of, row_of
 from .settings import Settings, Variant, device_of, plan
 from .short import longest
-from .subject import Subject
+from .subject import Subject, clock_of
 
 if TYPE_CHECKING:
     import torch
@@ -238,6 +238,7 @@ def _where(device: torch.device) -> dict[str, Any]:
     name = found["gpu"]
     return {
         "device": str(device),
+        "clock": clock_of(device),
         "cpu": found["cpu"],
         "capability": torch.backends.cpu.get_cpu_capability(),
         "cores": found["cores"],

@@ -222,7 +222,7 @@ def mean_attention(
     """`row_attention` averaged over the heads, (b, 1, r, k), by key head where all are large."""
     b, h, r = query.shape[:3]
     h_kv = key.shape[1]
-    if b * h * r * key.shape[2] <= _AT_ONCE:
+    if h * r * key.shape[2] <= _AT_ONCE:  # of a sample: how it is summed hangs on no other
         return row_attention(query, key, allowed, bias, options).mean(1, keepdim=True)
     total = query.new_zeros(b, 1, r, key.shape[2], dtype=torch.float32)
     step = h // h_kv

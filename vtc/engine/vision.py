@@ -15,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from vtc.families import Backbone, Family, ImageMap, Modality, UnsupportedModelError
 from vtc.methods.base import Method
+from vtc.methods.split import PerFrame, PerTile
 
 from . import taps
 from .encoder import EncoderSide, Merged
@@ -141,17 +142,19 @@ class VisionSide:
         """The tower and the projector heard, of the modules that there are now, for this call: they
         may be replaced between calls, and other models may share them."""
         has_cls = self.family.has_cls(self.backbone)
+        projector: Any = self.family.projector(self.backbone)
         handles: list[Any] = []
         self.listening, self.given = threading.get_ident(), given
         self.cls_states = self.encoder_states = None
         try:
+            if projector is not None and not all(part.keeps_all for part in self.method.parts):
+                handles.append(projector.register_forward_pre_hook(self._enter_projector))
             for layer in self.tower_layers:
                 tap = taps.install(self.family.tower_attention(self.backbone)[layer])
                 self.taps[layer] = tap
                 taps.listen_tower(tap, has_cls, self.heard)
             if self.reads_encoder:
-                projector: Any = self.family.projector(self.backbone)
-                handles = [
+                handles += [
                     self.backbone.tower.register_forward_hook(self._leave_tower),
                     projector.register_forward_hook(self._leave_projector),
                 ]
@@ -162,6 +165,15 @@ class VisionSide:
                 handle.remove()
             for tap in self.taps.values():
                 tap.remove()
+
+    @torch.compiler.disable
+    def _enter_projector(self, module: Any, args: Any) -> Any:
+        """Patch states without [CLS] are a view with gaps, but for a single image. PyTorch adds the
+        bias of a linear layer to those in a step of its own, and so rounds twice: an image would
+        have other features, by a last place, in a batch than alone."""
+        if self.listening != threading.get_ident():
+            return None
+        return tuple(arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args)
 
     @torch.compiler.disable
     def _leave_tower(self, module: Any, args: Any, output: Any) -> None:

@@ -64,14 +64,14 @@ class CDPruner(Method):
         k = tokens.budget(self.keep)
         if k >= n:
             return Selection(torch.arange(n, device=tokens.features.device))
-        rows = unit_rows(tokens.features)
-        kernel = rows @ rows.T
+        rows = unit_rows(tokens.features.double())
         if self.relevance == "text":
             if tokens.text is None:
                 raise ValueError("text: needed, got tokens without")
             if tokens.text.shape[0]:
-                found = (rows @ unit_rows(tokens.text).T).mean(1)
+                # The mean cosine is that to the mean of the unit rows.
+                found = rows @ unit_rows(tokens.text.double()).mean(0)
                 span = (found.amax() - found.amin()).clamp_min(1e-12)
                 scaled = (found - found.amin() + 1e-6) / span
-                kernel = scaled[:, None] * kernel * scaled
-        return Selection(dpp_greedy(kernel, k).sort().values)
+                rows = scaled[:, None] * rows
+        return Selection(dpp_greedy(rows, k).sort().values)

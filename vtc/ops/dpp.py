@@ -3,60 +3,193 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from vtc.ops.batch import check_fits, check_shape, rows_at, times, together
-from vtc.ops.coverage import EQUAL
+from vtc.ops.batch import check_shape, rows_at, times, together
+from vtc.ops.greedy import PLAINLY
 
-_LEAST = 1e-6
-"""What is left of a token that others span already; more would be rounding."""
+SAME = 1e-9
+"""Gains this close to the best, as a share of it, are equal, and differ by rounding only."""
 
-_TOGETHER_UP_TO = 2**21
-"""Numbers of kernels that a CPU works on in lockstep; each step reads one row of each."""
+_ROUNDING = 1e-13
+"""What rounding may leave of a gain or take from it, as a share of what it was at first."""
+
+SPANNED = 1e-10
+"""As a share of a token's first gain, what is left of it once others span it."""
+
+_FRONT = 192
+"""Tokens next in line of which all pairs are known, so that choosing among them is cheap."""
+
+_AT_ONCE = 1024
+"""Tokens that are brought up to date at a time: products of few rows take nearly as long."""
+
+_IN_BLOCKS_FROM = 256
+"""Tokens from which on a CPU looks at those next in line first."""
 
 
-def dpp_greedy(kernel: Tensor, k: int) -> Tensor:
+def dpp_greedy(rows: Tensor, k: int) -> Tensor:
     """Greedy MAP of a determinantal point process (Chen et al., 2018).
 
     Adds, again and again, the token that most enlarges the determinant of the kernel of those
-    chosen, by one step of a Cholesky factorisation each. Once the kernel's rank is used up, what
-    is left are ties, which go to the lowest index; no token is chosen twice.
+    chosen: the one of whose row most is left once those chosen are projected out. Once the rank is
+    used up, what is left are ties, which go to the lowest index; no token is chosen twice. The
+    kernel, rows @ rows.T, is never made. All is computed in fp64: rounding then is far below any
+    difference of tokens in half or single precision, so that only what is equal ties.
 
     Args:
-        kernel: (n, n) symmetric, positive semi-definite, or (b, n, n) of b images.
+        rows: (n, d) whose inner products are the kernel, or (b, n, d) of b images: unit rows give
+            cosines, times each token's weight a weighted kernel.
         k: how many of the n to choose, 0 <= k <= n.
 
     Returns:
-        (k,) or (b, k) indices in order of choice; ties, up to `EQUAL`, to the lowest index.
+        (k,) or (b, k) indices in order of choice, ties to the lowest index.
 
     Raises:
-        ValueError: `k` out of range, or a kernel that is not square.
+        ValueError: `k` out of range, or rows of another shape.
     """
-    check_shape("kernel", kernel, "n", "n")
-    n = kernel.shape[-1]
-    check_fits("kernel", kernel, (*kernel.shape[:-2], n, n))
+    check_shape("rows", rows, "n", "d")
+    n = rows.shape[-2]
     if not 0 <= k <= n:
         raise ValueError(f"k: expected a whole number from 0 to the {n} tokens given, got {k}")
-    if not together(kernel, _TOGETHER_UP_TO):
-        return torch.stack([dpp_greedy(one, k) for one in kernel])
-    wide = kernel if kernel.dtype == torch.float64 else kernel.float()
-    left = wide.diagonal(dim1=-2, dim2=-1).clone()
-    chosen = torch.empty(*left.shape[:-1], k, dtype=torch.long, device=kernel.device)
-    if not k:
-        return chosen
-    least = _LEAST * left.amax(-1, keepdim=True).clamp_min(torch.finfo(wide.dtype).tiny)
-    columns = wide.new_zeros(*left.shape, k)
+    many = rows.device.type == "cpu" and n >= _IN_BLOCKS_FROM and not PLAINLY.get()
+    if rows.ndim > 2 and (many or not together(rows)):
+        return torch.stack([dpp_greedy(one, k) for one in rows])
+    wide = rows.detach().double()
+    return torch.from_numpy(_Blocks(wide.numpy()).choose(k)) if many else _in_steps(wide, k)
+
+
+def _in_steps(rows: Tensor, k: int) -> Tensor:
+    """One step of a Cholesky factorisation for each choice, which never waits for the device."""
+    first = rows.square().sum(-1)
+    left = first.clone()
+    chosen = torch.empty(*left.shape[:-1], k, dtype=torch.long, device=rows.device)
+    columns = rows.new_zeros(*left.shape, k)
     for step in range(k):
-        left = left.clamp_min(least)
+        left = torch.where(left <= SPANNED * first, 0.0, left)
         left.scatter_(-1, chosen[..., :step], -torch.inf)
-        # Not argmax: without relevance all tokens begin equal, up to rounding.
-        best = left.amax(-1, keepdim=True)
-        index = (left >= (1 - EQUAL) * best).to(torch.uint8).argmax(-1, keepdim=True)
+        least = left.amax(-1, keepdim=True) * (1 - SAME)
+        # argmax of truth values is the first that is true: the tie rule.
+        index = (left + _ROUNDING * first >= least).to(torch.uint8).argmax(-1, keepdim=True)
         chosen[..., step : step + 1] = index
         before = columns[..., :step]
         spanned = times(before, rows_at(before, index).squeeze(-2))
-        added = (rows_at(wide, index).squeeze(-2) - spanned) / left.gather(-1, index).sqrt()
-        columns[..., step] = added
-        left = left - added**2
+        inner = times(rows, rows_at(rows, index).squeeze(-2))
+        gain = left.gather(-1, index)
+        column = torch.where(gain > 0, (inner - spanned) / gain.sqrt(), 0.0)
+        columns[..., step] = column
+        left = left - column.square()
     return chosen
+
+
+class _Blocks:
+    """The same on a CPU, for many tokens: gains only fall as tokens are chosen, so that an old one
+    bounds the present one, and only what may be the best is looked at again.
+
+    What is next in line (the front) is brought up to date, and all pairs of it are made: its share
+    of the kernel with those chosen projected out. Tokens are chosen by that alone, until one
+    outside the front could be as good. All else is products of matrices, few of which are for all
+    tokens.
+
+    Attributes:
+        left: (n,) gains, of those not up to date as they were; -inf once chosen.
+        known: (n,) for how many of those chosen `columns` is filled.
+        columns: (n, k) rows of the Cholesky factor.
+        chosen: in order.
+    """
+
+    def __init__(self, rows: np.ndarray) -> None:
+        self.rows = rows
+        self.first = np.einsum("ij,ij->i", rows, rows)
+        self.left = self.first.copy()
+        self.known = np.zeros(len(rows), dtype=np.int64)
+        self.chosen: list[int] = []
+
+    def choose(self, k: int) -> np.ndarray:
+        """(k,) indices in order of choice."""
+        self.columns = np.empty((len(self.rows), k))
+        while len(self.chosen) < k:
+            front = self._front()
+            if self.left[front[0]] <= 0:
+                rest = np.flatnonzero(self.left > -np.inf)
+                self.chosen += rest[: k - len(self.chosen)].tolist()
+                break
+            self._choose_in(front, k)
+        return np.array(self.chosen, dtype=np.int64)
+
+    def _front(self) -> np.ndarray:
+        """Tokens with the largest gains, all up to date; the first is the next choice."""
+        size = min(_FRONT, len(self.left) - len(self.chosen))
+        while True:
+            near = np.argpartition(-self.left, size - 1)[:size]
+            best = self.left[near].max()
+            # Whatever may be the best, or tie with it, has to be up to date.
+            tied = np.flatnonzero(self._reaches(self.left, best))
+            either = np.union1d(near, tied)
+            old = either[self.known[either] < len(self.chosen)]
+            if not len(old):
+                return np.concatenate([tied[:1], near[near != tied[0]]])
+            if len(old) > 1:
+                more = np.argpartition(-self.left, min(_AT_ONCE, len(self.left)) - 1)[:_AT_ONCE]
+                more = more[(self.known[more] < len(self.chosen)) & (self.left[more] > -np.inf)]
+                old = np.union1d(old, more)
+            self._update(old)
+
+    def _reaches(
+        self, left: np.ndarray, best: float, index: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Whether gains are as large as the best, but for rounding."""
+        first = self.first if index is None else self.first[index]
+        return left + _ROUNDING * first >= best * (1 - SAME)
+
+    def _update(self, old: np.ndarray) -> None:
+        """Bring the tokens `old` up to date with those chosen."""
+        now = len(self.chosen)
+        for since in np.unique(self.known[old]):
+            some = old[self.known[old] == since]
+            new = np.array(self.chosen[since:now])
+            if 2 * len(some) > len(self.rows):  # gathering most rows takes longer than the product
+                inner = (self.rows @ self.rows[new].T)[some]
+            else:
+                inner = self.rows[some] @ self.rows[new].T
+            inner -= self.columns[some, :since] @ self.columns[new, :since].T
+            lower = torch.from_numpy(self.columns[new, since:now])
+            found = torch.linalg.solve_triangular(
+                lower.T, torch.from_numpy(inner), upper=True, left=False
+            ).numpy()
+            self.columns[some, since:now] = found
+            gain = self.left[some] - np.einsum("ij,ij->i", found, found)
+            self.left[some] = np.where(gain <= SPANNED * self.first[some], 0.0, gain)
+            self.known[some] = now
+
+    def _choose_in(self, front: np.ndarray, k: int) -> None:
+        """Choose in the `front`, its first token first, while no other may be as good."""
+        now = len(self.chosen)
+        mine, rows = self.columns[front, :now], self.rows[front]
+        pairs = rows @ rows.T - mine @ mine.T
+        outside = self.left.copy()
+        outside[front] = -np.inf
+        # Those outside may be older, and then their gains are bounds.
+        limit = outside.max() + _ROUNDING * self.first[outside.argmax()]
+        left, found = self.left[front], np.empty((len(front), k - now))
+        place, step = 0, 0
+        while True:
+            column = (pairs[place] - found[:, :step] @ found[place, :step]) / left[place] ** 0.5
+            found[:, step] = column
+            left = left - column * column
+            left[(left > -np.inf) & (left <= SPANNED * self.first[front])] = 0.0
+            self.chosen.append(int(front[place]))
+            self.columns[front[place], now : now + step + 1] = found[place, : step + 1]
+            self.left[front[place]] = left[place] = -np.inf
+            step += 1
+            best = left.max()
+            if len(self.chosen) == k or best <= 0 or limit >= best * (1 - SAME):
+                break
+            tied = np.flatnonzero(self._reaches(left, best, front))
+            place = int(tied[front[tied].argmin()])
+        # What is known of the front by now need not be computed again.
+        stays = left > -np.inf
+        self.columns[front[stays], now : now + step] = found[stays, :step]
+        self.left[front[stays]] = left[stays]
+        self.known[front[stays]] = now + step

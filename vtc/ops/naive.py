@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from vtc.ops.coverage import EQUAL, SPENT
 from vtc.ops.density import TIED
+from vtc.ops.dpp import SAME
 from vtc.ops.similarity import unit_rows
 
 
@@ -131,13 +132,13 @@ def coverage_greedy(
 
 
 def dpp_greedy(kernel: Tensor, k: int) -> Tensor:
-    """Twin of `dpp.dpp_greedy` for kernels of full rank: every determinant is taken anew."""
+    """Twin of `dpp.dpp_greedy` for a kernel of full rank: every determinant is taken anew."""
     n, chosen = kernel.shape[0], list[int]()
     while len(chosen) < k:
         rest = [j for j in range(n) if j not in chosen]
         value = {j: float(torch.linalg.det(kernel[[*chosen, j]][:, [*chosen, j]])) for j in rest}
         best = max(value.values())
-        chosen.append(min(j for j in rest if value[j] >= (1 - EQUAL) * best))
+        chosen.append(min(j for j in rest if value[j] >= (1 - SAME) * best))
     return torch.tensor(chosen, dtype=torch.long, device=kernel.device)
 
 

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""In half precision a sample is shown to methods, and chosen from, in a batch as it is alone.
+
+Near ties abound there, and a tower or projector that rounded otherwise for three images than for
+one would turn them. That the plain model's decoder rounds padded rows otherwise is its own doing:
+of what methods read between layers, the same tensors are held to give the same choice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import vtc
+from tests.models import Sample, build_model, collate, make_sample
+from tests.probes import Spy
+from tests.test_exactness import METHODS
+from vtc.engine import taps
+from vtc.methods.base import Selection, VisionTokens
+from vtc.spec import parse_method
+
+HALF = [torch.float16, torch.bfloat16]
+LAYOUTS = ((1, "image", 9), (4, "image", 3), (2, "image", 6))
+STAGES = {name: made().stages for name, made in METHODS.items() if len(made().parts) == 1}
+IN_SEQUENCE = sorted(name for name, stages in STAGES.items() if "sequence" in stages)
+CHOOSING = sorted(name for name, stages in STAGES.items() if {"sequence", "layers"} & {*stages})
+Notes = list[tuple[Any, Selection | None]]
+
+
+@cache
+def model_of(tower: str, dtype: torch.dtype) -> nn.Module:
+    return build_model(tower, dtype=dtype)
+
+
+def shown(name: str, tower: str, dtype: torch.dtype, rows: list[Sample]) -> tuple[Tensor, Notes]:
+    """Logits, and what the method was shown and answered."""
+    batch, spy = collate(rows), Spy(METHODS[name]())
+    batch["pixel_values"] = batch["pixel_values"].to(dtype)
+    with vtc.patch(model_of(tower, dtype), spy) as patch, torch.no_grad():
+        logits = patch.model(**batch).logits
+    return logits, spy.notes
+
+
+def tensors(given: Any) -> dict[str, Tensor]:
+    every = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
+    return {name: value for name, value in every.items() if isinstance(value, Tensor)}
+
+
+def same(one: Selection | None, other: Selection | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one.indices, other.indices)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+@pytest.mark.parametrize("name", IN_SEQUENCE)
+def test_an_image_is_shown_and_chosen_from_in_a_batch_as_alone(
+    name: str, tower: str, dtype: torch.dtype
+) -> None:
+    rows = [make_sample(tower, layout, 1000 + i) for i, layout in enumerate(LAYOUTS)]
+    together = [x for x in shown(name, tower, dtype, rows)[1] if isinstance(x[0], VisionTokens)]
+    assert len(together) == len(rows)
+    for row, (tokens, chosen) in zip(rows, together, strict=True):
+        (alone, own), *_ = shown(name, tower, dtype, [row])[1]
+        ours, its = tensors(tokens), tensors(alone)
+        assert ours.keys() == its.keys()
+        for field, value in ours.items():
+            assert torch.equal(value, its[field]), field
+        assert same(chosen, own)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("name", CHOOSING)
+def test_the_same_tensors_give_the_same_choice_wherever_they_lie(
+    name: str, dtype: torch.dtype
+) -> None:
+    """As parts of a batch's tensors, with other rows between, and by themselves."""
+
+    def apart(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: apart(of_key) for key, of_key in value.items()}
+        if not isinstance(value, Tensor) or not value.ndim:
+            return value
+        return torch.stack([value, torch.zeros_like(value)], 1)[:, 0]
+
+    rows = [make_sample("clip", layout, 2000 + i) for i, layout in enumerate(LAYOUTS)]
+    method, notes = METHODS[name](), shown(name, "clip", dtype, rows)[1]
+    assert len(notes) >= len(rows)
+    for given, chosen in notes:
+        fields = {f.name: apart(getattr(given, f.name)) for f in dataclasses.fields(given)}
+        again = method.select if isinstance(given, VisionTokens) else method.prune
+        assert same(again(type(given)(**fields)), chosen)
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+def test_attention_rows_of_a_sample_are_those_it_has_alone(dtype: torch.dtype) -> None:
+    """Also where the probabilities of one sample are few and those of all are many."""
+    generator = torch.Generator().manual_seed(0)
+    heads, k = 8, 64
+    r = taps._AT_ONCE // (heads * k)
+    query = torch.randn(3, heads, r, 16, generator=generator).to(dtype)
+    key = torch.randn(3, 2, k, 16, generator=generator).to(dtype)
+    together = taps.mean_attention(query, key, None, None, None)
+    for i in range(3):
+        alone = taps.mean_attention(query[i : i + 1], key[i : i + 1], None, None, None)
+        assert torch.equal(together[i], alone[0])
+
+
+@pytest.mark.parametrize("method", ["full", "divprune:keep=1.0", "divprune@tile:keep=1.0"])
+def test_where_all_is_kept_the_model_rounds_as_it_does_by_itself(method: str) -> None:
+    rows = [make_sample("clip", layout, 3000 + i) for i, layout in enumerate(LAYOUTS)]
+    batch, model = collate(rows), model_of("clip", torch.bfloat16)
+    batch["pixel_values"] = batch["pixel_values"].bfloat16()
+    with torch.no_grad():
+        plain = model(**batch).logits
+        with vtc.patch(model, parse_method(method)):
+            assert torch.equal(model(**batch).logits, plain)
