@@ -106,9 +106,9 @@ def test_attention_rows_of_a_sample_are_those_it_has_alone(dtype: torch.dtype) -
     r = taps._AT_ONCE // (heads * k)
     query = torch.randn(3, heads, r, 16, generator=generator).to(dtype)
     key = torch.randn(3, 2, k, 16, generator=generator).to(dtype)
-    together = taps.mean_attention(query, key, None, None, None)
+    together = taps.mean_attention(query, key, None, None, taps.Options())
     for i in range(3):
-        alone = taps.mean_attention(query[i : i + 1], key[i : i + 1], None, None, None)
+        alone = taps.mean_attention(query[i : i + 1], key[i : i + 1], None, None, taps.Options())
         assert torch.equal(together[i], alone[0])
 
 

@@ -15,7 +15,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from vtc.families import Backbone, Family, ImageMap, Modality, UnsupportedModelError
 from vtc.methods.base import Method
-from vtc.methods.split import PerFrame, PerTile
 
 from . import taps
 from .encoder import EncoderSide, Merged

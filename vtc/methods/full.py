@@ -21,6 +21,11 @@ class Full(Method):
     name = "full"
     title = "All tokens"
 
+    @property
+    def keeps_all(self) -> bool:
+        """Always."""
+        return True
+
     def select(self, tokens: VisionTokens) -> Selection:
         """All indices, (n,)."""
         return Selection(torch.arange(len(tokens), device=tokens.features.device))

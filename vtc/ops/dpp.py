@@ -25,7 +25,7 @@ _FRONT = 192
 _AT_ONCE = 1024
 """Tokens that are brought up to date at a time: products of few rows take nearly as long."""
 
-_IN_BLOCKS_FROM = 256
+_IN_BLOCKS_FROM = 250
 """Tokens from which on a CPU looks at those next in line first."""
 
 
