@@ -21,7 +21,7 @@ DISTRIBUTION = "vision-token-compression"
 
 TESTED = {
     "torch": ("2.6.0", "2.14.1"),
-    "transformers": ("5.16.0", "5.24.0"),
+    "transformers": ("5.20.0", "5.24.0"),
     "lmms-eval": ("0.7.3", "0.7.3"),
 }
 """The oldest and the newest release on which the tests are run: those of the two locks."""
