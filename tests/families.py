@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -392,10 +393,16 @@ FAMILIES: dict[str, TinyFamily] = {}
 """By name: one per family, and variants such as "gemma3_short" (a window shorter than prompts)."""
 
 
+SINCE = {"smolvlm": "5.21", "video_llava": "5.21", "llava_next_video": "5.21"}
+"""Model types that older transformers do not run as their later ones do, and vtc refuses there."""
+
+
 def register(*families: TinyFamily) -> None:
-    """Add families under their names."""
+    """Add families under their names, but for those that this transformers is too old for."""
     for family in families:
-        FAMILIES[family.name] = family
+        needed = SINCE.get(family.model_type, "0")
+        if Version(transformers.__version__) >= Version(needed):
+            FAMILIES[family.name] = family
 
 
 # The families register themselves; they import the names above.

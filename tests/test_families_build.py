@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import vtc
 from tests.families import FAMILIES, LAYOUTS, Row, TinyFamily, Unsupported
 
 NAMES = list(FAMILIES)
@@ -233,3 +234,14 @@ def test_grids_are_those_of_the_positions(name: str, kind: str) -> None:
                 assert torch.equal(of[1:] - of[1:, :1], grid[1:, grid[0] == frame])
                 assert len(of[0].unique()) == 1
             assert len(found[0].unique()) == len(grid[0].unique())
+
+
+@pytest.mark.parametrize("kind", ["smolvlm", "video_llava", "llava_next_video"])
+def test_a_transformers_too_old_for_a_family_is_named(kind, monkeypatch):
+    if kind not in FAMILIES:  # this one is
+        pytest.skip("this transformers is too old for it")
+    model = FAMILIES[kind].build("eager")
+    monkeypatch.setattr("transformers.__version__", "5.20.0")
+    with pytest.raises(vtc.UnsupportedModelError, match=r"needs transformers 5\.21 or newer"):
+        vtc.patch(model, "random")
+    assert "_vtc_patch" not in vars(model.model)

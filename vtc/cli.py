@@ -506,6 +506,8 @@ def _observer(
             progress.advance(self.bar, samples)
 
         def finished(self, cell: Mapping[str, Any]) -> None:
+            if not progress.console.is_terminal:  # no bar moves there
+                progress.console.print(f"{cell['label']}: {cell['status']}", markup=False)
             for warning in cell.get("warnings", ()):
                 progress.console.print(f"{cell['label']}: {warning}", style="yellow")
             if cell["status"] != "done":

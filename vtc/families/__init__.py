@@ -6,6 +6,8 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 
+import transformers
+from packaging.version import Version
 from torch import nn
 
 from .base import CACHE, Backbone, Family, ImageMap, Modality, UnsupportedModelError
@@ -131,6 +133,12 @@ def find(model: nn.Module) -> tuple[Family, Backbone]:
             "other vision-language models of the same shape"
         )
     family = next((f for f in FAMILIES if kind in f.model_types), GENERIC)
+    needed = family.since.get(str(kind))
+    if needed is not None and Version(transformers.__version__) < Version(needed):
+        raise UnsupportedModelError(
+            f"model: the {type(model).__name__} of transformers {transformers.__version__} lacks "
+            f"what vtc hooks; it needs transformers {needed} or newer"
+        )
     try:
         backbone = family.backbone(model)
         family.check(backbone)

@@ -129,10 +129,13 @@ class Family:
         projects_patches: the projector makes one token of each patch state.
         tower: whether attention and keys of the vision tower can be read for methods that need it.
         clips_as_images: the base model encodes clips with `get_image_features`.
+        since: by model type, the first transformers whose model has what vtc hooks, if that is
+            newer than the oldest transformers that vtc runs on.
     """
 
     name: ClassVar[str] = "generic"
     model_types: ClassVar[tuple[str, ...]] = ()
+    since: ClassVar[Mapping[str, str]] = {}
     stages: ClassVar[tuple[str, ...]] = ("pixels", "encoder", "sequence", "layers")
     merger: ClassVar[str] = "get_placeholder_mask"
     masks_in_base: ClassVar[bool] = False

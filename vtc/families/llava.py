@@ -35,6 +35,7 @@ class VideoLlava(Family):
 
     name: ClassVar[str] = "video_llava"
     model_types: ClassVar[tuple[str, ...]] = ("video_llava",)
+    since: ClassVar[Mapping[str, str]] = {"video_llava": "5.21"}
     stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
     joins: ClassVar[tuple[Modality, ...]] = ("video",)
     video: ClassVar[bool] = True

@@ -103,6 +103,7 @@ class SmolVLM(Idefics3):
 
     name: ClassVar[str] = "smolvlm"
     model_types: ClassVar[tuple[str, ...]] = ("smolvlm",)
+    since: ClassVar[Mapping[str, str]] = {"smolvlm": "5.21"}
     frames: ClassVar[bool] = True
     merger: ClassVar[str] = "get_placeholder_mask"
 

@@ -21,6 +21,7 @@ class LlavaNext(Family):
 
     name: ClassVar[str] = "llava_next"
     model_types: ClassVar[tuple[str, ...]] = ("llava_next", "llava_next_video")
+    since: ClassVar[Mapping[str, str]] = {"llava_next_video": "5.21"}
     stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
     video: ClassVar[bool] = True
 
