@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 DEMO_OUT ?= results/demo
 # Where packages come from a mirror that only pip knows: make demo INSTALL='.venv/bin/python -m pip install'
-INSTALL ?= $(BIN)/uv pip install --python $(BIN)/python
+INSTALL ?= $(BIN)/uv pip install --compile-bytecode --python $(BIN)/python
 
 .PHONY: demo test lint fast lock catalogue test-floor test-newest mutants clean
 
