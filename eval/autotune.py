@@ -33,7 +33,7 @@ from dataclasses import asdict, dataclass, replace
 from statistics import NormalDist
 from typing import Any
 
-from vtc.spec import Keep, parse_method, split_list, takes_keep
+from vtc.spec import Keep, compact, parse_method, split_list, takes_keep
 
 from .report import FULL_WIDTH, named
 from .results import logged as logged_samples
@@ -263,7 +263,7 @@ def candidates(methods: Sequence[str], keeps: Sequence[Keep]) -> list[str]:
 
 def _with_keep(text: str, keep: Keep) -> str:
     wanted = parse_method(text, keep)
-    parts = split_list(text.replace(" ", ""), "|")
+    parts = split_list(compact(text), "|")
     for i, part in enumerate(parts):
         if takes_keep(part):
             whole = "|".join([*parts[:i], f"{part}:keep={keep!r}", *parts[i + 1 :]])

@@ -42,8 +42,9 @@ __all__ = [
 
 _PACKAGE = Path(str(vtc.__file__)).parent
 _APART = (
-    "__init__.py", "cli.py", "eval", "families/page.py", "integrations", "methods", "plots.py",
-    "presets", "spec.py", "trace.py", "training",
+    "__init__.py", "catalogue.py", "cli.py", "doctor.py", "eval", "families/page.py",
+    "integrations", "methods", "names.py", "plots.py", "presets", "spec.py", "trace.py",
+    "training", "views.py",
 )  # fmt: skip
 """Of vtc, what no answer passes through; methods are hashed one by one (`code_of_method`)."""
 _OF_EVAL = ("cell.py", "journal.py", "loading.py", "prefills.py", "scoring.py", "stats.py")

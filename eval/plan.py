@@ -13,7 +13,7 @@ from typing import Any
 
 import vtc
 from vtc.plugins import import_modules
-from vtc.spec import Keep, parse_method, split_list, takes_keep
+from vtc.spec import Keep, compact, parse_method, split_list, takes_keep
 
 __all__ = [
     "BASELINES",
@@ -212,10 +212,14 @@ def parse_arguments(text: str) -> dict[str, Any]:
     none are read as such.
 
     Raises:
-        BadInput: a part without "=", or a name that is there twice.
+        BadInput: a part without "=", a name that is there twice, or brackets that do not match.
     """
     found: dict[str, Any] = {}
-    for part in split_list(text):
+    try:
+        parts = split_list(text)
+    except ValueError as error:
+        raise BadInput("--model-args", str(error)) from None
+    for part in parts:
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or not name.isidentifier():
             raise BadInput("--model-args", f"expected name=value, got {part!r}")
@@ -276,7 +280,7 @@ def plan(settings: Settings) -> list[Cell]:
     if settings.seed < 0:
         raise BadInput("--seed", f"expected at least 0, got {settings.seed}")
     labels = [*(BASELINES if settings.baselines else ()), *settings.methods]
-    labels = list(dict.fromkeys(label.replace(" ", "") for label in labels))
+    labels = list(dict.fromkeys(compact(label) for label in labels))
     variants: list[tuple[str, Keep | None, vtc.Method, bool]] = []
     for label in labels:
         try:

@@ -215,10 +215,10 @@ def _fill(
             requests = _requests(model, tasks, settings, ids)
             _plain_pass(model, [r for r in requests if r.id not in samples], samples)
             for row in todo:
-                method = parse_method(row["label"], row["keep"], setup["seed"])
                 kept = found["kept"].setdefault(row["key"], {})
                 mine = [r for r in requests if r.id not in kept]
                 try:
+                    method = parse_method(row["label"], row["keep"], setup["seed"])
                     kept |= _kept(model, method, mine, samples)
                 except Exception as error:  # this method fails here; the others may not
                     problems.append(f"{row['label']}: {type(error).__name__}: {error}")

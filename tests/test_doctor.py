@@ -158,3 +158,11 @@ def test_public_names() -> None:
     assert seen.stdout.split() == ["vtc.patching", *["True"] * 5], seen.stderr
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = vtc.nonsense
+
+
+def test_doctor_speaks_where_torch_is_broken(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.13 is missing')\n")
+    seen = _run("from vtc.cli import app; app(['doctor'])", PYTHONPATH=str(tmp_path))
+    assert "PyTorch cannot be imported: libcudart.so.13 is missing" in seen.stdout, seen.stderr
+    assert "core: torch" in seen.stdout
+    assert seen.returncode == 1

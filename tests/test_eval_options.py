@@ -297,3 +297,17 @@ def test_it_is_said_before_the_first_cell(folder, tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="cannot be imported"):
         run(_settings(tmp_path, folder))
     assert not (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--model-args", "a=(1"), ("--tasks", "pope("), ("--methods", "todre(")]
+)
+def test_brackets_that_do_not_match_are_said(option, value, tmp_path):
+    from typer.testing import CliRunner
+
+    from vtc.cli import app
+
+    result = CliRunner().invoke(app, ["eval", option, value, "--out", str(tmp_path)])
+    assert result.exit_code == 2
+    assert option in result.output
+    assert "Traceback" not in result.output

@@ -211,3 +211,46 @@ def test_a_masked_image_is_none_beside_others() -> None:
     assert tokens.image == 0
     assert int(state.text.sum()) == 7
     assert state.original == (36,)
+
+
+@dataclass(frozen=True)
+class Places(Probe):
+    """Notes which patches it is shown."""
+
+    needs = frozenset({"patches"})
+
+    seen: list[VisionTokens] = field(default_factory=list)
+
+    def select(self, tokens: VisionTokens) -> Selection:
+        self.seen.append(tokens)
+        return Selection(torch.arange(0, len(tokens), 2))
+
+
+def test_patches_are_those_of_the_open_tokens() -> None:
+    model, probe = build_model("clip", "llama"), Places()
+    batch, _ = opened(11)
+    with vtc.patch(model, probe):
+        run(model, batch)
+    (tokens,) = probe.seen
+    assert tokens.patches is not None
+    rows, columns = tokens.grid[:, 1], tokens.grid[:, 2]
+    assert torch.equal(tokens.patches[:, 0], rows * 6 + columns)
+    assert tokens.patches[:, 0].tolist() == list(range(11, 11 + HOLE))
+
+
+@pytest.mark.parametrize("first", ["downsample:keep=4:how=pixels", "tome:keep=9"])
+def test_masks_that_hide_all_that_the_tower_made(first: str) -> None:
+    """Nothing is left to choose from, in either part."""
+    model = build_model("clip", "llama")
+    row = make_sample("clip", (2, "image", 7), 100)
+    batch = collate([row])
+    place = (row.input_ids == IMAGE).nonzero().flatten()
+
+    probe = Sees()
+    with vtc.patch(model, make(first) | probe):
+        run(model, batch)
+    kept = probe.selects[0].grid[:, 1] * 6 + probe.selects[0].grid[:, 2]
+    batch["attention_mask"][0, place[kept]] = 0
+    with vtc.patch(model, make(f"{first}|random:keep=2")):
+        found = run(model, batch)
+    assert torch.isfinite(found.logits[batch["attention_mask"].bool()]).all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import sys
 import threading
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import vtc
 from tests.models import build_model, collate, samples
 from tests.test_exactness import TOLERANCE, difference
+from vtc.engine import taps
 from vtc.engine.override import Override
 
 PAIRS = {
@@ -113,6 +115,43 @@ def test_threads_of_two_models_do_not_hear_each_other(name: str) -> None:
         for thread in threads:
             thread.join(120)
     assert max(worst) < TOLERANCE
+
+
+def test_taps_may_come_and_go_while_another_model_attends() -> None:
+    """Two patched models and a plain one on one tower, threads changing places all the time."""
+    pair = _sharing("vision_tower")
+    trouble: list[BaseException] = []
+    layers = [layer.self_attn for layer in pair[0].model.vision_tower.encoder.layers]
+    configs = [layer.config for layer in layers]
+
+    def come_and_go() -> None:
+        try:
+            for _ in range(400):
+                taps.install(layers[0]).remove()
+        except BaseException as error:
+            trouble.append(error)
+
+    def attend() -> None:
+        hidden = torch.randn(1, 5, layers[0].embed_dim)
+        try:
+            for _ in range(200):
+                layers[0](hidden)
+        except BaseException as error:
+            trouble.append(error)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=act) for act in (come_and_go, come_and_go, attend)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+    finally:
+        sys.setswitchinterval(before)
+    assert not trouble
+    assert [layer.config for layer in layers] == configs
+    assert not any(hasattr(layer, "_vtc_taps") for layer in layers)
 
 
 def test_a_copy_of_one_of_two_runs_by_itself(pair: tuple[Any, Any]) -> None:

@@ -165,3 +165,13 @@ def test_a_bar_composes_as_in_python(text: str, expected: Method) -> None:
 def test_duplicates_and_stray_characters_are_refused(text: str, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         parse_method(text)
+
+
+def test_compact_leaves_what_is_quoted():
+    from vtc.spec import compact
+
+    assert compact(" todre : keep = 0.1 | fastv ") == "todre:keep=0.1|fastv"
+    assert compact("atp:weights='a folder/with  blanks'") == "atp:weights='a folder/with  blanks'"
+    assert compact("v2drop:keep=(0.5, 0.25)") == "v2drop:keep=(0.5,0.25)"
+    with pytest.raises(ValueError, match="unknown name"):
+        parse_method(compact("ran dom"))

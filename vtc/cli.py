@@ -97,6 +97,16 @@ def _entry(console: Console, name: str, facts: Iterable[str]) -> None:
             console.print(line, markup=False, soft_wrap=True)
 
 
+def _listed(option: str, text: str) -> tuple[str, ...]:
+    """The parts of a list with commas."""
+    from vtc.spec import split_list
+
+    try:
+        return tuple(split_list(text))
+    except ValueError as error:
+        raise _fail(option, str(error)) from None
+
+
 def _fail(option: str, message: str) -> typer.BadParameter:
     return typer.BadParameter(message, param_hint=option)
 
@@ -421,12 +431,11 @@ def evaluate(
 def _tasks(tasks: str | None, suite: str | None) -> tuple[str, ...]:
     """The tasks that --tasks or --suite names; the generated scenes without either."""
     from vtc.eval.suites import expand
-    from vtc.spec import split_list
 
     if tasks is not None and suite is not None:
         raise _fail("--suite", "expected --tasks or --suite, got both")
     if suite is None:
-        return tuple(split_list(tasks or "vtc_scenes"))
+        return _listed("--tasks", tasks or "vtc_scenes")
     try:
         return tuple(expand(suite))
     except ValueError as error:
@@ -667,7 +676,7 @@ def autotune(
     except ValueError as error:
         raise _fail("--keep" if "keep:" in str(error) else "--methods", str(error)) from None
     settings = Settings(
-        out=out, model=model, methods=names, keeps=keeps, tasks=tuple(split_list(tasks)),
+        out=out, model=model, methods=names, keeps=keeps, tasks=_listed("--tasks", tasks),
         batch_size=batch_size, device=device, seed=seed, imports=tuple(imports),
     )  # fmt: skip
     try:
@@ -755,7 +764,7 @@ def bench(
         size = int(height), int(width)
     settings = timing.Settings(
         config=config, layers=layers, pretrained=pretrained, methods=names, keeps=keeps,
-        batches=batches, dtypes=tuple(split_list(dtype)), device=device, image=size, text=text,
+        batches=batches, dtypes=_listed("--dtype", dtype), device=device, image=size, text=text,
         decode=decode, unpatched=unpatched, warmup=warmup, repeats=repeats, threads=threads,
         seed=seed, out=out,
     )  # fmt: skip

@@ -119,8 +119,10 @@ def broken_imports() -> Iterator[tuple[str, str]]:
 
 def devices() -> list[str]:
     """A line for each device that PyTorch can use."""
-    import torch
-
+    try:
+        import torch
+    except Exception as error:  # whatever a broken build raises
+        return [f"PyTorch cannot be imported: {error}"]
     found = [f"cpu: {os.cpu_count()} cores, PyTorch uses {torch.get_num_threads()} threads"]
     for i in range(torch.cuda.device_count()):
         seen = torch.cuda.get_device_properties(i)

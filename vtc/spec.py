@@ -27,7 +27,7 @@ from .methods.base import Method, make, methods
 from .methods.split import PerFrame, PerTile
 from .names import unknown
 
-__all__ = ["parse_keep", "parse_method", "split_list", "takes_keep"]
+__all__ = ["compact", "parse_keep", "parse_method", "split_list", "takes_keep"]
 
 Keep = int | float
 Part = tuple[str, str, dict[str, Any]]
@@ -69,6 +69,15 @@ def _split(text: str, separator: str) -> list[str]:
     if closers or quote:
         raise ValueError(f"{'quotes' if quote else 'brackets'} do not match in {text!r}")
     return [part.strip() for part in [*parts, text[start:]]]
+
+
+def compact(text: str) -> str:
+    """`text` without the blanks around separators and brackets; those in quotes stay."""
+    return re.sub(
+        r"""('[^']*'|"[^"]*")|\s*([|:=,@()\[\]])\s*""",
+        lambda found: found[1] or found[2],
+        text.strip(),
+    )
 
 
 def parse_keep(text: str) -> Keep:

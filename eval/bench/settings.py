@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import vtc
-from vtc.spec import Keep, parse_method, takes_keep
+from vtc.spec import Keep, compact, parse_method, takes_keep
 
 from ..run import DTYPES, BadInput
 
@@ -191,7 +191,7 @@ def plan(settings: Settings) -> list[Variant]:
             "--pretrained", "goes with a checkpoint as it is: a folder or an id, all its layers"
         )
     found: list[Variant] = []
-    for label in dict.fromkeys(text.replace(" ", "") for text in settings.methods):
+    for label in dict.fromkeys(compact(text) for text in settings.methods):
         try:
             if not takes_keep(label):
                 found.append(Variant(label, None, parse_method(label, None, settings.seed)))

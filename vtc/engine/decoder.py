@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import functools
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
@@ -31,6 +32,9 @@ def check_in_place(family: Family, backbone: Backbone, layers: list[Any]) -> Non
     """Raise `RuntimeError` if modules of `backbone`, or the decoder `layers` that were hooked, are
     not those that run now."""
     found = family.backbone(backbone.model)
+    same = found.base is backbone.base and found.decoder is backbone.decoder
+    if same and len(layers) == len(found.layers) and all(map(is_, layers, found.layers)):
+        return
     pairs = [
         ("base model", backbone.base, found.base),
         ("language model", backbone.decoder, found.decoder),
@@ -111,8 +115,9 @@ class DecoderSide:
     def check_in_place(self) -> None:
         """Raise `RuntimeError` if what is listened to is not what runs now."""
         for layer, name, module in self.parts:
-            where = f"{name} of decoder layer {layer}"
-            check_same(where, module, getattr(self.backbone.layers[layer], name))
+            now = getattr(self.backbone.layers[layer], name)
+            if now is not module:
+                check_same(f"{name} of decoder layer {layer}", module, now)
         for layer, tap in self.taps.items():
             if not tap.in_place:
                 raise RuntimeError(

@@ -110,9 +110,13 @@ class EncoderSide:
         kwargs: dict[str, Any],
     ) -> tuple[Any, list[Merged]]:
         """`get_image_features`, image by image; features (m, d) in the order of their places."""
+        before = self.layers, self.used, self.has_cls  # of a call that this one interrupts
         self._look_at(backbone, given)
-        with self._installed():
-            return self._encode(original, kwargs)
+        try:
+            with self._installed():
+                return self._encode(original, kwargs)
+        finally:
+            self.layers, self.used, self.has_cls = before
 
     def _encode(
         self, original: Callable[..., Any], kwargs: dict[str, Any]

@@ -261,7 +261,8 @@ class Engine:
         self.decoder.check_in_place()
 
     def _run_base(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._check_in_place()
+        if self.calls.asked is None:  # else the model, which calls it, has looked
+            self._check_in_place()
         asked = self.calls.take_asked()
         given = _by_name(self.backbone.base, args, kwargs)
         labels, logits = asked.labels, asked.logits
@@ -540,6 +541,9 @@ class Engine:
                  for i in range(len(self.plan.sequence))],
             )
             for span in forward.spans
+            # Nothing is chosen where a mask hides all that the tower made of an image.
+            if all((i, span.sample, span.ordinal) in forward.decisions
+                   for i in range(len(self.plan.sequence)))
         ]  # fmt: skip
         numbers = [i for i, part in enumerate(parts) if "sequence" in part.stages]
         dropped = forward.dropped | dropped_in_sequence(chains, numbers)

@@ -31,6 +31,7 @@ class ImageSignals:
         tower: what each tower layer that is read shows of the tokens that are filled.
         encoder: (k, d_v) what the projector received of these, if it is read.
         cls: (d_v,) state of [CLS] beside it, where there is one.
+        open_patches: `patches`, if the user's mask hides some of the image's tokens.
     """
 
     map: ImageMap
@@ -40,6 +41,15 @@ class ImageSignals:
     encoder: Tensor | None = None
     cls: Tensor | None = None
     crop_cls: Tensor | None = None
+    open_patches: Tensor | None = None
+
+    @property
+    def patches(self) -> Tensor | None:
+        """(n, m) tower patches of each vision token, those that are not filled included."""
+        if self.open_patches is not None or self.map.patches is None:
+            return self.open_patches
+        separator = self.map.separator
+        return self.map.patches if separator is None else self.map.patches[~separator]
 
     def only(self, seen: Tensor) -> ImageSignals:
         """The signals of the vision tokens `seen` (n,) bool, as if there were no others."""
@@ -50,9 +60,11 @@ class ImageSignals:
             kept = place[kept.to(seen.device)[filled]]
         picked = filled.nonzero()
         encoder = self.encoder
+        patches = self.patches
         return replace(
             self,
             kept=kept,
+            open_patches=None if patches is None else patches[seen.to(patches.device)],
             tower={layer: heard.of(picked) for layer, heard in self.tower.items()},
             encoder=None if encoder is None else encoder[picked[:, 0].to(encoder.device)],
         )
@@ -474,9 +486,7 @@ def _signals(
         found["encoder_cls"] = None if signals.cls is None else signals.cls.to(device)
         found["crop_cls"] = None if signals.crop_cls is None else signals.crop_cls.to(device)
         found["project"] = project
-    if "patches" in needs and (patches := signals.map.patches) is not None:
-        separator = signals.map.separator
-        whole = patches if separator is None else patches[~separator]
+    if "patches" in needs and (whole := signals.patches) is not None:
         filled = whole if signals.kept is None else whole[signals.kept.to(whole.device)]
         found["patches"] = filled.to(device)[alive]
     if "text" in needs:

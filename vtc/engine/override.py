@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 _KEYS = itertools.count()
+_LOCK = threading.RLock()
+"""Of shadowing and bringing back: models of several threads may share what is shadowed."""
 
 
 class Override:
@@ -22,11 +25,12 @@ class Override:
 
     def __init__(self, target: Any, name: str, replacement: Callable[..., Any]) -> None:
         self.target, self.name, self.replacement = target, name, replacement
-        self.previous = vars(target).get(name)
         self.removed = False
         self.key = next(_KEYS)
-        setattr(target, name, self)
-        vars(target).setdefault(_NOTED, {})[self.key] = self
+        with _LOCK:
+            self.previous = vars(target).get(name)
+            setattr(target, name, self)
+            vars(target).setdefault(_NOTED, {})[self.key] = self
 
     @property
     def original(self) -> Any:
@@ -74,6 +78,10 @@ class Override:
     def remove(self) -> None:
         """Several may shadow one method, and come off in any order."""
         self.removed = True
+        with _LOCK:
+            self._remove()
+
+    def _remove(self) -> None:
         noted = vars(self.target).get(_NOTED, {})
         noted.pop(self.key, None)
         if not noted:

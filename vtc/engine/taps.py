@@ -24,6 +24,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from .report import Stopwatch
 
 TAP = "vtc_tap"
+_LOCK = threading.RLock()
+"""Taps come and go with every call, also on modules that models of other threads share."""
 
 _AT_ONCE = 2**18
 """Probabilities that are held at a time where only their mean is wanted: 1 MiB stays in a cache."""
@@ -68,12 +70,13 @@ class Tap:
         return self.module.config is self.module._vtc_taps.private
 
     def remove(self) -> None:
-        shared: _Taps = self.module._vtc_taps
-        shared.taps.remove(self)
-        if not shared.taps:
-            if self.in_place:  # else somebody gave it another, which stays
-                self.module.config = shared.config
-            del self.module._vtc_taps
+        with _LOCK:
+            shared: _Taps = self.module._vtc_taps
+            shared.taps.remove(self)
+            if not shared.taps:
+                if self.in_place:  # else somebody gave it another, which stays
+                    self.module.config = shared.config
+                del self.module._vtc_taps
 
 
 @dataclass
@@ -87,13 +90,14 @@ class _Taps:
 
 def install(module: Any) -> Tap:
     """Tap `module`, an attention module of transformers with a `config`."""
-    if not hasattr(module, "_vtc_taps"):
-        private = copy.copy(module.config)
-        private._attn_implementation_internal = TAP
-        module._vtc_taps = _Taps(module.config, private)
-        module.config = private
-    tap = Tap(module)
-    module._vtc_taps.taps.append(tap)
+    with _LOCK:
+        if not hasattr(module, "_vtc_taps"):
+            private = copy.copy(module.config)
+            private._attn_implementation_internal = TAP
+            module._vtc_taps = _Taps(module.config, private)
+            module.config = private
+        tap = Tap(module)
+        module._vtc_taps.taps.append(tap)
     return tap
 
 
@@ -135,18 +139,20 @@ def _tapped_attention(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    shared: _Taps = module._vtc_taps
+    # Another thread may have taken the last tap off since this one was led here.
+    shared: _Taps | None = getattr(module, "_vtc_taps", None)
     silent = False
-    for tap in shared.taps:
-        if tap.armed is not None and tap.hears:
+    for tap in () if shared is None else tuple(shared.taps):
+        if tap.hears and (heard := tap.armed) is not None:
             silent |= tap.silent
             with torch.no_grad():
-                tap.armed(query, key, value, attention_mask, kwargs)
+                heard(query, key, value, attention_mask, kwargs)
     if silent:
         b, h, q = query.shape[:3]
         return query.new_zeros(b, q, h, value.shape[-1]), None
     default = _default_attention(module)
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(shared.config._attn_implementation, default)
+    own = module.config if shared is None else shared.config
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(own._attn_implementation, default)
     return attend(module, query, key, value, attention_mask, **kwargs)
 
 

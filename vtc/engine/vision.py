@@ -88,7 +88,7 @@ class VisionSide:
         several threads, and calls within calls, do not mix."""
         names = (
             *("listening", "given", "taps", "cls_states", "encoder_states"),
-            *("recent", "clock", "heard"),
+            *("recent", "clock", "heard", "backbone", "tower_layers"),
         )
         left = {name: self.__dict__[name] for name in names}
         left["states"] = [(tap.armed, tap.captured) for tap in self.taps.values()]
@@ -159,7 +159,7 @@ class VisionSide:
                 ]
             yield
         finally:
-            self.listening = None
+            self.listening, self.given = None, {}
             for handle in handles:
                 handle.remove()
             for tap in self.taps.values():
