@@ -174,6 +174,7 @@ class CrossEngine:
     # ---- the model ----------------------------------------------------------------------------
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         request = Request(self.backbone.model, original, args, kwargs)
+        request.refuse_fullgraph()
         if request.given.get("pixel_values") is not None:
             request.refuse_pieces()
             request.refuse_guesses(

@@ -156,6 +156,7 @@ class Engine:
         if images:
             request.refuse_pieces()
             request.refuse_drafts()
+        request.refuse_fullgraph()
         if request.setting("compile_config") is not None:
             self._warn_of_compiling()
         with self.calls.generate(images, request.prompt_width if request.guesses else None) as call:

@@ -7,6 +7,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .override import WHOLE
+
 
 class Request:
     """One call of `generate`, read as `generate` itself reads it.
@@ -65,6 +67,15 @@ class Request:
                 "prefill_chunk_size: a patched model takes a prompt with images in one piece, got "
                 f"{chunk}; give None, or unpatch"
             )
+
+    def refuse_fullgraph(self) -> None:
+        """
+        Raises:
+            ValueError: decoding would be compiled as a whole.
+        """
+        config = self.setting("compile_config")
+        if getattr(config, "fullgraph", False) and not self.setting("disable_compile"):
+            raise ValueError(f"compile_config: expected fullgraph=False, got {config}; {WHOLE}")
 
     def refuse_drafts(self) -> None:
         """

@@ -15,6 +15,41 @@ _KEYS = itertools.count()
 _LOCK = threading.RLock()
 """Of shadowing and bringing back: models of several threads may share what is shadowed."""
 
+WHOLE = (
+    "a patched model is no single graph, since how many tokens it keeps depends on their values; "
+    "vtc.unpatch(model) first, or compile only the decoder, without fullgraph: "
+    "model.model.language_model = torch.compile(model.model.language_model)"
+)
+"""Why a patched model cannot be compiled with `fullgraph=True`, exported or traced."""
+
+
+def _eager(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` left out of what is compiled, which Dynamo then explains, from torch 2.7 on."""
+    takes = inspect.signature(torch.compiler.disable).parameters
+    more: dict[str, Any] = {"reason": WHOLE} if "reason" in takes else {}
+    return torch.compiler.disable(function, **more)
+
+
+def refuse_tracing() -> None:
+    """
+    Raises:
+        RuntimeError: the model is being exported or traced, which would fix the tokens that are
+            kept to those of the example.
+    """
+    for tracer, on in (
+        ("torch.export", getattr(torch.compiler, "is_exporting", bool)()),  # since torch 2.7
+        ("torch.jit.trace", torch.jit.is_tracing()),
+    ):
+        if on:
+            raise RuntimeError(f"{tracer}: {WHOLE}")
+
+
+# Compiled, the method that is shadowed would be looked up on the instance, and be this again.
+# Arguments are not taken apart, or every other set of them would be compiled anew.
+@_eager
+def _run(override: Override, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return override.run(override.target, *args, **kwargs)
+
 
 class Override:
     """Shadows a method of one instance; `remove` brings the instance back as it was.
@@ -63,16 +98,20 @@ class Override:
         # Whoever takes off wrappers and binds what is left (accelerate) must not bind this.
         return Unbound(self)
 
-    # Compiled, the method that is shadowed would be looked up on the instance, and be this again.
-    @torch.compiler.disable
+    @property
+    def __code__(self) -> Any:
+        return Override.__call__.__code__  # torch.export asks where a forward is defined
+
+    # Not disabled itself, or `fullgraph=True` would only find that nothing was compiled.
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(self.target, *args, **kwargs)
+        return _run(self, args, kwargs)
 
     def run(self, instance: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Call it for `instance`, which is the target or shares its attributes."""
         original = self.original_of(instance)
         if self.removed:  # somebody wrapped it in between
             return original(*args, **kwargs)
+        refuse_tracing()
         return self.replacement(original, *args, **kwargs)
 
     def remove(self) -> None:
@@ -121,7 +160,7 @@ class Unbound:
         this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
         return bound.replace(parameters=[this, *bound.parameters.values()])
 
-    @torch.compiler.disable
+    @_eager
     def __call__(self, instance: Any, /, *args: Any, **kwargs: Any) -> Any:
         # A copy of the instance has an override of its own, but methods keep their function.
         noted = vars(instance).get(_NOTED, {})
