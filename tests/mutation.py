@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which share of mutants a method's own tests kill: `python -m tests.mutation`.
 
-Mutants are cosmic-ray's (`pip install cosmic-ray`), which starts a process with PyTorch for each of
+Mutants are cosmic-ray's (extra `dev`), which starts a process with PyTorch for each of
 them. Here one process imports what tests need, and forks for each: the child imports vtc with the
 mutated source of one file and runs that file's own tests (`OWN`) until one fails.
 
