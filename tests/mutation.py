@@ -40,7 +40,9 @@ def _of(file: str, chosen: str = "") -> tuple[str, str]:
 
 OWN: dict[str, tuple[str, str]] = {
     "methods/atp": _of("test_method_atp.py", "atp and not catp"),
-    "methods/base": ("test_methods.py", ""),
+    "methods/base": (
+        f"test_methods.py {_SETTINGS} test_method_baselines.py test_keep.py", ""
+    ),
     "methods/catp": _of(_COVERAGE, "catp"),
     "methods/cdpruner": _of("test_method_selectors.py", "cdpruner"),
     "methods/correlation": _of(

@@ -229,7 +229,7 @@ def test_keep_and_positions_are_checked(name: str) -> None:
 def test_a_layer_that_the_decoder_has_not_is_refused_with_the_last_it_has(name: str) -> None:
     assert vtc.make(name, layer=7).prune_layers(8) == (7,)
     with pytest.raises(
-        ValueError, match="^layer: expected at most 7 in a model of 8 decoder layers, got 8$"
+        ValueError, match=r"^layer: expected at most 7 in a model of 8 decoder layers, got 8$"
     ):
         vtc.make(name, layer=8).prune_layers(8)
 
