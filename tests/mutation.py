@@ -76,7 +76,7 @@ OWN: dict[str, tuple[str, str]] = {
         f"{_COVERAGE} {_OPS}", "coverage_ or greedy_coverage or cover_each or copy_adds or factors"
     ),
     "ops/density": (_OPS, "densit or distances or mirrored"),
-    "ops/dpp": ("test_dpp.py", ""),
+    "ops/dpp": (f"test_dpp.py {_OPS}", "test_dpp or dpp_greedy or refuse"),
     "ops/greedy": (
         _OPS, "greedy or max or center or isolated or tenth or equal or many or gradient"
     ),
