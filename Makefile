@@ -53,6 +53,10 @@ lock: $(VENV)/.uv
 		$(UPGRADE) --resolution lowest-direct --extra eval --extra test \
 		--output-file requirements-floor.lock pyproject.toml
 
+# Which share of mutants of the methods and ops their own tests kill; see tests/MUTANTS.md.
+mutants: $(VENV)/.dev
+	$(BIN)/python -m tests.mutation --count 10 --out mutants.json
+
 # What `vtc methods` knows without importing PyTorch; a test says when it is out of date.
 catalogue: $(VENV)/.dev
 	$(BIN)/python -m vtc.catalogue

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which share of mutants a method's own tests kill: `python -m tests.mutation`.
 
-Mutants are cosmic-ray's (`pip install cosmic-ray`), which starts a process with PyTorch for each of
+Mutants are cosmic-ray's (extra `dev`), which starts a process with PyTorch for each of
 them. Here one process imports what tests need, and forks for each: the child imports vtc with the
 mutated source of one file and runs that file's own tests (`OWN`) until one fails.
 
@@ -40,7 +40,9 @@ def _of(file: str, chosen: str = "") -> tuple[str, str]:
 
 OWN: dict[str, tuple[str, str]] = {
     "methods/atp": _of("test_method_atp.py", "atp and not catp"),
-    "methods/base": ("test_methods.py", ""),
+    "methods/base": (
+        f"test_methods.py {_SETTINGS} test_method_baselines.py test_keep.py", ""
+    ),
     "methods/catp": _of(_COVERAGE, "catp"),
     "methods/cdpruner": _of("test_method_selectors.py", "cdpruner"),
     "methods/correlation": _of(
@@ -74,7 +76,7 @@ OWN: dict[str, tuple[str, str]] = {
         f"{_COVERAGE} {_OPS}", "coverage_ or greedy_coverage or cover_each or copy_adds or factors"
     ),
     "ops/density": (_OPS, "densit or distances or mirrored"),
-    "ops/dpp": (f"test_method_selectors.py {_OPS}", "test_dpp or dpp_greedy or refuse"),
+    "ops/dpp": (f"test_dpp.py {_OPS}", "test_dpp or dpp_greedy or refuse"),
     "ops/greedy": (
         _OPS, "greedy or max or center or isolated or tenth or equal or many or gradient"
     ),

@@ -142,6 +142,12 @@ def test_visionzip_splits_as_published(total: int, parts: tuple[int, int]) -> No
     assert vtc.VisionZip().split(total) == parts
 
 
+def test_visionzip_splits_few_tokens_too() -> None:
+    assert [vtc.VisionZip().split(total) for total in (1, 2, 3)] == [(1, 0), (1, 1), (2, 1)]
+    assert [vtc.VisionZip(contextual=0).split(total) for total in (1, 2)] == [(1, 0), (2, 0)]
+    assert [vtc.VisionZip(contextual=0.99).split(total) for total in (2, 5)] == [(1, 1), (1, 4)]
+
+
 @quick
 @given(st.integers(8, 40), st.integers(0, 5), st.booleans(), st.sampled_from(["sum", "mean"]))
 def test_visionzip_follows_its_definition(n: int, seed: int, cls: bool, how: str) -> None:

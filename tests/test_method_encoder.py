@@ -173,6 +173,7 @@ def test_tome_halves_at_best_and_says_what_is_possible() -> None:
 def test_tome_leaves_alone_what_fits() -> None:
     assert all(merging is None for _, merging in run(ToMe(1.0), 36))
     assert all(merging is None for _, merging in run(ToMe(50), 36))
+    assert [ToMe().pairs(n, 36, layers_left=5) for n in (1, 30, 36)] == [0, 0, 0]
 
 
 def test_merged_copies_of_a_patch_count_as_often_as_they_are() -> None:

@@ -188,6 +188,16 @@ def test_constant_attention_has_no_outliers_and_falls_back_to_one():
     assert plus.indices.tolist() == [0, 4, 8]
 
 
+@pytest.mark.parametrize("n", [30, 300])
+def test_a_grid_of_every_patch_leaves_nothing_to_sum_up(n):
+    weights = torch.zeros(n, dtype=torch.float64)
+    weights[: 7 * n // 30] = 1.0  # so many outliers that the grid's step is 1
+    tokens = looking(weights)
+    found = PruMergePlus(neighbours=1).select(tokens)
+    assert found.indices.tolist() == list(range(n))
+    torch.testing.assert_close(found.features, merged(tokens, list(range(n)), 1, True))
+
+
 def test_one_spike_keeps_one():
     spike = torch.full((20,), 0.01, dtype=torch.float64)
     spike[7] = 0.8

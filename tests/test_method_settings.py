@@ -223,3 +223,23 @@ def test_keep_and_positions_are_checked(name: str) -> None:
         assert vtc.make(name, positions=positions).positions == positions
     with pytest.raises(ValueError, match=r"^positions: expected one of 'original', 'contiguous'"):
         vtc.make(name, positions="new")
+
+
+@pytest.mark.parametrize("name", ["dart", "fastv", "todre"])
+def test_a_layer_that_the_decoder_has_not_is_refused_with_the_last_it_has(name: str) -> None:
+    assert vtc.make(name, layer=7).prune_layers(8) == (7,)
+    for layer in (8, 9, 40):
+        accepted = "expected at most 7 in a model of 8 decoder layers"
+        with pytest.raises(ValueError, match=f"^layer: {accepted}, got {layer}$"):
+            vtc.make(name, layer=layer).prune_layers(8)
+
+
+@pytest.mark.parametrize("name", ["pyramiddrop", "v2drop"])
+def test_layers_that_the_decoder_has_not_are_refused_with_the_last_it_has(name: str) -> None:
+    assert vtc.make(name, layers=(1, 2, 7)).prune_layers(8) == (1, 2, 7)
+    for layers in ((1, 2, 8), (1, 2, 9), (1, 1, 2)):
+        with pytest.raises(
+            ValueError,
+            match=r"^layers: expected ascending layers up to 7 in a model of 8 decoder layers, got",
+        ):
+            vtc.make(name, layers=layers).prune_layers(8)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from typing import Any, ClassVar
+from unittest import mock
 
 import pytest
 import torch
@@ -203,6 +204,33 @@ def test_parts_do_not_draw_alike() -> None:
     found = vtc.PerTile(vtc.Random(keep=9)).select(tokens).indices
     drawn = [(found[found // 25 == tile] % 25).tolist() for tile in range(3)]
     assert len({tuple(places) for places in drawn}) == 3
+
+
+@pytest.mark.parametrize("frames", [False, True])
+def test_a_part_hears_what_it_had_at_first(frames: bool) -> None:
+    """Where others have left every second token of 3 tiles, or of 3 frames of 2 tiles."""
+    whole = clip(3, 4, 4) if frames else tiled(3, 4, 4)
+    crop = whole.grid[:, 1] // 2 if frames else whole.crop
+    assert crop is not None
+    row_of = ("features", "grid", "cls_attention", "low_attention", "keys", "encoder")
+    tokens = dataclasses.replace(
+        whole,
+        **{field: getattr(whole, field)[::2] for field in row_of},
+        crop=crop[::2],
+        every_grid=whole.grid,
+        every_crop=crop,
+    )
+    method = vtc.PerFrame(vtc.Random(keep=4)) if frames else vtc.PerTile(vtc.Random(keep=4))
+    with mock.patch.object(
+        vtc.Random, "select", autospec=True, side_effect=vtc.Random.select
+    ) as select:
+        method.select(tokens)
+    assert select.call_count == 3
+    for number, call in enumerate(select.call_args_list):
+        given, own = call.args[1], slice(16 * number, 16 * number + 16)
+        assert (len(given), given.original) == (8, 16)
+        assert given.every_grid.tolist() == whole.grid[own].tolist()
+        assert given.every_crop.tolist() == crop[own].tolist()
 
 
 def test_they_ask_for_what_their_methods_ask_for() -> None:

@@ -133,11 +133,11 @@ class TransPrune(Method):
             counted = (len(vision),)
             share = share if stage == 0 else shares[stage] / shares[stage - 1]
         k = max(1, sum(int(n * share) for n in counted))
-        variation, sums = self._measured(state)
-        if k >= vision.shape[0]:
-            return Selection(torch.arange(len(vision), device=vision.device), memory=sums)
-        if state.ahead is None:
+        if state.ahead is None and k < len(vision):
             raise ValueError("ahead: TransPrune needs it, got a state without")
+        variation, sums = self._measured(state)
+        if state.ahead is None or k >= len(vision):
+            return Selection(torch.arange(len(vision), device=vision.device), memory=sums)
         score = self.alpha * _shares(variation)
         if state.ahead.shape[0]:
             score = score + (1 - self.alpha) * _shares(state.ahead[:, vision].mean(0))
