@@ -175,8 +175,8 @@ class PruMergePlus(PruMerge):
 def _highest(values: Tensor, count: int) -> Tensor:
     """(m, count) columns of the highest of each of the (m, n) rows, ascending, with count below n.
 
-    Ties go to the lowest column, which `topk` does not promise; sorting takes ten times as long, and is for
-    rows that tie at the limit.
+    Ties go to the lowest column, which `topk` does not promise; sorting takes ten times as long,
+    and is for rows that tie at the limit.
     """
     best, columns = values.topk(count + 1)
     columns = columns[:, :count]
