@@ -457,8 +457,8 @@ def test_visionzip_merges_the_rest():
     """Of 99 others (one is [CLS]'s slot), 10 are targets; keys are averaged over 4 heads."""
     found = selector_flops("visionzip", 110, 64, keep=20, contextual=0.5, vision_d=48, heads=4)
     rest = 110 - 9
-    compared, averaged = 2 * (rest - 10) * 10 * 12, 2 * (rest - 10) * 10 * 48
-    assert found == compared + averaged + 2 * 110 * 48
+    compared = 2 * (rest - 10) * 10 * 12  # averages are sums, not products
+    assert found == compared + 2 * 110 * 48
 
 
 def test_fastv_reads_one_row():

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vtc.methods.base import VisionTokens, make
-from vtc.methods.prumerge import PruMerge, PruMergePlus
+from vtc.methods.prumerge import PruMerge, PruMergePlus, _highest
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -260,3 +260,14 @@ def test_half_precision_is_raised_inputs_stay_and_runs_agree(dtype):
     torch.testing.assert_close(found.features.float(), exact.features, rtol=2e-2, atol=2e-2)
     for then, now in zip(before, (small.encoder, small.keys, small.cls_query), strict=True):
         assert torch.equal(then, now)
+
+
+@given(levels=st.integers(1, 5), n=st.integers(2, 12), seed=st.integers(0, 10**6), data=st.data())
+@quick
+def test_neighbours_tie_to_the_lowest_patch(levels: int, n: int, seed: int, data: Any) -> None:
+    """Whatever `topk` makes of ties: as a stable sort has them."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(0, levels, (4, n), generator=generator).float()
+    count = data.draw(st.integers(1, n - 1))
+    ranked = values.sort(dim=1, descending=True, stable=True).indices[:, :count]
+    assert torch.equal(_highest(values, count), ranked.sort(dim=1).values)

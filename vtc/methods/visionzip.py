@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, one_hot
+from torch.nn.functional import normalize
 
 from vtc.methods.base import (
     Method,
@@ -19,6 +19,7 @@ from vtc.methods.base import (
     check_keep,
 )
 from vtc.ops import top_k
+from vtc.ops.merging import sums
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,10 @@ class VisionZip(Method):
             return held
         metric = normalize(keys.float(), dim=1)
         nearest = (metric[joining] @ metric[targets].T).argmax(1)
-        # A matrix product, not scattered additions, whose order is not fixed on a GPU.
-        member = one_hot(nearest, len(targets)).T.to(held.dtype)
-        count, total = member.sum(1), member @ states[joining].float()
+        # Those that join no target are summed apart: a copy of all others would take longer.
+        group = rest.new_full((len(states),), len(targets)).index_copy_(0, joining, nearest)
+        count = torch.bincount(nearest, minlength=len(targets)).to(held.dtype)
+        total = sums(states.float(), group, len(targets) + 1)[:-1]
         mean = total / count.clamp(min=1)[:, None]
         if self.merge_by == "sum":
             return held + mean

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-AHEAD = 2 * 16
+AHEAD = 4 * 16
 """Rows of similarities that are made at a time: a multiple of what BLAS makes at once."""
 
 SLACK = 1e-5
@@ -66,9 +66,9 @@ def search_isolated(rows: Tensor) -> tuple[int, dict[int, np.ndarray]]:
     Returns:
         The index, and the rows of similarities made on the way, -inf to itself.
     """
-    n, at_once = rows.shape[0], 5 * AHEAD
+    n, at_once = rows.shape[0], 160
     made: dict[int, np.ndarray] = {}
-    some = torch.arange(0, n, max(1, n // (8 * AHEAD)))
+    some = torch.arange(0, n, max(1, n // 256))
     block = rows @ rows[some].T
     block[some, torch.arange(len(some))] = -torch.inf
     bound, nearest = block.amax(1), rows.new_full((n,), torch.inf)

@@ -44,17 +44,17 @@ def merge_into_nearest(
     group = (rows @ rows_at(rows, kept).mT).argmax(-1)
     group.scatter_(-1, kept, torch.arange(k, device=kept.device).expand_as(kept))
     wide = rows.new_ones(*images, n, 1) if weights is None else weights.to(rows.dtype)[..., None]
-    wide = torch.where(rows_at(_sums(wide, group, k), group) > 0, wide, torch.ones_like(wide))
-    summed = _sums(contents.to(rows.dtype) * wide, group, k)
-    return (summed / _sums(wide, group, k)).to(contents.dtype)
+    wide = torch.where(rows_at(sums(wide, group, k), group) > 0, wide, torch.ones_like(wide))
+    summed = sums(contents.to(rows.dtype) * wide, group, k)
+    return (summed / sums(wide, group, k)).to(contents.dtype)
 
 
-def _sums(values: Tensor, group: Tensor, k: int) -> Tensor:
+def sums(values: Tensor, group: Tensor, k: int) -> Tensor:
     """(..., k, d) sums of the (..., n, d) rows of each group."""
     if values.device.type != "cpu":
         return _product_sums(values, group, k)
     if values.ndim > 2:
-        return torch.stack([_sums(*one, k) for one in zip(values, group, strict=True)])
+        return torch.stack([sums(*one, k) for one in zip(values, group, strict=True)])
     return values.new_zeros(k, values.shape[1]).index_add_(0, group, values)
 
 
