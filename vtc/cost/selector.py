@@ -50,9 +50,9 @@ def selector_flops(
     Before the language model, `select` runs on random tensors of these sizes, and PyTorch's counter
     counts it. Between layers, `prune` is counted alike. Attention rows that either reads are
     arithmetic: 2 r s w for r rows over s tokens in a layer w wide, which the engine computes beside
-    the layer's own attention. Products of matrices and vectors alone count: norms, softmax, sorting,
-    gathering and sums of patches do not; nor does the projector through which they go. Where a choice
-    depends on the contents, so may its cost.
+    the layer's own attention. Products of matrices and vectors alone count: norms, softmax,
+    sorting, gathering and sums of patches do not; nor does the projector through which merged
+    patches go. Where a choice depends on the contents, so may its cost.
 
     The prompt is the image and then the text. It takes about as long as the choice itself, on the
     CPU in float32.
