@@ -251,6 +251,7 @@ _TILED: dict[str, Callable[[Any, Sequence[int]], float]] = {
     "smolvlm_vision": _fixed(0),
 }
 _NATIVE: dict[str, Callable[[Any, Segments], float]] = {
+    "glm4v_moe_vision": _glm4v,
     "glm4v_vision": _glm4v,
     "kimi_k25_vision": _qwen3,
     "pixtral": _pixtral,
