@@ -83,7 +83,7 @@ class EncoderSide:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.layers: Any = []  # looked up at each call
+        self.layers = []  # looked up at each call
         self._forget()
 
     @contextmanager
