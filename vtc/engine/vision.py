@@ -159,7 +159,7 @@ class VisionSide:
                 ]
             yield
         finally:
-            self.listening, self.given = None, {}
+            self.listening = None
             for handle in handles:
                 handle.remove()
             for tap in self.taps.values():
@@ -241,7 +241,7 @@ class VisionSide:
                 with self.clock.measure(device), self.heard.measure(device):
                     signals = self._all(modality, given, features)
         finally:
-            self.backbone, self.taps = found, {}
+            self.backbone, self.taps, self.given = found, {}, {}
             self.cls_states = self.encoder_states = None
         self._remember(modality, self.family.features(out), signals)
         return out if wanted else out.to_tuple()
