@@ -732,11 +732,11 @@ def test_the_command_shows_what_a_target_costs(monkeypatch: pytest.MonkeyPatch) 
     from vtc.cli import app
 
     monkeypatch.setenv("COLUMNS", "250")
-    result = CliRunner().invoke(app, ["presets", "visionzip", "--target", "llava-1.5"])
+    result = CliRunner().invoke(app, ["presets", "visionzip", "--target", "llava-1.5", "--wide"])
     assert result.exit_code == 0, result.output
     header, *lines = [line.split() for line in result.output.splitlines() if line.strip()]
     assert header[8:12] == ["KV", "MiB", "TFLOPs", "settings"]
-    found = {line[2]: line[7:9] for line in lines if line[0] == "visionzip"}
+    found = {line[3]: line[7:9] for line in lines if line[0] == "visionzip"}
     assert set(found) == {"192", "128", "64"}
     for tokens, (cache, flops) in found.items():
         seen = find("visionzip", "llava-1.5", int(tokens)).schedule()
