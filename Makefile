@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 DEMO_OUT ?= results/demo
 # Where packages come from a mirror that only pip knows: make demo INSTALL='.venv/bin/python -m pip install'
-INSTALL ?= $(BIN)/uv pip install --compile-bytecode --python $(BIN)/python
+INSTALL ?= $(BIN)/uv pip install --python $(BIN)/python
 
 .PHONY: demo test lint fast lock catalogue test-floor test-newest mutants clean
 
@@ -26,7 +26,7 @@ $(VENV)/.demo: pyproject.toml $(VENV)/.uv
 	touch $@
 
 $(VENV)/.dev: pyproject.toml $(VENV)/.uv
-	$(INSTALL) --constraint requirements.lock --editable ".[dev]"
+	UV_COMPILE_BYTECODE=1 $(INSTALL) --constraint requirements.lock --editable ".[dev]"
 	touch $@ $(VENV)/.demo
 
 lint: $(VENV)/.dev
