@@ -129,6 +129,7 @@ def test_doctor_imports_what_a_version_cannot_tell(tmp_path: Path) -> None:
     [
         "import vtc",
         "import vtc; vtc.__version__",
+        "from vtc import doctor, names",
         "from typer.testing import CliRunner; from vtc.cli import app;"
         "assert CliRunner().invoke(app, ['--help']).exit_code == 0",
         "from typer.testing import CliRunner; from vtc.cli import app;"
@@ -136,7 +137,7 @@ def test_doctor_imports_what_a_version_cannot_tell(tmp_path: Path) -> None:
         "from typer.testing import CliRunner; from vtc.cli import app;"
         "assert CliRunner().invoke(app, ['methods']).exit_code == 0",
     ],
-    ids=["import", "names", "help", "version", "methods"],
+    ids=["import", "names", "modules", "help", "version", "methods"],
 )
 def test_what_needs_no_model_starts_without_torch(code: str) -> None:
     heavy = "{'torch', 'transformers', 'lmms_eval', 'pandas', 'matplotlib'}"

@@ -30,6 +30,8 @@ from tests.probes import Ragged
 from tests.test_exactness import difference
 from vtc.methods.base import Method
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 METHODS: dict[str, Callable[[], Method]] = {
     "ragged": Ragged,
     "fastv": lambda: vtc.FastV(keep=0.3, layer=2),

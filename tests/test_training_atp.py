@@ -30,6 +30,8 @@ from vtc.training.atp import (
     train,
 )
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 TOTAL, LAYERS = 36, (1, 4, 6)
 
 

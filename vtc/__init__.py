@@ -7,6 +7,7 @@ Importing `vtc` imports neither PyTorch nor transformers: the first use of a nam
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,7 +38,11 @@ def __getattr__(name: str) -> Any:
         return import_module(f"vtc.{name}")
     if name in _HOMES:
         found = getattr(import_module(f"vtc.{_HOMES[name]}"), name)
-    elif name.startswith("_") or name not in (home := import_module("vtc.methods")).__all__:
+    elif (
+        name.startswith("_")
+        or find_spec(f"vtc.{name}") is not None  # a module: `from vtc import doctor` asks here first
+        or name not in (home := import_module("vtc.methods")).__all__
+    ):
         raise AttributeError(f"module 'vtc' has no attribute {name!r}")
     else:
         found = getattr(home, name)

@@ -16,6 +16,12 @@ from torch import Tensor
 AHEAD = 4 * 16
 """Rows of similarities that are made at a time: a multiple of what BLAS makes at once."""
 
+SAMPLE: int = 256
+"""Tokens to which similarities bound how near the nearest of each token is."""
+
+SEARCHED: int = 160
+"""Tokens whose bounds are made exact at a time."""
+
 SLACK = 1e-5
 """What rounding may add to a cosine in fp32, generously."""
 
@@ -66,15 +72,15 @@ def search_isolated(rows: Tensor) -> tuple[int, dict[int, np.ndarray]]:
     Returns:
         The index, and the rows of similarities made on the way, -inf to itself.
     """
-    n, at_once = rows.shape[0], 160
+    n = rows.shape[0]
     made: dict[int, np.ndarray] = {}
-    some = torch.arange(0, n, max(1, n // 256))
+    some = torch.arange(0, n, max(1, n // SAMPLE))
     block = rows @ rows[some].T
     block[some, torch.arange(len(some))] = -torch.inf
     bound, nearest = block.amax(1), rows.new_full((n,), torch.inf)
     best = torch.inf
     while True:
-        low, index = bound.topk(min(at_once, n), largest=False)
+        low, index = bound.topk(min(SEARCHED, n), largest=False)
         index = index[low <= best + SLACK]
         if not len(index):
             return int(nearest.argmin()), made
