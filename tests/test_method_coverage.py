@@ -80,6 +80,16 @@ def test_tokens_that_cover_each_other_best_are_equal() -> None:
         )
 
 
+def test_a_small_difference_of_gains_decides() -> None:
+    """A gain that is larger by a twenty-thousandth is larger; the first is not."""
+    similarity = torch.eye(6) * torch.tensor([1.0, 1.00005, 0.5, 0.50001, 0.2, 0.20001])
+    assert coverage_greedy(similarity, 6).tolist() == [1, 0, 3, 2, 5, 4]
+    factor = torch.tensor([1e-3, 1.00005e-3, 5e-4, 5.0001e-4, 2e-4, 2.0001e-4])
+    assert coverage_greedy(torch.eye(6), 6, factor).tolist() == [1, 0, 3, 2, 5, 4]
+    bonus = factor
+    assert coverage_greedy(torch.zeros(6, 6), 6, bonus=bonus).tolist() == [1, 0, 3, 2, 5, 4]
+
+
 def test_a_copy_adds_nothing_and_ties_go_to_the_first() -> None:
     rows = torch.eye(3)[[0, 0, 1, 2]]
     assert coverage_greedy(rows @ rows.T, 4).tolist() == [0, 2, 3, 1]

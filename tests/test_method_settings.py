@@ -243,3 +243,15 @@ def test_layers_that_the_decoder_has_not_are_refused_with_the_last_it_has(name: 
             match=r"^layers: expected ascending layers up to 7 in a model of 8 decoder layers, got",
         ):
             vtc.make(name, layers=layers).prune_layers(8)
+
+
+def test_layers_are_refused_by_the_name_and_the_numbers_that_were_given() -> None:
+    """SparseVLM's are those after which tokens go; VScan has one."""
+    assert vtc.SparseVLM(layers=(1, 2, 6)).prune_layers(8) == (2, 3, 7)
+    with pytest.raises(
+        ValueError, match=r"^layers: expected ascending layers up to 6 .*, got \(1, 2, 7\)$"
+    ):
+        vtc.SparseVLM(layers=(1, 2, 7)).prune_layers(8)
+    assert vtc.VScan(layer=7).prune_layers(8) == (7,)
+    with pytest.raises(ValueError, match=r"^layer: expected a layer up to 7 .*, got 8$"):
+        vtc.VScan(layer=8).prune_layers(8)

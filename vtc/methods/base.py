@@ -542,25 +542,36 @@ def budget(keep: float | int, n: int) -> int:
 
 
 def scale_layers(
-    given: tuple[int, ...] | None, published: tuple[float, ...], num_layers: int
+    given: int | tuple[int, ...] | None,
+    published: tuple[float, ...],
+    num_layers: int,
+    *,
+    after: bool = False,
 ) -> tuple[int, ...]:
     """The layers before which a method acts in a decoder of `num_layers`.
 
     Args:
-        given: the user's, which must fit; `None` for those that were published.
+        given: the user's `layers`, or one `layer`, which must fit; `None` for those that were
+            published.
         published: shares of the depth; rounded half up to layers, and kept apart. A decoder too
             shallow for all of them gets as many as it has room for.
+        after: whether the given layers are those after which the method acts, not before.
 
     Raises:
         ValueError: given layers that do not ascend, or that the decoder has not.
     """
     if given is not None:
-        if any(a >= b for a, b in pairwise(given)) or (given and given[-1] >= num_layers):
-            raise ValueError(
-                f"layers: expected ascending layers up to {num_layers - 1} in a model of "
-                f"{num_layers} decoder layers, got {given}"
+        layers = (given,) if isinstance(given, int) else given
+        last = num_layers - 1 - after
+        if any(a >= b for a, b in pairwise(layers)) or (layers and layers[-1] > last):
+            name, wanted = (
+                ("layer", "a layer") if given is not layers else ("layers", "ascending layers")
             )
-        return given
+            raise ValueError(
+                f"{name}: expected {wanted} up to {last} in a model of {num_layers} decoder "
+                f"layers, got {given}"
+            )
+        return tuple(layer + after for layer in layers)
     scaled: list[int] = []
     for share in published:
         wanted = int(share * num_layers + 0.5)

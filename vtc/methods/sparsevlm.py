@@ -114,9 +114,12 @@ class SparseVLM(Method):
             ValueError: layers that do not ascend, or after which there is none; or as many numbers
                 in `keep` as there are not layers.
         """
-        given = None if self.layers is None else tuple(layer + 1 for layer in self.layers)
-        found = scale_layers(given, (0.09375, 0.21875, 0.5), num_layers)
-        if given is not None and isinstance(self.keep, tuple) and len(self.keep) != len(found):
+        found = scale_layers(self.layers, (0.09375, 0.21875, 0.5), num_layers, after=True)
+        if (
+            self.layers is not None
+            and isinstance(self.keep, tuple)
+            and len(self.keep) != len(found)
+        ):
             raise ValueError(
                 f"keep: expected one number, or one for each of the {len(found)} layers, "
                 f"got {self.keep}"

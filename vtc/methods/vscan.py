@@ -134,8 +134,7 @@ class VScan(Method):
         """
         if not self._cuts:
             return ()
-        given = None if self.layer is None else (self.layer,)
-        return scale_layers(given, (0.5,), num_layers)
+        return scale_layers(self.layer, (0.5,), num_layers)
 
     def peeks(self, num_layers: int) -> dict[int, Rows]:
         """The prompt's last row."""
