@@ -70,6 +70,7 @@ OWN: dict[str, tuple[str, str]] = {
     "methods/visionzip": _of("test_method_baselines.py", "visionzip"),
     "methods/vispruner": _of("test_method_selectors.py", "vispruner"),
     "methods/vscan": _of("test_method_selectors.py", "vscan"),
+    "ops/ahead": ("test_ahead.py", ""),
     "ops/batch": (_OPS, "batch or several_images"),
     "ops/bipartite": (_OPS, "match"),
     "ops/coverage": (
@@ -92,7 +93,7 @@ OWN: dict[str, tuple[str, str]] = {
 _SAME = ("Is_Eq", "IsNot_NotEq", "Eq_Is", "NotEq_IsNot", "Variable")
 """Parts of the names of operators whose mutants mean the same, or that need arguments."""
 
-_SIZES = ("_AT_ONCE", "_UP_TO")
+_SIZES = ("_AT_ONCE", "_UP_TO", "AHEAD", "FRONT")
 """How names end of constants on which only speed depends."""
 
 

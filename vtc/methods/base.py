@@ -564,12 +564,13 @@ def scale_layers(
         layers = (given,) if isinstance(given, int) else given
         last = num_layers - 1 - after
         if any(a >= b for a, b in pairwise(layers)) or (layers and layers[-1] > last):
-            name, wanted = (
-                ("layer", "a layer") if given is not layers else ("layers", "ascending layers")
+            kind = (
+                "layer: expected a layer"
+                if layers != given
+                else "layers: expected ascending layers"
             )
             raise ValueError(
-                f"{name}: expected {wanted} up to {last} in a model of {num_layers} decoder "
-                f"layers, got {given}"
+                f"{kind} up to {last} in a model of {num_layers} decoder layers, got {given}"
             )
         return tuple(layer + after for layer in layers)
     scaled: list[int] = []

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy choice on a CPU: rows of similarities are made some at a time, for tokens next in line.
+"""Greedy choice among many tokens on a CPU, without most of the similarities.
 
 A product of one row and all tokens reads all features for little arithmetic; the product of all
-pairs does n / k times too much. When a row is missing it is therefore made together with those of
-the tokens that are next in line, most of which are chosen soon after. What is chosen is the same up
-to rounding; looking at a result costs nothing on a CPU, unlike on a GPU.
+pairs does n / k times too much. In between, similarities are made in blocks: of tokens that are
+likely to be chosen next (`smallest_sum`), or of those that still can be (`farthest`,
+`most_isolated`). What is chosen is the same up to rounding; looking at a result costs nothing on a
+CPU, unlike on a GPU.
 """
 
 from __future__ import annotations
@@ -13,34 +14,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-AHEAD = 4 * 16
+AHEAD = 2 * 16
 """Rows of similarities that are made at a time: a multiple of what BLAS makes at once."""
 
-SAMPLE: int = 256
-"""Tokens to which similarities bound how near the nearest of each token is."""
-
-SEARCHED: int = 160
-"""Tokens whose bounds are made exact at a time."""
+FRONT = 128
+"""Tokens, at least, that are compared with one another to choose the farthest among."""
 
 SLACK = 1e-5
 """What rounding may add to a cosine in fp32, generously."""
 
 
-def greedy_ahead(
-    rows: Tensor,
-    k: int,
-    pivot: int,
-    combine: np.ufunc,
-    made: dict[int, np.ndarray] | None = None,
-) -> Tensor:
-    """(k,) greedy choice among the unit `rows` (n, d) from `pivot` on, in order.
+def smallest_sum(rows: Tensor, k: int, pivot: int) -> Tensor:
+    """(k,) greedy choice among the unit `rows` (n, d) from `pivot` on, in order, of the token whose
+    similarities to all chosen ones have the smallest sum.
 
-    Args:
-        combine: of the running values (n,) and the similarities to the token just chosen, add or
-            maximum.
-        made: rows of similarities that are there already, by token.
+    When a row of similarities is missing, it is made together with those of the tokens that are
+    next in line, most of which are chosen soon after.
     """
-    n, made = rows.shape[0], made or {}
+    n, made = rows.shape[0], dict[int, np.ndarray]()
     chosen = [pivot]
     # NumPy's calls cost less than PyTorch's, and here each is for one row.
     running = rows.mv(rows[pivot]).numpy()
@@ -56,38 +47,93 @@ def greedy_ahead(
             block = np.ascontiguousarray((rows @ rows[missing].T).numpy().T)
             made.update(zip(missing, block, strict=True))
         chosen.append(index)
-        # Infinity stays infinity under + and max, so a chosen token never returns.
-        combine(running, made.pop(index), out=running)
-        running[index] = np.inf
+        running += made.pop(index)
+        running[index] = np.inf  # and so it stays: a chosen token never returns
     return torch.tensor(chosen)
 
 
-def search_isolated(rows: Tensor) -> tuple[int, dict[int, np.ndarray]]:
-    """The most isolated of the unit `rows` (n, d), without most of the pairs: a token that has come
-    near some other is out.
+def farthest(rows: Tensor, k: int, pivot: int) -> Tensor:
+    """(k,) greedy choice among the unit `rows` (n, d) from `pivot` on, in order, of the token whose
+    largest similarity to a chosen one is smallest.
 
-    Similarities to a few tokens bound the nearest from below; exact ones are made for those with
-    the lowest bounds, and bound all others in turn. Ends when no bound is below the best.
-
-    Returns:
-        The index, and the rows of similarities made on the way, -inf to itself.
+    That largest similarity only grows, so what it was some choices ago bounds it from below. The
+    tokens in front are brought up to date and compared with one another, and chosen among until a
+    token behind them might be farther. Most tokens fall behind early and are not looked at again.
     """
     n = rows.shape[0]
-    made: dict[int, np.ndarray] = {}
-    some = torch.arange(0, n, max(1, n // SAMPLE))
-    block = rows @ rows[some].T
-    block[some, torch.arange(len(some))] = -torch.inf
-    bound, nearest = block.amax(1), rows.new_full((n,), torch.inf)
-    best = torch.inf
+    front = min(max(FRONT, k // 3), n)
+    wide = min(2 * front, n)
+    chosen = [pivot]
+    low = rows.mv(rows[pivot]).numpy()
+    low[pivot] = np.inf  # and so it stays: a chosen token never returns
+    seen = np.ones(n, dtype=np.int64)  # chosen tokens that `low` covers
+
+    def bring_up_to_date(tokens: np.ndarray) -> int:
+        stale = tokens[seen[tokens] < len(chosen)]
+        if len(stale):
+            since = chosen[seen[stale].min() :]
+            found = (rows[stale] @ rows[since].T).amax(1).numpy()
+            low[stale] = np.maximum(low[stale], found)
+            seen[stale] = len(chosen)
+        return len(stale)
+
+    while len(chosen) < k:
+        while 4 * bring_up_to_date(np.argpartition(low, wide - 1)[:wide]) > wide:
+            pass  # others may have come to the front
+        order = np.argpartition(low, min(front, n - 1))
+        near, behind = np.sort(order[:front]), low[order[front:]].min(initial=np.inf)
+        bring_up_to_date(near)
+        held = rows[near]
+        pairs, running = (held @ held.T).numpy(), low[near]
+        while len(chosen) < k:
+            place = int(running.argmin())
+            if running[place] > behind:
+                break
+            chosen.append(int(near[place]))
+            np.maximum(running, pairs[place], out=running)
+            running[place] = np.inf
+        low[near], seen[near] = running, len(chosen)
+    return torch.tensor(chosen)
+
+
+def most_isolated(rows: Tensor) -> int:
+    """The token among the unit `rows` (n, d) whose most similar other token is least similar to it.
+
+    Similarities to some tokens bound the nearest one from below; where the bound is above what an
+    other token has in truth, the token is out. The bounds of those that are left are raised by
+    ever more tokens, and the lowest are replaced by the truth.
+    """
+    n = rows.shape[0]
+    apart = max(1, n // AHEAD)
+    order = torch.cat([torch.arange(start, n, apart) for start in range(apart)])
+    nearest, bound = rows.new_full((n,), torch.inf), rows.new_full((n,), -torch.inf)
+    left, held, place, done = torch.arange(n), rows, torch.arange(n), 0
+
+    def find_nearest(tokens: Tensor) -> None:
+        block = rows[tokens] @ rows.T
+        block[torch.arange(len(tokens)), tokens] = -torch.inf  # itself
+        nearest[tokens] = block.amax(1)
+        torch.maximum(bound, block.amax(0), out=bound)
+
     while True:
-        low, index = bound.topk(min(SEARCHED, n), largest=False)
-        index = index[low <= best + SLACK]
-        if not len(index):
-            return int(nearest.argmin()), made
-        block = rows[index] @ rows.T
-        block[torch.arange(len(index)), index] = -torch.inf
-        made.update(zip(index.tolist(), block.numpy(), strict=True))
-        nearest[index] = block.amax(1)
-        bound = torch.maximum(bound, block.amax(0))
-        bound[nearest < torch.inf] = torch.inf
-        best = float(nearest.min())
+        # As much work each time: fewer tokens meet more others.
+        others = order[done : done + AHEAD * (n // len(left))]
+        done += len(others)
+        block = held @ rows[others].T
+        own = place[others]
+        block[own[own >= 0], (own >= 0).nonzero()[:, 0]] = -torch.inf
+        bound[left] = torch.maximum(bound[left], block.amax(1))
+        find_nearest(left[bound[left].topk(min(AHEAD // 4, len(left)), largest=False).indices])
+        alive = (bound[left] <= nearest.min() + SLACK) & (nearest[left] == torch.inf)
+        some = left[alive]
+        if done >= n:
+            nearest[some] = bound[some]  # of all others
+            return int(nearest.argmin())
+        if len(some) <= 2 * AHEAD:
+            if len(some):
+                find_nearest(some)
+            return int(nearest.argmin())
+        if 5 * len(some) < 4 * len(left):
+            left, held = some, rows[some]
+            place = torch.full((n,), -1)
+            place[left] = torch.arange(len(left))

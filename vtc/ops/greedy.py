@@ -5,7 +5,7 @@ Both functions keep one running value per token and update it with the similarit
 just chosen: O(n k d) time and O(n d) memory. Where a sixth of the tokens or more are chosen, one
 product of all pairs, read row by row, is faster than k products that each read all features again,
 and is made instead (`_all_pairs`). Nothing leaves the device inside the loop. For many tokens on a
-CPU, rows are made some at a time, image by image (`vtc.ops.ahead`). The order of choice is
+CPU, most similarities are never made, image by image (`vtc.ops.ahead`). The order of choice is
 returned, so the first j of k choices are, up to rounding, the choice of j; sort them to put tokens
 back in sequence order.
 
@@ -18,11 +18,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from vtc.ops.ahead import greedy_ahead, search_isolated
+from vtc.ops import ahead
 from vtc.ops.batch import check_fits, check_shape, rows_at, times, together
 from vtc.ops.similarity import unit_rows
 
@@ -31,7 +30,7 @@ PLAINLY: ContextVar[bool] = ContextVar("plainly", default=False)
 `vtc.cost.selector_flops` counts."""
 
 _AHEAD_FROM = 1024
-"""Tokens from which on a CPU makes rows some at a time."""
+"""Tokens from which on `vtc.ops.ahead` is faster on a CPU."""
 
 _PAIRS_UP_TO = 4096
 """Tokens of which all pairs are kept in memory: 64 MiB an image."""
@@ -77,12 +76,12 @@ def max_min(features: Tensor, k: int) -> Tensor:
     Args, returns and raises as `max_sum`, which has a pivot.
     """
     check_shape("features", features, "n", "d")
+    _check_k(k, features.shape[-2])
     if not _in_lockstep(features):
         return torch.stack([max_min(one, k) for one in features])
     rows = unit_rows(features.detach())
     if _many_on_cpu(rows):
-        isolated, made = search_isolated(rows)
-        return _greedy(rows, k, isolated, torch.maximum, made=made)
+        return ahead.farthest(rows, k, ahead.most_isolated(rows))
     if rows.shape[-2] > _PAIRS_UP_TO:
         return farthest_first(rows, k, most_isolated(rows))
     pairs = rows @ rows.mT
@@ -124,7 +123,7 @@ def _all_pairs(n: int, k: int) -> bool:
 
 
 def _many_on_cpu(rows: Tensor) -> bool:
-    """Whether rows of similarities are best made some at a time. With few tokens there is little to
+    """Whether `vtc.ops.ahead` is for these rows. With few tokens there is little to
     gain, and exact duplicates tie to the lowest index in the other ways only."""
     many = rows.device.type == "cpu" and rows.shape[-2] >= _AHEAD_FROM
     return many and not PLAINLY.get()
@@ -135,18 +134,21 @@ def _in_lockstep(features: Tensor) -> bool:
     return features.ndim < 3 or (together(features) and not _many_on_cpu(features))
 
 
+def _check_k(k: int, n: int) -> None:
+    if not 1 <= k <= n:
+        raise ValueError(f"k: expected a whole number from 1 to the {n} tokens given, got {k}")
+
+
 def _greedy(
     features: Tensor,
     k: int,
     pivot: int | Tensor,
     combine: Callable[[Tensor, Tensor], Tensor],
     pairs: Tensor | None = None,
-    made: dict[int, np.ndarray] | None = None,
 ) -> Tensor:
     check_shape("features", features, "n", "d")
     *images, n, _ = features.shape
-    if not 1 <= k <= n:
-        raise ValueError(f"k: expected a whole number from 1 to the {n} tokens given, got {k}")
+    _check_k(k, n)
     if isinstance(pivot, int) and not 0 <= pivot < n:
         raise ValueError(f"pivot: expected an index from 0 to {n - 1}, got {pivot}")
     if isinstance(pivot, Tensor) and pivot.numel() > 1:
@@ -157,8 +159,8 @@ def _greedy(
         return torch.stack([_greedy(one, k, first, combine) for one, first in each])
     rows = unit_rows(features.detach())  # an index has no gradient
     if pairs is None and _many_on_cpu(rows):
-        ufunc = np.add if combine is torch.add else np.maximum
-        return greedy_ahead(rows, k, int(pivot), ufunc, made)
+        choose = ahead.smallest_sum if combine is torch.add else ahead.farthest
+        return choose(rows, k, int(pivot))
     index = torch.empty(*images, 1, dtype=torch.long, device=rows.device)
     index[..., 0] = pivot
     if pairs is None and _all_pairs(n, k):
