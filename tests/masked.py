@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -488,8 +489,13 @@ class Masked:
 
     def logits(self, extra: Tensor | None = None) -> Tensor:
         """(b, s + e, V) after the row and each of the continuations (b, e)."""
-        if extra is None:
-            extra = torch.empty(1, 0, dtype=torch.long)
+        return self._of_prompt if extra is None else self._after(extra)
+
+    @cached_property
+    def _of_prompt(self) -> Tensor:
+        return self._after(torch.empty(1, 0, dtype=torch.long))
+
+    def _after(self, extra: Tensor) -> Tensor:
         found = torch.stack([self._logits(tail, {}) for tail in extra])
         every = torch.arange(found.shape[1])
         kept = torch.cat([self.alive_at_end, self.alive.new_ones(extra.shape[1])])

@@ -14,6 +14,7 @@ Decoder layers of the Llama shape are understood: `input_layernorm`, `self_attn`
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -479,14 +480,19 @@ class Truth:
             raise ValueError("the reference defines no sliding window shorter than the text")
         return torch.ones(len(seen), len(seen), dtype=torch.bool).tril() & seen
 
-    @torch.no_grad()
     def logits(self, extra: Tensor | None = None) -> Tensor:
         """Logits (b, s + e, V) after the sample followed by each of the continuations (b, e).
 
         At a dropped position they are those of the nearest kept token before it.
         """
-        if extra is None:
-            extra = torch.empty(1, 0, dtype=torch.long)
+        return self._of_prompt if extra is None else self._logits(extra)
+
+    @cached_property
+    def _of_prompt(self) -> Tensor:
+        return self._logits(torch.empty(1, 0, dtype=torch.long))
+
+    @torch.no_grad()
+    def _logits(self, extra: Tensor) -> Tensor:
         b, e = extra.shape
         tail = self.model.get_input_embeddings()(extra)
         hidden = torch.cat((self.embeds.expand(b, -1, -1), tail), dim=1)

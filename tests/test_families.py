@@ -221,13 +221,21 @@ def truths(name: str, probe: str, kind: str, scored: bool = False) -> tuple[Mask
 
 
 @cache
+def plain(name: str, kind: str) -> tuple[torch.Tensor, ...]:
+    """The logits of each row with nothing dropped, in a batch of its own."""
+    family, model = FAMILIES[name], pristine(name)
+    return tuple(Masked(family, model, None, row).logits()[0] for row in rows_of(name, kind))
+
+
+@cache
 def distance(name: str, probe: str, kind: str) -> float:
     """How far the plain model is away at the end of the prompt: the furthest row of the batch."""
-    family, model = FAMILIES[name], pristine(name)
-    found = []
-    for row, truth in zip(rows_of(name, kind), truths(name, probe, kind), strict=True):
-        plain = Masked(family, model, None, row).logits()[0]
-        away = difference(truth.logits()[0][-1], plain[-1])
+    found, every = (
+        [],
+        zip(rows_of(name, kind), truths(name, probe, kind), plain(name, kind), strict=True),
+    )
+    for row, truth, uncompressed in every:
+        away = difference(truth.logits()[0][-1], uncompressed[-1])
         if row.images:
             found.append(away)
         else:

@@ -331,18 +331,21 @@ def dynamo() -> Iterator[None]:
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("first", ["patch", "compile"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    ("name", "how"),
+    ("name", "how", "first"),
     [
-        ("llava_onevision", "layers"),
-        pytest.param("qwen2_5_vl", "layers", marks=pytest.mark.slow),
-        pytest.param("llava_onevision", "decoder", marks=pytest.mark.slow),
-        pytest.param("gemma3", "decoder", marks=pytest.mark.slow),
-        pytest.param("idefics3", "decoder.compile", marks=pytest.mark.slow),
-        ("llava_onevision", "model.compile"),
-        ("internvl", "torch.compile"),
+        ("llava_onevision", "layers", "patch"),
+        ("llava_onevision", "layers", "compile"),
+        pytest.param("qwen2_5_vl", "layers", "patch", marks=pytest.mark.slow),
+        pytest.param("llava_onevision", "decoder", "patch", marks=pytest.mark.slow),
+        pytest.param("llava_onevision", "decoder", "compile", marks=pytest.mark.slow),
+        pytest.param("gemma3", "decoder", "compile", marks=pytest.mark.slow),
+        pytest.param("idefics3", "decoder.compile", "patch", marks=pytest.mark.slow),
+        ("llava_onevision", "model.compile", "patch"),
+        ("llava_onevision", "model.compile", "compile"),
+        ("internvl", "torch.compile", "patch"),
+        ("internvl", "torch.compile", "compile"),
     ],
 )
 def test_compiled(name: str, how: str, method: str, first: str, dynamo: None) -> None:
