@@ -335,6 +335,8 @@ def test_show_says_what_the_processor_crops_and_warns_of_nothing(cli, folder, tm
     wide = Image.new("RGB", (4 * SIDE, SIDE))
     wide.paste(picture(0), (int(1.5 * SIDE), 0))
     wide.save(tmp_path / "wide.png")
+    import matplotlib.pyplot  # noqa: F401  # old releases warn while they are imported
+
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         result = cli(

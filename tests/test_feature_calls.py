@@ -150,6 +150,46 @@ def test_joined_layers_are_refused_by_call(method: Method) -> None:
         _logits(model, vision_feature_layer=[-2, -1])
 
 
+@pytest.mark.parametrize("method", [vtc.ToMe(keep=9), vtc.FlowCut(keep=9)], ids=["tome", "flowcut"])
+def test_a_call_of_another_layer_in_the_middle_of_the_tower(method: Method) -> None:
+    """Each merges in the layers of its own."""
+    model = build_model("clip", "llama")
+    found: list[Tensor] = []
+    busy: list[bool] = []
+
+    def ask(*_: Any) -> None:
+        if not busy:
+            busy.append(True)
+            found.append(_logits(model, vision_feature_layer=-1))
+
+    with vtc.patch(model, method):
+        alone, around = _logits(model, vision_feature_layer=-1), _logits(model)
+        assert difference(alone, around) > 1e-3
+        layer = model.model.vision_tower.encoder.layers[0]
+        handle = layer.layer_norm1.register_forward_pre_hook(ask)
+        try:
+            within = _logits(model)
+        finally:
+            handle.remove()
+    assert len(found) == 1
+    assert torch.equal(found[0], alone)
+    assert torch.equal(within, around)
+
+
+def test_fewer_pixels_have_no_place_for_cls() -> None:
+    """Refused at patching where the config says so, else by the call that does."""
+    method, model, other = vtc.Downsample(keep=9, how="pixels"), *(build_model() for _ in range(2))
+    full = {"vision_feature_select_strategy": "full"}
+    other.config.vision_feature_select_strategy = "full"
+    with pytest.raises(vtc.UnsupportedModelError, match=r"include \[CLS\].*how='grid'"):
+        vtc.patch(other, method)
+    with vtc.patch(model, method):
+        expected = _logits(model)
+        with pytest.raises(vtc.UnsupportedModelError, match=r"include \[CLS\].*how='grid'"):
+            _logits(model, **full)
+        assert torch.equal(_logits(model), expected)
+
+
 # ---- towers of clips ----------------------------------------------------------------------------
 CLIPS = ["llava_next_video", "llava_onevision", "video_llava"]
 
@@ -218,3 +258,31 @@ def test_each_token_of_a_clip_is_shown_its_own_patches(name: str) -> None:
     close(tokens.cls_attention, pooled(paid[..., None])[:, 0], rtol=1e-4, atol=1e-6)
     close(tokens.keys, pooled(keys), rtol=1e-4, atol=1e-5)
     close(tokens.encoder, pooled(states), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "method", [vtc.ToMe(keep=20), vtc.FlowCut(keep=9)], ids=["tome", "flowcut"]
+)
+def test_a_call_of_another_layer_in_the_middle_of_the_tower(method: Method) -> None:
+    """Each merges in the layers of its own."""
+    model = build_model("clip", "llama")
+    found: list[Tensor] = []
+    busy: list[bool] = []
+
+    def ask(*_: Any) -> None:
+        if not busy:
+            busy.append(True)
+            found.append(_logits(model, vision_feature_layer=1))
+
+    with vtc.patch(model, method):
+        alone, around = _logits(model, vision_feature_layer=1), _logits(model)
+        assert difference(alone, around) > 1e-3
+        layer = model.model.vision_tower.encoder.layers[0]
+        handle = layer.layer_norm1.register_forward_pre_hook(ask)
+        try:
+            within = _logits(model)
+        finally:
+            handle.remove()
+    assert len(found) == 1
+    assert torch.equal(found[0], alone)
+    assert torch.equal(within, around)

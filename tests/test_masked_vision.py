@@ -254,3 +254,51 @@ def test_masks_that_hide_all_that_the_tower_made(first: str) -> None:
     with vtc.patch(model, make(f"{first}|random:keep=2")):
         found = run(model, batch)
     assert torch.isfinite(found.logits[batch["attention_mask"].bool()]).all()
+
+
+@dataclass(frozen=True)
+class Signals(Probe):
+    """Notes what it is shown of the tower."""
+
+    needs = frozenset({"cls_attention", "low_attention", "keys", "encoder"})
+    vision_layer = -2
+    low_layer = 1
+
+    seen: list[VisionTokens] = field(default_factory=list)
+
+    def select(self, tokens: VisionTokens) -> Selection:
+        self.seen.append(tokens)
+        return Selection(torch.arange(0, len(tokens), 2))
+
+
+def test_signals_of_the_tower_are_those_of_the_open_tokens() -> None:
+    """What a token is shown with does not hang on which others are masked."""
+    model, probe = build_model("clip", "llama"), Signals()
+    masked, whole = opened(11)
+    with vtc.patch(model, probe):
+        run(model, whole)
+        run(model, masked)
+    every, some = probe.seen
+    for name in ("features", "cls_attention", "low_attention", "keys", "encoder"):
+        expected = getattr(every, name)[11 : 11 + HOLE]
+        assert torch.equal(getattr(some, name), expected), name
+
+
+def test_a_row_of_masked_tokens_was_not_emptied() -> None:
+    """The newline that ends it is open: it stays, and the model is the plain one."""
+    family, model = FAMILIES["llava_next"], shared("llava_next", "sdpa")
+    (row,) = family.rows("one")
+    (image,) = row.images
+    batch = family.collate([row])
+    newline = image.separators[1]
+    shut = [p for p in image.index if image.separators[0] < p < newline]
+    batch["attention_mask"][0, shut] = 0
+    plain = run(model, batch)
+    for method in (vtc.Full(), vtc.Random(keep=1.0), vtc.FastV(keep=1.0, layer=2)):
+        with vtc.patch(model, method):
+            assert torch.equal(run(model, batch).logits, plain.logits)
+    batch["attention_mask"][0, newline] = 0
+    with vtc.patch(model, vtc.Random(keep=5)) as patch:
+        run(model, batch)
+        (sample,) = patch.report.samples
+    assert sample.text_tokens == len(row.input_ids) - len(image.index) - len(image.separators)

@@ -77,3 +77,26 @@ def test_positions_of_padded_rows_are_no_documents() -> None:
         for i, row in enumerate(family.rows("ragged")):
             alone = logits_of(model, family.collate([row]))
             assert (together[i, mask[i].bool()] - alone[0]).abs().max() < 1e-4
+
+
+def test_documents_in_one_row_where_layers_look_across() -> None:
+    """Vision states stand in no row; the refusal is the same."""
+    family, model = FAMILIES["mllama"], shared("mllama", "sdpa")
+    first, second = (family.collate([row]) for row in family.rows("ragged")[:2])
+    # Each document sees its own image, of two in the row.
+    masks = first["cross_attention_mask"], second["cross_attention_mask"]
+    seen = [torch.cat([masks[0], 0 * masks[0]], 2), torch.cat([0 * masks[1], masks[1]], 2)]
+    batch = {name: torch.cat([first[name], second[name]], dim=1) for name in first}
+    batch["cross_attention_mask"] = torch.cat(seen, dim=1)
+    del batch["attention_mask"]
+    lengths = [b["input_ids"].shape[1] for b in (first, second)]
+    batch["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None]
+    plain = logits_of(model, batch)
+    for method in (vtc.Full(), vtc.Random(keep=1.0)):
+        with vtc.patch(model, method):
+            assert torch.equal(logits_of(model, batch), plain)
+    with (
+        vtc.patch(model, vtc.Random(keep=0.3)),
+        pytest.raises(ValueError, match=r"position_ids: .*document"),
+    ):
+        logits_of(model, batch)

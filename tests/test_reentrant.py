@@ -228,6 +228,26 @@ def test_disabled_within_generate(model: Any, method: str, use_cache: bool) -> N
     assert all(torch.equal(call, plain) for call in calls.found)
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_mllama_disabled_within_generate(use_cache: bool) -> None:
+    family = FAMILIES["mllama"]
+    model: Any = shared("mllama", "sdpa")
+    first, second = (family.collate([row]) for row in family.rows("ragged")[:2])
+    plain = logits_of(model, second)
+    # Reads the text, so that without a cache later steps would choose anew.
+    with vtc.patch(model, vtc.CDPruner(keep=0.3)) as patch:
+        around = generate(model, first, use_cache=use_cache)
+
+        def ask(_: Tensor) -> Tensor:
+            with patch.disable():
+                return logits_of(model, second)
+
+        calls = Calls(ask)
+        found = generate(model, first, use_cache=use_cache, logits_processor=[calls])
+    assert equal(found, around)
+    assert all(torch.equal(call, plain) for call in calls.found)
+
+
 @pytest.mark.parametrize("name", ["llava", "mllama"])
 def test_no_patch_comes_off_in_a_forward(model: Any, name: str) -> None:
     batch = outer()
@@ -266,3 +286,52 @@ def test_a_patched_assistant_of_a_plain_model(model: Any, method: str) -> None:
         assert patch.report.images == []
     assert int((batch["input_ids"] == IMAGE).sum()) == 36
     assert torch.equal(found, alone)
+
+
+@pytest.mark.parametrize("name", ["cdpruner", "fastv"])
+def test_the_same_picture_within_generate(model: Any, name: str) -> None:
+    """A prompt that goes on as that of `generate` does is a call of its own all the same: what it
+    keeps is chosen by its own text, and is not what the first step of `generate` kept."""
+    pixels = outer()["pixel_values"]
+
+    def ask(ids: Tensor) -> Tensor:
+        encoded = {"image": model.get_image_features(pixels)}
+        return logits_of(model, {"input_ids": ids, "mm_encoder_outputs": encoded}, use_cache=False)
+
+    with vtc.patch(model, METHODS[name]()):
+        around = generate(model, outer(), use_cache=False)
+        calls = Calls(lambda ids: (ids.clone(), ask(ids)))
+        found = generate(model, outer(), use_cache=False, logits_processor=[calls])
+        assert equal(found, around)
+        for ids, logits in calls.found:
+            assert torch.equal(ask(ids), logits)
+
+
+@pytest.mark.parametrize(
+    ("where", "ask"),
+    [("model", "forward"), ("model.vision_tower", "forward"), ("model.vision_tower", "base")],
+)
+@pytest.mark.parametrize("name", ["cdpruner", "fastv"])
+def test_labels_belong_to_the_call(model: Any, name: str, where: str, ask: str) -> None:
+    """A call in the middle of one with labels is told none, and leaves them to that one."""
+    labels = outer()["input_ids"].clone()
+    labels[:, :-5] = -100
+    with vtc.patch(model, METHODS[name]()):
+        alone, around = ASKS[ask](model), logits_of(model, outer(), labels=labels)
+        assert not torch.equal(around, logits_of(model, outer()))
+        found: list[Any] = []
+        busy: list[bool] = []
+
+        def within(*_: Any) -> None:
+            if not busy:
+                busy.append(True)
+                found.append(ASKS[ask](model))
+                busy.clear()
+
+        handle = model.get_submodule(where).register_forward_pre_hook(within)
+        try:
+            assert torch.equal(logits_of(model, outer(), labels=labels), around)
+        finally:
+            handle.remove()
+    assert len(found) == 1
+    assert equal(found[0], alone)

@@ -140,3 +140,17 @@ def test_a_compiled_decoder_is_the_same_decoder() -> None:
     model.model.language_model = torch.compile(inner, backend="eager")
     with vtc.patch(model, vtc.FastV(keep=9, layer=2)):
         torch.testing.assert_close(_logits(model), expected)
+
+
+@pytest.mark.parametrize("name", ["llava", "mllama"])
+def test_a_base_model_that_runs_alone_notices_as_well(name: str) -> None:
+    family = FAMILIES["mllama"]
+    model: Any = family.build("sdpa") if name == "mllama" else build_model("clip", "llama")
+    rows = family.collate(family.rows("one"))
+    batch = rows if name == "mllama" else collate(samples("one", "clip"))
+    with vtc.patch(model, vtc.DivPrune(keep=9)), torch.no_grad():
+        model.model(**batch)
+        layers = model.model.language_model.layers
+        layers[2] = copy.deepcopy(layers[2])
+        with pytest.raises(RuntimeError, match=r"decoder layer 2.*not the one that was patched"):
+            model.model(**batch)

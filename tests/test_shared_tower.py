@@ -22,6 +22,7 @@ from vtc.engine.override import Override
 PAIRS = {
     "tower-read": (vtc.ToDRE(keep=9, second_stage=False), vtc.VisionZip(keep=7)),
     "tower-merged": (vtc.ToMe(keep=9), vtc.FlowCut(keep=12)),
+    "same-layer": (vtc.FastV(keep=9, layer=2), vtc.FastV(keep=12, layer=2)),
     "layers": (vtc.FastV(keep=9, layer=2), vtc.SparseVLM(keep=12, layers=(2, 3, 5))),
     "both": (vtc.VisionZip(keep=20) | vtc.FastV(keep=9, layer=2), vtc.ToDRE(keep=9)),
 }
@@ -182,3 +183,38 @@ def test_overrides_come_off_in_any_order(order: tuple[int, ...]) -> None:
         left.remove(i)
     assert target.greet() == "plain"
     assert not vars(target)
+
+
+MEANWHILE = {
+    "merged": vtc.ToMe(keep=9),
+    "read": vtc.SCOPE(keep=7),
+    "plain": vtc.Full(),
+}
+
+
+@pytest.mark.parametrize("second", MEANWHILE)
+@pytest.mark.parametrize("first", ["merged", "read"])
+def test_another_model_runs_while_the_tower_is_busy(first: str, second: str) -> None:
+    """In a thread of its own, started and ended in the middle of the shared tower."""
+    one, other = _sharing("vision_tower")
+    found: list[Tensor] = []
+    busy: list[bool] = []
+
+    def run(*_: Any) -> None:
+        if not busy:
+            busy.append(True)
+            thread = threading.Thread(target=lambda: found.append(_logits(other)))
+            thread.start()
+            thread.join(120)
+
+    layers = one.model.vision_tower.encoder.layers
+    with vtc.patch(one, MEANWHILE[first]), vtc.patch(other, MEANWHILE[second]):
+        expected = [_logits(model) for model in (one, other)]
+        handle = layers[len(layers) // 2].mlp.register_forward_hook(run)
+        try:
+            around = _logits(one)
+        finally:
+            handle.remove()
+    assert len(found) == 1
+    assert torch.equal(around, expected[0])
+    assert torch.equal(found[0], expected[1])

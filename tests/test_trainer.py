@@ -94,6 +94,30 @@ def test_a_patched_forward_binds_as_a_method(method: str, how: Callable[[Any], N
     assert torch.equal(logits_of(other), plain)
 
 
+@pytest.mark.parametrize("how", [bind_the_function, wrap_the_function, wrap_and_unwrap])
+def test_what_was_bound_anew_goes_with_the_patch(how: Callable[[Any], None]) -> None:
+    """From the model and from its base, which a wrapper that stays then calls as they were; a copy
+    keeps a patch of its own, which is told the labels that it is given."""
+    model, batch = build_model(), collate(samples("one", "clip"))
+    shown = labels_of()
+    plain = logits_of(model)
+    with vtc.patch(build_model(), METHODS["fastv"]()) as patch, torch.no_grad():
+        expected = patch.model(**shown).logits
+        assert not torch.equal(expected, patch.model(**batch).logits)
+    vtc.patch(model, METHODS["fastv"]())
+    for part in (model, model.model):
+        how(part)
+    other = copy.deepcopy(model)
+    vtc.unpatch(model)
+    assert torch.equal(logits_of(model), plain)
+    if how is not wrap_the_function:
+        assert "forward" not in {**vars(model), **vars(model.model)}
+    with torch.no_grad():
+        assert torch.equal(other(**shown).logits, expected)
+    vtc.unpatch(other)
+    assert torch.equal(logits_of(other), plain)
+
+
 @pytest.mark.parametrize("first", ["patch", "prepare"])
 @pytest.mark.parametrize("method", METHODS)
 def test_accelerate_prepares_and_gives_back(method: str, first: str) -> None:

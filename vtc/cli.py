@@ -28,16 +28,23 @@ if TYPE_CHECKING:
     from vtc.eval.run import Observer, Settings
 
 
+_FOLDERS_OR_IDS = ("model", "config")
+
+
 class _Command(TyperCommand):
     """A command in which `~` is the home folder in every path, also after `--option=`, where shells
     leave it as it is."""
 
     def invoke(self, ctx: Any) -> Any:
-        for name, value in ctx.params.items():
+        for parameter in self.params:
+            name = str(parameter.name)
+            value = ctx.params.get(name)
+            # Some releases of typer have paths as text until the function is called.
+            kind = getattr(getattr(parameter, "type", None), "name", None)
             if isinstance(value, Path):
                 ctx.params[name] = value.expanduser()
-            elif name in ("model", "config") and isinstance(value, str) and value.startswith("~"):
-                ctx.params[name] = str(Path(value).expanduser())
+            elif (kind == "path" or name in _FOLDERS_OR_IDS) and str(value).startswith("~"):
+                ctx.params[name] = str(Path(str(value)).expanduser())
         return super().invoke(ctx)
 
 

@@ -150,7 +150,8 @@ class EncoderSide:
         **kwargs: Any,
     ) -> Any:
         patches = self.patches
-        if patches is None or self.thread != threading.get_ident():
+        # A call within the call may read deeper layers, which are not merged in.
+        if patches is None or i >= self.used or self.thread != threading.get_ident():
             return original(hidden_states, attention_mask, **kwargs)
         layer: Any = self.layers[i]
         prefix = int(self.has_cls)

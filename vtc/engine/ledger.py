@@ -114,7 +114,9 @@ class CompressedCache:
         return write(key_states, value_states, layer_idx, *args, **kwargs)
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
-        return self.layers[layer_idx].get_seq_length() if layer_idx < len(self.layers) else 0
+        # Layers with a recurrent state do not count; transformers asks for them all the same.
+        counting = [layer for layer in self.layers[layer_idx:] if hasattr(layer, "get_seq_length")]
+        return counting[0].get_seq_length() if counting else 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]
