@@ -113,6 +113,21 @@ def test_doctor_says_what_is_untested_and_what_is_missing(monkeypatch) -> None:
     assert not found["timm"].bad  # an extra that nobody asked for
 
 
+def test_an_extra_of_which_little_is_there_was_not_asked_for(monkeypatch) -> None:
+    """uv is there because `make demo` installs with it."""
+    known, gone = metadata.version, {"mypy", "build", "types-PyYAML", "cosmic-ray", "ruff"}
+
+    def version(name: str) -> str:
+        if name in gone:
+            raise metadata.PackageNotFoundError(name)
+        return known(name)
+
+    monkeypatch.setattr(doctor.metadata, "version", version)
+    out = CliRunner().invoke(app, ["doctor"])
+    assert "dev: not installed" in out.output
+    assert "missing" not in out.output
+
+
 def test_doctor_imports_what_a_version_cannot_tell(tmp_path: Path) -> None:
     (tmp_path / "lmms_eval").mkdir()
     (tmp_path / "lmms_eval" / "__init__.py").write_text("import filelock._no_such_module\n")

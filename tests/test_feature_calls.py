@@ -263,8 +263,8 @@ def test_each_token_of_a_clip_is_shown_its_own_patches(name: str) -> None:
 @pytest.mark.parametrize(
     "method", [vtc.ToMe(keep=20), vtc.FlowCut(keep=9)], ids=["tome", "flowcut"]
 )
-def test_a_call_of_another_layer_in_the_middle_of_the_tower(method: Method) -> None:
-    """Each merges in the layers of its own."""
+def test_a_call_of_a_lower_layer_in_the_middle_of_the_tower(method: Method) -> None:
+    """The outer call goes on in layers that the inner one has not."""
     model = build_model("clip", "llama")
     found: list[Tensor] = []
     busy: list[bool] = []
