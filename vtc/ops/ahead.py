@@ -60,38 +60,46 @@ def farthest(rows: Tensor, k: int, pivot: int) -> Tensor:
     tokens in front are brought up to date and compared with one another, and chosen among until a
     token behind them might be farther. Most tokens fall behind early and are not looked at again.
     """
-    n = rows.shape[0]
+    n, d = rows.shape
     front = min(max(FRONT, k // 3), n)
     wide = min(2 * front, n)
-    chosen = [pivot]
+    # Memory that is taken once: new memory is slow to touch for the first time.
+    room, taken = rows.new_empty(wide, d), rows.new_empty(k, d)
+    chosen, taken[0] = [pivot], rows[pivot]
     low = rows.mv(rows[pivot]).numpy()
     low[pivot] = np.inf  # and so it stays: a chosen token never returns
     seen = np.ones(n, dtype=np.int64)  # chosen tokens that `low` covers
 
+    def rows_at(tokens: np.ndarray) -> Tensor:
+        # Copies whole rows, where indexing with [] copies number by number.
+        return torch.index_select(rows, 0, torch.from_numpy(tokens), out=room[: len(tokens)])
+
     def bring_up_to_date(tokens: np.ndarray) -> int:
         stale = tokens[seen[tokens] < len(chosen)]
         if len(stale):
-            since = chosen[seen[stale].min() :]
-            found = (rows[stale] @ rows[since].T).amax(1).numpy()
-            low[stale] = np.maximum(low[stale], found)
+            since = taken[int(seen[stale].min()) : len(chosen)]
+            low[stale] = np.maximum(low[stale], (rows_at(stale) @ since.T).amax(1).numpy())
             seen[stale] = len(chosen)
         return len(stale)
 
     while len(chosen) < k:
-        while 4 * bring_up_to_date(np.argpartition(low, wide - 1)[:wide]) > wide:
+        while 2 * bring_up_to_date(np.argpartition(low, wide - 1)[:wide]) > wide:
             pass  # others may have come to the front
         order = np.argpartition(low, min(front, n - 1))
         near, behind = np.sort(order[:front]), low[order[front:]].min(initial=np.inf)
         bring_up_to_date(near)
-        held = rows[near]
+        held = rows_at(near)
         pairs, running = (held @ held.T).numpy(), low[near]
-        while len(chosen) < k:
+        places: list[int] = []
+        while len(chosen) + len(places) < k:
             place = int(running.argmin())
             if running[place] > behind:
                 break
-            chosen.append(int(near[place]))
+            places.append(place)
             np.maximum(running, pairs[place], out=running)
             running[place] = np.inf
+        taken[len(chosen) : len(chosen) + len(places)] = held[places]
+        chosen += near[places].tolist()
         low[near], seen[near] = running, len(chosen)
     return torch.tensor(chosen)
 
@@ -104,36 +112,37 @@ def most_isolated(rows: Tensor) -> int:
     ever more tokens, and the lowest are replaced by the truth.
     """
     n = rows.shape[0]
-    apart = max(1, n // AHEAD)
+    at_once = 2 * AHEAD
+    apart = max(1, n // at_once)
     order = torch.cat([torch.arange(start, n, apart) for start in range(apart)])
     nearest, bound = rows.new_full((n,), torch.inf), rows.new_full((n,), -torch.inf)
     left, held, place, done = torch.arange(n), rows, torch.arange(n), 0
 
     def find_nearest(tokens: Tensor) -> None:
-        block = rows[tokens] @ rows.T
+        block = rows.index_select(0, tokens) @ rows.T
         block[torch.arange(len(tokens)), tokens] = -torch.inf  # itself
         nearest[tokens] = block.amax(1)
         torch.maximum(bound, block.amax(0), out=bound)
 
     while True:
         # As much work each time: fewer tokens meet more others.
-        others = order[done : done + AHEAD * (n // len(left))]
+        others = order[done : done + at_once * (n // len(left))]
         done += len(others)
-        block = held @ rows[others].T
+        block = held @ rows.index_select(0, others).T
         own = place[others]
         block[own[own >= 0], (own >= 0).nonzero()[:, 0]] = -torch.inf
         bound[left] = torch.maximum(bound[left], block.amax(1))
-        find_nearest(left[bound[left].topk(min(AHEAD // 4, len(left)), largest=False).indices])
+        find_nearest(left[bound[left].topk(min(at_once // 8, len(left)), largest=False).indices])
         alive = (bound[left] <= nearest.min() + SLACK) & (nearest[left] == torch.inf)
         some = left[alive]
         if done >= n:
             nearest[some] = bound[some]  # of all others
             return int(nearest.argmin())
-        if len(some) <= 2 * AHEAD:
+        if len(some) <= at_once:
             if len(some):
                 find_nearest(some)
             return int(nearest.argmin())
         if 5 * len(some) < 4 * len(left):
-            left, held = some, rows[some]
+            left, held = some, rows.index_select(0, some)
             place = torch.full((n,), -1)
             place[left] = torch.arange(len(left))
