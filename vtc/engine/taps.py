@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -206,9 +207,14 @@ def row_attention(
     b, h, r, d = query.shape
     h_kv = key.shape[1]
     grouped = query.reshape(b, h_kv, (h // h_kv) * r, d)
+    scaling = d**-0.5 if options.scaling is None else options.scaling
+    exact = math.frexp(scaling)[0] == 0.5  # a power of two rounds nothing, wherever it is applied
+    if exact:
+        grouped = grouped * scaling
     # In place from here on: fresh memory of this size costs more than the arithmetic.
     logits = (grouped @ key.transpose(-1, -2)).view(b, h, r, key.shape[2]).float()
-    logits.mul_(d**-0.5 if options.scaling is None else options.scaling)
+    if not exact:
+        logits.mul_(scaling)
     if options.softcap is not None:
         logits.div_(options.softcap).tanh_().mul_(options.softcap)
     if bias is not None:
@@ -216,10 +222,18 @@ def row_attention(
     if allowed is not None:
         logits.masked_fill_(~allowed, float("-inf"))
     if options.sinks is None:
-        return logits.softmax(-1).nan_to_num_()
+        found = logits.softmax(-1)
+        return found if _sees_something(allowed, bias) else found.nan_to_num_()
     sinks = options.sinks.float().view(1, h, 1, 1)
     share = (logits.logsumexp(-1, keepdim=True) - sinks).sigmoid()
     return logits.softmax(-1).mul_(share).nan_to_num_()
+
+
+def _sees_something(allowed: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether every row is known to, so that its softmax is a number; a GPU is not waited for."""
+    if bias is not None:
+        return False
+    return allowed is None or (allowed.device.type == "cpu" and bool(allowed.any(-1).all()))
 
 
 def mean_attention(
@@ -237,7 +251,7 @@ def mean_attention(
         seen, added = (m if m is None or m.shape[1] == 1 else m[:, heads] for m in (allowed, bias))
         of_heads = options.of_heads(heads.start, heads.stop)
         found = row_attention(query[:, heads], own, seen, added, of_heads)
-        total += found.sum(1, keepdim=True)
+        total += found if step == 1 else found.sum(1, keepdim=True)
     return total.div_(h)
 
 

@@ -112,8 +112,7 @@ def most_isolated(rows: Tensor) -> int:
     ever more tokens, and the lowest are replaced by the truth.
     """
     n = rows.shape[0]
-    at_once = 2 * AHEAD
-    apart = max(1, n // at_once)
+    apart = max(1, n // AHEAD)
     order = torch.cat([torch.arange(start, n, apart) for start in range(apart)])
     nearest, bound = rows.new_full((n,), torch.inf), rows.new_full((n,), -torch.inf)
     left, held, place, done = torch.arange(n), rows, torch.arange(n), 0
@@ -126,19 +125,19 @@ def most_isolated(rows: Tensor) -> int:
 
     while True:
         # As much work each time: fewer tokens meet more others.
-        others = order[done : done + at_once * (n // len(left))]
+        others = order[done : done + AHEAD * (n // len(left))]
         done += len(others)
         block = held @ rows.index_select(0, others).T
         own = place[others]
         block[own[own >= 0], (own >= 0).nonzero()[:, 0]] = -torch.inf
         bound[left] = torch.maximum(bound[left], block.amax(1))
-        find_nearest(left[bound[left].topk(min(at_once // 8, len(left)), largest=False).indices])
+        find_nearest(left[bound[left].topk(min(AHEAD // 8 + 1, len(left)), largest=False).indices])
         alive = (bound[left] <= nearest.min() + SLACK) & (nearest[left] == torch.inf)
         some = left[alive]
         if done >= n:
             nearest[some] = bound[some]  # of all others
             return int(nearest.argmin())
-        if len(some) <= at_once:
+        if len(some) <= AHEAD:
             if len(some):
                 find_nearest(some)
             return int(nearest.argmin())
