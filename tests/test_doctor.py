@@ -69,6 +69,12 @@ def test_locks_name_no_host_and_no_path() -> None:
 
 
 # ---- doctor -------------------------------------------------------------------------------------
+@pytest.fixture
+def nothing_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing all in a process of its own takes seconds, and is tested below."""
+    monkeypatch.setattr(doctor, "broken_imports", lambda: iter(()))
+
+
 def test_doctor_finds_this_environment_well() -> None:
     out = CliRunner().invoke(app, ["doctor"])
     assert out.exit_code == 0, out.output
@@ -80,7 +86,7 @@ def test_doctor_finds_this_environment_well() -> None:
     ("installed", "state", "bad"),
     [("3.32.7", "ok", False), ("4.3.1", "too new", True), ("3.1", "too old", True)],
 )
-def test_doctor_judges_versions(monkeypatch, installed, state, bad) -> None:
+def test_doctor_judges_versions(monkeypatch, nothing_imported, installed, state, bad) -> None:
     """filelock 4 is what broke every cell of `make demo` once."""
     known = metadata.version
 
@@ -113,7 +119,7 @@ def test_doctor_says_what_is_untested_and_what_is_missing(monkeypatch) -> None:
     assert not found["timm"].bad  # an extra that nobody asked for
 
 
-def test_an_extra_of_which_little_is_there_was_not_asked_for(monkeypatch) -> None:
+def test_an_extra_of_which_little_is_there_was_not_asked_for(monkeypatch, nothing_imported) -> None:
     """uv is there because `make demo` installs with it."""
     known, gone = metadata.version, {"mypy", "build", "types-PyYAML", "cosmic-ray", "ruff"}
 
