@@ -128,7 +128,7 @@ def test_most_similarities_are_not_made(kind: str) -> None:
     assert products.count < 1.5 * k * 2048
     with Products() as products:
         ahead.most_isolated(rows)
-    assert products.count < (1.3 if kind == "line" else 0.3) * 2048 * 2048
+    assert products.count < (1.3 if kind == "line" else 0.35) * 2048 * 2048
     if kind in ("aside", "line"):
         with Products() as products:
             ahead.smallest_sum(rows, k, 0)

@@ -202,3 +202,25 @@ def test_an_option_that_is_not_known_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(f"{type(tower).__module__}.eager_attention_forward", eager)
     with pytest.raises(vtc.UnsupportedModelError, match=r"VisionAttention attends with indices"):
         vtc.patch(model, vtc.ToDRE(keep=4, second_stage=False))
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("llama4_short", vtc.PyramidDrop()),
+        ("aya_vision", vtc.DART(layer=3, keep=6, image_pivots=2, text_pivots=1)),
+        ("cohere2_vision", vtc.DART(layer=3, keep=6, image_pivots=2, text_pivots=1)),
+    ],
+    ids=["chunks", "no positions", "no positions either"],
+)
+@pytest.mark.parametrize("seed", range(4))
+def test_padding_before_a_row_changes_no_choice(name: str, method: Method, seed: int) -> None:
+    """Chunks are counted from a row's first token, and a layer that turns no keys has none to turn
+    back."""
+    family = FAMILIES[name]
+    model, rows = family.build("sdpa", seed=seed), family.rows("ragged")
+    with vtc.patch(model, method), torch.no_grad():
+        together = model(**family.collate(rows)).logits
+        for i, row in enumerate(rows):
+            alone = model(**family.collate([row])).logits[0]
+            assert difference(together[i, -len(alone) :], alone) < TOLERANCE

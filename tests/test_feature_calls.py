@@ -286,3 +286,17 @@ def test_a_call_of_a_lower_layer_in_the_middle_of_the_tower(method: Method) -> N
     assert len(found) == 1
     assert torch.equal(found[0], alone)
     assert torch.equal(within, around)
+
+
+@pytest.mark.parametrize("method", [vtc.HoloV(keep=3), vtc.ToDRE(keep=0.4)], ids=["holov", "todre"])
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen2_5_vl"])
+def test_generate_encodes_clips_whose_tower_is_read(name: str, method: Method) -> None:
+    """`generate` may encode before its first forward, and some encode clips as images."""
+    family, model = FAMILIES[name], FAMILIES[name].build("sdpa")
+    if name == "qwen3_5" and method.name == "todre":
+        method = vtc.ToDRE(keep=0.4, second_stage=False)
+    batch = family.collate([family.rows("video")[0]])
+    with vtc.patch(model, method), torch.no_grad():
+        expected = model(**batch).logits[0, -1].argmax()
+        found = model.generate(**batch, max_new_tokens=1, do_sample=False)
+    assert int(found[0, -1]) == int(expected)

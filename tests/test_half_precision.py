@@ -22,6 +22,7 @@ from tests.probes import Spy
 from tests.test_exactness import METHODS
 from vtc.engine import taps
 from vtc.methods.base import Selection, VisionTokens
+from vtc.ops import greedy
 from vtc.spec import parse_method
 
 HALF = [torch.float16, torch.bfloat16]
@@ -141,3 +142,22 @@ def test_where_all_is_kept_the_model_rounds_as_it_does_by_itself(method: str) ->
         plain = model(**batch).logits
         with vtc.patch(model, parse_method(method)):
             assert torch.equal(model(**batch).logits, plain)
+
+
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("name", CHOOSING)
+def test_under_autocast_methods_compute_in_their_own_precision(
+    name: str, many: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate's and Trainer's bfloat16 are autocast. Many tokens go other ways on a CPU."""
+    if many:
+        monkeypatch.setattr(greedy, "_AHEAD_FROM", 1)
+    method, spy = METHODS[name](), Spy(METHODS[name]())
+    batch = collate([make_sample("clip", layout, 4000 + i) for i, layout in enumerate(LAYOUTS)])
+    model = model_of("clip", torch.float32)
+    with vtc.patch(model, spy), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(**batch)
+    assert spy.notes
+    for given, chosen in spy.notes:
+        again = method.select if isinstance(given, VisionTokens) else method.prune
+        assert same(again(given), chosen)

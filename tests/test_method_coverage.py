@@ -72,7 +72,7 @@ def test_tokens_that_cover_each_other_best_are_equal() -> None:
     rows = randn(12, 3, seed=4)
     rows[7] = rows[2] + 0.1 * rows[5]
     for noise in range(5):
-        shaken = rows * (1 + 1e-7 * randn(12, 3, seed=noise))
+        shaken = rows * (1 + 1e-8 * randn(12, 3, seed=noise))
         similarity = (1 + naive.cosines(shaken)) / 2
         assert (
             coverage_greedy(similarity, 10).tolist()
@@ -88,6 +88,23 @@ def test_a_small_difference_of_gains_decides() -> None:
     assert coverage_greedy(torch.eye(6), 6, factor).tolist() == [1, 0, 3, 2, 5, 4]
     bonus = factor
     assert coverage_greedy(torch.zeros(6, 6), 6, bonus=bonus).tolist() == [1, 0, 3, 2, 5, 4]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_of_another_scale_change_no_near_tie(seed: int) -> None:
+    """As in MMTok: a text's few large shares stand beside many small gains. The definition, without
+    a tolerance beyond that of fp64: tokens that cover each other best do tie."""
+    wide = randn(400, 24, seed=seed)
+    rows = [0.001 * naive.cosines(wide), (6 * randn(5, 400, seed=seed + 9)).softmax(1)]
+    similarity = torch.cat(rows).clamp_min(0)
+    covered, chosen = torch.zeros(405, dtype=torch.float64), list[int]()
+    for _ in range(120):
+        gain = (similarity.double() - covered[:, None]).clamp_min(0).sum(0)
+        gain[chosen] = -1
+        best = gain >= gain.max() * (1 - 1e-12)
+        chosen.append(int(best.to(torch.uint8).argmax()))
+        covered = torch.maximum(covered, similarity[:, chosen[-1]].double())
+    assert coverage_greedy(similarity, 120).tolist() == chosen
 
 
 def test_a_copy_adds_nothing_and_ties_go_to_the_first() -> None:

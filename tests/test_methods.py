@@ -622,3 +622,13 @@ def test_methods_of_one_s_own_show_themselves_alike():
 )
 def test_a_default_is_not_a_wish(method, asked):
     assert method.closes_gaps_by_choice is asked
+
+
+@pytest.mark.parametrize("name", sorted(vtc.methods()))
+def test_every_method_has_a_repr(name: str) -> None:
+    """Also where a setting cannot be left open in the company of the others."""
+    settings = {"theta_r": 0.1, "theta_s": 0.2} if name == "atp" else {}
+    method = vtc.make(name, **settings)
+    assert repr(method).startswith(type(method).__name__ + "(")
+    assert str(method).startswith(name + "(")
+    assert ("theta_r=0.1, theta_s=0.2" in repr(method)) == (name == "atp")

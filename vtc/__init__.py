@@ -40,8 +40,9 @@ def __getattr__(name: str) -> Any:
         found = getattr(import_module(f"vtc.{_HOMES[name]}"), name)
     elif (
         name.startswith("_")
-        or find_spec(f"vtc.{name}")
-        is not None  # a module: `from vtc import doctor` asks here first
+        or not name.isidentifier()
+        # A module: `from vtc import doctor` asks here first.
+        or find_spec(f"vtc.{name}") is not None
         or name not in (home := import_module("vtc.methods")).__all__
     ):
         raise AttributeError(f"module 'vtc' has no attribute {name!r}")

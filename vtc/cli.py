@@ -157,7 +157,8 @@ def doctor() -> None:
         installed = [f"{f.name} {f.installed}" for f in found if f.installed]
         # A package or two of an extra may be there for another's sake.
         asked = 2 * len(installed) >= len(found)
-        listed = ", ".join(installed) if asked else "not installed"
+        some = f"not installed, but for {', '.join(installed)}" if installed else "not installed"
+        listed = ", ".join(installed) if asked else some
         console.print(f"{extra}: {listed}", markup=False)
         for finding in found:
             if finding.state == "ok" or not (asked or finding.bad):
@@ -391,7 +392,9 @@ def evaluate(
         keeps = tuple(parse_keep(text) for text in split_list(keep))
         names = tuple(split_list(methods))
     except ValueError as error:
-        raise _fail("--keep" if "keep:" in str(error) else "--methods", str(error)) from None
+        raise _fail(
+            "--keep" if str(error).startswith("keep:") else "--methods", str(error)
+        ) from None
     try:
         samples = None if limit is None else parse_limit(limit)
         arguments = parse_arguments(model_args)
@@ -684,7 +687,9 @@ def autotune(
         keeps = tuple(parse_keep(text) for text in split_list(keep))
         names = tuple(split_list(methods))
     except ValueError as error:
-        raise _fail("--keep" if "keep:" in str(error) else "--methods", str(error)) from None
+        raise _fail(
+            "--keep" if str(error).startswith("keep:") else "--methods", str(error)
+        ) from None
     settings = Settings(
         out=out, model=model, methods=names, keeps=keeps, tasks=_listed("--tasks", tasks),
         batch_size=batch_size, device=device, seed=seed, imports=tuple(imports),
@@ -761,7 +766,9 @@ def bench(
         keeps = tuple(parse_keep(part) for part in split_list(keep))
         names = tuple(split_list(methods))
     except ValueError as error:
-        raise _fail("--keep" if "keep:" in str(error) else "--methods", str(error)) from None
+        raise _fail(
+            "--keep" if str(error).startswith("keep:") else "--methods", str(error)
+        ) from None
     try:
         batches = tuple(int(part) for part in split_list(batch))
     except ValueError:

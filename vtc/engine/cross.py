@@ -35,7 +35,7 @@ from vtc.methods.base import Method, Selection, VisionTokens
 from .calls import Calls, Generating
 from .decoder import check_in_place
 from .engine import _by_name, _split_mask, refuse_hidden_answers, refuse_packed
-from .forward import checked
+from .forward import checked, no_autocast
 from .generation import Request
 from .idle import dropped_in_sequence, warn_of_idle
 from .layout import Layout, gather_tokens
@@ -321,7 +321,8 @@ class CrossEngine:
                             every_crop=crop,
                             **self._texts(call, method, b, i, len(own), valid),
                         )
-                        chosen = checked(method, method.select(shown), len(shown))
+                        with no_autocast(states):
+                            chosen = checked(method, method.select(shown), len(shown))
                         call.decisions[key] = chosen
                     selection = call.decisions[key]
                     index = selection.indices.to(states.device)

@@ -233,7 +233,10 @@ class DecoderSide:
         return self._rotate(layer, ones[:, None], positions.to(hidden.device))[:, 0]
 
     def _rotate(self, layer: int, states: Tensor, positions: Tensor) -> Tensor:
-        """`states` (b, h, k, d) turned by `positions` (b, k), (b, 1) or with axes before."""
+        """`states` (b, h, k, d) turned by `positions` (b, k), (b, 1) or with axes before; as they
+        are, where the layer turns none."""
+        if not self.family.rotates(self.backbone, layer):
+            return states
         rotation = self.family.rotary(self.backbone, layer, states, positions)
         return self.family.rotate(self.backbone, layer, states, rotation)
 

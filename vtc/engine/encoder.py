@@ -17,6 +17,7 @@ from vtc.families import Backbone, Family, UnsupportedModelError
 from vtc.methods.base import EncoderState, Merging, Method
 
 from . import taps
+from .forward import no_autocast
 from .override import Override
 
 
@@ -63,6 +64,11 @@ class EncoderSide:
         """Note what the tower is for this call, or raise if patches cannot be merged in it."""
         self.layers = self.family.encoder_layers(backbone)
         self.used = self.family.encoder_depth(backbone, given)
+        if self.used < 1 and not self.method.keeps_all:
+            raise UnsupportedModelError(
+                "vision_feature_layer: no layer of the tower runs before the one that is read, "
+                f"and {self.method.name} merges patches in them"
+            )
         self.has_cls = self.family.has_cls(backbone)
         kept = not self.family.prefix(backbone, given)
         if self.has_cls and kept and not self.method.keeps_all:
@@ -191,7 +197,8 @@ class EncoderSide:
             size=patches.size,
             memory=patches.memory,
         )
-        merging = self.method.merge(state)
+        with no_autocast(hidden):
+            merging = self.method.merge(state)
         if merging is not None:
             rows = _merge(self.method, merging, patches, hidden[0, prefix:])
             hidden = torch.cat([hidden[:, :prefix], rows[None]], dim=1)

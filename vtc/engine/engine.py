@@ -189,7 +189,8 @@ class Engine:
     def _encode(
         self, modality: Modality, original: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        if self.forward is not None:
+        # Some models encode clips as images, and come here again in the middle.
+        if self.forward is not None or self.vision.listening == threading.get_ident():
             return self._encode_alone(modality, original, *args, **kwargs)
         # What another thread encodes must not be taken for that of a forward under way.
         with self.lock:

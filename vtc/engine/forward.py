@@ -350,6 +350,11 @@ class Forward:
         ]
 
 
+def no_autocast(like: Tensor) -> torch.autocast:
+    """For what methods compute: under autocast half precision would turn their near ties."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
 def checked(method: Method, selection: Any, n: int) -> Selection:
     """`selection` if it is one over `n` tokens, else an error that names the method."""
     if not isinstance(selection, Selection):
@@ -430,7 +435,8 @@ def select_in_sequence(
                     every_crop=crop,
                     **_signals(forward, method, span, alive, embeds, tower_layer, project),
                 )
-                selection = checked(method, method.select(tokens), len(tokens))
+                with no_autocast(embeds):
+                    selection = checked(method, method.select(tokens), len(tokens))
                 forward.decisions[key] = selection
             assert selection is not None
             chosen = selection.indices.to(embeds.device)
@@ -559,7 +565,8 @@ def prune_between_layers(
                 },
                 memory=forward.memory.get((number, b)),
             )
-            selection = method.prune(state)
+            with no_autocast(hidden):
+                selection = method.prune(state)
             if selection is not None:
                 selection = checked(method, selection, n)
                 forward.memory[number, b] = selection.memory

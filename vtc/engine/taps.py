@@ -309,7 +309,11 @@ def listen_rows(
                     theirs = nn.functional.pad(theirs, (0, spare), value=-1)
                     allowed = allowed | ((mine == theirs) & (mine >= 0))[:, None]
                 if chunk is not None:
-                    allowed = allowed & (place // chunk == now // chunk)
+                    # Counted from the row's first token, not from its padding.
+                    start: Any = 0
+                    if visible is not None:
+                        start = visible.to(query.device).long().argmax(1)[:, None, None, None]
+                    allowed = allowed & ((place - start) // chunk == (now - start) // chunk)
                 if (window := options.get("sliding_window")) is not None:
                     allowed = allowed & (place > now - window)
                 if visible is not None:

@@ -447,9 +447,22 @@ class Family:
             return embed(hidden, positions, self.layer_type(backbone, layer))
         return embed(hidden, position_ids=positions)
 
+    def rotates(self, backbone: Backbone, layer: int) -> bool:
+        """Whether decoder layer `layer` turns its queries and keys by their positions."""
+        attention: Any = backbone.layers[layer].self_attn
+        if type(attention).__name__.startswith("Cohere2"):
+            # Its layers with a window do, those that see all do not.
+            return attention.sliding_window is not None or getattr(attention, "force_rope", False)
+        return bool(getattr(attention, "use_rope", True))
+
     def check_rotate(self, backbone: Backbone) -> None:
         """Raise `UnsupportedModelError` if `rotate` cannot turn what this decoder turns."""
         attention = backbone.layers[0].self_attn
+        if hasattr(attention, "qk_rope_head_dim"):
+            raise UnsupportedModelError(
+                f"model: {type(attention).__name__} turns a part of each key only, so "
+                "positions, or keys of padded rows, cannot be compared"
+            )
         apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
         names = list(inspect.signature(apply).parameters)[:4] if apply is not None else []
         if names != ["q", "k", "cos", "sin"]:

@@ -374,8 +374,12 @@ class Method:
         if value == field.default:
             return True
         # Some defaults follow other settings, as SparseVLM's do its version.
-        plain: Any = dataclasses.replace(self, **{field.name: None}) if field.default is None else 0  # type: ignore[type-var]
-        return bool(plain == self)
+        if field.default is not None:
+            return False
+        try:
+            return bool(dataclasses.replace(self, **{field.name: None}) == self)  # type: ignore[type-var]
+        except (TypeError, ValueError):  # not to be left open in the company of the others
+            return False
 
     def __str__(self) -> str:
         return f"{self.name}({self._own_settings()})"

@@ -87,7 +87,7 @@ def farthest(rows: Tensor, k: int, pivot: int) -> Tensor:
             pass  # others may have come to the front
         order = np.argpartition(low, min(front, n - 1))
         near, behind = np.sort(order[:front]), low[order[front:]].min(initial=np.inf)
-        bring_up_to_date(near)
+        bring_up_to_date(near)  # of ties, others than those of `wide` may have come
         held = rows_at(near)
         pairs, running = (held @ held.T).numpy(), low[near]
         places: list[int] = []
@@ -122,10 +122,13 @@ def most_isolated(rows: Tensor) -> int:
         block[torch.arange(len(tokens)), tokens] = -torch.inf  # itself
         nearest[tokens] = block.amax(1)
         torch.maximum(bound, block.amax(0), out=bound)
+        bound[tokens] = torch.inf  # nothing is left to find
 
     while True:
-        # As much work each time: fewer tokens meet more others.
-        others = order[done : done + AHEAD * (n // len(left))]
+        # As much work each time: fewer tokens meet more others. Where few fall out, as among
+        # copies, small steps only cost time.
+        count = AHEAD * (n // len(left))
+        others = order[done : done + (count if 8 * done < n else max(count, 512))]
         done += len(others)
         block = held @ rows.index_select(0, others).T
         own = place[others]

@@ -14,8 +14,8 @@ _TOGETHER_UP_TO = 2**16
 """Similarities, of all images, that a CPU works on in lockstep, which takes all rows each time."""
 
 EQUAL = 1e-6
-"""What rounding may add to a gain, as a share of the largest similarity. Two tokens that cover each
-other best have the same gain in exact arithmetic, and rounding must not choose between them."""
+"""Gains this close to the best, as a share of it, count as equal: rounding must not choose between
+two tokens that cover each other best, whose gains are the same in exact arithmetic."""
 
 SPENT = 1e-9
 """As a share of a candidate's first gain, what rounding leaves of a gain that is 0."""
@@ -67,9 +67,6 @@ def coverage_greedy(
     few = wide.ndim == 2 and wide.device.type == "cpu"
     added = wide.clamp_min(0).sum(-2, dtype=torch.float64)
     taken, spent = torch.zeros_like(added), SPENT * added
-    doubt = EQUAL * wide.amax((-2, -1))[..., None].clamp_min(0).double()
-    if factor is not None:
-        doubt = doubt * factor
     chosen = [torch.empty(*images, 0, dtype=torch.long, device=similarity.device)]
     for _ in range(k):
         gain = added if factor is None else added * factor
@@ -77,7 +74,7 @@ def coverage_greedy(
             gain = gain + bonus
         gain = gain + taken
         best = gain.amax(-1, keepdim=True)
-        index = (gain + doubt >= best).to(torch.uint8).argmax(-1, keepdim=True)
+        index = (gain >= best - EQUAL * best.abs()).to(torch.uint8).argmax(-1, keepdim=True)
         chosen.append(index)
         taken.scatter_(-1, index, -torch.inf)
         now = torch.maximum(covered, rows_at(wide.mT, index).squeeze(-2))

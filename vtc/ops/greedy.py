@@ -158,7 +158,7 @@ def _greedy(
         each = zip(features, pivots, strict=True)
         return torch.stack([_greedy(one, k, first, combine) for one, first in each])
     rows = unit_rows(features.detach())  # an index has no gradient
-    if pairs is None and _many_on_cpu(rows):
+    if pairs is None and _many_on_cpu(rows) and not (2 * k > n and _all_pairs(n, k)):
         choose = ahead.smallest_sum if combine is torch.add else ahead.farthest
         return choose(rows, k, int(pivot))
     index = torch.empty(*images, 1, dtype=torch.long, device=rows.device)

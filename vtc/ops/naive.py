@@ -123,15 +123,11 @@ def coverage_greedy(
         added *= 1.0 if factor is None else float(factor[j])
         return added + (0.0 if bonus is None else float(bonus[j]))
 
-    def doubt(j: int) -> float:
-        highest = max(0.0, *(value for row in rows for value in row))
-        return EQUAL * highest * (1.0 if factor is None else float(factor[j]))
-
     while len(chosen) < k:
         rest = [j for j in range(n) if j not in chosen]
         gains = {j: gain(j) for j in rest}
         best = max(gains.values())
-        chosen.append(min(j for j in rest if gains[j] + doubt(j) >= best))
+        chosen.append(min(j for j in rest if gains[j] >= best - EQUAL * abs(best)))
     return torch.tensor(chosen, dtype=torch.long, device=similarity.device)
 
 
