@@ -256,7 +256,8 @@ def candidates(methods: Sequence[str], keeps: Sequence[Keep]) -> list[str]:
         except BadInput:
             raise
         except (ValueError, TypeError) as error:
-            option = "--keep" if str(error).startswith("keep") else "--methods"
+            of_option = str(error).startswith("keep") and "keep=" not in text
+            option = "--keep" if of_option else "--methods"
             raise BadInput(option, f"{text}: {error}") from error
     return list(dict.fromkeys(found))
 

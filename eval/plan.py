@@ -297,7 +297,8 @@ def plan(settings: Settings) -> list[Cell]:
         except BadInput:
             raise
         except (ValueError, TypeError) as error:
-            option = "--keep" if str(error).startswith("keep") else "--methods"
+            of_option = str(error).startswith("keep") and "keep=" not in label
+            option = "--keep" if of_option else "--methods"
             raise BadInput(option, f"{label}: {error}") from error
     return [
         Cell(label, keep, task, method, blind)
