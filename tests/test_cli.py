@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import os
 import re
 import warnings
 from pathlib import Path
@@ -459,3 +460,13 @@ def test_kept_cells_are_drawn_as_they_are_and_others_darkened():
         plots.kept_tokens(image, (3, 3), [0, 9])
     with pytest.raises(ValueError, match="at least one"):
         plots.kept_tokens(image, (3, 3), {})
+
+
+@pytest.mark.parametrize(("command", "waits"), [("methods", "passive"), ("bench", None)])
+def test_threads_wait_passively_but_for_benchmarks(cli, monkeypatch, command, waits):
+    """Before PyTorch is there; on a machine with other work, waiting actively takes four times as
+    long."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "x")  # so that it is given back
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    cli(*([command] if command == "methods" else [command, "--dtype", "int8"]))
+    assert os.environ.get("OMP_WAIT_POLICY") == waits

@@ -128,11 +128,16 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def main(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Compress the vision tokens of Hugging Face vision-language models."""
+    # Threads that wait actively starve one another once another program takes a core: an evaluation
+    # beside one took four times as long. Benchmarks are for idle machines.
+    if ctx.invoked_subcommand != "bench":
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 # ---- vtc doctor ---------------------------------------------------------------------------------
