@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -104,6 +105,22 @@ def test_copies_are_chosen_once_each_and_the_isolated_one_is_found() -> None:
         attained(rows, order, "max")
         assert len({i % 50 for i in order[1:51].tolist()}) == 50  # no copy before all kinds
         attained(rows, ahead.smallest_sum(rows, 201, 200), "sum")
+
+
+def test_what_is_held_for_later_is_bounded() -> None:
+    rows, most = rows_of("wide", 400, 2), 0
+
+    def watched(x: np.ndarray, kth: int) -> np.ndarray:
+        nonlocal most
+        most = max(most, kth + 1 - ahead.AHEAD)  # as many rows were held
+        return argpartition(x, kth)
+
+    argpartition, free = np.argpartition, ahead.smallest_sum(rows, 300, 0)
+    few = mock.patch.object(ahead, "ROOM", 20 * 400)
+    with sizes(4, 8), few, mock.patch.object(np, "argpartition", watched):
+        bounded = ahead.smallest_sum(rows, 300, 0)
+    assert 0 < most <= 20
+    assert bounded.tolist() == free.tolist()
 
 
 class Products(TorchDispatchMode):

@@ -388,7 +388,11 @@ def test_a_trace_follows_a_composition(folder):
 
 # ---- methods as text ----------------------------------------------------------------------------
 def test_lists_are_split_outside_of_brackets():
-    assert split_list("a:x=[1,2], b ,,c:y=(3,4)") == ["a:x=[1,2]", "b", "c:y=(3,4)"]
+    assert split_list("a:x=[1,2], b ,c:y=(3,4)") == ["a:x=[1,2]", "b", "c:y=(3,4)"]
+    assert split_list(" ") == []
+    for text in ("a,", ",a", "a, ,b"):
+        with pytest.raises(ValueError, match="both sides of each ','"):
+            split_list(text)
     for text in ("a[", "a]", "a](["):
         with pytest.raises(ValueError, match="brackets"):
             split_list(text)

@@ -11,6 +11,7 @@ import os
 import sys
 import textwrap
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from vtc.eval.run import Observer, Settings
+    from vtc.spec import Keep
 
 
 _FOLDERS_OR_IDS = ("model", "config")
@@ -33,7 +35,7 @@ _FOLDERS_OR_IDS = ("model", "config")
 
 class _Command(TyperCommand):
     """A command in which `~` is the home folder in every path, also after `--option=`, where shells
-    leave it as it is."""
+    leave it as it is. Warnings are lines of their own."""
 
     def invoke(self, ctx: Any) -> Any:
         for parameter in self.params:
@@ -45,7 +47,14 @@ class _Command(TyperCommand):
                 ctx.params[name] = value.expanduser()
             elif (kind == "path" or name in _FOLDERS_OR_IDS) and str(value).startswith("~"):
                 ctx.params[name] = str(Path(str(value)).expanduser())
-        return super().invoke(ctx)
+        with warnings.catch_warnings():
+            warnings.showwarning = _tell
+            return super().invoke(ctx)
+
+
+def _tell(message: Any, category: type, *where: Any) -> None:
+    """A warning in a line of its own, without the place in the code that gave it."""
+    sys.stderr.write(f"warning: {message}\n")
 
 
 class _App(typer.Typer):
@@ -112,6 +121,17 @@ def _listed(option: str, text: str) -> tuple[str, ...]:
         return tuple(split_list(text))
     except ValueError as error:
         raise _fail(option, str(error)) from None
+
+
+def _budgets(text: str) -> tuple[Keep, ...]:
+    """The parts of `--keep`."""
+    from vtc.spec import parse_keep
+
+    parts = _listed("--keep", text)
+    try:
+        return tuple(map(parse_keep, parts))
+    except ValueError as error:
+        raise _fail("--keep", str(error)) from None
 
 
 def _fail(option: str, message: str) -> typer.BadParameter:
@@ -391,15 +411,8 @@ def evaluate(
     from vtc.eval import parallel
     from vtc.eval.plan import parse_arguments, parse_limit
     from vtc.eval.run import BadInput, Settings, plan, run
-    from vtc.spec import parse_keep, split_list
 
-    try:
-        keeps = tuple(parse_keep(text) for text in split_list(keep))
-        names = tuple(split_list(methods))
-    except ValueError as error:
-        raise _fail(
-            "--keep" if str(error).startswith("keep:") else "--methods", str(error)
-        ) from None
+    keeps, names = _budgets(keep), _listed("--methods", methods)
     try:
         samples = None if limit is None else parse_limit(limit)
         arguments = parse_arguments(model_args)
@@ -684,17 +697,10 @@ def autotune(
     """
     from vtc.eval import autotune as tuner
     from vtc.eval.run import BadInput, Settings
-    from vtc.spec import parse_keep, split_list
 
     if not 0 <= loss < 100:
         raise _fail("--loss", f"expected points in [0, 100), got {loss:g}")
-    try:
-        keeps = tuple(parse_keep(text) for text in split_list(keep))
-        names = tuple(split_list(methods))
-    except ValueError as error:
-        raise _fail(
-            "--keep" if str(error).startswith("keep:") else "--methods", str(error)
-        ) from None
+    keeps, names = _budgets(keep), _listed("--methods", methods)
     settings = Settings(
         out=out, model=model, methods=names, keeps=keeps, tasks=_listed("--tasks", tasks),
         batch_size=batch_size, device=device, seed=seed, imports=tuple(imports),
@@ -765,17 +771,10 @@ def bench(
     """
     from vtc.eval import bench as timing
     from vtc.eval.run import BadInput
-    from vtc.spec import parse_keep, split_list
 
+    keeps, names = _budgets(keep), _listed("--methods", methods)
     try:
-        keeps = tuple(parse_keep(part) for part in split_list(keep))
-        names = tuple(split_list(methods))
-    except ValueError as error:
-        raise _fail(
-            "--keep" if str(error).startswith("keep:") else "--methods", str(error)
-        ) from None
-    try:
-        batches = tuple(int(part) for part in split_list(batch))
+        batches = tuple(map(int, _listed("--batch", batch)))
     except ValueError:
         raise _fail("--batch", f"expected whole numbers, got {batch!r}") from None
     size = None

@@ -41,12 +41,17 @@ _EACH: dict[str, type[PerTile] | type[PerFrame]] = {"tile": PerTile, "frame": Pe
 
 
 def split_list(text: str, separator: str = ",") -> list[str]:
-    """Split at `separator` outside of brackets, without surrounding spaces and empty parts.
+    """Split at `separator` outside of brackets, without surrounding spaces; nothing has no parts.
 
     Raises:
-        ValueError: brackets or quotes that do not match.
+        ValueError: brackets or quotes that do not match, or an empty part.
     """
-    return [part for part in _split(text, separator) if part]
+    parts = _split(text, separator)
+    if parts == [""]:
+        return []
+    if "" in parts:
+        raise ValueError(f"expected something on both sides of each {separator!r}, got {text!r}")
+    return parts
 
 
 def _split(text: str, separator: str) -> list[str]:

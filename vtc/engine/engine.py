@@ -776,8 +776,8 @@ def refuse_packed(given: Mapping[str, Any], entering: Mapping[str, Any], flash: 
         raise ValueError(
             _PACKED.format(
                 name="position_ids",
-                what="without an attention_mask, positions that start anew mark several documents "
-                "in a row",
+                what="without an attention_mask, positions that start anew are those of several "
+                "documents in a row",
             )
         )
 

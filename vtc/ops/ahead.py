@@ -17,6 +17,9 @@ from torch import Tensor
 AHEAD = 2 * 16
 """Rows of similarities that are made at a time: a multiple of what BLAS makes at once."""
 
+ROOM = 1 << 24
+"""Similarities made and not used yet, at most about: 64 MiB."""
+
 FRONT = 128
 """Tokens, at least, that are compared with one another to choose the farthest among."""
 
@@ -39,6 +42,8 @@ def smallest_sum(rows: Tensor, k: int, pivot: int) -> Tensor:
     while len(chosen) < k:
         index = int(running.argmin())
         if index not in made:
+            if len(made) * n > ROOM:
+                made.clear()
             reach = min(n, AHEAD + len(made))
             ahead = np.argpartition(running, reach - 1)[:reach]
             ahead = ahead[running[ahead].argsort(kind="stable")].tolist()

@@ -83,6 +83,12 @@ def _in_steps(rows: Tensor, k: int) -> Tensor:
     return chosen
 
 
+def _times(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Their product, by PyTorch: the threads of NumPy's BLAS wait actively, and beside PyTorch's
+    each product would take several times as long."""
+    return (torch.from_numpy(a) @ torch.from_numpy(b)).numpy()  # type: ignore[no-any-return]
+
+
 class _Blocks:
     """The same on a CPU, for many tokens: gains only fall as tokens are chosen, so that an old one
     bounds the present one, and only what may be the best is looked at again.
@@ -150,10 +156,10 @@ class _Blocks:
             some = old[self.known[old] == since]
             new = np.array(self.chosen[since:now])
             if 2 * len(some) > len(self.rows):  # gathering most rows takes longer than the product
-                inner = (self.rows @ self.rows[new].T)[some]
+                inner = _times(self.rows, self.rows[new].T)[some]
             else:
-                inner = self.rows[some] @ self.rows[new].T
-            inner -= self.columns[some, :since] @ self.columns[new, :since].T
+                inner = _times(self.rows[some], self.rows[new].T)
+            inner -= _times(self.columns[some, :since], self.columns[new, :since].T)
             lower = torch.from_numpy(self.columns[new, since:now])
             found = torch.linalg.solve_triangular(
                 lower.T, torch.from_numpy(inner), upper=True, left=False
@@ -167,7 +173,7 @@ class _Blocks:
         """Choose in the `front`, its first token first, while no other may be as good."""
         now = len(self.chosen)
         mine, rows = self.columns[front, :now], self.rows[front]
-        pairs = rows @ rows.T - mine @ mine.T
+        pairs = _times(rows, rows.T) - _times(mine, mine.T)
         outside = self.left.copy()
         outside[front] = -np.inf
         # Those outside may be older, and then their gains are bounds.
@@ -175,7 +181,8 @@ class _Blocks:
         left, found = self.left[front], np.empty((len(front), k - now))
         place, step = 0, 0
         while True:
-            column = (pairs[place] - found[:, :step] @ found[place, :step]) / left[place] ** 0.5
+            spanned = _times(found[:, :step], found[place, :step])
+            column = (pairs[place] - spanned) / left[place] ** 0.5
             found[:, step] = column
             left = left - column * column
             left[(left > -np.inf) & (left <= SPANNED * self.first[front])] = 0.0
