@@ -33,7 +33,7 @@ from torch import Tensor
 from vtc import ops
 from vtc.ops import greedy, naive, unit_rows
 
-from . import bench_official
+from . import released
 
 Run = Callable[[], object]
 
@@ -52,7 +52,8 @@ def _forced(
     function: Callable[[Tensor, int], object], pairs: bool
 ) -> Callable[[Tensor, int], object]:
     def run(x: Tensor, k: int) -> object:
-        with mock.patch.object(greedy, "_all_pairs", return_value=pairs):
+        plainly = mock.patch.object(greedy, "_AHEAD_FROM", len(x) + 1)
+        with plainly, mock.patch.object(greedy, "_all_pairs", return_value=pairs):
             return function(x, k)
 
     return run
@@ -261,16 +262,6 @@ def bench(n: int, k: int, d: int, dtype: torch.dtype, repeats: int, twins: bool)
     return rows
 
 
-def _print_official(n: int, k: int, d: int, repeats: int) -> None:
-    title = f"{k} of {n} tokens, d = {d}, float32, process time"
-    table = Table("ms", box=SIMPLE_HEAD, title=title, collapse_padding=True, pad_edge=False)
-    for header in ("vtc", "released", "times as fast"):
-        table.add_column(header, justify="right")
-    for name, (ours, theirs, ratio) in bench_official.measure(n, k, d, repeats).items():
-        table.add_row(name, f"{ours:.1f}", f"{theirs:.1f}", f"{ratio:.2f}")
-    Console().print(table)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--n", type=int, default=2880, help="tokens")
@@ -281,11 +272,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-twins", action="store_true", help="leave the naive twins out")
     parser.add_argument("--official", action="store_true", help="beside the released code")
+    parser.add_argument("--only", default="", help="part of the names, with --official")
     args = parser.parse_args()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     if args.official:
-        _print_official(args.n, args.k, args.d, args.repeats)
+        released.show(args.n, args.k, args.d, args.repeats, args.only)
         return
     dtype, twins = getattr(torch, args.dtype), not args.no_twins
     title = f"{args.k} of {args.n} tokens, d = {args.d}, {args.dtype}"

@@ -48,7 +48,7 @@ class _Command(TyperCommand):
             elif (kind == "path" or name in _FOLDERS_OR_IDS) and str(value).startswith("~"):
                 ctx.params[name] = str(Path(str(value)).expanduser())
         with warnings.catch_warnings():
-            warnings.showwarning = _tell
+            warnings.showwarning = _tell  # type: ignore[assignment]
             return super().invoke(ctx)
 
 

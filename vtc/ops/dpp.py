@@ -86,7 +86,7 @@ def _in_steps(rows: Tensor, k: int) -> Tensor:
 def _times(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Their product, by PyTorch: the threads of NumPy's BLAS wait actively, and beside PyTorch's
     each product would take several times as long."""
-    return (torch.from_numpy(a) @ torch.from_numpy(b)).numpy()  # type: ignore[no-any-return]
+    return (torch.from_numpy(a) @ torch.from_numpy(b)).numpy()
 
 
 class _Blocks:

@@ -1,25 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long methods take to choose, beside the algorithms of their released code, stated anew.
-
-    python -m vtc.eval.bench_ops --official --threads 1
-
-Each function does, with the same products in the same precision and the same loops, what the
-method's released code does to the same tensors, and returns which tokens it keeps. They are for
-timing: where that code has a defect (DivPrune and CDPruner do not bar chosen tokens), so have they.
-"""
+"""Released code of methods that choose before the language model, stated anew."""
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-import vtc
-from vtc.methods.base import LayerState, Method, VisionTokens
+from vtc.methods.base import VisionTokens
 
 
 def divprune(tokens: VisionTokens, k: int) -> Tensor:
@@ -145,36 +135,67 @@ def holov(tokens: VisionTokens, k: int) -> Tensor:
     return torch.cat(chosen)
 
 
-def prumerge(tokens: VisionTokens, k: int) -> Tensor:
-    """For each kept patch in turn its neighbours among all others, added by attention."""
-    assert tokens.cls_attention is not None
+def _prumerged(tokens: VisionTokens, attention: Tensor, kept: Tensor) -> Tensor:
     assert tokens.keys is not None
     assert tokens.encoder is not None
-    rows, attention = normalize(tokens.keys.float(), dim=1), tokens.cls_attention
-    kept, states = attention.topk(k - 1).indices, tokens.encoder.float()
+    assert tokens.project is not None
+    rows, states = normalize(tokens.keys.float(), dim=1), tokens.encoder.float()
     made = []
     for index in kept:
         alike = rows @ rows[index]
         alike[index] = -torch.inf
-        near = alike.topk(32).indices
+        near = alike.topk(min(32, len(rows) - 1)).indices
         made.append(states[index] + attention[near] @ states[near])
     rest = torch.ones(len(tokens), dtype=torch.bool).index_fill_(0, kept, False)
-    torch.stack([*made, attention[rest] @ states[rest]])
-    return kept.sort().values
+    return tokens.project(torch.stack([*made, attention[rest] @ states[rest]]))
 
 
-def dart(state: LayerState, k: int) -> Tensor:
-    """For each pivot the cosines to all that is left, and the lowest of them."""
-    vision, text = state.vision, state.text.nonzero().squeeze(1)
-    norms = state.recorded[1, "keys"].abs().sum(1)
-    states = state.recorded[1, "normed"]
-    mine = vision[norms[vision].topk(4).indices]
-    kept, each = set(mine.tolist()), (k - 4) // 8
-    for pivot in [*mine.tolist(), *text[norms[text].topk(4).indices].tolist()]:
-        left = torch.tensor([i for i in vision.tolist() if i not in kept])
-        alike = torch.nn.functional.cosine_similarity(states[left], states[pivot][None], dim=1)
-        kept |= {*left[alike.topk(each, largest=False).indices].tolist()}
-    return torch.tensor(sorted(kept)) - vision[0]
+def _of_cls(tokens: VisionTokens) -> Tensor:
+    """(n,) attention of one head, of which only the row of [CLS] is made here."""
+    assert tokens.keys is not None
+    assert tokens.cls_query is not None
+    assert tokens.cls_key is not None
+    every = torch.cat([tokens.cls_key[None], tokens.keys])
+    return (tokens.cls_query @ every.T / every.shape[1] ** 0.5).softmax(0)[1:]
+
+
+def prumerge(tokens: VisionTokens, k: int) -> Tensor:
+    """For each kept patch in turn its neighbours among all others, added by attention."""
+    attention = _of_cls(tokens)
+    return _prumerged(tokens, attention, attention.topk(k - 1).indices)
+
+
+def prumerge_plus(tokens: VisionTokens, k: int) -> Tensor:
+    """The same with an even grid for half of the patches, some of which may be kept twice."""
+    attention, even = _of_cls(tokens), (k - 1) // 2
+    step = len(tokens) // even
+    grid = torch.arange(step // 2, len(tokens), step)[:even]
+    kept = torch.cat([attention.topk(k - 1 - even).indices, grid])
+    _prumerged(tokens, attention, kept)
+    return kept
+
+
+def vscan(tokens: VisionTokens, k: int) -> Tensor:
+    """The best of each of 4 x 4 windows of the early map, then of the late one without them; what
+    goes is added to the kept token that is most like it, and divided by how many there are."""
+    assert tokens.cls_attention is not None
+    assert tokens.low_attention is not None
+    rows, columns = (int(x) + 1 for x in tokens.grid[-1, 1:])
+    parts = rows // 4, columns // 4
+    place = torch.arange(rows * columns).view(4, parts[0], 4, parts[1]).transpose(1, 2).flatten(2)
+    place = place.reshape(16, -1)
+    best = tokens.low_attention[place].topk(k // 2 // 16, dim=1).indices
+    stays = torch.zeros(len(tokens), dtype=torch.bool)
+    stays[place.gather(1, best).flatten()] = True
+    late = tokens.cls_attention.clone()
+    late[stays] = 0
+    stays[late.topk(k - int(stays.sum())).indices] = True
+    kept, gone = tokens.features[stays], tokens.features[~stays]
+    alike = normalize(gone, dim=-1) @ normalize(kept, dim=-1).T
+    into = alike.argmax(1)
+    summed = torch.zeros_like(kept).scatter_add_(0, into[:, None].expand_as(gone), gone)
+    number = torch.zeros(len(kept)).scatter_add_(0, into, torch.ones(len(gone)))
+    return (kept + summed) / (1 + number)[:, None]
 
 
 SEQUENCE: dict[str, Callable[[VisionTokens, int], Tensor]] = {
@@ -186,87 +207,6 @@ SEQUENCE: dict[str, Callable[[VisionTokens, int], Tensor]] = {
     "mmtok": mmtok,
     "holov": holov,
     "prumerge": prumerge,
+    "prumerge_plus": prumerge_plus,
+    "vscan": vscan,
 }
-
-
-def tokens_of(n: int, d: int, seed: int = 0) -> VisionTokens:
-    """Random tokens of one image, with all that a method may ask for."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    weight = draw(d, d) / d**0.5
-    attention = (2 * draw(n)).softmax(0)
-    keys, query, place = draw(n, d), draw(d), torch.arange(n)
-    return VisionTokens(
-        features=draw(n, d) + draw(d),
-        grid=torch.stack([0 * place, place // 60, place % 60], 1),
-        text=draw(32, d) + draw(d),
-        cls_attention=attention,
-        keys=keys,
-        heads=16,
-        cls_query=query,
-        cls_key=draw(d),
-        encoder=draw(n, d) + draw(d),
-        encoder_cls=draw(d),
-        project=lambda states: states @ weight,
-    )
-
-
-def state_of(n: int, d: int, seed: int = 0) -> LayerState:
-    """A random sample before decoder layer 2: 16 words, an image, 48 words."""
-    generator = torch.Generator().manual_seed(seed)
-    length = n + 64
-    image = torch.full((length,), -1)
-    image[16 : 16 + n] = 0
-    text = torch.arange(length) >= 16 + n
-    hidden, keys = (torch.randn(length, d, generator=generator) for _ in range(2))
-    return LayerState(
-        layer=2,
-        num_layers=32,
-        hidden=hidden,
-        image=image,
-        text=text,
-        grid=torch.zeros(length, 3, dtype=torch.long),
-        prompt_length=length,
-        original=(n,),
-        attention={},
-        recorded={(1, "keys"): keys, (1, "normed"): hidden},
-    )
-
-
-def pairs(n: int, k: int, d: int) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
-    """For each method, vtc's choice and that of the released code, on the same tensors."""
-    tokens, state = tokens_of(n, d), state_of(n, d)
-
-    def pair(name: str) -> tuple[Callable[[], object], Callable[[], object]]:
-        method: Method = vtc.make(name, keep=k)
-        return lambda: method.select(tokens), lambda: SEQUENCE[name](tokens, k)
-
-    found = {name: pair(name) for name in SEQUENCE}
-    method = vtc.DART(keep=k)
-    found["dart"] = lambda: method.prune(state), lambda: dart(state, k)
-    return found
-
-
-def measure(n: int, k: int, d: int, repeats: int) -> dict[str, tuple[float, float, float]]:
-    """Medians of vtc's and the released code's milliseconds, and of the quotients of pairs.
-
-    Times are of the process, not of the clock, so that what else runs on the machine counts less;
-    the two take turns.
-    """
-    found = {}
-    with torch.no_grad():
-        for name, runs in pairs(n, k, d).items():
-            taken: list[list[float]] = [[], []]
-            for turn in range(repeats + 1):
-                for times, run in zip(taken, runs, strict=True):
-                    since = time.process_time()
-                    run()
-                    if turn:
-                        times.append((time.process_time() - since) * 1e3)
-            ratios = [theirs / ours for ours, theirs in zip(*taken, strict=True)]
-            ours, theirs = map(statistics.median, taken)
-            found[name] = ours, theirs, statistics.median(ratios)
-    return found
