@@ -30,8 +30,8 @@ from types import CodeType
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-_SETTINGS, _OPS = "test_method_settings.py", "test_ops.py"
-_COVERAGE = "test_method_coverage.py"
+_SETTINGS, _OPS = "core/test_method_settings.py", "ops/test_ops.py"
+_COVERAGE = "methods/test_method_coverage.py"
 
 
 def _of(file: str, chosen: str = "") -> tuple[str, str]:
@@ -39,50 +39,54 @@ def _of(file: str, chosen: str = "") -> tuple[str, str]:
 
 
 OWN: dict[str, tuple[str, str]] = {
-    "methods/atp": _of("test_method_atp.py", "atp and not catp"),
-    "methods/base": (
-        f"test_methods.py {_SETTINGS} test_method_baselines.py test_keep.py", ""
+    "methods/atp": _of("methods/test_method_atp.py", "atp and not catp"),
+    "core/method": (
+        f"core/test_methods.py {_SETTINGS} methods/test_method_baselines.py core/test_keep.py", ""
     ),
     "methods/catp": _of(_COVERAGE, "catp"),
-    "methods/cdpruner": _of("test_method_selectors.py", "cdpruner"),
+    "methods/cdpruner": _of("methods/test_method_selectors.py", "cdpruner"),
     "methods/correlation": _of(
-        "test_method_selectors.py",
+        "methods/test_method_selectors.py",
         "correlation or density or crop or outliers or sampling or accept",
     ),
-    "methods/dart": _of("test_method_baselines.py", "dart"),
-    "methods/divprune": _of("test_method_baselines.py", "divprune"),
-    "methods/downsample": _of("test_methods.py test_pixels.py", "downsample or pixels or tiles"),
-    "methods/fastv": _of("test_methods.py", "fastv"),
-    "methods/flowcut": _of("test_method_encoder.py", "flowcut"),
-    "methods/holov": _of("test_method_holov.py", "holov"),
+    "methods/dart": _of("methods/test_method_baselines.py", "dart"),
+    "methods/divprune": _of("methods/test_method_baselines.py", "divprune"),
+    "methods/downsample": _of(
+        "core/test_methods.py runtime/test_pixels.py", "downsample or pixels or tiles"
+    ),
+    "methods/fastv": _of("core/test_methods.py", "fastv"),
+    "methods/flowcut": _of("methods/test_method_encoder.py", "flowcut"),
+    "methods/holov": _of("methods/test_method_holov.py", "holov"),
     "methods/mmtok": _of(_COVERAGE, "mmtok"),
-    "methods/pool": _of("test_methods.py", "pool or tiles"),
-    "methods/prumerge": _of("test_method_prumerge.py", "prumerge"),
-    "methods/pyramiddrop": _of("test_method_baselines.py", "pyramiddrop or shares or depth"),
-    "methods/random": _of("test_methods.py", "random"),
+    "methods/pool": _of("core/test_methods.py", "pool or tiles"),
+    "methods/prumerge": _of("methods/test_method_prumerge.py", "prumerge"),
+    "methods/pyramiddrop": _of(
+        "methods/test_method_baselines.py", "pyramiddrop or shares or depth"
+    ),
+    "methods/random": _of("core/test_methods.py", "random"),
     "methods/scope": _of(_COVERAGE, "scope"),
-    "methods/sparsevlm": _of("test_method_sparsevlm.py", "sparsevlm"),
-    "methods/split": ("test_method_split.py", ""),
-    "methods/todre": _of("test_methods.py", "todre"),
-    "methods/tome": _of("test_method_encoder.py", "tome"),
-    "methods/transprune": _of("test_method_transprune.py", "transprune"),
-    "methods/v2drop": _of("test_method_baselines.py", "v2drop or shares or depth"),
-    "methods/visionzip": _of("test_method_baselines.py", "visionzip"),
-    "methods/vispruner": _of("test_method_selectors.py", "vispruner"),
-    "methods/vscan": _of("test_method_selectors.py", "vscan"),
-    "ops/ahead": ("test_ahead.py", ""),
+    "methods/sparsevlm": _of("methods/test_method_sparsevlm.py", "sparsevlm"),
+    "methods/split": ("methods/test_method_split.py", ""),
+    "methods/todre": _of("core/test_methods.py", "todre"),
+    "methods/tome": _of("methods/test_method_encoder.py", "tome"),
+    "methods/transprune": _of("methods/test_method_transprune.py", "transprune"),
+    "methods/v2drop": _of("methods/test_method_baselines.py", "v2drop or shares or depth"),
+    "methods/visionzip": _of("methods/test_method_baselines.py", "visionzip"),
+    "methods/vispruner": _of("methods/test_method_selectors.py", "vispruner"),
+    "methods/vscan": _of("methods/test_method_selectors.py", "vscan"),
+    "ops/ahead": ("ops/test_ahead.py", ""),
     "ops/batch": (_OPS, "batch or several_images"),
     "ops/bipartite": (_OPS, "match"),
     "ops/coverage": (
         f"{_COVERAGE} {_OPS}", "coverage_ or greedy_coverage or cover_each or copy_adds or factors"
     ),
     "ops/density": (_OPS, "densit or distances or mirrored"),
-    "ops/dpp": (f"test_dpp.py {_OPS}", "test_dpp or dpp_greedy or refuse"),
+    "ops/dpp": (f"ops/test_dpp.py {_OPS}", "test_dpp or dpp_greedy or refuse"),
     "ops/greedy": (
         _OPS, "greedy or max or center or isolated or tenth or equal or many or gradient"
     ),
     "ops/merging": (
-        f"test_method_selectors.py {_OPS}", "merging or merge_into or groups or batches"
+        f"methods/test_method_selectors.py {_OPS}", "merging or merge_into or groups or batches"
     ),
     "ops/pooling": (_OPS, "cell_grid or pool or interpolation or frames or crops"),
     "ops/ranking": (_OPS, "top_k or batches"),

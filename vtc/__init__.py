@@ -11,19 +11,18 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .families import UnsupportedModelError, models
-    from .methods import *  # noqa: F403
-    from .methods.base import LayerState, Method, Selection, VisionTokens, make, methods
-    from .patching import Patch, patch, unpatch
-    from .presets import describe, preset, presets
+    from vtc.core import LayerState, Method, Selection, VisionTokens, make, methods
+    from vtc.methods import *  # noqa: F403
+    from vtc.models import UnsupportedModelError, models
+    from vtc.patching import Patch, patch, unpatch
+    from vtc.presets import describe, preset, presets
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Patch": "patching",
-    "UnsupportedModelError": "families",
+    "UnsupportedModelError": "models",
     "describe": "presets",
-    "models": "families",
     "patch": "patching",
     "preset": "presets",
     "unpatch": "patching",
@@ -33,8 +32,8 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name == "__all__":
-        return sorted({*_HOMES, "presets", *import_module("vtc.methods").__all__})
-    if name in ("methods", "presets"):  # packages that can be called
+        return sorted({*_HOMES, "models", "presets", *import_module("vtc.methods").__all__})
+    if name in ("methods", "models", "presets"):  # packages that can be called
         return import_module(f"vtc.{name}")
     if name in _HOMES:
         found = getattr(import_module(f"vtc.{_HOMES[name]}"), name)

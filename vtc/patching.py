@@ -10,11 +10,11 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .engine.cross import CrossEngine
-from .engine.engine import Engine
-from .engine.report import Report
-from .families import find
-from .methods.base import Method, make
+from vtc.core import Method, make
+from vtc.models import find
+from vtc.report import Report
+from vtc.runtime.hf.cross import CrossEngine
+from vtc.runtime.hf.engine import Engine
 
 
 class Patch:

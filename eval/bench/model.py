@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..plan import BadInput
+from ..harness.plan import BadInput
 from .settings import NATIVE, PLAIN, PRESETS, TILED, Settings
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def config_of(settings: Settings) -> tuple[Any, tuple[int, int]]:
 
 def _look_up(auto: Any, name: str, **options: Any) -> Any:
     """`from_pretrained` of a folder or of an id from the hub or its cache."""
-    from ..quiet import hub_answers, offline
+    from ..harness.quiet import hub_answers, offline
 
     folder = Path(name).expanduser()
     try:

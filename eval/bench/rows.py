@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..report import runs as run_lengths
+from ..report.table import runs as run_lengths
 from .settings import Variant
 from .subject import Subject
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import vtc
 
-from ..machine import load_average, machine
-from ..plan import BadInput, Observer
-from ..results import write
-from ..scoring import as_json
+from ..harness.machine import load_average, machine
+from ..harness.plan import BadInput, Observer
+from ..harness.results import write
+from ..harness.scoring import as_json
 from .model import build, config_of
 from .rows import csv_of, row_of
 from .settings import Settings, Variant, device_of, plan

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import vtc
-from vtc.spec import Keep, compact, parse_method, takes_keep
+from vtc.core.spec import Keep, compact, parse_method, takes_keep
 
-from ..run import DTYPES, BadInput
+from ..harness.run import DTYPES, BadInput
 
 if TYPE_CHECKING:
     import torch
@@ -99,7 +99,7 @@ class Settings:
         config: a name out of `PRESETS`, a folder with a config.json, or an id from the hub.
         layers: decoder layers instead of the configuration's.
         pretrained: load the checkpoint's weights; without it they are random.
-        methods: as text (`vtc.spec`).
+        methods: as text (`vtc.core.spec`).
         keeps: for each method that has a `keep` left open.
         batches: rows of a batch, each with one image.
         dtypes: out of float32, bfloat16, float16.

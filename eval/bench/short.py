@@ -17,7 +17,7 @@ class Tower:
     """Stands in for `get_image_features` of the plain model: times it, and cuts what it returns."""
 
     def __init__(self, base: Any, device: torch.device, always: Mapping[str, Any]) -> None:
-        from vtc.engine.report import Stopwatch
+        from vtc.report import Stopwatch
 
         self.base, self.device, self.always = base, device, dict(always)
         self.original, self.clock = base.get_image_features, Stopwatch()

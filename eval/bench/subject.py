@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from vtc.engine.report import Stopwatch
+    from vtc.report import Stopwatch
 
 
 def clock_of(device: torch.device) -> str:
@@ -39,7 +39,7 @@ def clock_of(device: torch.device) -> str:
 @contextmanager
 def host_clock(device: torch.device) -> Iterator[None]:
     """Let stopwatches measure by `clock_of`: other work on the machine then counts less."""
-    from vtc.engine.report import Stopwatch
+    from vtc.report import Stopwatch
 
     before = Stopwatch.host
     if clock_of(device) == "process":
@@ -56,7 +56,7 @@ class Subject:
     def __init__(self, model: Any, image: tuple[int, int], batch: int, settings: Settings) -> None:
         import torch
 
-        from vtc.families import find
+        from vtc.models import find
 
         self.model, self.config, self.settings = model, model.config, settings
         self.batch, self.image = batch, image
@@ -203,7 +203,7 @@ class Subject:
         """Milliseconds of one prefill by part, and of the median step of decoding."""
         import torch
 
-        from vtc.engine.report import Stopwatch
+        from vtc.report import Stopwatch
 
         def stop(clock: Stopwatch, started: Any) -> None:
             clock.stop(started, self.device)

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..report import FULL_WIDTH, named
-from ..report import runs as run_lengths
+from ..report.table import FULL_WIDTH, named
+from ..report.table import runs as run_lengths
 from .rows import at
 
 if TYPE_CHECKING:

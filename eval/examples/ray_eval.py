@@ -16,10 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import ray
-from vtc.eval.report import table
-from vtc.eval.run import BASELINES, Settings, run
 
-from vtc.spec import parse_keep, split_list
+from vtc.core.spec import parse_keep, split_list
+
+from ..harness.run import BASELINES, Settings, run
+from ..report.table import table
 
 
 def main() -> None:

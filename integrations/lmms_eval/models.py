@@ -23,15 +23,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
+from vtc.core.plugins import import_modules
+from vtc.core.spec import parse_keep, parse_method
 from vtc.patching import Patch
 from vtc.patching import patch as vtc_patch
-from vtc.plugins import import_modules
-from vtc.spec import parse_keep, parse_method
 
 from . import EMBEDDED
 
 if TYPE_CHECKING:
-    from vtc.eval.journal import Journal
+    from vtc.eval.harness.journal import Journal
 
 __all__ = ["VTC_ARGUMENTS", "VtcModel", "accepted_arguments", "grey"]
 
@@ -80,8 +80,8 @@ class VtcModel:
     """Mixed into a built-in class: patches its model and lets no failure pass for a wrong answer.
 
     Args:
-        method: a method as text (`fastv:layer=3`, `todre|fastv`; see `vtc.spec`); without it the
-            model is not patched.
+        method: a method as text (`fastv:layer=3`, `todre|fastv`; see `vtc.core.spec`); without it
+            the model is not patched.
         keep: for the method; a fraction, or a whole number of tokens per image.
         blind: show the model grey images, to see what it answers without seeing.
         settings: further settings of a single method, a dictionary or JSON.
@@ -228,7 +228,7 @@ class VtcModel:
         lmms-eval gives each process as many, the last of them copies where samples do not divide.
         That is for models spread over processes; here it would only count samples twice.
         """
-        from vtc.eval.parallel import together
+        from vtc.eval.harness.parallel import together
 
         real = [r for r in requests if not (r.metadata or {}).get("__padding_only__")]
         answers = together(lambda: self._vtc_answers(kind, real, ask) if real else [])
@@ -335,7 +335,7 @@ class _Embedded:
     """`llava_hf` with vtc's own model, unless another is given."""
 
     def __init__(self, **kwargs: Any) -> None:
-        from vtc.eval.embedded_vlm import embedded_path
+        from vtc.eval.embedded.vlm import embedded_path
 
         kwargs.setdefault("pretrained", str(embedded_path()))
         super().__init__(**kwargs)

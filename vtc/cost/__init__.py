@@ -8,7 +8,7 @@ Two conventions are in use, and numbers of one must not be compared with numbers
   layers, and the output head. Attention is counted as the full square of the length (no saving for
   causality, nor in a prefill for sliding windows), as PyTorch's own counter does for eager
   attention. They agree with `torch.utils.flop_counter.FlopCounterMode`, family by family, in
-  `tests/test_cost.py`.
+  `tests/cost/test_cost.py`.
 - `visual_flops` is the **literature's** formula, which counts a multiply-add once and the vision
   tokens alone. It reproduces the published 3.82 T of LLaVA-1.5-7B with 576 tokens.
 
@@ -35,10 +35,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .configs import Unknown, get, text_of
-from .decoder import Decoder, decoder_of
-from .selector import selector_flops
-from .vision import Grid, Images, Patches, projector_flops, tile_tokens, vision_flops
+from vtc.cost.configs import Unknown, get, text_of
+from vtc.cost.decoder import Decoder, decoder_of
+from vtc.cost.selector import selector_flops
+from vtc.cost.vision import Grid, Images, Patches, projector_flops, tile_tokens, vision_flops
 
 __all__ = [
     "Flops",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .configs import Unknown, get, of_layer, size, text_of
+from vtc.cost.configs import Unknown, get, of_layer, size, text_of
 
 GATED = frozenset({
     "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text",

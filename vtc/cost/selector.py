@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from vtc.methods.base import LayerState, Method, VisionTokens, make
+from vtc.core import LayerState, Method, VisionTokens, make
 from vtc.ops.greedy import PLAINLY
 
 _PRODUCTS = {

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .configs import Unknown, get, pair, size, text_of
+from vtc.cost.configs import Unknown, get, pair, size, text_of
 
 Grid = tuple[int, int, int]
 """Frames, rows and columns of an image's (or clip's) vision tokens."""

@@ -6,8 +6,7 @@ from __future__ import annotations
 import sys
 from types import ModuleType
 
-from vtc.methods.atp import ATP
-from vtc.methods.base import (
+from vtc.core import (
     Compose,
     EncoderState,
     LayerState,
@@ -20,6 +19,7 @@ from vtc.methods.base import (
     make,
     methods,
 )
+from vtc.methods.atp import ATP
 from vtc.methods.catp import CATP
 from vtc.methods.cdpruner import CDPruner
 from vtc.methods.correlation import Correlation

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vtc.methods.base import (
+from vtc.core import (
     LayerState,
     Method,
     Positions,

@@ -8,14 +8,7 @@ from typing import Literal
 
 import torch
 
-from vtc.methods.base import (
-    Method,
-    Positions,
-    Selection,
-    VisionTokens,
-    check_choice,
-    check_keep,
-)
+from vtc.core import Method, Positions, Selection, VisionTokens, check_choice, check_keep
 from vtc.ops import dpp_greedy, unit_rows
 
 

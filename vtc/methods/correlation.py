@@ -9,15 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vtc.methods.base import (
-    Method,
-    Positions,
-    Selection,
-    VisionTokens,
-    budget,
-    check_choice,
-    check_keep,
-)
+from vtc.core import Method, Positions, Selection, VisionTokens, budget, check_choice, check_keep
 from vtc.ops import merge_into_nearest, top_k, unit_rows
 
 

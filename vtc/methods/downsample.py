@@ -8,15 +8,7 @@ from typing import Literal
 
 import torch
 
-from vtc.methods.base import (
-    Method,
-    Positions,
-    Selection,
-    VisionTokens,
-    budget,
-    check_choice,
-    check_keep,
-)
+from vtc.core import Method, Positions, Selection, VisionTokens, budget, check_choice, check_keep
 from vtc.ops import cell_grid, pool_grid
 
 

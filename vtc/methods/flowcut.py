@@ -9,15 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vtc.methods.base import (
-    EncoderState,
-    Merging,
-    Method,
-    Positions,
-    budget,
-    check_choice,
-    check_keep,
-)
+from vtc.core import EncoderState, Merging, Method, Positions, budget, check_choice, check_keep
 from vtc.ops import top_k
 
 

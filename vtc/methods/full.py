@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vtc.methods.base import Method, Selection, VisionTokens
+from vtc.core import Method, Selection, VisionTokens
 
 
 @dataclass(frozen=True)

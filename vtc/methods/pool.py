@@ -7,14 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vtc.methods.base import (
-    Method,
-    Positions,
-    Selection,
-    VisionTokens,
-    check_choice,
-    check_keep,
-)
+from vtc.core import Method, Positions, Selection, VisionTokens, check_choice, check_keep
 from vtc.ops import pool_grid
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from vtc.methods.base import (
+from vtc.core import (
     Method,
     Positions,
     Selection,

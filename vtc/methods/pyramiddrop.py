@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vtc.methods.base import (
+from vtc.core import (
     LayerState,
     Method,
     Positions,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from vtc.methods.base import (
+from vtc.core import (
     LayerState,
     Method,
     Positions,

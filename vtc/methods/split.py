@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.methods.base import (
+from vtc.core import (
     LayerState,
     Method,
     Positions,
@@ -209,6 +209,7 @@ class PerTile(_Split):
     """
 
     name = "per_tile"
+    each = "tile"
     title = "A method for each tile of an image by itself"
 
     inner: Method
@@ -298,6 +299,7 @@ class PerFrame(_Split):
     """
 
     name = "per_frame"
+    each = "frame"
     title = "A method for each frame of a clip by itself"
 
     inner: Method

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vtc.methods.base import (
+from vtc.core import (
     LayerState,
     Method,
     Positions,

@@ -6,15 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from vtc.methods.base import (
-    EncoderState,
-    Merging,
-    Method,
-    Positions,
-    budget,
-    check_choice,
-    check_keep,
-)
+from vtc.core import EncoderState, Merging, Method, Positions, budget, check_choice, check_keep
 from vtc.ops import bipartite_match
 
 

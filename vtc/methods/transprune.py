@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vtc.methods.base import (
+from vtc.core import (
     LayerState,
     Method,
     Positions,

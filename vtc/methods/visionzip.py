@@ -10,14 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vtc.methods.base import (
-    Method,
-    Positions,
-    Selection,
-    VisionTokens,
-    check_choice,
-    check_keep,
-)
+from vtc.core import Method, Positions, Selection, VisionTokens, check_choice, check_keep
 from vtc.ops import top_k
 from vtc.ops.merging import sums
 

@@ -8,14 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vtc.methods.base import (
-    Method,
-    Positions,
-    Selection,
-    VisionTokens,
-    check_choice,
-    check_keep,
-)
+from vtc.core import Method, Positions, Selection, VisionTokens, check_choice, check_keep
 from vtc.ops import top_k, unit_rows
 
 _NEAREST: int = 32

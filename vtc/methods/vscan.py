@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vtc.methods.base import (
+from vtc.core import (
     LayerState,
     Method,
     Positions,

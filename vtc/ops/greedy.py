@@ -115,7 +115,7 @@ def most_isolated(features: Tensor, rows_at_once: int = 512) -> Tensor:
 
 
 def _all_pairs(n: int, k: int) -> bool:
-    """Whether all n x n similarities are cheaper than k rows of them (`vtc.eval.bench_ops`).
+    """Whether all n x n similarities are cheaper than k rows of them (`vtc.eval.bench.ops`).
 
     Measured at 576 to 2880 tokens of width 1024 and 4096, the two break even between an eighth
     (features that leave the cache, a busy memory) and a quarter (features that stay in it).

@@ -41,12 +41,11 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, Literal, get_args
 
+from vtc.core.names import meant
 from vtc.cost import equivalent_tokens
 from vtc.methods import Method, PerTile, make, methods
-from vtc.names import meant
-
-from .schedule import Schedule, describe, scope_of, tokens_per_layer
-from .table import (
+from vtc.presets.schedule import Schedule, describe, scope_of, tokens_per_layer
+from vtc.presets.table import (
     NEVER,
     SHARE,
     TABLE,
@@ -103,7 +102,7 @@ class Preset:
 
     @property
     def text(self) -> str:
-        """The method as the command line and `vtc.spec` read it."""
+        """The method as the command line and `vtc.core.spec` read it."""
         settings = "".join(f":{name}={value!r}" for name, value in self.settings.items())
         return self.method + "@tile" * self.each + settings
 

@@ -9,12 +9,11 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
+from vtc.core import budget
 from vtc.cost import equivalent_tokens, kv_bytes, prefill_flops, visual_flops
 from vtc.methods import Compose, Method, PerFrame, PerTile
-from vtc.methods.base import budget
 from vtc.ops import cell_grid
-
-from .table import target_of
+from vtc.presets.table import target_of
 
 
 def _steps(entering: int, cuts: Sequence[tuple[int, int]], layers: int) -> list[int]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal
 
-from vtc.names import unknown
+from vtc.core.names import unknown
 
 Convention = Literal["exact", "average", "kept", "counted"]
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains the heads of ATP-LLaVA on any Llama-shaped LLaVA of transformers.
 
-    python -m vtc.training.atp --model eval/embedded --out runs/atp --steps 300 --target 288
-    python -m vtc.training.atp --model eval/embedded --out runs/atp --measure 320
+    python -m vtc.training.atp --model eval/embedded/weights --out runs/atp --steps 300 --target 288
+    python -m vtc.training.atp --model eval/embedded/weights --out runs/atp --measure 320
 
 Nothing is dropped in training. After each cut a token has a soft mask M in (0, 1), and all later
 layers attend to it with weight exp(logit) * M, to themselves with weight exp(logit), as
@@ -37,9 +37,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from vtc.engine import taps
-from vtc.engine.report import Stopwatch
-from vtc.families import UnsupportedModelError, find
+from vtc.core import check_choice
 from vtc.methods.atp import (
     NORMALISE,
     ATPHeads,
@@ -53,7 +51,9 @@ from vtc.methods.atp import (
     spatial_score,
     statistics,
 )
-from vtc.methods.base import check_choice
+from vtc.models import UnsupportedModelError, find
+from vtc.report import Stopwatch
+from vtc.runtime.hf import taps
 
 Batch = Mapping[str, Tensor]
 Batches = Callable[[int], Batch] | Iterable[Batch]
@@ -739,7 +739,7 @@ class SceneBatches:
     a scene allows; a pure function of the step.
 
     Args:
-        split: "train", "val" or "test" of `vtc.eval.scenes`.
+        split: "train", "val" or "test" of `vtc.eval.embedded.scenes.scenes`.
         first: number of the first scene. `steps`: batches when iterated over.
     """
 
@@ -759,7 +759,7 @@ class SceneBatches:
 
     def sample(self, number: int) -> tuple[Any, Any]:
         """A scene and one of its questions."""
-        from vtc.eval.scenes import generate
+        from vtc.eval.embedded.scenes.scenes import generate
 
         scene = generate(number, self.split)
         kinds = sorted({question.type for question in scene.questions})
@@ -769,7 +769,7 @@ class SceneBatches:
 
     def batch(self, samples: Sequence[tuple[Any, Any]]) -> dict[str, Tensor]:
         """What the model takes, left-padded, with labels on the answers."""
-        from vtc.eval.score import prompt_of
+        from vtc.eval.embedded.score import prompt_of
 
         tokenizer = self.processor.tokenizer
         texts = [
@@ -793,7 +793,7 @@ class SceneBatches:
 
 def judge(model: Any, processor: Any, samples: Sequence[tuple[Any, Any]]) -> list[bool]:
     """Whether the model answers each question on its scene right: greedy, exact match."""
-    from vtc.eval.score import answers, is_right
+    from vtc.eval.embedded.score import answers, is_right
 
     found: list[bool] = []
     for start in tqdm(range(0, len(samples), 16), desc="measure"):
@@ -843,7 +843,7 @@ def summarise(
     import numpy as np
     from scipy.stats import pearsonr, spearmanr
 
-    from vtc.eval.labels import FIELD_INDEX
+    from vtc.eval.embedded.scenes.labels import FIELD_INDEX
 
     kept = [sum(counts) / len(counts) for counts in per_image]
     columns = {
@@ -922,7 +922,7 @@ def main() -> None:
         parser.add_argument(name, dest=field.name, type=kind, default=fallback)
     args = vars(parser.parse_args())
 
-    from vtc.eval.embedded_vlm import load
+    from vtc.eval.embedded.vlm import load
 
     torch.set_num_threads(args.pop("threads"))
     folder, size = args.pop("model"), args.pop("batch")

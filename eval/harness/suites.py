@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vtc eval --suite`: named lists of tasks, so that runs of different people have the same ones.
+
+A suite holds tasks of lmms-eval 0.7 that score themselves: no task here asks another model to
+judge (MathVista, MathVerse and CharXiv do) or a server of the benchmark (VQAv2's test split). The
+data of all but `embedded` comes from the hub.
+
+The metric that is named is the first of the task's own list, which is what `vtc.eval.harness.run`
+scores: the accuracy of POPE, where papers have its F1, and the perception of MME, where some add
+its cognition.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vtc.core.names import unknown
+
+__all__ = ["SUITES", "Entry", "Suite", "expand"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One task of a suite.
+
+    Attributes:
+        task: its name in lmms-eval, or in `vtc.eval.harness.run.SUITE`.
+        metric: what is scored; of a group of tasks, what each of them scores.
+    """
+
+    task: str
+    metric: str
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Tasks that belong together, and how they are run.
+
+    Attributes:
+        title: what it is about.
+        entries: the tasks, in the order in which they run.
+        limit: samples of each task; `None` for all.
+        num_fewshot: examples in the prompt; `None` for what the task has of its own.
+    """
+
+    title: str
+    entries: tuple[Entry, ...]
+    limit: int | None = None
+    num_fewshot: int | None = None
+
+
+def _entries(**metrics: str) -> tuple[Entry, ...]:
+    return tuple(Entry(task, metric) for task, metric in metrics.items())
+
+
+SUITES: dict[str, Suite] = {
+    "embedded": Suite(
+        # `vtc_photo` and `vtc_mosaic` need photos that do not come with vtc.
+        "generated scenes; needs no network",
+        _entries(vtc_scenes="exact_match"),
+    ),
+    "image": Suite(
+        "general questions on images",
+        _entries(
+            gqa="exact_match",
+            pope="pope_accuracy",
+            mme="mme_perception_score",
+            mmbench_en_dev_static="gpt_eval_score",  # a pattern's, not a model's, in spite of it
+            scienceqa_img="exact_match",
+            textvqa_val="exact_match",
+            vizwiz_vqa_val="exact_match",
+            seedbench="seed_image",
+            realworldqa="exact_match",
+        ),
+    ),
+    "doc": Suite(
+        "documents, charts, diagrams, text in images",
+        _entries(
+            docvqa_val="anls",
+            infovqa_val="anls",
+            chartqa="relaxed_overall",
+            ocrbench="ocrbench_accuracy",
+            ai2d="exact_match",
+        ),
+    ),
+    "video": Suite(
+        "short and long videos",
+        _entries(
+            mvbench="mvbench_accuracy",
+            videomme="videomme_perception_score",
+            mlvu_dev="mlvu_percetion_score",
+            longvideobench_val_v="lvb_acc",
+            egoschema_subset="score",
+            perceptiontest_val_mc="accuracy",
+        ),
+    ),
+    "reasoning": Suite(
+        "problems that take more than a look",
+        _entries(
+            mmmu_val="mmmu_acc",
+            mmmu_pro_standard="mmmu_acc",
+            mmmu_pro_vision="mmmu_acc",
+            mathvision_testmini="mathvision_standard_eval",
+            visulogic="visulogic_acc",
+        ),
+    ),
+}
+"""By the name that `vtc eval --suite` takes."""
+
+
+def expand(suite: str) -> list[str]:
+    """The names of a suite's tasks, in the order in which they run.
+
+    Raises:
+        ValueError: unknown name; says which there are.
+        TypeError: not a name.
+    """
+    if not isinstance(suite, str):
+        raise TypeError(f"suite: expected a name, got {type(suite).__name__}")
+    if suite not in SUITES:
+        raise ValueError(f"suite: {unknown(suite, SUITES)}")
+    return [entry.task for entry in SUITES[suite].entries]

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Suites as parquet files, ready for ``datasets`` and so for lmms-eval.
+
+Columns: ``id``, ``image`` (a PNG as the ``Image`` feature of ``datasets`` stores it), ``question``,
+``answer`` and ``type``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from ..embedded.scenes.questions import TYPES
+from ..embedded.scenes.scenes import Question, generate
+from ..harness.identity import FileHashes, code_of_files
+from .photos import dev_rows, require_data_folder
+
+SUITES: tuple[str, ...] = ("vtc_scenes", "vtc_photo", "vtc_mosaic")
+DEFAULT_LIMIT = 400
+_MOST_FROM_ONE_SCENE = 3
+
+
+def scene_questions(
+    limit: int, seed: int = 0, split: str = "test"
+) -> Iterator[tuple[Question, Image.Image]]:
+    """``limit`` questions on generated scenes, evenly over the types, yes and no evenly too.
+
+    A type counts its answers "yes" and "no" apart, and no scene gives more than three questions.
+    """
+    if limit < 1:
+        raise ValueError(f"limit must be at least 1, not {limit}")
+    quota = {kind: limit // len(TYPES) + (k < limit % len(TYPES)) for k, kind in enumerate(TYPES)}
+    halves = {
+        (kind, answer): (quota[kind] + (answer == "yes")) // 2
+        for kind in ("existence", "relation")
+        for answer in ("yes", "no")
+    }
+    number = seed * 1_000_000
+    while any(quota.values()):
+        scene = generate(number, split)
+        number += 1
+        taken, seen = 0, set()
+        for question in scene.questions:
+            half = (question.type, question.answer)
+            full = not quota[question.type] or not halves.get(half, 1)
+            if full or question.type in seen or taken == _MOST_FROM_ONE_SCENE:
+                continue
+            quota[question.type] -= 1
+            if half in halves:
+                halves[half] -= 1
+            seen.add(question.type)
+            taken += 1
+            yield question, scene.image
+
+
+def suite_questions(
+    name: str, limit: int | None = None, seed: int = 0
+) -> Iterator[tuple[Question, Image.Image]]:
+    """The questions of a suite with their pictures; ``limit=None`` means the suite's own number.
+
+    ``vtc_photo`` and ``vtc_mosaic`` are the dev rows in ``VTC_DATA``, every n-th where ``limit``
+    asks for fewer than there are; ``seed`` then says where to begin.
+    """
+    if name not in SUITES:
+        raise ValueError(f"suite must be one of {SUITES}, not {name!r}")
+    if name == "vtc_scenes":
+        yield from scene_questions(DEFAULT_LIMIT if limit is None else limit, seed)
+        return
+    rows = [(question, images[0]) for question, images in dev_rows(name.removeprefix("vtc_"))]
+    count = len(rows) if limit is None else min(limit, len(rows))
+    # rows come in groups of one question of each type; a stride prime to the group keeps the mix
+    for k in range(count):
+        yield rows[(seed + k * len(rows) // count) % len(rows)]
+
+
+def size_of(name: str) -> int:
+    """The number of questions of a suite without a limit."""
+    if name == "vtc_scenes":
+        return DEFAULT_LIMIT
+    rows = require_data_folder() / f"{name.removeprefix('vtc_')}_dev.jsonl"
+    return sum(1 for line in rows.read_text("utf-8").splitlines() if line.strip())
+
+
+def identity(name: str, hashes: FileHashes) -> list[str]:
+    """What the questions and pictures of a suite depend on beside `limit` and `seed`, as hashes:
+    the code that makes them, and the rows and photos."""
+    parts = [code_of_files([Path(__file__)])]
+    if name != "vtc_scenes":
+        folder = require_data_folder()
+        files = (f"{name.removeprefix('vtc_')}_dev.jsonl", "photos.zip")
+        parts += [hashes.of(folder / file) for file in files]
+    return parts
+
+
+def build_suite(name: str, out_dir: Path | str, limit: int | None = None, seed: int = 0) -> Path:
+    """Writes a suite into ``out_dir`` unless it is there already, and returns the parquet's path.
+
+    The same arguments give the same file; it is written whole or not at all.
+    """
+    if name not in SUITES:
+        raise ValueError(f"suite must be one of {SUITES}, not {name!r}")
+    settings = {"name": name, "limit": limit, "seed": seed, "of": identity(name, FileHashes())}
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    path = Path(out_dir) / f"{name}-{key}.parquet"
+    if path.is_file():
+        return path
+    columns: dict[str, list[object]] = {
+        k: [] for k in ("id", "image", "question", "answer", "type")
+    }
+    for question, image in suite_questions(name, limit, seed):
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, format="PNG")
+        columns["id"].append(question.id)
+        columns["image"].append({"bytes": buffer.getvalue(), "path": f"{question.id}.png"})
+        columns["question"].append(question.question)
+        columns["answer"].append(question.answer)
+        columns["type"].append(question.type)
+    picture = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    schema = pa.schema(
+        [
+            ("id", pa.string()),
+            ("image", picture),
+            ("question", pa.string()),
+            ("answer", pa.string()),
+            ("type", pa.string()),
+        ],
+        # what lets ``datasets`` read the struct as a picture
+        metadata={"huggingface": json.dumps({"info": {"features": _FEATURES}})},
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    pq.write_table(pa.table(columns, schema=schema), temporary)
+    temporary.replace(path)
+    return path
+
+
+_STRING = {"dtype": "string", "_type": "Value"}
+_FEATURES = {
+    "id": _STRING,
+    "image": {"_type": "Image"},
+    "question": _STRING,
+    "answer": _STRING,
+    "type": _STRING,
+}

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contracts: what a method is, what it sees and answers, and how it is found by name.
+
+Nothing here knows a model, or imports transformers.
+"""
+
+from .method import Compose, Method
+from .registry import methods
+from .settings import budget, check_choice, check_keep, check_layer, scale_layers
+from .spec import make
+from .states import (
+    EncoderState,
+    LayerState,
+    Merging,
+    Positions,
+    Record,
+    Rows,
+    Selection,
+    Signal,
+    VisionTokens,
+)
+
+__all__ = [
+    "Compose",
+    "EncoderState",
+    "LayerState",
+    "Merging",
+    "Method",
+    "Positions",
+    "Record",
+    "Rows",
+    "Selection",
+    "Signal",
+    "VisionTokens",
+    "budget",
+    "check_choice",
+    "check_keep",
+    "check_layer",
+    "make",
+    "methods",
+    "scale_layers",
+]

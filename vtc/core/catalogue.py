@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What there is to say of each method, known without importing PyTorch.
+
+`vtc methods` answers in well under a second because `catalogue.json` holds what the classes say. It
+also holds a digest of the files that define them: after an edit the classes are asked instead, and
+`python -m vtc.core.catalogue` (`make catalogue`) writes the file anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vtc.core import Method
+
+_PACKAGE = Path(__file__).parents[1]
+_FILE = Path(__file__).with_suffix(".json")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method.
+
+    Attributes:
+        name, title, paper, year, trained: as in `vtc.Method`.
+        stages: where it acts.
+        reads: signals of the tower and of the decoder that it asks for.
+        settings: `name=default`, or the name alone where there is no default.
+    """
+
+    name: str
+    title: str
+    paper: str
+    year: int | None
+    trained: bool
+    stages: tuple[str, ...]
+    reads: tuple[str, ...]
+    settings: tuple[str, ...]
+
+
+def catalogue(live: bool = False) -> list[Entry]:
+    """All registered methods in alphabetical order.
+
+    Args:
+        live: ask the classes, whatever the file says; it does not know those of other packages.
+    """
+    if not live:
+        try:
+            found = json.loads(_FILE.read_text("utf-8"))
+        except (OSError, ValueError):
+            found = {}
+        if found.get("digest") == _digest():
+            return [_entry(row) for row in found["methods"]]
+    import vtc
+
+    return [_described(name, cls) for name, cls in vtc.methods().items()]
+
+
+def _entry(row: dict[str, Any]) -> Entry:
+    return Entry(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})  # type: ignore[arg-type]
+
+
+def _digest() -> str:
+    """Of the files that define methods, line ends apart."""
+    found = hashlib.sha256()
+    for path in sorted((_PACKAGE / "methods").rglob("*.py")):
+        found.update(path.relative_to(_PACKAGE).as_posix().encode())
+        found.update(path.read_bytes().replace(b"\r\n", b"\n"))
+    return found.hexdigest()
+
+
+_DEPTH_ASKED_FOR = 32
+_OF_THE_DECODER = {
+    "taps": "decoder attention",
+    "peeks": "decoder attention ahead",
+    "records": "decoder states",
+}
+
+
+def _described(name: str, cls: type[Method]) -> Entry:
+    method: Method | None
+    try:
+        method = cls()
+        stages = method.stages
+    except (TypeError, ValueError):  # settings without which there is no method
+        method = None
+        names = {"select": "sequence", "prune": "layers"}
+        stages = tuple(stage for hook, stage in names.items() if hook in vars(cls))
+    reads: list[str] = [*sorted(cls.needs)]
+    for hook, what in _OF_THE_DECODER.items():
+        # A method that cannot be made without settings is asked what it overrides.
+        asks = (
+            hook in vars(cls) if method is None else bool(getattr(method, hook)(_DEPTH_ASKED_FOR))
+        )
+        reads += [what] * asks
+    settings = []
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if field.init:
+            default = "" if field.default is dataclasses.MISSING else f"={short(field.default)}"
+            settings.append(f"{field.name}{default}")
+    return Entry(
+        name, cls.title, cls.paper, cls.year, cls.trained, stages, tuple(reads), tuple(settings)
+    )
+
+
+def short(value: Any) -> str:
+    """A setting for reading: shares to four digits."""
+    if isinstance(value, tuple):
+        return "(" + ", ".join(map(short, value)) + ")"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def write() -> None:
+    """Bring the file up to date."""
+    rows = [dataclasses.asdict(entry) for entry in catalogue(live=True)]
+    text = json.dumps({"digest": _digest(), "methods": rows}, indent=1, ensure_ascii=False)
+    _FILE.write_text(text + "\n", "utf-8", newline="\n")
+
+
+if __name__ == "__main__":
+    write()

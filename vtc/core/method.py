@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract of a compression method.
+
+A method is one dataclass in one file. Its fields are its settings; it overrides `select` to act
+on the vision tokens before the language model, `prune` to act between decoder layers, or both.
+It sees tensors of one sample at a time, without padding, and never a model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from . import registry
+from .states import (
+    EncoderState,
+    LayerState,
+    Merging,
+    Positions,
+    Record,
+    Rows,
+    Selection,
+    Signal,
+    VisionTokens,
+)
+
+
+class Method:
+    """Base of all methods: a dataclass whose fields are its settings.
+
+    Class attributes:
+        name: what `vtc.patch(model, name)` finds it by.
+        title, paper, year: for `vtc methods`.
+        trained: whether it needs trained weights.
+        needs: signals of `VisionTokens` that `select` reads, out of `Signal`.
+        vision_layer: 0-based layer of the vision tower these are read from, negative from the
+            last; a fraction is a share of the tower's depth.
+        low_layer: layer of the vision tower that `low_attention` is read from.
+        listed: whether `methods()` has it; wrappers, which need another method, are found by `make`
+            only.
+        each: of a wrapper, the part of an image that it applies another method to; in text it
+            follows "@".
+        weighs_sizes: whether, once tokens were merged in the tower, its attention counts a token
+            as often as it stands for patches: the logarithm of its size is added to the logits.
+
+    A subclass sets `positions`, its default position convention: "original" keeps the rotary
+    position each surviving token had in the full sequence; "contiguous" closes the gaps.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    year: ClassVar[int | None] = None
+    trained: ClassVar[bool] = False
+    listed: ClassVar[bool] = True
+    each: ClassVar[str] = ""
+    needs: ClassVar[frozenset[Signal]] = frozenset()
+    vision_layer: ClassVar[int | float] = -1
+    low_layer: ClassVar[int | float] = 0.25
+    weighs_sizes: ClassVar[bool] = False
+
+    positions: Positions = "original"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__repr__" not in cls.__dict__:
+            # In the class itself, where `dataclass` leaves it alone: its own lists every default.
+            shown: Any = next(b.__repr__ for b in cls.__mro__[1:] if "__repr__" in b.__dict__)
+            cls.__repr__ = shown  # type: ignore[method-assign]
+        name = cls.__dict__.get("name")
+        if name is not None:
+            registry.register(cls, name)
+
+    # ---- what a method implements -------------------------------------------------------------
+    @property
+    def keeps_all(self) -> bool:
+        """Whether no token of any image ever leaves: then the model may run as it is."""
+        keep = getattr(self, "keep", None)
+        shares = keep if isinstance(keep, tuple) and keep else (keep,)
+        return all(isinstance(share, float) and share == 1.0 for share in shares)
+
+    def merge(self, state: EncoderState) -> Merging | None:
+        """Encoder stage: merge or drop patches in a tower layer, or `None` to leave them."""
+        raise TypeError(f"{type(self).__name__} does not act in the vision tower")
+
+    def select(self, tokens: VisionTokens) -> Selection:
+        """Sequence stage: choose among the vision tokens of one image."""
+        raise TypeError(f"{type(self).__name__} does not act in the sequence stage")
+
+    def prune(self, state: LayerState) -> Selection | None:
+        """Layers stage: choose among the vision tokens of one sample, or `None` to keep all."""
+        raise TypeError(f"{type(self).__name__} does not act between layers")
+
+    def prune_layers(self, num_layers: int) -> tuple[int, ...]:
+        """0-based decoder layers before which `prune` is called, ascending."""
+        return ()
+
+    @property
+    def prune_positions(self) -> Positions:
+        """Position convention of the layers stage, by default that of the sequence stage."""
+        return self.positions
+
+    def taps(self, num_layers: int) -> dict[int, Rows]:
+        """0-based decoder layers whose attention `prune` reads, and which query rows of it."""
+        return {}
+
+    @property
+    def by_head(self) -> bool:
+        """Whether attention of `taps` and `peeks` is read head by head, not averaged."""
+        return False
+
+    def peeks(self, num_layers: int) -> dict[int, Rows]:
+        """Layers out of `prune_layers` whose own attention `prune` reads ahead, and which rows."""
+        return {}
+
+    def records(self, num_layers: int) -> dict[int, frozenset[Record]]:
+        """0-based decoder layers of which `prune` reads more than attention, and what."""
+        return {}
+
+    # ---- what every method has ----------------------------------------------------------------
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Where this method acts, out of "pixels", "encoder", "sequence" and "layers"."""
+        found = []
+        if type(self).merge is not Method.merge:
+            found.append("encoder")
+        if type(self).select is not Method.select:
+            found.append("sequence")
+        if type(self).prune is not Method.prune:
+            found.append("layers")
+        return tuple(found)
+
+    @property
+    def parts(self) -> tuple[Method, ...]:
+        """The methods that this one is composed of, itself if it is simple."""
+        return (self,)
+
+    def __or__(self, other: Method) -> Compose:
+        if not isinstance(other, Method):
+            return NotImplemented
+        return Compose(self.parts + other.parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name and settings, ready for JSON; `from_dict` is the inverse."""
+        return {"method": self.name, **dataclasses.asdict(self)}  # type: ignore[call-overload]
+
+    @property
+    def closes_gaps_by_choice(self) -> bool:
+        """Whether `positions` is "contiguous" because it was asked for, and not by default."""
+        fields = {f.name: f for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        if self.positions != "contiguous" or "positions" not in fields:
+            return False
+        plain: Any = dataclasses.replace(self, positions=fields["positions"].default)  # type: ignore[type-var]
+        return bool(plain.positions != "contiguous")
+
+    def _own_settings(self) -> str:
+        """`keep` and what differs from the defaults, as they are written in a call."""
+        fields: tuple[Any, ...] = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
+        shown = {f.name: getattr(self, f.name) for f in fields if f.init}
+        for field in fields:
+            value = shown.get(field.name)
+            budget = field.name == "keep" and isinstance(value, (int, float))
+            if field.init and not budget and self._is_default(field, value):
+                del shown[field.name]
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+    def _is_default(self, field: dataclasses.Field[Any], value: Any) -> bool:
+        if value == field.default:
+            return True
+        # Some defaults follow other settings, as SparseVLM's do its version.
+        if field.default is not None:
+            return False
+        try:
+            return bool(dataclasses.replace(self, **{field.name: None}) == self)  # type: ignore[type-var]
+        except (TypeError, ValueError):  # not to be left open in the company of the others
+            return False
+
+    def __str__(self) -> str:
+        return f"{self.name}({self._own_settings()})"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._own_settings()})"
+
+
+@dataclass(frozen=True)
+class Compose(Method):
+    """Methods applied one after the other: each acts on what the one before it left.
+
+    What `keep` says does not depend on the company: a fraction is a share of the tokens that the
+    image (or tile, or frame) had at first, and a whole number is a number, in every stage. So
+    `Random(0.5) | DivPrune(0.25)` leaves a quarter, as does `DivPrune(0.5) | FastV(0.25)`. A part
+    whose budget the parts before it have met already has nothing left to do; the first time that
+    happens a warning names it.
+
+    What a method's settings say of its own stages stays as published: `then` of VScan is a share of
+    its own first budget, later cuts of V2Drop and the schedule "after_selection" of TransPrune are
+    shares of what they find.
+    """
+
+    methods: tuple[Method, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.methods:
+            raise ValueError("methods: at least one method is needed, got none")
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(stage for m in self.methods for stage in m.stages))
+
+    @property
+    def parts(self) -> tuple[Method, ...]:
+        return self.methods
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"method": "compose", "methods": [m.to_dict() for m in self.methods]}
+
+    @property
+    def closes_gaps_by_choice(self) -> bool:
+        """Whether one of them does."""
+        return any(m.closes_gaps_by_choice for m in self.methods)
+
+    def __str__(self) -> str:
+        return " | ".join(filter(None, map(str, self.methods)))
+
+    def __repr__(self) -> str:
+        return " | ".join(filter(None, map(repr, self.methods)))

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which methods there are, by name."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .method import Method
+
+_REGISTRY: dict[str, type[Method]] = {}
+_WRAPPERS: dict[str, type[Method]] = {}
+
+
+def register(cls: type[Method], name: str) -> None:
+    """Have `cls` found by its `name`; wrappers, which need another method, in a list of their own.
+
+    Raises:
+        ValueError: not a name, or that of another method.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise ValueError(f"{cls.__name__}.name must be lower-case letters and digits, got {name!r}")
+    known = find(name)
+    if known is not None and known.__qualname__ != cls.__qualname__:
+        raise ValueError(f"a method named {name!r} exists already: {known.__qualname__}")
+    (_REGISTRY if cls.listed else _WRAPPERS)[name] = cls
+
+
+def find(name: str) -> type[Method] | None:
+    """The method or wrapper of this name, if there is one."""
+    return _REGISTRY.get(name) or _WRAPPERS.get(name)
+
+
+def methods() -> dict[str, type[Method]]:
+    """All registered methods by name, in alphabetical order."""
+    return dict(sorted(_REGISTRY.items()))
+
+
+def wrappers() -> dict[str, type[Method]]:
+    """Those that apply another method to each part of an image, by what follows "@" in text."""
+    return {cls.each: cls for cls in _WRAPPERS.values() if cls.each}

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many tokens stay, and before which layers: settings that methods share, and their checks."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+
+def check_keep(keep: float | int) -> None:
+    """Refuse a `keep` that is neither a fraction in (0, 1] nor a positive whole number.
+
+    `1.0` means all tokens; `1` means one token.
+    """
+    if isinstance(keep, bool) or not isinstance(keep, (int, float)):
+        raise TypeError(f"keep: expected a fraction or a whole number of tokens, got {keep!r}")
+    if isinstance(keep, int) and keep < 1:
+        raise ValueError(f"keep: a whole number of tokens must be at least 1, got {keep}")
+    if isinstance(keep, float) and not (math.isfinite(keep) and 0.0 < keep <= 1.0):
+        raise ValueError(
+            f"keep: a fraction must lie in (0, 1], got {keep}; "
+            "for a number of tokens give a whole number"
+        )
+
+
+def check_choice(name: str, value: Any, accepted: tuple[Any, ...]) -> None:
+    """Refuse a `value` outside `accepted`, naming the setting."""
+    if value not in accepted:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, accepted))}, got {value!r}")
+
+
+def check_layer(name: str, value: int | None, lowest: int = 0) -> None:
+    """Refuse a layer that is not a whole number of at least `lowest` (or `None`)."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+        raise ValueError(f"{name}: expected a whole number of at least {lowest}, got {value!r}")
+
+
+def budget(keep: float | int, n: int) -> int:
+    """Tokens to keep out of `n`: a fraction rounded (at least 1), a whole number capped at n."""
+    wanted = max(1, round(keep * n)) if isinstance(keep, float) else keep
+    return min(wanted, n)
+
+
+def scale_layers(
+    given: int | tuple[int, ...] | None,
+    published: tuple[float, ...],
+    num_layers: int,
+    *,
+    after: bool = False,
+) -> tuple[int, ...]:
+    """The layers before which a method acts in a decoder of `num_layers`.
+
+    Args:
+        given: the user's `layers`, or one `layer`, which must fit; `None` for those that were
+            published.
+        published: shares of the depth; rounded half up to layers, and kept apart. A decoder too
+            shallow for all of them gets as many as it has room for.
+        after: whether the given layers are those after which the method acts, not before.
+
+    Raises:
+        ValueError: given layers that do not ascend, or that the decoder has not.
+    """
+    if given is not None:
+        layers = (given,) if isinstance(given, int) else given
+        last = num_layers - 1 - after
+        if any(a >= b for a, b in pairwise(layers)) or (layers and layers[-1] > last):
+            kind = (
+                "layer: expected a layer"
+                if layers != given
+                else "layers: expected ascending layers"
+            )
+            raise ValueError(
+                f"{kind} up to {last} in a model of {num_layers} decoder layers, got {given}"
+            )
+        return tuple(layer + after for layer in layers)
+    scaled: list[int] = []
+    for share in published:
+        wanted = int(share * num_layers + 0.5)
+        wanted = max(wanted, scaled[-1] + 1 if scaled else 1)
+        if wanted < num_layers:
+            scaled.append(wanted)
+    return tuple(scaled)

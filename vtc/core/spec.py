@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Methods by name, from a dictionary, and as text, as the command line has them.
+
+    todre                       a method with its default settings
+    fastv:layer=3:rank=last     with settings, each after a colon
+    "todre|fastv:keep=9"        composed: the first acts first; quoted, as shells have their own |
+    divprune@tile               for each tile of an image by itself, `vtc.PerTile`
+    divprune@tile:thumbnail=64  the same, its thumbnail with another keep or method
+    divprune@frame              for each frame of a clip by itself, `vtc.PerFrame`
+
+`keep` is usually swept on its own, so it is given beside the text. In a composition it goes to the
+first method that has such a setting and was not given one of its own. After `@` it counts for each
+tile or frame. What a share means after other methods is said at `vtc.methods.Compose`.
+
+Values are Python literals or bare words: `layers=(3,9)`, `version=v2`. Separators inside brackets
+and quotes are part of the value.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .method import Compose, Method
+from .names import unknown
+from .registry import find, methods, wrappers
+
+__all__ = ["compact", "make", "parse_keep", "parse_method", "split_list", "takes_keep"]
+
+Keep = int | float
+Part = tuple[str, str, dict[str, Any]]
+"""A method's name, what it is applied to each of ("" for whole images), and settings."""
+
+_BRACKETS = {"(": ")", "[": "]", "{": "}"}
+_WORD = re.compile(r"[\w.+~/\\-]+")
+"""Numbers, names and paths, which need no quotes."""
+
+
+def _accepted_fields(cls: type[Method]) -> Iterator[str]:
+    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if f.init:
+            yield f.name
+
+
+def make(method: str | Method | Mapping[str, Any], **settings: Any) -> Method:
+    """Turn a name with settings, a dictionary from `to_dict`, or a method into a method.
+
+    Raises:
+        ValueError: unknown name, or a setting the method refuses.
+        TypeError: a setting the method does not have, or settings beside a finished method.
+    """
+    if isinstance(method, Mapping):
+        spec = dict(method)
+        name = spec.pop("method", None)
+        if not isinstance(name, str):
+            raise ValueError(f"method: a dictionary needs a name under 'method', got {name!r}")
+        if name != "compose":
+            return make(name, **spec, **settings)
+        if settings or set(spec) != {"methods"}:
+            raise TypeError(
+                "method: a composition has 'methods' and no settings of its own, got "
+                f"{', '.join([*spec, *settings]) or 'none'}"
+            )
+        return Compose(tuple(make(m) for m in spec["methods"]))
+    if isinstance(method, Method):
+        for part in method.parts:
+            if not dataclasses.is_dataclass(part) or not hasattr(part, "name"):
+                raise TypeError(
+                    f"method: {type(part).__name__} must be a dataclass with a `name`; its fields "
+                    "are its settings"
+                )
+        if settings:
+            given = ", ".join(settings)
+            raise TypeError(
+                f"settings ({given}) go with a method's name; {method} is a finished method: "
+                "give them to its constructor"
+            )
+        return method
+    if isinstance(method, type) and issubclass(method, Method):
+        raise TypeError(f"method: got the class {method.__name__}; give {method.__name__}(...)")
+    if isinstance(method, str) and set(method) & set("|+:@"):
+        # The command line's way of writing settings and compositions.
+        if set(settings) - {"keep"}:
+            raise TypeError(f"settings: write them in {method!r}, or name a single method")
+        return parse_method(method, settings.get("keep"))
+    if not isinstance(method, str):
+        raise TypeError(
+            f"method: expected a name, a method or a composition, got {type(method).__name__}"
+        )
+    cls = find(method.lower())
+    if cls is None:
+        raise ValueError(f"method: {unknown(method, methods())}")
+    accepted = list(_accepted_fields(cls))
+    strange = [key for key in settings if key not in accepted]
+    if strange:
+        raise TypeError(f"{method}: {unknown(strange[0], accepted, 'setting', 'accepted')}")
+    return cls(**settings)
+
+
+def split_list(text: str, separator: str = ",") -> list[str]:
+    """Split at `separator` outside of brackets, without surrounding spaces; nothing has no parts.
+
+    Raises:
+        ValueError: brackets or quotes that do not match, or an empty part.
+    """
+    parts = _split(text, separator)
+    if parts == [""]:
+        return []
+    if "" in parts:
+        raise ValueError(f"expected something on both sides of each {separator!r}, got {text!r}")
+    return parts
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """The parts between separators outside of brackets and quotes, stripped, also empty ones."""
+    parts, start, quote = [], 0, ""
+    closers: list[str] = []
+    for i, char in enumerate(text):
+        if quote:
+            quote = "" if char == quote else quote
+        elif char in "'\"":
+            quote = char
+        elif char in _BRACKETS:
+            closers.append(_BRACKETS[char])
+        elif char in ")]}":
+            if not closers or closers.pop() != char:
+                raise ValueError(f"brackets do not match in {text!r}")
+        elif char == separator and not closers:
+            parts.append(text[start:i])
+            start = i + 1
+    if closers or quote:
+        raise ValueError(f"{'quotes' if quote else 'brackets'} do not match in {text!r}")
+    return [part.strip() for part in [*parts, text[start:]]]
+
+
+def compact(text: str) -> str:
+    """`text` without the blanks around separators and brackets; those in quotes stay."""
+    return re.sub(
+        r"""('[^']*'|"[^"]*")|\s*([|:=,@()\[\]])\s*""",
+        lambda found: found[1] or found[2],
+        text.strip(),
+    )
+
+
+def parse_keep(text: str) -> Keep:
+    """`"0.25"` is a quarter of an image's tokens, `"64"` is 64 tokens; `"1"` is one, `"1.0"` all.
+
+    Raises:
+        ValueError: neither a fraction in (0, 1] nor a whole number of at least 1.
+    """
+    try:
+        keep: Keep = int(text)
+        good = keep >= 1
+    except ValueError:
+        try:
+            keep = float(text)
+        except ValueError:
+            keep = 0.0
+        good = 0.0 < keep <= 1.0
+    if not good:
+        raise ValueError(
+            f"keep: expected a fraction in (0, 1] or a whole number of tokens, got {text!r}"
+        )
+    return keep
+
+
+def _value(key: str, text: str) -> Any:
+    """A Python literal, or else the bare word itself."""
+    if text.lower() in ("true", "false", "none"):
+        return {"true": True, "false": False, "none": None}[text.lower()]
+    if "+" in text and text.rpartition("+")[2].partition("@")[0].strip().lower() in methods():
+        raise ValueError(f"{key}: got {text!r}; methods are composed with '|'")
+    if _WORD.fullmatch(text):
+        try:
+            return ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            return text
+    try:
+        if not _comments(text):
+            return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        pass
+    raise ValueError(
+        f"{key}: expected a number, a word, or a Python literal such as 'a b' or (1, 2), "
+        f"got {text!r}"
+    )
+
+
+def _comments(text: str) -> bool:
+    """Whether Python would take the rest of `text` for a comment, and leave it out."""
+    return any(len(part) < len(text) for part in _split(text, "#"))
+
+
+def _parts(text: str) -> list[Part]:
+    """Each method in `text`, names checked."""
+    parts = []
+    for part in _split(text, "|"):
+        if not part:
+            raise ValueError(f"method: expected a name on both sides of each '|', got {text!r}")
+        whole, *pairs = _split(part, ":")
+        name, at, each = (piece.strip().lower() for piece in whole.partition("@"))
+        if name not in methods():
+            joined = "+" in name and all(n.strip() in methods() for n in name.split("+"))
+            hint = "; methods are composed with '|'" if joined else ""
+            raise ValueError(f"method: {unknown(name, methods())}{hint}")
+        if at and each not in wrappers():
+            accepted = " or ".join(f"@{known}" for known in wrappers())
+            raise ValueError(f"method: expected {accepted} after {name!r}, got {'@' + each!r}")
+        settings: dict[str, Any] = {}
+        for pair in pairs:
+            key, equals, value = (piece.strip() for piece in pair.partition("="))
+            if not (key and equals):
+                raise ValueError(
+                    f"method: expected setting=value after {whole!r} and a colon, got {pair!r}"
+                )
+            if key in settings:
+                raise ValueError(f"{key}: given twice in {part!r}")
+            settings[key] = _value(key, value)
+        parts.append((name, each, settings))
+    return parts
+
+
+def _fields(name: str) -> set[str]:
+    return {f.name for f in dataclasses.fields(methods()[name]) if f.init}  # type: ignore[arg-type]
+
+
+def _keep_goes_to(parts: list[Part]) -> int | None:
+    free = (
+        i
+        for i, (name, _, settings) in enumerate(parts)
+        if "keep" in _fields(name) and "keep" not in settings
+    )
+    return next(free, None)
+
+
+def takes_keep(text: str) -> bool:
+    """Whether the method has a `keep` that `text` leaves open."""
+    return _keep_goes_to(_parts(text)) is not None
+
+
+def parse_method(text: str, keep: Keep | None = None, seed: int | None = None) -> Method:
+    """The method that `text` names.
+
+    Args:
+        text: see the module's head.
+        keep: for the first method that has such a setting and is not given one in `text`.
+        seed: for every method that samples and is not given one in `text`.
+
+    Raises:
+        ValueError: unknown name, malformed settings or one that is given twice, a value the method
+            refuses, or `@` after a method that cannot act on a tile by itself.
+        TypeError: a setting the method does not have, `keep` where no method has one left open,
+            or a setting without a default left out.
+    """
+    parts = _parts(text)
+    if keep is not None:
+        index = _keep_goes_to(parts)
+        if index is None:
+            raise TypeError(f"keep: {text!r} has no such setting, or is given one already")
+        parts[index][2]["keep"] = keep
+    if seed is not None:
+        for name, _, settings in parts:
+            if "seed" in _fields(name):
+                settings.setdefault("seed", seed)
+    whole, *others = (_made(*part) for part in parts)
+    for other in others:
+        whole = whole | other
+    return whole
+
+
+def _made(name: str, each: str, settings: dict[str, Any]) -> Method:
+    if not each:
+        return make(name, **settings)
+    # The wrapper's own settings stand among those of the method, whose names are others.
+    wrapper: Any = wrappers()[each]
+    own = {f.name for f in dataclasses.fields(wrapper)} - {"inner"}
+    inner = make(name, **{k: v for k, v in settings.items() if k not in own})
+    try:
+        return wrapper(inner, **{k: v for k, v in settings.items() if k in own})
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"method: {name}@{each}: {error}") from None

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PaliGemma, Gemma 3 and Gemma 4: the tokens of an image see one another in both directions, and
+the base model makes the masks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import (
+    blockwise_overlay,
+    create_causal_mask,
+    sliding_window_overlay,
+)
+
+from vtc.models.base import (
+    CACHE,
+    Backbone,
+    Family,
+    ImageMap,
+    Modality,
+    UnsupportedModelError,
+    grid_positions,
+    merged_patches,
+)
+
+
+class PaliGemma(Family):
+    """All of the prompt sees all of it (prefix LM); the answer is causal."""
+
+    name: ClassVar[str] = "paligemma"
+    model_types: ClassVar[tuple[str, ...]] = ("paligemma",)
+    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
+    masks_in_base: ClassVar[bool] = True
+    attention: ClassVar[str] = "both directions, all of the prompt"
+
+    def blocks(self, backbone: Backbone, given: Mapping[str, Any]) -> Tensor | None:
+        kinds = given.get("token_type_ids")
+        return None if kinds is None else torch.where(kinds == 0, 0, -1)
+
+
+class Gemma3(Family):
+    """Images see themselves, within the window of a layer that has one. A window counts the tokens
+    that its layer holds."""
+
+    name: ClassVar[str] = "gemma3"
+    model_types: ClassVar[tuple[str, ...]] = ("gemma3",)
+    projects_patches: ClassVar[bool] = False
+    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
+    masks_in_base: ClassVar[bool] = True
+    attention: ClassVar[str] = "both directions"
+    kinds: ClassVar[str] = "token_type_ids"
+
+    def blocks(self, backbone: Backbone, given: Mapping[str, Any]) -> Tensor | None:
+        kinds = given.get(self.kinds)
+        if kinds is None:
+            return None
+        image = kinds > 0
+        before = torch.nn.functional.pad(image, (1, 0))[:, :-1]
+        return torch.where(image, (image & ~before).long().cumsum(1) - 1, -1)
+
+    def image_maps(
+        self, backbone: Backbone, modality: Modality, given: Mapping[str, Any], features: Any
+    ) -> list[list[ImageMap]]:
+        projector = backbone.base.multi_modal_projector
+        side, by = projector.patches_per_image, projector.kernel_size
+        return [
+            [
+                ImageMap(
+                    self.grid(backbone, len(own), None),
+                    patches=merged_patches(side, side, by, i * side * side),
+                )
+            ]
+            for i, own in enumerate(features)
+        ]
+
+    def mask(
+        self,
+        backbone: Backbone,
+        layer: int,
+        embeds: Tensor,
+        valid: Tensor | None,
+        cache: Any,
+        blocks: Tensor | None,
+    ) -> Any:
+        sliding = self.layer_type(backbone, layer) == "sliding_attention"
+        if blocks is None or not sliding:
+            return super().mask(backbone, layer, embeds, valid, cache, blocks)
+        # In a window, unlike in the common mask, images see no further than the window either.
+        spare = embeds.shape[1]
+        if cache is not None:
+            held, offset = cache.get_mask_sizes(embeds.shape[1], layer)
+            spare = held + offset
+        blocks = torch.nn.functional.pad(blocks, (0, max(spare - blocks.shape[1], 0)), value=-1)
+        return create_causal_mask(
+            config=backbone.decoder.config,
+            inputs_embeds=embeds,
+            attention_mask=valid,
+            layer_idx=layer,
+            or_mask_function=blockwise_overlay(blocks),
+            and_mask_function=sliding_window_overlay(backbone.decoder.config.sliding_window),
+            **{CACHE: cache},
+        )
+
+
+class Gemma3n(Family):
+    """A convolutional tower, causal attention, hidden states in several streams (AltUp), so that
+    methods act before the language model only."""
+
+    name: ClassVar[str] = "gemma3n"
+    model_types: ClassVar[tuple[str, ...]] = ("gemma3n",)
+    stages: ClassVar[tuple[str, ...]] = ("sequence",)
+    tower: ClassVar[bool] = False
+
+    def placeholders(
+        self, backbone: Backbone, output: Any, given: Mapping[str, Any]
+    ) -> dict[Modality, Tensor]:
+        return super().placeholders(backbone, output[0], given)  # the other is of sounds
+
+    def image_maps(
+        self, backbone: Backbone, modality: Modality, given: Mapping[str, Any], features: Any
+    ) -> list[list[ImageMap]]:
+        return [[ImageMap(self.grid(backbone, len(own), None))] for own in features]
+
+
+class Gemma4(Gemma3):
+    """As Gemma 3; images of any size, pooled; layers that share keys and values with earlier ones,
+    before which nothing can be dropped once these have run."""
+
+    name: ClassVar[str] = "gemma4"
+    model_types: ClassVar[tuple[str, ...]] = ("gemma4",)
+    tower: ClassVar[bool] = False
+    attention: ClassVar[str] = "both directions in windows; causal in the small models"
+    kinds: ClassVar[str] = "mm_token_type_ids"
+    video: ClassVar[bool] = True
+
+    def blocks(self, backbone: Backbone, given: Mapping[str, Any]) -> Tensor | None:
+        if backbone.decoder.config.use_bidirectional_attention != "vision":
+            return None
+        return super().blocks(backbone, given)
+
+    def layer_blocks(self, backbone: Backbone, layer: int, blocks: Tensor | None) -> Tensor | None:
+        # Full layers are causal, images included.
+        full = self.layer_type(backbone, layer) != "sliding_attention"
+        return None if full else blocks
+
+    def image_maps(
+        self, backbone: Backbone, modality: Modality, given: Mapping[str, Any], features: Any
+    ) -> list[list[ImageMap]]:
+        video = modality == "video"
+        places = given["video_position_ids" if video else "image_position_ids"].cpu()
+        frames = given["num_frames_per_video"].tolist() if video else [1] * len(places)
+        by = backbone.model.config.vision_config.pooling_kernel_size
+        maps = []
+        for own, of_one in zip(features, places.split(frames), strict=True):
+            grids = []
+            for frame, corners in enumerate(of_one):  # (x, y) of each patch, -1 at padding
+                columns, rows = ((corners.max(0).values + 1) // by).tolist()
+                grid = grid_positions(rows, columns)
+                grid[:, 0] = frame
+                grids.append(grid)
+            padded = of_one.shape[1]
+            maps.append([ImageMap(torch.cat(grids), tiles=len(of_one), padded=padded)])
+            assert len(maps[-1][0]) == len(own)
+        return maps
+
+    def check_layers(self, backbone: Backbone, layers: Sequence[int]) -> None:
+        config = backbone.decoder.config
+        shared = getattr(config, "num_kv_shared_layers", 0) or 0
+        own = config.num_hidden_layers - shared
+        sources = [
+            max(i for i in range(own) if config.layer_types[i] == kind)
+            for kind in set(config.layer_types[own:])
+        ]
+        late = [layer for layer in layers if layer > min(sources, default=config.num_hidden_layers)]
+        if late:
+            raise UnsupportedModelError(
+                f"model: from decoder layer {own} on, layers of Gemma 4 read keys that layers "
+                f"{', '.join(map(str, sorted(sources)))} made; tokens cannot be dropped before "
+                f"layer {late[0]}, accepted are layers up to {min(sources)}"
+            )

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mllama (Llama 3.2 Vision): no vision token stands in the sequence. Some decoder layers attend to
+the states of the vision tower instead, tile by tile, [CLS] first in each tile."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vtc.models.base import Backbone, Family, UnsupportedModelError, grid_positions
+
+
+@dataclass(frozen=True)
+class CrossImage:
+    """One image among the cross-attention states of its row.
+
+    Attributes:
+        columns: (n,) places of its patches among the row's states, tile by tile, without tiles of
+            padding.
+        cls: (t,) places of the [CLS] states of its t tiles.
+        grid: (n, 3) whole numbers (frame, row, column), counted from 0 in each tile.
+        crop: (n,) the tile of each patch, from 1 on, or `None` if there is only one.
+    """
+
+    columns: Tensor
+    cls: Tensor
+    grid: Tensor
+    crop: Tensor | None
+
+
+class Mllama(Family):
+    """No vision token stands in the sequence: keys and values of the cross-attention layers go.
+    Each tile has a grid of its own, and its [CLS] stays."""
+
+    name = "mllama"
+    model_types = ("mllama",)
+    stages: ClassVar[tuple[str, ...]] = ("sequence",)
+    positions: ClassVar[str] = "none"
+    crosses: ClassVar[bool] = True
+    attention = "nothing; text reads them through cross-attention"
+    tower = False
+
+    def backbone(self, model: nn.Module) -> Backbone:
+        """Find the modules, or raise `UnsupportedModelError` naming what is missing."""
+        parts = ("language_model", "vision_model", "multi_modal_projector")
+        base: Any = getattr(model, "model", model)
+        missing = [name for name in parts if not hasattr(base, name)]
+        if missing:
+            raise UnsupportedModelError(f"model: {type(model).__name__} lacks {', '.join(missing)}")
+        decoder = base.language_model
+        if not hasattr(decoder, "layers"):
+            raise UnsupportedModelError(
+                f"model: found no decoder layers in {type(decoder).__name__}"
+            )
+        return Backbone(model, base, decoder, base.vision_model)
+
+    def check(self, backbone: Backbone) -> None:
+        """Raise `UnsupportedModelError` for what this family cannot do right."""
+        super().check(backbone)
+        if "flash" in (backbone.decoder.config._attn_implementation or ""):
+            raise UnsupportedModelError(
+                "model: flash attention takes no mask of the states that a token sees; load "
+                f"{type(backbone.model).__name__} with attn_implementation='sdpa'"
+            )
+
+    def cross_layers(self, backbone: Backbone) -> tuple[int, ...]:
+        """0-based decoder layers that read vision states, ascending."""
+        layers = set(backbone.decoder.config.cross_attention_layers)
+        return tuple(i for i in range(len(backbone.layers)) if i in layers)
+
+    def image_token(self, backbone: Backbone) -> int:
+        """The id of the token that stands for an image in the text."""
+        return int(backbone.model.config.image_token_index)
+
+    def real_tiles(self, given: Mapping[str, Any]) -> Tensor:
+        """(b, images, tiles) bool, False for tiles of padding and for images of padding.
+
+        Args:
+            given: the arguments of the base model's forward.
+        """
+        # Padding images have id 0; the image processor opens the first tile of them all the same.
+        ids, mask = given["aspect_ratio_ids"], given["aspect_ratio_mask"]
+        return mask.bool() & (ids > 0)[..., None]
+
+    def check_inputs(self, given: Mapping[str, Any]) -> None:
+        """Raise `ValueError` for images of which it cannot be told what their states are.
+
+        Args:
+            given: the arguments of the base model's forward.
+        """
+        if given.get("cross_attention_states") is not None:
+            raise ValueError(
+                "cross_attention_states: a patched model must encode images itself, to know what "
+                "their states are; pass pixel_values, or unpatch"
+            )
+        names = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+        pixels, *ratios = (given.get(name) for name in names)
+        if pixels is None or any(value is None for value in ratios):
+            return  # without the ratios the model itself says what it lacks
+        mask = given.get("cross_attention_mask")
+        if mask is None:
+            raise ValueError(
+                "cross_attention_mask: a patched model needs it with pixel_values, got None: "
+                "without it transformers lets tokens see padding tiles, and in sdpa takes states "
+                "for a causal sequence; the processor makes it"
+            )
+        real = self.real_tiles(given)
+        if mask.dim() != 4 or mask.shape[0] != real.shape[0] or mask.shape[3] != real.shape[2]:
+            raise ValueError(
+                f"cross_attention_mask: expected shape ({real.shape[0]}, tokens, images, "
+                f"{real.shape[2]}), got {tuple(mask.shape)}"
+            )
+        # After images of earlier turns, whose states are in the cache.
+        newest = mask[:, :, mask.shape[2] - real.shape[1] :].bool()
+        if newest.shape[2] == real.shape[1] and bool((newest & ~real[:, None]).any()):
+            raise ValueError(
+                "cross_attention_mask: it opens tiles that aspect_ratio_mask or aspect_ratio_ids "
+                "mark as padding, whose states a patched model drops"
+            )
+
+    def images(self, backbone: Backbone, given: Mapping[str, Any]) -> list[list[CrossImage]]:
+        """The images of each row of the batch, in order.
+
+        Args:
+            given: the arguments of the base model's forward.
+        """
+        vision = backbone.tower.config
+        side = vision.image_size // vision.patch_size
+        own, place = grid_positions(side, side), torch.arange(1, side * side + 1)
+        found: list[list[CrossImage]] = []
+        for row in self.real_tiles(given).cpu():
+            images = []
+            for i, tiles in enumerate(row):
+                if not bool(tiles.any()):
+                    continue
+                tile = tiles.nonzero().flatten()
+                cls = (i * len(tiles) + tile) * (side * side + 1)
+                crop = (tile + 1).repeat_interleave(side * side)
+                images.append(
+                    CrossImage(
+                        columns=(cls[:, None] + place).flatten(),
+                        cls=cls,
+                        grid=own.repeat(len(tile), 1),
+                        crop=crop if len(tile) > 1 else None,
+                    )
+                )
+            found.append(images)
+        return found

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Qwen-VL and GLM-V: images and clips of any size, rotary positions with three axes (m-RoPE)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vtc.models.base import Backbone, Family, ImageMap, Modality, UnsupportedModelError
+
+
+class QwenVL(Family):
+    """Qwen2-VL, Qwen2.5-VL, Qwen3-VL (dense and MoE), GLM-4.1V, GLM-4.5V and GLM-4.6V.
+
+    A vision token's position is its place in the picture, so it keeps it: "contiguous" is as
+    "original" here, as in the official code of the methods for these models. Qwen3-VL adds features
+    of earlier tower layers after its first decoder layers; a merged token gets those of the place
+    at which it stands.
+    """
+
+    model_types: ClassVar[tuple[str, ...]] = (
+        *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"),
+        *("glm4v", "glm4v_moe", "glm46v"),
+    )
+    name: ClassVar[str] = ", ".join(model_types)
+    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
+    axial: ClassVar[bool] = True
+    positions: ClassVar[str] = "places in the picture"
+    video: ClassVar[bool] = True
+
+    def tower_attention(self, backbone: Backbone) -> list[Any]:
+        return [block.attn for block in backbone.tower.blocks]
+
+    def image_maps(
+        self, backbone: Backbone, modality: Modality, given: Mapping[str, Any], features: Any
+    ) -> list[list[ImageMap]]:
+        sizes = given["image_grid_thw" if modality == "image" else "video_grid_thw"]
+        by, maps, first = backbone.tower.spatial_merge_size, [], 0
+        for own, (frames, rows, columns) in zip(features, sizes.tolist(), strict=True):
+            place = torch.arange(len(own))
+            r, c = rows // by, columns // by
+            grid = torch.stack([place // (r * c), place // c % r, place % c], dim=1)
+            assert len(own) == frames * r * c
+            # The processor lays patches out so that those of one token follow one another.
+            count = len(own) * by * by
+            patches = torch.arange(first, first + count).view(-1, by * by)
+            first += count
+            maps.append([ImageMap(grid, patches=patches)])
+        return maps
+
+    def tower_order(self, backbone: Backbone, given: Mapping[str, Any]) -> Tensor | None:
+        tower = backbone.tower
+        if not hasattr(tower, "fullatt_block_indexes"):  # no windows, no other order
+            return None
+        grid = given.get("image_grid_thw", given.get("video_grid_thw"))
+        if hasattr(tower, "get_window_index"):  # transformers up to 5.23
+            windows, _ = tower.get_window_index(grid)
+        else:
+            from transformers.vision_utils import get_vision_window_index
+
+            windows, _ = get_vision_window_index(
+                grid, tower.spatial_merge_size, tower.window_size, tower.patch_size
+            )
+        unit = backbone.tower.spatial_merge_unit
+        windows = torch.as_tensor(windows).cpu()
+        place = torch.empty_like(windows)
+        place[windows] = torch.arange(len(windows))
+        return (place[:, None] * unit + torch.arange(unit)).flatten()
+
+    def rotary(self, backbone: Backbone, layer: int, hidden: Tensor, positions: Tensor) -> Any:
+        if positions.dim() == 2:
+            positions = positions[None].expand(3, -1, -1)
+        elif positions.shape[0] == 4:  # the first axis counts text, for packed sequences
+            positions = positions[1:]
+        return backbone.decoder.rotary_emb(hidden, positions)
+
+    def check_rotate(self, backbone: Backbone) -> None:
+        if not hasattr(_module(backbone), "apply_multimodal_rotary_pos_emb"):
+            super().check_rotate(backbone)
+
+    def rotate(self, backbone: Backbone, layer: int, states: Tensor, rotation: Any) -> Tensor:
+        apply = getattr(_module(backbone), "apply_multimodal_rotary_pos_emb", None)
+        if apply is None:
+            return super().rotate(backbone, layer, states, rotation)
+        section = backbone.decoder.config.rope_parameters["mrope_section"]
+        return apply(states, states, *rotation, section)[1]
+
+
+class Qwen3_5(QwenVL):
+    """Qwen3.5: most layers are recurrent, and what such a layer has read cannot be dropped from it
+    later. Methods act before the language model."""
+
+    name: ClassVar[str] = "qwen3_5"
+    model_types: ClassVar[tuple[str, ...]] = ("qwen3_5",)
+    stages: ClassVar[tuple[str, ...]] = ("sequence",)
+
+    def check_layers(self, backbone: Backbone, layers: Sequence[int]) -> None:
+        if layers:
+            raise UnsupportedModelError(
+                "model: the recurrent layers of Qwen3.5 have read every token by then: none can be "
+                "dropped between layers; use a method that acts before the language model"
+            )
+
+
+def _module(backbone: Backbone) -> Any:
+    return sys.modules[type(backbone.layers[0].self_attn).__module__]

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LLaVA-NeXT, LLaVA-NeXT-Video and LLaVA-OneVision: tiles laid side by side, rows that end in a
+newline."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vtc.models.base import Backbone, Family, ImageMap, Modality, grid_positions, merged_patches
+
+
+class LlavaNext(Family):
+    """An image is a thumbnail and a plane of tiles, cut to the picture's shape, each row of which
+    ends in a learned newline. Newlines are no vision tokens; that of an emptied row goes."""
+
+    name: ClassVar[str] = "llava_next"
+    model_types: ClassVar[tuple[str, ...]] = ("llava_next", "llava_next_video")
+    since: ClassVar[Mapping[str, str]] = {"llava_next_video": "5.21"}
+    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
+    video: ClassVar[bool] = True
+
+    def image_maps(
+        self, backbone: Backbone, modality: Modality, given: Mapping[str, Any], features: Any
+    ) -> list[list[ImageMap]]:
+        if modality == "video":
+            return self.clip_maps(backbone, given, features)
+        side = self.side(backbone)
+        maps, first = [], 0
+        for i, own in enumerate(features):
+            tiles = self.tiles(backbone, given, i)
+            across = self.across(backbone, given, i) if tiles > 1 else 1
+            # The model's own packing, run on places: each token says where it comes from.
+            tile = torch.arange(tiles)[:, None].clamp_min(1) - 1
+            place = torch.arange(side * side)[None]
+            row = tile // across * side + place // side
+            column = tile % across * side + place % side
+            places = torch.stack([row, column], dim=2).to(torch.float64)
+            packed = self.pack(backbone, given, i, places)
+            found = self._map(packed, side, across, first, len(own))
+            maps.append([replace(found, tiles=tiles)])
+            first += tiles * side * side
+        return maps
+
+    def side(self, backbone: Backbone) -> int:
+        """Patches along a side of a tile."""
+        vision = backbone.model.config.vision_config
+        return vision.image_size // vision.patch_size
+
+    def tiles(self, backbone: Backbone, given: Mapping[str, Any], i: int) -> int:
+        """Tiles of image `i`, the thumbnail included."""
+        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+        config = backbone.model.config
+        return image_size_to_num_patches(
+            image_size=given["image_sizes"][i],
+            grid_pinpoints=config.image_grid_pinpoints,
+            patch_size=config.vision_config.image_size,
+        )
+
+    def across(self, backbone: Backbone, given: Mapping[str, Any], i: int) -> int:
+        """Columns of tiles of image `i`."""
+        from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+        config = backbone.model.config
+        return get_anyres_image_grid_shape(
+            given["image_sizes"][i], config.image_grid_pinpoints, config.vision_config.image_size
+        )[1]
+
+    def pack(self, backbone: Backbone, given: Mapping[str, Any], i: int, places: Tensor) -> Tensor:
+        """(n, 2) what the model makes of two numbers a patch, (tiles, patches, 2); -1 at
+        newlines."""
+        packed, _ = backbone.base.pack_image_features(
+            [places],
+            given["image_sizes"][i : i + 1],
+            vision_feature_select_strategy="full",
+            image_newline=places.new_full((2,), -1),
+        )
+        return packed[0]
+
+    def _map(self, packed: Tensor, side: int, across: int, first: int, n: int) -> ImageMap:
+        if len(packed) != n:
+            raise RuntimeError(f"an image has {n} features, but its tiles give {len(packed)}")
+        area = side * side
+        separator = packed[:, 0] < 0
+        # Shrinking of large planes leaves fractions: the nearest patch stands for them.
+        row, column = (packed + 0.5).floor().long().unbind(1)
+        tile = row // side * across + column // side + 1
+        tile[:area] = 0
+        patch = first + tile * area + row % side * side + column % side
+        patch = torch.where(separator, -1, patch)
+        grid = torch.zeros(n, 3, dtype=torch.long)
+        plane = torch.arange(n) >= area
+        grid[:area] = grid_positions(side, side)
+        if n > area:
+            ends = separator & plane
+            # Each row of the plane ends in a newline, so rows are counted by the newlines before.
+            row = ends.cumsum(0) - ends.long()
+            grid[plane, 1] = row[plane]
+            last = torch.where(ends, torch.arange(n) + 1, area).cummax(0).values
+            last = torch.cat([last.new_full((1,), area), last[:-1]])
+            grid[plane, 2] = (torch.arange(n) - last)[plane]
+        if int(plane.sum()) == 1:  # one tile, and a newline after it that ends the image
+            grid[separator] = torch.tensor([0, -2, 0])
+            return ImageMap(grid, separator=separator, patches=patch[:, None])
+        # A newline belongs to the plane of tiles, not to the thumbnail.
+        crop = torch.where(separator, 1, tile)
+        return ImageMap(grid, crop=crop, separator=separator, patches=patch[:, None])
+
+    def clip_maps(
+        self, backbone: Backbone, given: Mapping[str, Any], features: Any
+    ) -> list[list[ImageMap]]:
+        """Frames pooled to fewer tokens, one after the other."""
+        frames = given["pixel_values_videos"].shape[1]
+        area = self.side(backbone) ** 2
+        patches, states = self.pooled(backbone)
+        maps = []
+        for i, own in enumerate(features):
+            frame = torch.arange(i * frames, (i + 1) * frames)[:, None, None]
+            plain = self._clip(frames, math.isqrt(len(patches)), len(own))
+            spare = (0, 0, 0, len(own) - frames * len(patches))  # a newline after all
+            of_clip = [
+                torch.nn.functional.pad((frame * count + places).flatten(0, 1), spare, value=-1)
+                for count, places in ((area, patches), (int(states.max()) + 1, states))
+            ]
+            maps.append([replace(plain, tiles=frames, patches=of_clip[0], states=of_clip[1])])
+        return maps
+
+    def pooled(self, backbone: Backbone) -> tuple[Tensor, Tensor]:
+        """(n, m) patches of a frame, and (n, k) rows of what the projector receives of it, that
+        each of the frame's tokens is made of."""
+        side, by = self.side(backbone), backbone.model.config.spatial_pool_stride
+        patches = merged_patches(side, side, by)
+        return patches, torch.arange(len(patches))[:, None]  # pooled before the projector
+
+    def _clip(self, frames: int, side: int, n: int) -> ImageMap:
+        grid = grid_positions(side, side).repeat(frames, 1)
+        grid[:, 0] = torch.arange(frames).repeat_interleave(side * side)
+        if n == len(grid):
+            return ImageMap(grid)
+        separator = torch.zeros(n, dtype=torch.bool)
+        separator[-1] = True
+        grid = torch.cat([grid, torch.tensor([[0, -2, 0]])])
+        return ImageMap(grid, separator=separator)
+
+
+class LlavaOnevision(LlavaNext):
+    """As LLaVA-NeXT; large planes are shrunk, several images have no tiles, and a clip ends in a
+    newline."""
+
+    name: ClassVar[str] = "llava_onevision"
+    model_types: ClassVar[tuple[str, ...]] = ("llava_onevision",)
+
+    def tiles(self, backbone: Backbone, given: Mapping[str, Any], i: int) -> int:
+        counts = given.get("batch_num_images")
+        if counts is not None:
+            alone = [count == 1 for count in counts for _ in range(int(count))]
+            if not alone[i]:
+                return 1
+        return super().tiles(backbone, given, i)
+
+    def pooled(self, backbone: Backbone) -> tuple[Tensor, Tensor]:
+        # Bilinear, after the projector: a token lies between two rows and two columns.
+        side = self.side(backbone)
+        count = math.ceil(side / 2)
+        middle = ((torch.arange(count) + 0.5) * side / count - 0.5).clamp_min(0)
+        low = middle.long()
+        ends = torch.stack([low, (low + 1).clamp_max(side - 1)], dim=1)
+        row, column = ends[:, None, :, None], ends[None, :, None, :]
+        patches = (row * side + column).reshape(count * count, 4)
+        return patches, patches
+
+    def pack(self, backbone: Backbone, given: Mapping[str, Any], i: int, places: Tensor) -> Tensor:
+        ratio = given.get("vision_aspect_ratio") or backbone.model.config.vision_aspect_ratio
+        packed, _ = backbone.base.pack_image_features(
+            [places],
+            given["image_sizes"][i : i + 1],
+            image_newline=places.new_full((2,), -1),
+            vision_aspect_ratio=ratio,
+        )
+        return packed[0]

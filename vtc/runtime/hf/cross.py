@@ -1,0 +1,520 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine of models that read vision states through cross-attention layers (Mllama).
+
+No vision token stands in the sequence, so nothing is removed from it and no position changes.
+Between the projector and the decoder the states that a method drops are taken out; the cross layers
+make and cache keys and values of the others alone. In this step and in every later one the mask
+that the base model makes over all states is read at the columns that are left.
+
+What stays beside the patches that a method keeps: the [CLS] state of each tile, so that a token
+that sees a tile always finds something there. What goes beside those it drops: states of padding
+tiles and padding images. Tokens that see an image never see those. transformers lets only such
+tokens attend to them that see no image at all, as those before the first image do: these attend to
+every state of their row, and skip the layer's MLP. Under a patch that drops anything they attend to
+the states that are left, and a row without images is what it is in a batch of text. The plain
+model, in both cases, depends on how many images the other rows have. If every image keeps all of
+its tokens, nothing is taken out at all.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import create_masks_for_generate
+
+from vtc.core import Method, Selection, VisionTokens
+from vtc.models import Backbone, Family, UnsupportedModelError
+from vtc.models.mllama import CrossImage, Mllama
+from vtc.report import ImageTokens, Prefill, Report, Sample, Stopwatch, logits_of
+from vtc.runtime.hf.calls import Calls, Generating
+from vtc.runtime.hf.decoder import check_in_place
+from vtc.runtime.hf.engine import _by_name, _split_mask, refuse_hidden_answers, refuse_packed
+from vtc.runtime.hf.forward import checked, no_autocast
+from vtc.runtime.hf.generation import Request
+from vtc.runtime.hf.ledger import Group, Ledger, attach, cache_in, ledger_of
+from vtc.runtime.hf.override import Override
+from vtc.runtime.hf.plan import Plan
+from vtc.runtime.idle import dropped_in_sequence, warn_of_idle
+from vtc.runtime.layout import Layout, gather_tokens
+
+_TOWER = frozenset({"cls_attention", "low_attention", "cls_query", "keys", "encoder"})
+
+Decisions = dict[tuple[int, int, int], Selection]
+"""Selections already made, by (method, row, image)."""
+
+
+@dataclass
+class Columns(Group):
+    """The vision states that the cross layers of a cache hold.
+
+    Attributes:
+        length: states held, padding included.
+        valid: (b, length) bool, False at padding.
+        index: (b, length) which of the columns of the model's own mask each of them is.
+        total: columns of that mask.
+    """
+
+    index: Tensor = field(default_factory=lambda: torch.empty(0))
+    total: int = 0
+
+    def append(self, layout: Layout, total: int) -> None:
+        """Add the states of `layout`, out of `total` new columns."""
+        index = layout.index + self.total
+        self.index = torch.cat([self.index, index], dim=1) if self.length else index
+        self.extend(layout.valid, index.shape[1])
+        self.total += total
+
+    def map_rows(self, index: Tensor) -> None:
+        super().map_rows(index)
+        self.index = self.index[index.to(self.index.device)]
+
+    def repeat_rows(self, repeats: int) -> None:
+        super().repeat_rows(repeats)
+        self.index = self.index.repeat_interleave(repeats, dim=0)
+
+
+@dataclass
+class _Call:
+    """One forward: what the base model was given, and what became of it."""
+
+    given: dict[str, Any]
+    labels: Tensor | None
+    logits_to_keep: Any = None
+    generating: Generating | None = None
+    vision: Stopwatch = field(default_factory=Stopwatch)
+    selector: Stopwatch = field(default_factory=Stopwatch)
+    lm: Stopwatch = field(default_factory=Stopwatch)
+    vision_started: Any = None
+    lm_started: Any = None
+    ledger: Ledger | None = None
+    logical: int = 0
+    samples: list[Sample] | None = None
+    decisions: Decisions = field(default_factory=dict)
+    prompt_end: Tensor | None = None
+    replay: bool = False
+
+
+class CrossEngine:
+    """Carries out `method` on the model of `backbone`, as `vtc.runtime.hf.engine.Engine` does."""
+
+    def __init__(self, family: Mllama, backbone: Backbone, method: Method) -> None:
+        self.family, self.backbone, self.method = family, backbone, method
+        _check(family, backbone, method)
+        self.plan = Plan(family, backbone, method)
+        self.report = Report(backbone.model.config)
+        self.cross_layers = family.cross_layers(backbone)
+        self.handles: list[Any] = []
+        self.overrides: list[Override] = []
+        self.warned: set[int] = set()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Start with nothing under way."""
+        self.lock = threading.RLock()  # a patch does not come off in the middle of a forward
+        self.calls = Calls()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        for name in ("lock", "calls"):
+            del state[name]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    @property
+    def call(self) -> _Call | None:
+        """The forward that this thread is in, the innermost if there are several."""
+        found: _Call | None = self.calls.forward
+        return found
+
+    # ---- on and off ---------------------------------------------------------------------------
+    def install(self) -> None:
+        """Hook the model; if that fails half-way, leave it as it was."""
+        if self.overrides:
+            raise RuntimeError("this patch is on its model already")
+        b = self.backbone
+        try:
+            self.overrides.append(Override(b.base, "forward", self._run_base))
+            if b.model is not b.base:
+                self.overrides.append(Override(b.model, "forward", self._run_model))
+            if hasattr(b.model, "generate"):
+                self.overrides.append(Override(b.model, "generate", self._generate))
+                step = Override(b.model, "prepare_inputs_for_generation", self._prepare_step)
+                self.overrides.append(step)
+                masks = Override(b.model, "create_masks_for_generate", self._create_masks)
+                self.overrides.append(masks)
+            self.layers = list(b.layers)
+            self.handles += [
+                b.decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True),
+                b.decoder.register_forward_hook(self._leave_decoder),
+            ]
+        except BaseException:
+            self.uninstall()
+            raise
+
+    def uninstall(self) -> None:
+        """Bring the model back as it was."""
+        self.calls.refuse_in_forward()
+        with self.lock:
+            for handle in self.handles:
+                handle.remove()
+            for override in reversed(self.overrides):
+                override.remove()
+            self.handles, self.overrides = [], []
+
+    # ---- the model ----------------------------------------------------------------------------
+    def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        request = Request(self.backbone.model, original, args, kwargs)
+        request.refuse_fullgraph()
+        if request.given.get("pixel_values") is not None:
+            request.refuse_pieces()
+            request.refuse_guesses(
+                "taking back those that were wrong would cut vision states off the cross layers' "
+                "cache"
+            )
+        with self.calls.generate(request.given.get("pixel_values") is not None):
+            return original(*args, **kwargs)
+
+    def _prepare_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`generate` asks for the inputs of a step, and then calls the model with them."""
+        out = original(*args, **kwargs)
+        if self.calls.generating is not None:
+            self.calls.generating.asked = True
+        return out
+
+    def _create_masks(self, original: Callable[..., Any] | None, **kwargs: Any) -> Any:
+        """The prefill reads the 2-D mask, from which the decoder makes its own."""
+        if kwargs.get("is_first_iteration"):
+            return kwargs.get("attention_mask")
+        return (original or create_masks_for_generate)(**kwargs)
+
+    def _run_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        check_in_place(self.family, self.backbone, self.layers)
+        shown = kwargs.pop("prompt_labels", None)
+        given = _by_name(self.backbone.model, args, kwargs)
+        labels = given.get("labels") if shown is None else shown
+        if labels is None and self.calls.generating is None:
+            refuse_hidden_answers(self.backbone.model, self.plan, given)
+        with self.lock, self.calls.model(labels, given.get("logits_to_keep", 0)):
+            return original(*args, **kwargs)
+
+    def _run_base(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.calls.asked is None:  # else the model, which calls it, has looked
+            check_in_place(self.family, self.backbone, self.layers)
+        asked = self.calls.take_asked()
+        given = _by_name(self.backbone.base, args, kwargs)
+        self.family.check_inputs(given)
+        call = _Call(given, asked.labels, asked.logits, asked.generating)
+        with self.lock:
+            outer, self.calls.forward = self.calls.forward, call
+            try:
+                if given.get("pixel_values") is not None:
+                    call.vision_started = call.vision.start(given["pixel_values"].device)
+                return original(*args, **kwargs)
+            finally:  # also where it failed, or was interrupted
+                self.calls.forward = outer
+                if call.ledger is not None:
+                    call.ledger.may_write = False
+
+    # ---- decoder ------------------------------------------------------------------------------
+    def _enter_decoder(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        call, ledger = self.call, ledger_of(cache_in(kwargs))
+        if call is None:
+            return None
+        if kwargs.get("cross_attention_states") is not None:
+            self._compress(call, ledger, kwargs)
+        elif ledger is not None:
+            ledger.may_write, call.ledger = True, ledger
+            call.logical = ledger.logical + _tokens(kwargs).shape[1]
+            self._narrow(ledger, kwargs)
+        return args, kwargs
+
+    def _compress(self, call: _Call, ledger: Ledger | None, kwargs: dict[str, Any]) -> None:
+        """Prefill with images: run the methods and hand on the states that are left."""
+        states, cache = kwargs["cross_attention_states"], cache_in(kwargs)
+        call.vision.stop(call.vision_started, call.given["pixel_values"].device)
+        call.lm_started = call.lm.start(states.device)
+        shape, tokens = states.shape, _tokens(kwargs)
+        rows, count = tokens.shape[:2]
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        _, valid = _split_mask(call.given.get("attention_mask"), past, rows, count)
+        if valid is None:
+            valid = torch.ones(rows, count, dtype=torch.bool, device=tokens.device)
+        with call.selector.measure(states.device):
+            images = self.family.images(self.backbone, call.given)
+            self._freeze(call, valid)
+            states = states.reshape(rows, -1, shape[-1])
+            before = states
+            states, keep, left = self._select(call, images, states, valid)
+            dropped = any(
+                kept < len(image.columns)
+                for own, of_row in zip(images, left, strict=True)
+                for image, kept in zip(own, of_row, strict=True)
+            )
+            if dropped or states is not before:
+                flash = "flash" in (self.backbone.decoder.config._attn_implementation or "")
+                refuse_packed(call.given, kwargs, flash)
+            if not dropped:
+                keep = torch.ones_like(keep)
+            if dropped or ledger is not None:
+                layout, place = Layout.whole(torch.ones_like(keep)).compact(keep)
+                # A state of zeros has a key and a value of zeros: a row that holds nothing else
+                # leaves the cross layers as it entered them.
+                kept_states = gather_tokens(states, place).masked_fill(~layout.valid[..., None], 0)
+                kwargs["cross_attention_states"] = kept_states
+                call.ledger = ledger or self._fresh(cache, rows, past, keep.device)
+                self._columns(call.ledger).append(layout, keep.shape[1])
+                call.ledger.may_write, call.logical = True, past + count
+                self._narrow(call.ledger, kwargs)
+            elif states is not before:
+                kwargs["cross_attention_states"] = states.reshape(shape)
+        held = keep.sum(1).tolist()
+        call.samples = [
+            self._sample(call, int(valid[b].sum()), held[b], images[b], left[b])
+            for b in range(rows)
+        ]
+
+    def _select(
+        self, call: _Call, images: list[list[CrossImage]], states: Tensor, valid: Tensor
+    ) -> tuple[Tensor, Tensor, list[list[int]]]:
+        """Run the methods on every image.
+
+        Args:
+            states: (b, n, d) what the cross layers would read.
+            valid: (b, s) bool, the tokens that are not padding.
+
+        Returns:
+            The states with replaced contents in place, (b, n) bool of those that stay, and by row
+            and image how many of its patches do.
+        """
+        keep = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device)
+        left: list[list[int]] = []
+        replaced: list[tuple[int, Tensor, Tensor]] = []
+        for b, own in enumerate(images):
+            left.append([])
+            for i, image in enumerate(own):
+                current = image.columns.to(states.device)
+                features, at = states[b, current], torch.arange(len(current))
+                changed = False
+                for number, method in enumerate(self.plan.sequence):
+                    key = (number, b, i)
+                    if not call.replay:
+                        grid = image.grid.to(states.device)
+                        crop = None if image.crop is None else image.crop.to(states.device)
+                        shown = VisionTokens(
+                            features=features,
+                            grid=grid[at.to(states.device)],
+                            image=i,
+                            crop=None if crop is None else crop[at.to(states.device)],
+                            every_grid=grid,
+                            every_crop=crop,
+                            **self._texts(call, method, b, i, len(own), valid),
+                        )
+                        with no_autocast(states):
+                            chosen = checked(method, method.select(shown), len(shown))
+                        call.decisions[key] = chosen
+                    selection = call.decisions[key]
+                    index = selection.indices.to(states.device)
+                    current, features, at = current[index], features[index], at[index.to(at.device)]
+                    if selection.features is not None:
+                        features, changed = selection.features.to(states), True
+                keep[b, current] = True
+                keep[b, image.cls.to(states.device)] = True
+                left[b].append(len(current))
+                if changed:
+                    replaced.append((b, current, features))
+        if replaced:
+            states = states.clone()
+            for b, current, features in replaced:
+                states[b, current] = features
+        return states, keep, left
+
+    def _texts(
+        self, call: _Call, method: Method, b: int, image: int, count: int, valid: Tensor
+    ) -> dict[str, Any]:
+        """The text signals that `method` needs, of image `image` out of `count` of row `b`."""
+        if not method.needs & {"text", "segment"}:
+            return {}
+        ids = call.given.get("input_ids")
+        if ids is None:
+            raise ValueError(
+                f"inputs_embeds: {method.name} reads the prompt's text, in which embeddings do not "
+                "tell where images stand; pass input_ids, or unpatch"
+            )
+        marks = (ids[b] == self.family.image_token(self.backbone)) & valid[b]
+        places = marks.nonzero().flatten().tolist()
+        if len(places) != count:
+            raise ValueError(
+                f"input_ids: row {b} has {len(places)} image tokens for {count} images, and "
+                f"{method.name} reads the text between them"
+            )
+        assert call.prompt_end is not None
+        place = torch.arange(len(marks), device=ids.device)
+        text = valid[b] & ~marks & (place > places[0]) & (place < call.prompt_end[b])
+        embedded = self.backbone.decoder.embed_tokens(ids[b])
+        found: dict[str, Any] = {}
+        if "text" in method.needs:
+            found["text"] = embedded[text]
+        if "segment" in method.needs:
+            end = places[image + 1] if image + 1 < count else len(marks)
+            found["segment"] = embedded[text & (place > places[image]) & (place < end)]
+        return found
+
+    def _freeze(self, call: _Call, valid: Tensor) -> None:
+        """Note where the prompt ends; in `generate` without a cache, do again what was chosen at
+        the first step."""
+        call.prompt_end = self._prompt_end(call, valid)
+        made = call.decisions, call.prompt_end
+        found = call.generating and call.generating.chosen(call.given, made)
+        if found:
+            call.decisions, call.prompt_end = found
+            call.replay = True
+
+    def _prompt_end(self, call: _Call, valid: Tensor) -> Tensor:
+        """(b,) where the prompt ends: at the answer that is being scored, or with the tokens."""
+        rows, length = valid.shape
+        end = torch.full((rows,), length, device=valid.device)
+        ids = call.given.get("input_ids")
+        if call.labels is None or ids is None:
+            return end
+        place = torch.arange(length, device=valid.device)
+        # Images are of the prompt: earlier turns, or labels left on all tokens, do not end it.
+        marks = ids == self.family.image_token(self.backbone)
+        shown = torch.where(marks, place + 1, 0).max(dim=1).values
+        answer = (call.labels.to(valid.device) != -100) & (place >= shown[:, None])
+        return torch.where(answer, place, length).min(dim=1).values
+
+    def _fresh(self, cache: Any, rows: int, past: int, device: torch.device) -> Ledger:
+        """A ledger for a cache that holds `past` tokens and the states of a plain prefill."""
+        columns = Columns(first_layer=0, diverged=True)
+        layer = self._cross_layer(cache)
+        keys = getattr(layer, "keys", None)
+        held = 0 if keys is None or keys.dim() != 4 else keys.shape[-2]
+        if held and not getattr(layer, "is_compileable", False):
+            whole = torch.ones(rows, held, dtype=torch.bool, device=device)
+            columns.append(Layout.whole(whole), held)
+        return Ledger([columns], logical=past)
+
+    def _cross_layer(self, cache: Any) -> Any:
+        first = self.cross_layers[0]
+        layers = getattr(cache, "layers", ())
+        return layers[first] if first < len(layers) else None
+
+    @staticmethod
+    def _columns(ledger: Ledger) -> Columns:
+        columns = ledger.groups[0]
+        assert isinstance(columns, Columns)
+        return columns
+
+    def _narrow(self, ledger: Ledger, kwargs: dict[str, Any]) -> None:
+        """Read the masks over all states at the columns that the cache holds."""
+        columns = self._columns(ledger)
+        assert columns.valid is not None
+        mask, full = kwargs.get("cross_attention_mask"), "full_text_row_masked_out_mask"
+        dtype = self.backbone.base.dtype if mask is None else mask.dtype
+        some = columns.valid.any(1, keepdim=True)
+        if mask is None:
+            found = torch.zeros(*columns.valid[:, None, None].shape, dtype=dtype)
+            found = found.to(columns.valid.device)
+        else:
+            if mask.shape[-1] != columns.total:
+                raise ValueError(
+                    f"cross_attention_mask: it covers {mask.shape[-1]} vision states, but images "
+                    f"so far have {columns.total}; give one column for each tile of each image"
+                )
+            found = mask.gather(-1, columns.index[:, None, None].expand(-1, *mask.shape[1:3], -1))
+        shut = (~columns.valid & some)[:, None, None]
+        lowest = torch.finfo(dtype).min
+        found = found.masked_fill(shut, lowest)
+        layer = self._cross_layer(cache_in(kwargs))
+        if getattr(layer, "is_compileable", False):  # a static cache has spare room after them
+            spare = layer.max_cache_len - columns.length
+            found = nn.functional.pad(found, (0, spare), value=lowest)
+        kwargs["cross_attention_mask"] = found
+        if not bool(some.all()):
+            seen = some[:, None, :, None].to(dtype)
+            kwargs[full] = seen if kwargs.get(full) is None else kwargs[full] * seen
+
+    def _leave_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        call = self.call
+        if call is None:
+            return
+        if call.ledger is not None:  # not before: the decoder counts its positions from there
+            call.ledger.logical = call.logical
+        if call.samples is None:
+            return
+        hidden, cache = output.last_hidden_state, cache_in(output)
+        call.lm.stop(call.lm_started, hidden.device)
+        if cache is not None and call.ledger is not None:
+            attach(cache, call.ledger)
+        if not call.replay and any(sample.images for sample in call.samples):
+            clocks = call.vision, Stopwatch(), call.selector, call.lm
+            self.report.add(Prefill(call.samples, hidden.element_size(), *clocks))
+            self._warn_of_idle_parts(call, call.samples)
+
+    def _warn_of_idle_parts(self, call: _Call, samples: list[Sample]) -> None:
+        """Say once of each part of a composition that its budget was met by those before it."""
+        count = len(self.plan.sequence)
+        chains = [
+            (image.original, [len(call.decisions[n, b, i].indices) for n in range(count)])
+            for b, sample in enumerate(samples)
+            for i, image in enumerate(sample.images)
+        ]
+        dropped = dropped_in_sequence(chains, list(range(count)))
+        warn_of_idle(self.method, dropped, self.warned, len(self.backbone.layers), stacklevel=2)
+
+    def _sample(
+        self, call: _Call, tokens: int, held: int, images: list[CrossImage], left: list[int]
+    ) -> Sample:
+        """The report of one row. Only cross layers process vision states; an image counts in every
+        layer what these read of it, so that figures compare with those of other families. The
+        lengths are those of each layer's keys: states (with [CLS], and with padding where nothing
+        was dropped) in cross layers, tokens in the others."""
+        layers, tiles = len(self.backbone.layers), call.given["pixel_values"].shape[2]
+        shown = tuple(
+            ImageTokens(len(image.columns), len(image.columns), ((0, kept),), layers, tiles=tiles)
+            for image, kept in zip(images, left, strict=True)
+        )
+        lengths = tuple(held if i in self.cross_layers else tokens for i in range(layers))
+        return Sample(tokens, shown, lengths, logits_of(call.logits_to_keep, tokens))
+
+
+def _check(family: Family, backbone: Backbone, method: Method) -> None:
+    """Refuse methods that such a model has nothing for."""
+    kind = type(backbone.model).__name__
+    other = [stage for stage in method.stages if stage not in family.stages]
+    if other:
+        raise ValueError(
+            f"method: {method} acts in the stage {other[0]!r}, which {kind} has not: its vision "
+            "states are read by cross-attention layers and are no tokens of the decoder, and all "
+            "tiles pass its tower together; it has sequence"
+        )
+    for part in method.parts:
+        if read := part.needs & _TOWER:
+            raise UnsupportedModelError(
+                f"model: {part.name} reads {', '.join(sorted(read))} of the vision tower, and the "
+                f"states of {kind} join several layers of two encoders over all tiles, for which "
+                "this has no meaning; choose a method that reads features or text"
+            )
+        if part.closes_gaps_by_choice:
+            warnings.warn(
+                f"{part}: positions='contiguous' has no meaning for {kind}, whose vision states "
+                "have no positions",
+                stacklevel=4,
+            )
+
+
+def _tokens(kwargs: dict[str, Any]) -> Tensor:
+    """(b, s) ids or (b, s, d) embeddings that enter the decoder."""
+    ids = kwargs.get("input_ids")
+    return kwargs["inputs_embeds"] if ids is None else ids

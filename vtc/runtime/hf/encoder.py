@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The encoder stage: patches merged or dropped inside the vision tower."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtc.core import EncoderState, Merging, Method
+from vtc.models import Backbone, Family, UnsupportedModelError
+from vtc.runtime.hf import taps
+from vtc.runtime.hf.forward import no_autocast
+from vtc.runtime.hf.override import Override
+
+
+@dataclass
+class _Patches:
+    """The tokens of one image on its way through the tower, without [CLS].
+
+    Attributes:
+        size: (n,) patches each stands for.
+        source: (n,) the first of these.
+        memory: (n,) what the method handed on.
+        counts: tokens that entered each layer, and those that left the last.
+    """
+
+    original: int
+    size: Tensor
+    source: Tensor
+    memory: Tensor | None
+    counts: list[int]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What became of one image: (m,) places of its tokens, ascending, and tokens by layer."""
+
+    places: Tensor
+    original: int
+    counts: tuple[int, ...]
+
+
+class EncoderSide:
+    """Runs the tower image by image, so that each may keep another number of patches a layer.
+
+    Only while it does so is the tower changed: other models may share it, and its modules may be
+    replaced between calls.
+    """
+
+    def __init__(self, family: Family, backbone: Backbone, method: Method) -> None:
+        self.family, self.method = family, method
+        self._look_at(backbone, {})
+        self._forget()
+
+    def _look_at(self, backbone: Backbone, given: Mapping[str, Any]) -> None:
+        """Note what the tower is for this call, or raise if patches cannot be merged in it."""
+        self.layers = self.family.encoder_layers(backbone)
+        self.used = self.family.encoder_depth(backbone, given)
+        if self.used < 1 and not self.method.keeps_all:
+            raise UnsupportedModelError(
+                "vision_feature_layer: no layer of the tower runs before the one that is read, "
+                f"and {self.method.name} merges patches in them"
+            )
+        self.has_cls = self.family.has_cls(backbone)
+        kept = not self.family.prefix(backbone, given)
+        if self.has_cls and kept and not self.method.keeps_all:
+            raise UnsupportedModelError(
+                "vision_feature_select_strategy: got 'full', in which [CLS] is a vision token, and "
+                f"{self.method.name} merges patches into tokens that have a place; accepted is "
+                "'default'"
+            )
+
+    def _forget(self) -> None:
+        self.taps: list[taps.Tap] = []
+        self.patches: _Patches | None = None
+        self.thread = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        gone = ("layers", "taps", "patches")
+        return {name: value for name, value in self.__dict__.items() if name not in gone}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.layers = []  # looked up at each call
+        self._forget()
+
+    @contextmanager
+    def _installed(self) -> Iterator[None]:
+        overrides: list[Override] = []
+        before = self.taps, self.patches, self.thread  # of a call that this one interrupts
+        self.taps, self.patches, self.thread = [], None, threading.get_ident()
+        try:
+            for i, layer in enumerate(self.layers[: self.used]):
+                self.taps.append(taps.install(layer.self_attn))
+                overrides.append(Override(layer, "forward", functools.partial(self._layer, i)))
+            yield
+        finally:
+            for override in reversed(overrides):
+                override.remove()
+            for tap in self.taps:
+                tap.remove()
+            self.taps, self.patches, self.thread = before
+
+    def encode(
+        self,
+        backbone: Backbone,
+        given: Mapping[str, Any],
+        original: Callable[..., Any],
+        kwargs: dict[str, Any],
+    ) -> tuple[Any, list[Merged]]:
+        """`get_image_features`, image by image; features (m, d) in the order of their places."""
+        before = self.layers, self.used, self.has_cls  # of a call that this one interrupts
+        self._look_at(backbone, given)
+        try:
+            with self._installed():
+                return self._encode(original, kwargs)
+        finally:
+            self.layers, self.used, self.has_cls = before
+
+    def _encode(
+        self, original: Callable[..., Any], kwargs: dict[str, Any]
+    ) -> tuple[Any, list[Merged]]:
+        pixels = kwargs.pop("pixel_values")
+        features, merged, out = [], [], None
+        for image in pixels.split(1):
+            self.patches = _Patches(0, pixels.new_empty(0), pixels.new_empty(0), None, [])
+            out = original(pixel_values=image, **kwargs)
+            patches = self.patches
+            (found,) = out.pooler_output
+            places, order = patches.source.sort()
+            if len(found) != len(places):
+                raise RuntimeError(
+                    f"the projector made {len(found)} vision tokens of {len(places)} patches: "
+                    f"{self.method} cannot tell their places"
+                )
+            features.append(found[order])
+            merged.append(Merged(places, patches.original, tuple(patches.counts)))
+        assert out is not None
+        out.pooler_output = features
+        return out, merged
+
+    def _layer(
+        self,
+        i: int,
+        original: Callable[..., Any],
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        patches = self.patches
+        # A call within the call may read deeper layers, which are not merged in.
+        if patches is None or i >= self.used or self.thread != threading.get_ident():
+            return original(hidden_states, attention_mask, **kwargs)
+        layer: Any = self.layers[i]
+        prefix = int(self.has_cls)
+        if i == 0:
+            n = hidden_states.shape[1] - prefix
+            patches.original = n
+            patches.size = torch.ones(n, device=hidden_states.device)
+            patches.source = torch.arange(n, device=hidden_states.device)
+        patches.counts.append(len(patches.size))
+        heard: dict[str, Tensor] = {}
+
+        def capture(
+            query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Mapping[str, Any]
+        ) -> None:
+            rows = query[:, :, :1] if self.has_cls else query
+            bias = None if mask is None else mask[:, :, : rows.shape[2]]
+            received = taps.mean_attention(rows, key, None, bias, taps.Options.of(options))
+            heard["attention"] = received[0, 0].mean(0)
+            heard["keys"], heard["values"] = key[0].transpose(0, 1), value[0].transpose(0, 1)
+
+        self.taps[i].arm(capture)
+        normed = layer.layer_norm1(hidden_states)
+        attended, _ = layer.self_attn(
+            hidden_states=normed, attention_mask=self._sizes(patches, normed), **kwargs
+        )
+        self.taps[i].armed = None
+        hidden = hidden_states + attended
+        state = EncoderState(
+            layer=i,
+            num_layers=self.used,
+            original=patches.original,
+            has_cls=self.has_cls,
+            attention=heard["attention"][prefix:],
+            keys=heard["keys"][prefix:],
+            values=heard["values"][prefix:],
+            cls_value=heard["values"][0] if prefix else None,
+            size=patches.size,
+            memory=patches.memory,
+        )
+        with no_autocast(hidden):
+            merging = self.method.merge(state)
+        if merging is not None:
+            rows = _merge(self.method, merging, patches, hidden[0, prefix:])
+            hidden = torch.cat([hidden[:, :prefix], rows[None]], dim=1)
+        if i == self.used - 1:
+            patches.counts.append(len(patches.size))
+        return hidden + layer.mlp(layer.layer_norm2(hidden))
+
+    def _sizes(self, patches: _Patches, hidden: Tensor) -> Tensor | None:
+        """(1, 1, t, t) logarithms of the tokens' sizes, to be added to attention logits."""
+        if not self.method.weighs_sizes or len(patches.size) == patches.original:
+            return None
+        if "flash" in (self.taps[0].config._attn_implementation or ""):
+            raise RuntimeError(
+                f"attn_implementation: {self.method} weighs attention in the vision tower, which "
+                "flash attention cannot; load the model with attn_implementation='sdpa'"
+            )
+        sizes = torch.cat([patches.size.new_ones(int(self.has_cls)), patches.size]).log()
+        return sizes.to(hidden.dtype)[None, None, None].expand(1, 1, len(sizes), -1)
+
+
+def _merge(method: Method, merging: Merging, patches: _Patches, rows: Tensor) -> Tensor:
+    """Contents (m, d) after `merging` of rows (n, d); sizes and places go along."""
+    target, n = merging.target, rows.shape[0]
+    if target.dtype != torch.long or target.shape != (n,):
+        raise ValueError(
+            f"{method.name}: target must be whole numbers of shape ({n},), got {target.dtype} "
+            f"{tuple(target.shape)}"
+        )
+    stays = target >= 0
+    m = int(target.max()) + 1
+    if m < 1 or len(target[stays].unique()) != m:
+        raise ValueError(f"{method.name}: target must use every index from 0 on, at least one")
+    if merging.memory is not None and merging.memory.shape != (m,):
+        raise ValueError(
+            f"{method.name}: memory must be of shape ({m},), got {tuple(merging.memory.shape)}"
+        )
+    chosen, weights = target[stays], patches.size[stays]
+    size = weights.new_zeros(m).index_add(0, chosen, weights)
+    contents = rows[stays].float() * weights[:, None]
+    merged = contents.new_zeros(m, rows.shape[1]).index_add(0, chosen, contents) / size[:, None]
+    first = torch.full((m,), patches.original, device=rows.device)
+    patches.source = first.scatter_reduce(0, chosen, patches.source[stays], "amin")
+    patches.size, patches.memory = size, merging.memory
+    return merged.to(rows.dtype)

@@ -1,0 +1,805 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine: hooks on one model instance that carry out a method, and their exact removal.
+
+A forward passes these stations, each a method of `Engine`:
+
+    get_image_features   vision signals are tapped; pixels are reduced (clips likewise)
+    model, base model    one call at a time; what kind of forward is this?
+    the family's merger  where are the vision tokens?
+    decoder              sequence stage; masks and positions of a compressed cache
+    decoder layers       layers stage; masks and positions of the layers after a prune
+    decoder, out         hidden states back at full length; the cache learns what it holds
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import create_masks_for_generate
+
+from vtc.core import Method
+from vtc.models import Backbone, Family, Modality
+from vtc.report import Prefill, Report
+from vtc.runtime.hf.calls import PIXELS, Calls
+from vtc.runtime.hf.decoder import DecoderSide, check_in_place
+from vtc.runtime.hf.forward import Forward, prune_between_layers, select_in_sequence
+from vtc.runtime.hf.generation import Request
+from vtc.runtime.hf.ledger import Group, Ledger, attach, cache_in, ledger_of
+from vtc.runtime.hf.override import Override
+from vtc.runtime.hf.plan import Plan
+from vtc.runtime.hf.vision import VisionSide
+from vtc.runtime.idle import dropped_in_sequence, warn_of_idle
+from vtc.runtime.layout import Layout, gather_tokens
+
+
+class Engine:
+    """Carries out `method` on the model of `backbone`."""
+
+    def __init__(self, family: Family, backbone: Backbone, method: Method) -> None:
+        self.family, self.backbone, self.method = family, backbone, method
+        self.report = Report(backbone.model.config)
+        self.num_layers = len(backbone.layers)
+        self.plan = Plan(family, backbone, method)
+        self.vision = VisionSide(family, backbone, method)
+        self.decoder = DecoderSide(family, backbone, self.plan)
+        # Installed things
+        self.handles: list[Any] = []
+        self.overrides: list[Override] = []
+        self.warned: set[int] = set()
+        self.told = False
+        self._forget()
+
+    def _forget(self) -> None:
+        """Start with nothing under way."""
+        # One forward at a time: taps sit on modules, which a server's threads share.
+        self.lock = threading.RLock()
+        self.calls = Calls()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        for name in ("lock", "calls"):
+            del state[name]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    @property
+    def forward(self) -> Forward | None:
+        """The forward that this thread is in, the innermost if there are several."""
+        found: Forward | None = self.calls.forward
+        return found
+
+    # ---- on and off ---------------------------------------------------------------------------
+    def install(self) -> None:
+        """Hook the model; if that fails half-way, leave it as it was."""
+        if self.overrides:
+            raise RuntimeError("this patch is on its model already")
+        try:
+            self._install()
+        except BaseException:
+            self.uninstall()
+            raise
+
+    def _install(self) -> None:
+        b = self.backbone
+        self.flash = self._flash()
+        self.overrides = [Override(b.base, self.family.merger, self._merge_features)]
+        for modality in ("image", "video"):
+            if hasattr(b.base, name := f"get_{modality}_features"):
+                encode = functools.partial(self._encode, modality)
+                self.overrides.append(Override(b.base, name, encode))
+        if hasattr(b.decoder, "_deepstack_process"):
+            self.overrides.append(Override(b.decoder, "_deepstack_process", self._deepstack))
+        # Not hooks: those of torch are left out when a forward is interrupted.
+        self.overrides.append(Override(b.base, "forward", self._run_base))
+        if b.model is not b.base:
+            self.overrides.append(Override(b.model, "forward", self._run_model))
+        for part in {id(b.base): b.base, id(b.model): b.model}.values():
+            refuse = Override(part, "_replicate_for_data_parallel", self._refuse_replicas)
+            self.overrides.append(refuse)
+        if hasattr(b.model, "generate"):
+            self.overrides += [
+                Override(b.model, "generate", self._generate),
+                Override(b.model, "prepare_inputs_for_generation", self._prepare_step),
+                Override(b.model, "create_masks_for_generate", self._create_masks),
+            ]
+        self.handles += [
+            b.decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True),
+            b.decoder.register_forward_hook(self._leave_decoder),
+        ]
+        self.layers = list(b.layers)
+        for i, layer in enumerate(self.layers):
+            heard = i in self.plan.tapped or i in self.plan.recorded
+            if self.flash or heard or self.plan.group_of[i] > 0:
+                hook = functools.partial(self._enter_layer, i)
+                self.handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        self.decoder.install()
+
+    def uninstall(self) -> None:
+        self.calls.refuse_in_forward()
+        with self.lock:  # what another thread runs comes to its end
+            for handle in self.handles:
+                handle.remove()
+            for override in reversed(self.overrides):
+                override.remove()
+            self.vision.forget()
+            self.decoder.uninstall()
+            self.handles, self.overrides = [], []
+
+    def _refuse_replicas(self, original: Callable[..., Any]) -> Any:
+        raise RuntimeError(
+            "DataParallel: its replicas share the hooks of a patched model, which lead to the "
+            "first device; copy.deepcopy the patched model for each, or use one process for each"
+        )
+
+    # ---- generate -----------------------------------------------------------------------------
+    def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        request = Request(self.backbone.model, original, args, kwargs)
+        images = any(request.given.get(name) is not None for name in PIXELS)
+        images = images or bool(request.given.get("mm_encoder_outputs"))
+        images = images and not request.drafts
+        if images:
+            request.refuse_pieces()
+            request.refuse_drafts()
+        request.refuse_fullgraph()
+        if request.setting("compile_config") is not None:
+            self._warn_of_compiling()
+        with self.calls.generate(images, request.prompt_width if request.guesses else None) as call:
+            out = original(*args, **kwargs)
+        if images and not call.handled:
+            raise RuntimeError(_UNHANDLED.format(model=type(self.backbone.model).__name__))
+        return out
+
+    def _prepare_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`generate` asks for the inputs of a step, and then calls the model with them."""
+        out = original(*args, **kwargs)
+        if self.calls.generating is not None:
+            self.calls.generating.asked = True
+        return out
+
+    def _create_masks(self, original: Callable[..., Any] | None, **kwargs: Any) -> Any:
+        """Static caches get 4-D masks ahead of the forward, sized for the full sequence. A
+        compressed one needs the 2-D mask, so that the forward can build what fits."""
+        given, call = kwargs.get("attention_mask"), self.calls.generating
+        if ledger_of(cache_in(kwargs)) is not None:
+            return given
+        made = (original or create_masks_for_generate)(**kwargs)
+        if not kwargs.get("is_first_iteration") or (call is not None and not call.images):
+            return made
+        if call is not None:
+            call.masks = made
+        return given
+
+    # ---- base model ---------------------------------------------------------------------------
+    def _encode(
+        self, modality: Modality, original: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        # Some models encode clips as images, and come here again in the middle.
+        if self.forward is not None or self.vision.listening == threading.get_ident():
+            return self._encode_alone(modality, original, *args, **kwargs)
+        # What another thread encodes must not be taken for that of a forward under way.
+        with self.lock:
+            before = self.vision.exchange(self.calls.vision)
+            try:
+                return self._encode_alone(modality, original, *args, **kwargs)
+            finally:
+                self.calls.vision = self.vision.exchange(before)
+
+    def _encode_alone(
+        self, modality: Modality, original: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        if args:
+            kwargs = {**inspect.signature(original).bind_partial(*args).arguments, **kwargs}
+        if self.vision.listening:  # some models encode clips as images
+            return original(**kwargs)
+        clip = self.forward is not None and "video" not in self.forward.features
+        if modality == "image" and clip and self.family.clips_as_images:
+            pixels = self.forward.given.get("pixel_values_videos")  # type: ignore[union-attr]
+            if pixels is not None and kwargs.get("pixel_values") is pixels:
+                modality = "video"
+        out = self.vision.encode(modality, original, kwargs)
+        if self.forward is not None:
+            self.forward.features[modality] = self.family.features(out)
+        return out
+
+    def _merge_features(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        out = original(*args, **kwargs)
+        if self.forward is not None:
+            given = _by_name(self.backbone.base, args, kwargs, self.family.merger)
+            found = self.family.placeholders(self.backbone, out, given)
+            for modality, mask in found.items():
+                seen = self.forward.vision.get(modality)
+                self.forward.vision[modality] = mask if seen is None else seen | mask
+        return out
+
+    def _deepstack(
+        self,
+        original: Callable[..., Any],
+        hidden_states: Tensor,
+        visual_pos_masks: Tensor,
+        visual_embeds: Tensor,
+    ) -> Tensor:
+        """Features of tower layers are added to the vision tokens that are left."""
+        forward = self.forward
+        if forward is None or forward.phase != "prefill" or forward.deepstack is None:
+            return original(hidden_states, visual_pos_masks, visual_embeds)
+        layout, every = forward.layout, forward.deepstack
+        if layout.index.shape == every.shape and torch.equal(layout.valid, forward.valid):
+            return original(hidden_states, visual_pos_masks, visual_embeds)
+        index = layout.index
+        left = every.gather(1, index) & forward.layout.valid
+        row = (every.flatten().cumsum(0) - 1).view_as(every).gather(1, index)[left]
+        return original(hidden_states, left, visual_embeds[row.to(visual_embeds.device)])
+
+    def _run_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._check_in_place()
+        if self.backbone.model._compiled_call_impl is not None:
+            self._warn_of_compiling()
+        shown = kwargs.pop("prompt_labels", None)
+        given = _by_name(self.backbone.model, args, kwargs)
+        labels = given.get("labels") if shown is None else shown
+        if labels is None and self.calls.generating is None:
+            refuse_hidden_answers(self.backbone.model, self.plan, given)
+        with self.lock, self.calls.model(labels, given.get("logits_to_keep", 0)):
+            return original(*args, **kwargs)
+
+    def _check_in_place(self) -> None:
+        check_in_place(self.family, self.backbone, self.layers)
+        self.decoder.check_in_place()
+
+    def _run_base(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.calls.asked is None:  # else the model, which calls it, has looked
+            self._check_in_place()
+        asked = self.calls.take_asked()
+        given = _by_name(self.backbone.base, args, kwargs)
+        labels, logits = asked.labels, asked.logits
+        if labels is None:  # the base model may be all there is
+            labels = given.get("labels")
+        if self.backbone.model is self.backbone.base and self._slices_logits:
+            logits = given.get("logits_to_keep", 0)
+        forward = Forward(
+            labels=labels, given=given, logits_to_keep=logits, generating=asked.generating
+        )
+        with self._in_forward(forward):
+            self._look_at(forward, given)
+            if self.family.masks_in_base and ledger_of(cache_in(given)) is not None:
+                # Those that the base model would make do not fit; `forward.given` has this one.
+                args, kwargs = (), {**given, "attention_mask": None}
+            out = original(*args, **kwargs)
+        if forward.images_seen and forward.phase != "prefill":
+            raise RuntimeError(_UNHANDLED.format(model=type(self.backbone.model).__name__))
+        return out
+
+    @contextmanager
+    def _in_forward(self, forward: Forward) -> Iterator[None]:
+        """The forward that hooks of this thread mean; what it interrupts goes on afterwards."""
+        calls = self.calls
+        with self.lock:
+            outer, calls.forward = calls.forward, forward
+            decoder = self.decoder.exchange(None)
+            vision = self.vision.exchange({} if outer is not None else calls.vision)
+            try:
+                yield
+            finally:  # also where it failed, or was interrupted
+                calls.forward = outer
+                self.decoder.exchange(decoder)
+                left = self.vision.exchange(vision)
+                if outer is None:
+                    calls.vision = left
+                if forward.ledger is not None:
+                    forward.ledger.may_write = False
+
+    def _look_at(self, forward: Forward, given: dict[str, Any]) -> None:
+        """Note what this forward was given, and refuse what cannot be told apart."""
+        encoded = given.get("mm_encoder_outputs") or {}
+        names: tuple[Modality, ...] = ("image", "video")
+        shown = [encoded.get(name) for name in names]
+        shown += [given.get(name) for name in PIXELS]
+        images = any(value is not None for value in shown)
+        cache, ids = cache_in(given), given.get("input_ids")
+        if ids is None and not images and (cache is None or int(cache.get_seq_length()) == 0):
+            raise ValueError(
+                "inputs_embeds: a patched model cannot tell vision tokens from text in embeddings; "
+                "pass input_ids with pixel_values, inputs_embeds with pixel_values, or unpatch"
+            )
+        forward.images_seen = images
+        for name in names:
+            if encoded.get(name) is not None:
+                forward.features[name] = self.family.features(encoded[name])
+
+    # ---- decoder ------------------------------------------------------------------------------
+    @torch.compiler.disable
+    def _enter_decoder(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        forward = self.forward
+        if forward is None or kwargs.get("inputs_embeds") is None:
+            return None
+        if self._flash() != self.flash:
+            raise RuntimeError(
+                "attn_implementation: it was changed from or to flash attention under a patch; "
+                "call vtc.patch again"
+            )
+        ledger = ledger_of(cache_in(kwargs))
+        shown = [mask for name, mask in forward.vision.items() if name in forward.features]
+        if any(bool(mask.any()) for mask in shown):
+            forward.lm_started = forward.lm.start(kwargs["inputs_embeds"].device)
+            self._compress(forward, kwargs)
+        elif ledger is not None:
+            self._continue(forward, ledger, kwargs)
+        else:
+            return None
+        return args, kwargs
+
+    def _compress(self, forward: Forward, kwargs: dict[str, Any]) -> None:
+        """Prefill with images: run the sequence stage and hand on what is left."""
+        embeds, cache = kwargs["inputs_embeds"], cache_in(kwargs)
+        rows, length = embeds.shape[:2]
+        forward.entering = dict(kwargs)
+        ledger = ledger_of(cache)
+        plain = ledger is None
+        past = ledger.logical if ledger else int(cache.get_seq_length()) if cache is not None else 0
+        past_valid, valid = _split_mask(self._padding(forward, kwargs), past, rows, length)
+        forward.valid = valid if valid is not None else _ones(embeds, length)
+        blocks = self.family.blocks(self.backbone, forward.given)
+        if blocks is not None:  # guessed tokens come without a type
+            blocks = nn.functional.pad(blocks, (0, max(length - blocks.shape[1], 0)), value=-1)
+        forward.blocks = blocks
+        forward.deepstack = kwargs.get("visual_pos_masks")
+        forward.ledger = ledger or Ledger.fresh(self.plan.first_layers, past, past_valid)
+        forward.ledger.may_write = True
+        self._check_groups(forward.ledger)
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(past, past + length, device=embeds.device)[None]
+        forward.positions = positions.expand(*positions.shape[:-2], rows, -1)
+        axis = forward.positions if positions.dim() == 2 else forward.positions[0]
+        first = axis.gather(1, forward.valid.long().argmax(1, keepdim=True))
+        seen = past if past_valid is None else past_valid.sum(1, keepdim=True)
+        forward.offset = first - seen
+        forward.past_shift = [group.shift for group in forward.ledger.groups]
+        forward.gap = torch.zeros_like(forward.valid)
+        forward.spans = self.vision.spans(forward)
+        # Guessed tokens are no more part of the prompt than an answer that is scored.
+        step = forward.generating
+        forward.describe_prompt(None if step is None else step.width)
+        self._freeze(forward)
+        forward.phase = "prefill"
+        if forward.generating is not None:
+            forward.generating.handled = True
+        self.decoder.begin(forward)
+
+        with forward.selector.measure(embeds.device):
+            new_embeds, keep = select_in_sequence(
+                forward, self.plan.sequence, embeds, self.vision.tower_layer, self.vision.project
+            )
+            self.vision.mark_uncoded(forward)
+            forward.layout = Layout.whole(forward.valid)
+            dropped = not torch.equal(keep, forward.valid)
+            if dropped or new_embeds is not embeds:
+                refuse_packed(forward.given, forward.entering, self.flash)
+            if dropped:
+                forward.layout, place = forward.layout.compact(keep)
+                new_embeds = gather_tokens(new_embeds, place)
+                new_embeds = new_embeds.masked_fill(~forward.layout.valid[..., None], 0)
+                for name, value in kwargs.items():
+                    own = name in ("attention_mask", "position_ids")
+                    if not own and _is_per_token(value, rows, length):
+                        kwargs[name] = _take(value, place)
+            forward.count_tokens(0)
+        forward.entered = forward.layout
+        kwargs["inputs_embeds"] = new_embeds
+        self._open_group(forward, 0)
+        group = forward.ledger.groups[0]
+        if group.diverged or len(forward.ledger.groups) > 1:
+            _keep_all_states(kwargs)
+        if plain and not group.diverged:
+            # Nothing was dropped: masks and positions are those that the model makes.
+            call = forward.generating
+            if call is not None and call.masks is not None:
+                kwargs["attention_mask"], call.masks = call.masks, None
+            return
+        if self.family.masks_in_base:
+            kwargs["attention_mask"] = self._masks(forward, new_embeds, cache)
+            kwargs["position_ids"] = forward.rotary_positions(0)
+            return
+        # Always a mask: without one, gaps in the positions would be taken for packed sequences.
+        mask = group.valid if group.valid is not None else _ones(new_embeds, group.length)
+        kwargs["attention_mask"] = mask.long()
+        kwargs["position_ids"] = forward.rotary_positions(0)
+
+    def _continue(self, forward: Forward, ledger: Ledger, kwargs: dict[str, Any]) -> None:
+        """New tokens on a compressed cache: translate mask and positions."""
+        embeds = kwargs["inputs_embeds"]
+        rows, count = embeds.shape[:2]
+        self._check_groups(ledger)
+        past = ledger.logical
+        _, valid = _split_mask(self._padding(forward, kwargs), past, rows, count)
+        if valid is not None and bool(valid.all()):
+            valid = None
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(past, past + count, device=embeds.device)[None]
+        forward.positions = positions.expand(*positions.shape[:-2], rows, -1)
+        for group in ledger.groups:
+            self._refuse_padding(group, valid)
+        for group in ledger.groups:
+            group.extend(valid, count)
+        ledger.may_write = True
+        ledger.logical += count
+        ledger.croppable += count
+        forward.ledger, forward.phase = ledger, "decode"
+        _keep_all_states(kwargs)
+        first = ledger.groups[0]
+        kwargs["attention_mask"] = None if first.valid is None else first.valid.long()
+        kwargs["position_ids"] = forward.rotary_positions(0)
+
+    def _padding(self, forward: Forward, kwargs: dict[str, Any]) -> Any:
+        """The mask that the user, or `generate`, gave."""
+        own = forward.given if self.family.masks_in_base else kwargs
+        return own.get("attention_mask")
+
+    def _masks(self, forward: Forward, embeds: Tensor, cache: Any) -> Any:
+        """What the decoder takes of a base model that makes the masks, for the first group."""
+        found = {}
+        for layer in range(self.num_layers):
+            kind = self.family.layer_type(self.backbone, layer)
+            if kind not in found:
+                found[kind] = self._mask(forward, 0, layer, embeds, cache)
+        if getattr(self.backbone.decoder.config, "layer_types", None) is None:
+            return found.popitem()[1]
+        return found
+
+    def _mask(self, forward: Forward, number: int, layer: int, hidden: Tensor, cache: Any) -> Any:
+        group = forward.ledger.groups[number]
+        valid = group.valid
+        if valid is None and cache is None and group.diverged:
+            # Without one, gaps in the positions would be taken for packed sequences.
+            valid = _ones(hidden, group.length)
+        blocks = None
+        if forward.phase == "prefill":
+            blocks = forward.gather_blocks(group.length)
+            blocks = self.family.layer_blocks(self.backbone, layer, blocks)
+        return self.family.mask(self.backbone, layer, hidden, valid, cache, blocks)
+
+    @torch.compiler.disable
+    def _leave_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        forward = self.forward
+        if forward is None or forward.phase != "prefill":
+            return
+        hidden = output.last_hidden_state
+        length = forward.valid.shape[1]
+        if forward.layout.index.shape[1] != length or not torch.equal(
+            forward.layout.valid, forward.valid
+        ):
+            place = forward.layout.nearest(length).to(hidden.device)
+            if (last := self._last_wanted(forward)) is not None:
+                place = place[:, -last:]
+            output.last_hidden_state = gather_tokens(hidden, place)
+        forward.lm.stop(forward.lm_started, hidden.device)
+        ledger, cache = forward.ledger, cache_in(output)
+        ledger.logical += length
+        ledger.croppable = forward.text_at_the_end()
+        if cache is not None and any(group.diverged for group in ledger.groups):
+            attach(cache, ledger)
+        if not forward.replay:
+            samples, size = forward.samples(self.num_layers), hidden.element_size()
+            vision, heard = self.vision.take_clocks()
+            clocks = vision, heard, forward.selector, forward.lm
+            self.report.add(Prefill(samples, size, *clocks))
+            self._warn_of_idle_parts(forward)
+
+    @property
+    def _slices_logits(self) -> bool:
+        """Whether the model has a head, and says of how many places it makes logits."""
+        return "logits_to_keep" in inspect.signature(type(self.backbone.model).forward).parameters
+
+    def _last_wanted(self, forward: Forward) -> int | None:
+        """How many of the last places the head will look at, `None` for all: in `generate` one, and
+        to put the others back in full would take as long as much of a selection."""
+        wanted = forward.logits_to_keep
+        if (
+            not self._slices_logits
+            or forward.labels is not None
+            or not isinstance(wanted, int)
+            or wanted < 1
+        ):
+            return None
+        return wanted
+
+    def _warn_of_compiling(self) -> None:
+        if not self.told:
+            self.told = True
+            warnings.warn(
+                "torch.compile: of a patched model only the decoder can be compiled, the rest runs "
+                "as it is; use model.model.language_model = torch.compile(...)",
+                stacklevel=2,
+            )
+
+    def _warn_of_idle_parts(self, forward: Forward) -> None:
+        """Say once of each part of a composition that its budget was met by those before it."""
+        parts = self.method.parts
+        if len(parts) == 1:
+            return
+        chains = [
+            (
+                len(span.index if span.signals.kept is None else span.signals.kept),
+                [len(forward.decisions[i, span.sample, span.ordinal].indices)  # type: ignore[union-attr]
+                 for i in range(len(self.plan.sequence))],
+            )
+            for span in forward.spans
+            # Nothing is chosen where a mask hides all that the tower made of an image.
+            if all((i, span.sample, span.ordinal) in forward.decisions
+                   for i in range(len(self.plan.sequence)))
+        ]  # fmt: skip
+        numbers = [i for i, part in enumerate(parts) if "sequence" in part.stages]
+        dropped = forward.dropped | dropped_in_sequence(chains, numbers)
+        if any(span.signals.kept is not None for span in forward.spans):
+            early = {"pixels", "encoder"}
+            dropped |= {i for i, part in enumerate(parts) if early & set(part.stages)}
+        warn_of_idle(self.method, dropped, self.warned, self.num_layers, stacklevel=2)
+
+    # ---- decoder layers -----------------------------------------------------------------------
+    @torch.compiler.disable
+    def _enter_layer(
+        self,
+        layer: int,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        forward = self.forward
+        if forward is None or forward.phase == "plain":
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        checkpointed = module.training and getattr(module, "gradient_checkpointing", False)
+        if checkpointed and self.plan.group_of[layer] > 0:
+            raise RuntimeError(
+                f"gradient_checkpointing: {self.method} changes lengths between layers, which a "
+                "checkpoint cannot replay; switch it off for training under this patch"
+            )
+        if forward.phase == "prefill":
+            if layer in self.plan.pruners:
+                hidden = self._prune(forward, layer, hidden, cache_in(kwargs))
+                if args:
+                    args = (hidden, *args[1:])
+                else:
+                    kwargs["hidden_states"] = hidden
+            self.decoder.listen(forward, layer, hidden)
+        if forward.ledger.groups[self.plan.group_of[layer]].diverged:
+            self._adapt_layer(forward, layer, hidden, kwargs)
+            if forward.phase == "prefill" and self.plan.group_of[layer] > 0:
+                args = (*args[:1], *(self._cut(forward, value) for value in args[1:]))
+                for name in set(kwargs) - _ADAPTED:
+                    kwargs[name] = self._cut(forward, kwargs[name])
+            if self.flash:
+                # Flash attention would take gapped positions for packed sequences; rotation is
+                # done by then, so the layer can do without them.
+                kwargs["position_ids"] = None
+        return args, kwargs
+
+    def _prune(self, forward: Forward, layer: int, hidden: Tensor, cache: Any) -> Tensor:
+        with forward.selector.measure(hidden.device):
+            for number, method in self.plan.pruners[layer]:
+                rows, ahead = method.peeks(self.num_layers).get(layer), None
+                if rows is not None and not forward.replay:
+                    ahead = self.decoder.peek(forward, layer, rows, hidden, cache, method.by_head)
+                before = hidden
+                hidden, keep = prune_between_layers(
+                    forward, number, method, layer, self.num_layers, hidden, ahead
+                )
+                dropped = not torch.equal(keep, forward.layout.valid)
+                if dropped or hidden is not before:
+                    refuse_packed(forward.given, forward.entering, self.flash)
+                if not dropped:
+                    continue
+                forward.layout, place = forward.layout.compact(keep)
+                hidden = gather_tokens(hidden, place.to(hidden.device))
+                pads = ~forward.layout.valid[..., None].to(hidden.device)
+                hidden = hidden.masked_fill(pads, 0)
+            forward.count_tokens(layer)
+        self._open_group(forward, self.plan.group_of[layer])
+        return hidden
+
+    def _adapt_layer(
+        self, forward: Forward, layer: int, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> None:
+        """Give a layer the mask and positions of what its group holds."""
+        number = self.plan.group_of[layer]
+        if number == 0:
+            return
+        kind = self.family.layer_type(self.backbone, layer)
+        cache = cache_in(kwargs)
+        if (number, kind) not in forward.memo:
+            forward.memo[number, kind] = self._mask(forward, number, layer, hidden, cache)
+        kwargs["attention_mask"] = forward.memo[number, kind]
+        if (number, kind, "rotary") not in forward.memo:
+            positions = forward.rotary_positions(number).to(hidden.device)
+            rotation = self.family.rotary(self.backbone, layer, hidden, positions)
+            forward.memo[number, kind, "rotary"] = positions, rotation
+        positions, kwargs["position_embeddings"] = forward.memo[number, kind, "rotary"]
+        if kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = positions if positions.dim() == 2 else positions[0]
+
+    def _cut(self, forward: Forward, value: Any) -> Any:
+        """`value` for the tokens held now, if it has a row for each that entered the decoder."""
+        first, rows = forward.entered, forward.layout.index.shape[0]
+        if first is None or not _is_per_token(value, rows, first.index.shape[1]):
+            return value
+        return _take(value, first.places_of(forward.layout.index, forward.valid.shape[1]))
+
+    # ---- bookkeeping --------------------------------------------------------------------------
+    def _flash(self) -> bool:
+        return "flash" in (self.backbone.decoder.config._attn_implementation or "")
+
+    def _refuse_padding(self, group: Group, valid: Tensor | None) -> None:
+        """Refuse rows of unequal length behind tokens that a window, a chunk or a recurrent state
+        would count together with the padding.
+
+        Args:
+            valid: (b, q) bool of the new tokens, or `None` if none is padding.
+        """
+        if valid is None or not group.length:
+            return
+        kinds = {self.family.layer_type(self.backbone, i) for i in range(self.num_layers)}
+        if kinds - {"full_attention"}:  # also while a window is longer: decoding may reach it
+            raise ValueError(
+                "past_key_values: rows that add unequal numbers of tokens cannot follow on this "
+                "cache, as a sliding window, a chunk or a recurrent state would count their "
+                "padding; send the rows one by one, or start with a new cache"
+            )
+
+    def _check_groups(self, ledger: Ledger) -> None:
+        if tuple(group.first_layer for group in ledger.groups) != self.plan.first_layers:
+            raise ValueError(
+                "past_key_values: this cache was compressed by a method that acts at other layers "
+                f"than {self.method}; start with a new cache after patching anew"
+            )
+
+    def _open_group(self, forward: Forward, number: int) -> None:
+        """Write into the ledger what layer group `number` holds of this forward."""
+        group, layout = forward.ledger.groups[number], forward.layout
+        whole = layout.index.shape[1] == forward.valid.shape[1]
+        if not (whole and torch.equal(layout.valid, forward.valid)):
+            group.diverged = True
+        valid = None if bool(layout.valid.all()) else layout.valid
+        self._refuse_padding(group, valid)
+        group.extend(valid, layout.index.shape[1])
+        total = forward.gap.sum(1, keepdim=True)
+        if bool(total.any()) and not self.family.axial:
+            group.shift = total if group.shift is None else group.shift + total
+
+    def _freeze(self, forward: Forward) -> None:
+        """In `generate` without a cache, do again what was chosen at the first step."""
+        made = forward.decisions, forward.prompt_length
+        found = forward.generating and forward.generating.chosen(forward.given, made)
+        if found:
+            forward.decisions, forward.prompt_length = found
+            forward.replay = True
+
+
+_UNHANDLED = (
+    "{model} was given images, but none of its vision tokens reached vtc: this way of calling it "
+    "is not covered, and its result would have been that of the uncompressed model"
+)
+
+
+_ADAPTED = {"hidden_states", "attention_mask", "position_ids", "position_embeddings"}
+
+
+def refuse_hidden_answers(model: nn.Module, plan: Plan, given: Mapping[str, Any]) -> None:
+    """Refuse to take an answer for part of the prompt where its labels went elsewhere.
+
+    Args:
+        given: the arguments of `model`, without labels.
+    """
+    training = model.training and torch.is_grad_enabled()
+    counted = given.get("num_items_in_batch") is not None  # by Trainer, from the labels
+    images = any(given.get(name) is not None for name in PIXELS)
+    if images and (training or counted) and plan.reads_prompt:
+        raise ValueError(
+            f"labels: {plan.method} may read the prompt, whose end they tell; expected them while "
+            "a loss is computed, got none. Where they must not reach the model (label smoothing, "
+            "compute_loss_func), give the batch a copy of them named prompt_labels"
+        )
+
+
+def _by_name(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = "forward"
+) -> dict[str, Any]:
+    """The arguments of a method, whether they were named or not."""
+    if not args:
+        return kwargs
+    names = inspect.signature(getattr(type(module), name)).bind_partial(module, *args).arguments
+    names.pop("self", None)
+    return {**names, **kwargs}
+
+
+def _is_per_token(value: Any, rows: int, length: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() >= 2 and value.shape[:2] == (rows, length)
+
+
+def _take(value: Tensor, place: Tensor) -> Tensor:
+    """`value` (b, s, ...) at the (b, k) places `place`."""
+    place = place.to(value.device)
+    trailing = value.shape[2:]
+    index = place.view(*place.shape, *([1] * len(trailing))).expand(*place.shape, *trailing)
+    return value.gather(1, index)
+
+
+def _keep_all_states(kwargs: dict[str, Any]) -> None:
+    """Layers that share keys with earlier ones may run for the last tokens only; masks and
+    positions of a compressed sequence are made for all of them."""
+    if "logits_to_keep" in kwargs:
+        kwargs["logits_to_keep"] = 0
+
+
+def _ones(like: Tensor, length: int) -> Tensor:
+    return torch.ones(like.shape[0], length, dtype=torch.bool, device=like.device)
+
+
+def refuse_packed(given: Mapping[str, Any], entering: Mapping[str, Any], flash: bool) -> None:
+    """Raise `ValueError` if a row holds several documents, which transformers keeps apart: what is
+    chosen for one would follow from the others, and its masks do not survive a compression.
+
+    Args:
+        given: the arguments of the base model.
+        entering: those with which the decoder was called.
+    """
+    for name in _PACKING:
+        if given.get(name) is not None or entering.get(name) is not None:
+            raise ValueError(_PACKED.format(name=name, what="it marks several documents in a row"))
+    mask, positions = given.get("attention_mask"), entering.get("position_ids")
+    masked = isinstance(mask, Tensor) and not (flash and bool(mask.all()))
+    if positions is None or masked or cache_in(given) is not None:
+        return
+    if positions.dim() == 3:  # of several axes the first, if there are four, counts the text
+        if len(positions) < 4:
+            return
+        positions = positions[0]
+    if bool((positions.diff(dim=-1) != 1).any()):
+        raise ValueError(
+            _PACKED.format(
+                name="position_ids",
+                what="without an attention_mask, positions that start anew are those of several "
+                "documents in a row",
+            )
+        )
+
+
+_PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
+
+_PACKED = (
+    "{name}: {what}, which a patched model does not compress; give each document a row of its own, "
+    "with an attention_mask, or unpatch"
+)
+
+
+def _split_mask(
+    mask: Any, past: int, rows: int, length: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """The 2-D mask of the past and of the new tokens, `None` for all valid."""
+    if mask is None:
+        return None, None
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        got = f"a tensor of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask)
+        raise ValueError(
+            f"attention_mask: a patched model takes a mask of shape (batch, tokens), got {got}"
+        )
+    if mask.shape != (rows, past + length):
+        raise ValueError(
+            f"attention_mask: expected shape {(rows, past + length)} for {past} cached and "
+            f"{length} new tokens, got {tuple(mask.shape)}"
+        )
+    mask = mask.bool()
+    return mask[:, :past], mask[:, past:]

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a method does to a certain model: where it acts and what it reads, checked beforehand."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import Any, get_args
+
+from vtc.core import Method, Record, Rows, Signal
+from vtc.models import Backbone, Family, UnsupportedModelError
+from vtc.runtime.hf.taps import foreign_options
+
+
+class Plan:
+    """Read from the method where it acts, and refuse what this model cannot do.
+
+    Attributes:
+        sequence: the methods that act before the language model, in order.
+        pruners: the methods that act before a decoder layer, with their number in the composition.
+        tapped: decoder layers whose attention is tapped, and the rows that are read of it.
+        by_head: those of `tapped` whose attention is read head by head.
+        recorded: decoder layers of which more is read, and what.
+        first_layers: the first layer of each group of layers that hold the same tokens.
+        group_of: the group of each layer.
+    """
+
+    def __init__(self, family: Family, backbone: Backbone, method: Method) -> None:
+        self.family, self.backbone, self.method = family, backbone, method
+        self.num_layers = len(backbone.layers)
+        self.sequence = [m for m in method.parts if "sequence" in m.stages]
+        self.pruners: dict[int, list[tuple[int, Method]]] = {}
+        self.tapped: dict[int, set[Rows]] = {}
+        self.by_head: set[int] = set()
+        self.recorded: dict[int, set[Record]] = {}
+        self._read()
+        self.first_layers = (0, *sorted(self.pruners))
+        self.group_of = [
+            max(g for g, first in enumerate(self.first_layers) if first <= layer)
+            for layer in range(self.num_layers)
+        ]
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether what is kept may depend on the text, or on where the prompt ends."""
+        rows = set().union(
+            *(
+                {*m.taps(self.num_layers).values(), *m.peeks(self.num_layers).values()}
+                for m in self.method.parts
+            )
+        )
+        needs = set().union(*(m.needs for m in self.method.parts))
+        recorded = any(m.records(self.num_layers) for m in self.method.parts)
+        return bool(rows - {"vision"} or needs & {"text", "segment"} or recorded)
+
+    def _read(self) -> None:
+        kind = type(self.backbone.model).__name__
+        if not self.method.stages:
+            raise ValueError(
+                f"method: {self.method} acts nowhere: it overrides neither select nor prune"
+            )
+        for stage in self.method.stages:
+            if stage not in self.family.stages:
+                raise ValueError(
+                    f"method: {self.method} acts in the stage {stage!r}, which the family "
+                    f"{self.family.name} has not; it has {', '.join(self.family.stages)}"
+                )
+        cut = {n for m in self.method.parts for n in m.prune_layers(self.num_layers)}
+        self.family.check_layers(self.backbone, sorted(cut))
+        if self.family.axial and any(m.closes_gaps_by_choice for m in self.method.parts):
+            warnings.warn(
+                f"{self.method}: positions='contiguous' has no meaning for {kind}, whose positions "
+                "are places in the picture; tokens keep theirs",
+                stacklevel=5,
+            )
+        for number, method in enumerate(self.method.parts):
+            unknown = method.needs - set(get_args(Signal))
+            if unknown:
+                raise ValueError(
+                    f"{method.name}: unknown signal {', '.join(sorted(unknown))} in needs; "
+                    f"accepted are {', '.join(get_args(Signal))}"
+                )
+            layers = method.prune_layers(self.num_layers)
+            if ("layers" in method.stages) != bool(layers) and (
+                layers or method.stages == ("layers",)
+            ):
+                raise ValueError(
+                    f"{method.name}: prune and prune_layers belong together; it has "
+                    f"{'no prune' if layers else 'a prune that is called before no layer'}"
+                )
+            for layer in layers:
+                if not 1 <= layer < self.num_layers:
+                    raise ValueError(
+                        f"{method.name}: cannot act before decoder layer {layer} of {kind}; "
+                        f"accepted are 1 to {self.num_layers - 1}"
+                    )
+                self.pruners.setdefault(layer, []).append((number, method))
+            last = max(layers, default=0) - 1
+            self._read_records(method, last)
+            for layer, rows in method.peeks(self.num_layers).items():
+                if layer not in layers:
+                    raise ValueError(
+                        f"{method.name}: peeks at decoder layer {layer}, before which it does not "
+                        f"act; it acts before {', '.join(map(str, layers)) or 'none'}"
+                    )
+                self._check_rows(method, layer, rows, "peeks")
+                self.tapped.setdefault(layer, set())
+            for layer, rows in method.taps(self.num_layers).items():
+                if not 0 <= layer <= last:
+                    raise ValueError(
+                        f"{method.name}: cannot read attention of decoder layer {layer} of {kind}; "
+                        f"accepted are 0 to {last}, those that run before it acts"
+                    )
+                self._check_rows(method, layer, rows, "taps")
+                self.tapped.setdefault(layer, set()).add(rows)
+                if method.by_head:
+                    self.by_head.add(layer)
+
+    def _check_rows(self, method: Method, layer: int, rows: Rows, where: str) -> None:
+        if rows not in get_args(Rows):
+            raise ValueError(
+                f"{method.name}: unknown rows {rows!r} in {where}; accepted are "
+                f"{', '.join(get_args(Rows))}"
+            )
+        attention: Any = getattr(self.backbone.layers[layer], "self_attn", None)
+        norm = getattr(self.backbone.layers[layer], "input_layernorm", None)
+        if not hasattr(attention, "config") or (where == "peeks" and norm is None):
+            raise UnsupportedModelError(
+                f"model: decoder layer {layer} of {type(self.backbone.model).__name__} has no "
+                f"self_attn that {method.name} could read"
+            )
+        if foreign := foreign_options(attention):
+            raise UnsupportedModelError(
+                f"model: {type(attention).__name__} attends with {', '.join(foreign)}, which vtc "
+                f"does not follow, and {method.name} reads its attention"
+            )
+        if where == "peeks":
+            needed = {
+                name
+                for name, value in inspect.signature(type(attention).forward).parameters.items()
+                if value.default is value.empty and value.kind is value.POSITIONAL_OR_KEYWORD
+            }
+            given = {"self", "hidden_states", "position_embeddings", "attention_mask"}
+            if unmet := needed - given - {"cache", "past_key_values"}:
+                raise UnsupportedModelError(
+                    f"model: attention of {type(self.backbone.model).__name__} takes "
+                    f"{', '.join(sorted(unmet))}, so {method.name} cannot look ahead at it"
+                )
+
+    def _read_records(self, method: Method, last: int) -> None:
+        """Read what `method` wants recorded, and refuse what is not there."""
+        kind = type(self.backbone.model).__name__
+        for layer, names in method.records(self.num_layers).items():
+            if not 0 <= layer <= last:
+                raise ValueError(
+                    f"{method.name}: cannot record decoder layer {layer} of {kind}; "
+                    f"accepted are 0 to {last}, those that run before it acts"
+                )
+            if unknown := names - set(get_args(Record)):
+                raise ValueError(
+                    f"{method.name}: unknown name {', '.join(sorted(unknown))} in records; "
+                    f"accepted are {', '.join(get_args(Record))}"
+                )
+            for name in names:
+                module, part = self.backbone.layers[layer], name.split("_")[0]
+                lacks = {
+                    "normed": not hasattr(self.backbone.decoder, "norm"),
+                    "attention": not hasattr(module, "self_attn"),
+                    "keys": not hasattr(getattr(module, "self_attn", None), "config"),
+                    "rotary": not hasattr(getattr(module, "self_attn", None), "config"),
+                    "mlp": not hasattr(module, "mlp"),
+                }
+                if lacks.get(part, False):
+                    raise UnsupportedModelError(
+                        f"model: decoder layer {layer} of {kind} has no {part} that "
+                        f"{method.name} could record"
+                    )
+            if names & {"keys", "rotary"}:
+                self.family.check_rotate(self.backbone)
+            self.recorded.setdefault(layer, set()).update(names)
+            if "keys" in names:
+                self.tapped.setdefault(layer, set())

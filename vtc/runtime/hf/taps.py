@@ -1,0 +1,419 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention probabilities of a few query rows, without eager attention.
+
+A tapped attention module gets a private copy of its config that names our attention function. It
+computes the rows asked for, then hands over to the implementation the module had: outputs,
+masks and all other modules stay as they were. Several taps may be on one module, which two models
+may share; they come off in any order, and the last takes the private config with it.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from vtc.report import Stopwatch
+
+TAP = "vtc_tap"
+_LOCK = threading.RLock()
+"""Taps come and go with every call, also on modules that models of other threads share."""
+
+_AT_ONCE = 2**18
+"""Probabilities that are held at a time where only their mean is wanted: 1 MiB stays in a cache."""
+
+
+@dataclass(eq=False)
+class Tap:
+    """A tap on one attention module.
+
+    Attributes:
+        module: the attention module.
+        armed: called with query (b, h, q, d), key and value (b, h_kv, k, d), the mask and the other
+            arguments; `None` lets attention pass unheard.
+        captured: what `armed` noted.
+        silent: leave out the attention itself and return zeros: only what is heard is wanted.
+        thread: the one that armed it. Another may run the module meanwhile, in a model of its own.
+    """
+
+    module: Any
+    armed: Callable[..., None] | None = None
+    captured: list[Any] = field(default_factory=list)
+    silent: bool = False
+    thread: int = 0
+
+    def arm(self, heard: Callable[..., None]) -> None:
+        """Call `heard` at the next attention of this thread, and capture anew."""
+        self.captured, self.armed, self.thread = [], heard, threading.get_ident()
+
+    @property
+    def hears(self) -> bool:
+        return self.armed is not None and self.thread == threading.get_ident()
+
+    @property
+    def config(self) -> Any:
+        """The config that the module had, which still says how it attends: it may be changed
+        meanwhile."""
+        return self.module._vtc_taps.config
+
+    @property
+    def in_place(self) -> bool:
+        """Whether attention of the module still passes here."""
+        return self.module.config is self.module._vtc_taps.private
+
+    def remove(self) -> None:
+        with _LOCK:
+            shared: _Taps = self.module._vtc_taps
+            shared.taps.remove(self)
+            if not shared.taps:
+                if self.in_place:  # else somebody gave it another, which stays
+                    self.module.config = shared.config
+                del self.module._vtc_taps
+
+
+@dataclass
+class _Taps:
+    """All taps on one module, the config that it had, and the one that leads to them."""
+
+    config: Any
+    private: Any
+    taps: list[Tap] = field(default_factory=list)
+
+
+def install(module: Any) -> Tap:
+    """Tap `module`, an attention module of transformers with a `config`."""
+    with _LOCK:
+        if not hasattr(module, "_vtc_taps"):
+            private = copy.copy(module.config)
+            private._attn_implementation_internal = TAP
+            module._vtc_taps = _Taps(module.config, private)
+            module.config = private
+        tap = Tap(module)
+        module._vtc_taps.taps.append(tap)
+    return tap
+
+
+_OPTIONS = {
+    *("module", "query", "key", "value", "attention_mask", "dropout", "kwargs", "scaling"),
+    *("softcap", "s_aux", "position_bias", "sliding_window", "is_causal", "output_attentions"),
+}
+"""What attention functions take and `row_attention` heeds, or what changes no probability."""
+
+
+def foreign_options(module: nn.Module) -> list[str]:
+    """Options of the attention of `module` that `row_attention` does not know, such as the indices
+    of sparse attention."""
+    eager = _eager_attention(module)
+    return [] if eager is None else sorted(set(inspect.signature(eager).parameters) - _OPTIONS)
+
+
+def _eager_attention(module: nn.Module) -> Callable[..., Any] | None:
+    """The eager attention in the file of `module`, or of what its class derives from."""
+    for cls in type(module).__mro__:
+        found = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+        if found is not None:
+            return found
+    return None
+
+
+def _default_attention(module: nn.Module) -> Callable[..., Any]:
+    found = _eager_attention(module)
+    if found is None:
+        raise TypeError(f"{type(module).__name__}: its file defines no eager_attention_forward")
+    return found
+
+
+def _tapped_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    # Another thread may have taken the last tap off since this one was led here.
+    shared: _Taps | None = getattr(module, "_vtc_taps", None)
+    silent = False
+    for tap in () if shared is None else tuple(shared.taps):
+        if tap.hears and (heard := tap.armed) is not None:
+            silent |= tap.silent
+            with torch.no_grad():
+                heard(query, key, value, attention_mask, kwargs)
+    if silent:
+        b, h, q = query.shape[:3]
+        return query.new_zeros(b, q, h, value.shape[-1]), None
+    default = _default_attention(module)
+    own = module.config if shared is None else shared.config
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(own._attn_implementation, default)
+    return attend(module, query, key, value, attention_mask, **kwargs)
+
+
+# A name of its own in the table of implementations: no existing entry is touched.
+AttentionInterface.register(TAP, _tapped_attention)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What attention does beside products and softmax, as its function was told.
+
+    Attributes:
+        scaling: factor on the logits; `d ** -0.5` if `None`.
+        softcap: logits saturate at plus and minus this.
+        sinks: (h,) logits of a place that takes its share and holds nothing, so that rows sum to
+            less than 1 (gpt-oss).
+    """
+
+    scaling: float | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Options:
+        """Those among the arguments of an attention function."""
+        return cls(given.get("scaling"), given.get("softcap"), given.get("s_aux"))
+
+    def of_heads(self, start: int, end: int) -> Options:
+        """Those of the heads from `start` to `end`."""
+        return self if self.sinks is None else replace(self, sinks=self.sinks[start:end])
+
+
+def row_attention(
+    query: Tensor,
+    key: Tensor,
+    allowed: Tensor | None,
+    bias: Tensor | None,
+    options: Options,
+) -> Tensor:
+    """Attention probabilities of some query rows, in fp32.
+
+    Args:
+        query: (b, h, r, d) the rows, rotated.
+        key: (b, h_kv, k, d), rotated; h is a multiple of h_kv.
+        allowed: (b or 1, 1 or h, r, k) bool, or `None` for all.
+        bias: additive mask of that shape, or `None`.
+
+    Returns:
+        (b, h, r, k) fp32.
+    """
+    b, h, r, d = query.shape
+    h_kv = key.shape[1]
+    grouped = query.reshape(b, h_kv, (h // h_kv) * r, d)
+    scaling = d**-0.5 if options.scaling is None else options.scaling
+    exact = math.frexp(scaling)[0] == 0.5  # a power of two rounds nothing, wherever it is applied
+    if exact:
+        grouped = grouped * scaling
+    # In place from here on: fresh memory of this size costs more than the arithmetic.
+    logits = (grouped @ key.transpose(-1, -2)).view(b, h, r, key.shape[2]).float()
+    if not exact:
+        logits.mul_(scaling)
+    if options.softcap is not None:
+        logits.div_(options.softcap).tanh_().mul_(options.softcap)
+    if bias is not None:
+        logits.add_(bias)
+    if allowed is not None:
+        logits.masked_fill_(~allowed, float("-inf"))
+    if options.sinks is None:
+        found = logits.softmax(-1)
+        return found if _sees_something(allowed, bias) else found.nan_to_num_()
+    sinks = options.sinks.float().view(1, h, 1, 1)
+    share = (logits.logsumexp(-1, keepdim=True) - sinks).sigmoid()
+    return logits.softmax(-1).mul_(share).nan_to_num_()
+
+
+def _sees_something(allowed: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether every row is known to, so that its softmax is a number; a GPU is not waited for."""
+    if bias is not None:
+        return False
+    return allowed is None or (allowed.device.type == "cpu" and bool(allowed.any(-1).all()))
+
+
+def mean_attention(
+    query: Tensor, key: Tensor, allowed: Tensor | None, bias: Tensor | None, options: Options
+) -> Tensor:
+    """`row_attention` averaged over the heads, (b, 1, r, k), by key head where all are large."""
+    b, h, r = query.shape[:3]
+    h_kv = key.shape[1]
+    if h * r * key.shape[2] <= _AT_ONCE:  # of a sample: how it is summed hangs on no other
+        return row_attention(query, key, allowed, bias, options).mean(1, keepdim=True)
+    total = query.new_zeros(b, 1, r, key.shape[2], dtype=torch.float32)
+    step = h // h_kv
+    for i, own in enumerate(key.split(1, 1)):
+        heads = slice(i * step, (i + 1) * step)
+        seen, added = (m if m is None or m.shape[1] == 1 else m[:, heads] for m in (allowed, bias))
+        of_heads = options.of_heads(heads.start, heads.stop)
+        found = row_attention(query[:, heads], own, seen, added, of_heads)
+        total += found if step == 1 else found.sum(1, keepdim=True)
+    return total.div_(h)
+
+
+def listen_rows(
+    tap: Tap,
+    rows: Tensor,
+    visible: Tensor | None,
+    past: int,
+    clock: Stopwatch,
+    keys: Callable[[Tensor], None] | None = None,
+    by_head: bool = False,
+    blocks: Tensor | None = None,
+    chunk: int | None = None,
+) -> None:
+    """Arm `tap` for the rows (b, r) of a causal decoder layer; the result goes to `captured`.
+
+    Args:
+        rows: places in this forward's sequence; rows that pad may hold any place.
+        visible: (b, k) bool, the keys that are not padding, or `None`.
+        past: keys that come from the cache.
+        keys: called with the (b, h_kv, s, d) keys of this forward's tokens.
+        by_head: leave the heads apart, (b, h, r, k), instead of averaged, (b, 1, r, k).
+        blocks: (b, k) tokens with the same number see each other both ways, -1 for none.
+        chunk: length of the chunks within which the layer attends.
+    """
+
+    def capture(
+        query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Mapping[str, Any]
+    ) -> None:
+        with clock.measure(query.device):
+            b, h, q, d = query.shape
+            first = min(past, key.shape[2] - q)
+            if keys is not None:
+                keys(key[:, :, first : first + q])
+            if not rows.shape[1]:
+                tap.armed = None
+                return
+            places = rows.to(query.device)
+            picked = query.gather(2, places[:, None, :, None].expand(-1, h, -1, d))
+            allowed = bias = None
+            if isinstance(mask, Tensor) and mask.dim() == 4:
+                cut = _rows_at(mask, places)
+                allowed, bias = (cut, None) if cut.dtype == torch.bool else (None, cut)
+            else:
+                # A window's cache has lost its first keys; a static cache has room after its last.
+                lost = max(past + q - key.shape[2], 0)
+                place = torch.arange(key.shape[2], device=query.device) + lost
+                now = (places + past)[:, None, :, None]
+                allowed = place <= now
+                if blocks is not None:
+                    own = blocks.to(query.device)
+                    mine = own.gather(1, places + past)[..., None]
+                    theirs = own[:, lost:][:, None]
+                    spare = key.shape[2] - theirs.shape[2]
+                    theirs = nn.functional.pad(theirs, (0, spare), value=-1)
+                    allowed = allowed | ((mine == theirs) & (mine >= 0))[:, None]
+                if chunk is not None:
+                    # Counted from the row's first token, not from its padding.
+                    start: Any = 0
+                    if visible is not None:
+                        start = visible.to(query.device).long().argmax(1)[:, None, None, None]
+                    allowed = allowed & ((place - start) // chunk == (now - start) // chunk)
+                if (window := options.get("sliding_window")) is not None:
+                    allowed = allowed & (place > now - window)
+                if visible is not None:
+                    seen = visible.to(query.device)[:, lost:]
+                    room = seen.new_zeros(b, key.shape[2] - seen.shape[1])
+                    allowed = allowed & torch.cat([seen, room], dim=1)[:, None, None]
+            if (added := options.get("position_bias")) is not None:
+                added = _rows_at(added, places)
+                bias = added if bias is None else bias + added
+            attend = row_attention if by_head else mean_attention
+            tap.captured.append(attend(picked, key, allowed, bias, Options.of(options)))
+        tap.armed = None
+
+    tap.arm(capture)
+
+
+def _rows_at(mask: Tensor, places: Tensor) -> Tensor:
+    """(b, h or 1, r, k) the rows `places` (b, r) of a mask (b or 1, h or 1, q, k)."""
+    at = places[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1])
+    return mask.expand(len(places), -1, -1, -1).gather(2, at)
+
+
+@dataclass(frozen=True)
+class TowerSignals:
+    """What one layer of the vision tower shows of the patches of an image.
+
+    Attributes:
+        attention: (n,) attention from [CLS], or received from all.
+        keys: (n, h * d).
+        cls_query, cls_key: (h * d,) or `None`.
+        heads: h.
+        crop_query, crop_key: (c, h * d) the same of each tile of a tiled image, or `None`.
+    """
+
+    attention: Tensor
+    keys: Tensor
+    cls_query: Tensor | None
+    cls_key: Tensor | None
+    heads: int
+    crop_query: Tensor | None = None
+    crop_key: Tensor | None = None
+
+    def without(self, prefix: int) -> TowerSignals:
+        """The same without the first `prefix` tokens."""
+        return replace(self, attention=self.attention[prefix:], keys=self.keys[prefix:])
+
+    def of(self, patches: Tensor) -> TowerSignals:
+        """The means over the patches (n, m) that each vision token is made of."""
+        patches = patches.to(self.attention.device)
+        if patches.shape[1] == 1:
+            patches = patches[:, 0]
+            return replace(self, attention=self.attention[patches], keys=self.keys[patches])
+        return replace(
+            self,
+            attention=self.attention[patches].mean(1),
+            keys=self.keys[patches].float().mean(1).to(self.keys.dtype),
+        )
+
+
+def listen_tower(tap: Tap, has_cls: bool, clock: Stopwatch) -> None:
+    """Arm `tap` in a vision tower: for each row of its batch, a `TowerSignals` goes to `captured`.
+
+    The attention is [CLS]'s row where the tower has one, else what each token receives, averaged
+    over the tokens that see it: packed images, and padding, do not count.
+    """
+
+    def capture(
+        query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Mapping[str, Any]
+    ) -> None:
+        bias = options.get("position_bias")
+        with clock.measure(query.device):
+            keys = key.detach().transpose(1, 2).flatten(2)
+            queries = query.detach()[:, :, 0].flatten(1)
+            for i in range(query.shape[0]):
+                rows = query[i : i + 1, :, :1] if has_cls else query[i : i + 1]
+                seen = _visible(mask, i, rows.shape[2])
+                added = None if bias is None else bias[i % len(bias)][None, :, : rows.shape[2]]
+                found = mean_attention(rows, key[i : i + 1], seen, added, Options.of(options))
+                received = found[0, 0]
+                if has_cls or seen is None:
+                    received = received.mean(0)
+                else:
+                    see = seen[0, 0] & seen[0, 0].diagonal()[:, None]
+                    received = (received * see).sum(0) / see.sum(0).clamp_min(1)
+                tap.captured.append(
+                    TowerSignals(
+                        attention=received,
+                        keys=keys[i],
+                        cls_query=queries[i] if has_cls else None,
+                        cls_key=keys[i, 0] if has_cls else None,
+                        heads=key.shape[1],
+                    )
+                )
+
+    tap.arm(capture)
+
+
+def _visible(mask: Any, row: int, queries: int) -> Tensor | None:
+    """(1, 1, queries, k) bool of a row's (b, 1, q, k) mask, or `None` where all see all."""
+    if not isinstance(mask, Tensor) or mask.dim() != 4:
+        return None
+    own = mask[min(row, mask.shape[0] - 1)][None, :1, :queries]
+    return own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2

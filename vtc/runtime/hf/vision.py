@@ -1,0 +1,597 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vision side of a patched model: fewer pixels, signals from the tower, images in a prompt."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from vtc.core import Method
+from vtc.models import Backbone, Family, ImageMap, Modality, UnsupportedModelError
+from vtc.report import Stopwatch
+from vtc.runtime.hf import taps
+from vtc.runtime.hf.encoder import EncoderSide, Merged
+from vtc.runtime.hf.forward import Forward, ImageSignals, ImageSpan
+
+
+class VisionSide:
+    """Runs the encoder for `method`, and remembers what it saw of each image.
+
+    Under `generate` the encoder runs before the model's forward, and beam search repeats its
+    features; signals are therefore found by the feature tensor they belong to.
+    """
+
+    def __init__(self, family: Family, backbone: Backbone, method: Method) -> None:
+        self.family, self.backbone, self.method = family, backbone, method
+        reducers = [m for m in method.parts if "pixels" in m.stages]
+        if len(reducers) > 1 or (reducers and method.parts[0] is not reducers[0]):
+            raise ValueError(f"method: in {method} a reduction of pixels must come first, and once")
+        self.reducer: Any = reducers[0] if reducers else None
+        if self.reducer is not None:
+            family.check_pixels(backbone, {})
+        mergers = [m for m in method.parts if "encoder" in m.stages]
+        if len(mergers) > 1 or (mergers and (reducers or method.parts[0] is not mergers[0])):
+            raise ValueError(f"method: in {method} merging in the tower must come first, and once")
+        self.merger = EncoderSide(family, backbone, mergers[0]) if mergers else None
+        self.reads_encoder = False
+        self.tower_layers = self._layers_read()
+        for part in method.parts:
+            if "sequence" in part.stages and "encoder" in part.needs:
+                if family.projector(backbone) is None or not family.projects_patches:
+                    raise UnsupportedModelError(
+                        f"model: {part.name} reads what the projector receives for each token, and "
+                        f"vtc knows no projector of {type(backbone.model).__name__} that makes one "
+                        "token of each patch"
+                    )
+                self.reads_encoder = True
+        if self.merger is not None and (self.tower_layers or self.reads_encoder):
+            raise ValueError(
+                f"method: in {method} patches are merged in the tower, after which its attention "
+                "no longer maps onto vision tokens, which another part reads"
+            )
+        self.forget()
+
+    def _layers_read(self) -> set[int]:
+        """The 0-based tower layers that methods read."""
+        parts = [part for part in self.method.parts if "sequence" in part.stages]
+        found = {self.tower_layer(part, layer) for part in parts for layer in layers_read(part)}
+        for layer in found:
+            module = self.family.tower_attention(self.backbone)[layer]
+            if foreign := taps.foreign_options(module):
+                raise UnsupportedModelError(
+                    f"model: {type(module).__name__} attends with {', '.join(foreign)}, which "
+                    f"vtc does not follow, and {self.method} reads its attention"
+                )
+        return found
+
+    def forget(self) -> None:
+        self.listening: int | None = None
+        """The thread that encodes now."""
+        self.given: Mapping[str, Any] = {}
+        self.taps: dict[int, taps.Tap] = {}
+        self.cls_states: Tensor | None = None
+        self.encoder_states: Tensor | None = None
+        self.signals: Any = WeakTensorKeyDictionary()
+        self.recent: dict[Modality, list[tuple[torch.Size, Tensor, list[ImageSignals]]]] = {}
+        self.clock, self.heard = Stopwatch(), Stopwatch()
+
+    def exchange(self, under_way: dict[str, Any]) -> dict[str, Any]:
+        """Go on with what was under way here, empty for nothing, and return what now is: calls of
+        several threads, and calls within calls, do not mix."""
+        names = (
+            *("listening", "given", "taps", "cls_states", "encoder_states"),
+            *("recent", "clock", "heard", "backbone", "tower_layers"),
+        )
+        left = {name: self.__dict__[name] for name in names}
+        left["states"] = [(tap.armed, tap.captured) for tap in self.taps.values()]
+        for tap in self.taps.values():  # they stay where they are, and let this pass
+            tap.armed = None
+        signals = self.signals
+        self.forget()
+        self.signals = signals
+        for name in under_way.keys() & set(names):
+            self.__dict__[name] = under_way[name]
+        # What is gone back to stays as it was.
+        self.recent, self.taps = dict(self.recent), dict(self.taps)
+        for tap, state in zip(self.taps.values(), under_way.get("states", ()), strict=True):
+            tap.armed, tap.captured = state
+        return left
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        for name in (
+            "signals",
+            "recent",
+            "clock",
+            "heard",
+            "listening",
+            "given",
+            "taps",
+            "cls_states",
+            "encoder_states",
+        ):
+            del state[name]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.forget()
+
+    def tower_layer(self, part: Method, layer: int | float) -> int:
+        """The 0-based tower layer that `part` means by `layer`."""
+        count = len(self.family.tower_attention(self.backbone))
+        place = int(layer * count) if isinstance(layer, float) else layer
+        if not -count <= place < count:
+            raise ValueError(
+                f"{part.name}: reads vision layer {layer}, but the tower of "
+                f"{type(self.backbone.model).__name__} has {count}"
+            )
+        return place % count
+
+    @contextmanager
+    def _tapped(self, given: dict[str, Any]) -> Iterator[None]:
+        """The tower and the projector heard, of the modules that there are now, for this call: they
+        may be replaced between calls, and other models may share them."""
+        has_cls = self.family.has_cls(self.backbone)
+        projector: Any = self.family.projector(self.backbone)
+        handles: list[Any] = []
+        self.listening, self.given = threading.get_ident(), given
+        self.cls_states = self.encoder_states = None
+        try:
+            if projector is not None and not all(part.keeps_all for part in self.method.parts):
+                handles.append(projector.register_forward_pre_hook(self._enter_projector))
+            for layer in self.tower_layers:
+                tap = taps.install(self.family.tower_attention(self.backbone)[layer])
+                self.taps[layer] = tap
+                taps.listen_tower(tap, has_cls, self.heard)
+            if self.reads_encoder:
+                handles += [
+                    self.backbone.tower.register_forward_hook(self._leave_tower),
+                    projector.register_forward_hook(self._leave_projector),
+                ]
+            yield
+        finally:
+            self.listening = None
+            for handle in handles:
+                handle.remove()
+            for tap in self.taps.values():
+                tap.remove()
+
+    @torch.compiler.disable
+    def _enter_projector(self, module: Any, args: Any) -> Any:
+        """Patch states without [CLS] are a view with gaps, but for a single image. PyTorch adds the
+        bias of a linear layer to those in a step of its own, and so rounds twice: an image would
+        have other features, by a last place, in a batch than alone."""
+        if self.listening != threading.get_ident():
+            return None
+        return tuple(arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args)
+
+    @torch.compiler.disable
+    def _leave_tower(self, module: Any, args: Any, output: Any) -> None:
+        if self.listening == threading.get_ident():
+            self.cls_states = self.family.cls_states(self.backbone, output, self.given)
+
+    @torch.compiler.disable
+    def _leave_projector(self, module: Any, args: Any, output: Tensor) -> None:
+        if self.listening != threading.get_ident():
+            return
+        if args[0].shape[:-1] != output.shape[:-1]:
+            raise UnsupportedModelError(
+                f"model: the projector of {type(self.backbone.model).__name__} mixes patches, "
+                f"and {self.method} reads one patch state for each vision token"
+            )
+        # With its gradient: merged states are contents, not only a signal.
+        self.encoder_states = args[0]
+
+    def project(self, states: Tensor) -> Tensor:
+        """The projector, on patch states (k, d_v) of one image."""
+        projector: Any = self.family.projector(self.backbone)
+        return projector(states[None])[0]
+
+    def take_clocks(self) -> tuple[Stopwatch, Stopwatch]:
+        """The time spent encoding since this was last asked, and of it that of listening."""
+        clocks = self.clock, self.heard
+        self.clock, self.heard = Stopwatch(), Stopwatch()
+        return clocks
+
+    def encode(
+        self, modality: Modality, original: Callable[..., Any], kwargs: dict[str, Any]
+    ) -> Any:
+        """`get_image_features` (or of clips), on fewer pixels if the method says so, with the tower
+        tapped."""
+        found = self.family.backbone(self.backbone.model)
+        self.backbone = replace(found, tower=self.family.tower_of(found, modality))
+        self.tower_layers = self._layers_read()
+        device = next(found.base.parameters()).device
+        self.clock, self.heard = Stopwatch(), Stopwatch()
+        wanted = kwargs.pop("return_dict", None)
+        if wanted is None:
+            wanted = getattr(found.base.config, "return_dict", True)
+        given = dict(kwargs)
+        kwargs["return_dict"] = True
+        started = self.clock.start(device)
+        reductions: list[tuple[tuple[int, int], tuple[int, int]]] | None = None
+        merged: list[Merged] = []
+        try:
+            with self._tapped(given):
+                if self.reducer is not None:
+                    self.family.check_pixels(self.backbone, given)
+                    pixels = kwargs.pop("pixel_values")
+                    out, reductions = self.family.downsampled_features(
+                        self.backbone, original, pixels, self.reducer, kwargs
+                    )
+                elif self.merger is not None and not self.merger.method.keeps_all:
+                    out, merged = self.merger.encode(self.backbone, given, original, kwargs)
+                else:
+                    out = original(**kwargs)
+            self.clock.stop(started, device)
+            if reductions is not None or merged:
+                signals = self._fewer(out, reductions, merged, given)
+            else:
+                features = self.family.features(out)
+                # The vision clock includes what is heard, and the report takes it off again.
+                with self.clock.measure(device), self.heard.measure(device):
+                    signals = self._all(modality, given, features)
+        finally:
+            self.backbone, self.taps, self.given = found, {}, {}
+            self.cls_states = self.encoder_states = None
+        self._remember(modality, self.family.features(out), signals)
+        return out if wanted else out.to_tuple()
+
+    def _remember(
+        self, modality: Modality, features: Any, signals: list[list[ImageSignals]]
+    ) -> None:
+        self._note(features, signals)
+        # Beam search may repeat features as new tensors: their first and last rows tell them.
+        self.recent[modality] = [
+            (own.shape, own.detach().flatten(0, -2)[[0, -1]].clone(), of_one)
+            for own, of_one in zip(features, signals, strict=True)
+            if len(own)
+        ]
+
+    def _note(self, features: Any, signals: list[list[ImageSignals]]) -> None:
+        # Models take a list, or one tensor of all images.
+        if isinstance(features, Tensor):
+            self.signals[features] = signals
+        else:
+            for own, of_one in zip(features, signals, strict=True):
+                self.signals[own] = [of_one]
+
+    def _fewer(
+        self,
+        out: Any,
+        reductions: list[tuple[tuple[int, int], tuple[int, int]]] | None,
+        merged: list[Merged],
+        given: dict[str, Any],
+    ) -> list[list[ImageSignals]]:
+        """Signals of a run on fewer pixels or patches; features are spread over the full grid."""
+        found, signals, first = [], [], 0
+        for i, features in enumerate(out.pooler_output):
+            kept = None
+            if reductions is not None and reductions[i][0] != reductions[i][1]:
+                features, kept = _spread(features, *reductions[i])
+            elif merged and len(merged[i].places) < merged[i].original:
+                kept = merged[i].places
+                whole = features.new_zeros(merged[i].original, features.shape[1])
+                whole[kept] = features
+                features = whole
+            count = len(features) if kept is None else len(kept)
+            plain = self.family.plain_map(
+                self.backbone, len(features), first, self.family._size_of(given, i)
+            )
+            patches = torch.arange(first, first + count)[:, None]
+            signals.append(
+                [
+                    ImageSignals(
+                        map=plain,
+                        kept=kept,
+                        passed=merged[i].counts if merged else (),
+                        **self._read(patches),
+                    )
+                ]
+            )
+            first += count
+            found.append(features)
+        # Each goes back as it came.
+        if not isinstance(out.pooler_output, Tensor):
+            out.pooler_output = found
+        elif reductions:
+            out.pooler_output = torch.stack(found)
+        return signals
+
+    def _all(
+        self, modality: Modality, given: dict[str, Any], features: Any
+    ) -> list[list[ImageSignals]]:
+        """Signals of all images of a call, for each element of `features`."""
+        maps = self.family.image_maps(self.backbone, modality, given, features)
+        for own, of_one in zip(features, maps, strict=True):
+            count = own.shape[:-1].numel()
+            if sum(len(found) for found in of_one) != count:
+                raise RuntimeError(
+                    f"an image of {type(self.backbone.model).__name__} has {count} features, but "
+                    f"vtc knows the places of {sum(len(found) for found in of_one)}"
+                )
+        if self.taps and type(self.family).image_maps is Family.image_maps:
+            rows = next(iter(self.taps.values())).captured
+            prefix = self.family.prefix(self.backbone, given)
+            heard = sum(len(row.without(prefix).attention) for row in rows)
+            tokens = sum(own.shape[:-1].numel() for own in features)
+            if heard != tokens:
+                raise UnsupportedModelError(
+                    f"model: the tower of {type(self.backbone.model).__name__} showed {heard} "
+                    f"patches for {tokens} vision tokens, and {self.method} reads one patch for "
+                    "each; use a method that does not read the tower"
+                )
+        order = self.family.tower_order(self.backbone, given) if self.taps else None
+        return [
+            [ImageSignals(map=found, **self._of(found, order, modality)) for found in of_one]
+            for of_one in maps
+        ]
+
+    def _of(self, found: ImageMap, order: Tensor | None, modality: Modality) -> dict[str, Any]:
+        if not (self.taps or self.reads_encoder):
+            return {}
+        if found.patches is None:
+            raise UnsupportedModelError(
+                f"model: {self.method} reads the vision tower, whose patches vtc cannot match to "
+                f"the vision tokens of these inputs of {type(self.backbone.model).__name__}"
+            )
+        patches, states, crop = found.patches, found.states, found.crop
+        if found.separator is not None:
+            patches = patches[~found.separator]
+            states = None if states is None else states[~found.separator]
+            crop = None if crop is None else crop[~found.separator]
+        if order is not None:
+            patches = order[patches]
+        shown = self._read(patches, crop, states)
+        if modality == "video":  # each frame has its own [CLS], and the clip none
+            shown.pop("cls", None)
+            shown["tower"] = {
+                layer: replace(heard, cls_query=None, cls_key=None)
+                for layer, heard in shown.get("tower", {}).items()
+            }
+        return shown
+
+    def _read(
+        self, patches: Tensor, crop: Tensor | None = None, places: Tensor | None = None
+    ) -> dict[str, Any]:
+        """What the tower and the projector showed of the patches (n, m) of the tokens of an image,
+        numbered through all tiles; `crop` (n,) is the tile of each, each a row of the tower, and
+        `places` (n, k) are the rows of the projector, where these are not the patches."""
+        found: dict[str, Any] = {}
+        if self.taps:
+            found["tower"] = {
+                layer: self._heard(layer, patches, crop) for layer in self.tower_layers
+            }
+        if self.reads_encoder:
+            states, cls = self.encoder_states, self.cls_states
+            if states is None or states.dim() != 3 or (places is None and patches.shape[1] != 1):
+                shape = None if states is None else tuple(states.shape)
+                raise RuntimeError(
+                    f"the projector received {shape} for {len(patches)} vision tokens of an image: "
+                    f"its input does not map onto them, and {self.method} needs it"
+                )
+            places = (patches if places is None else places).to(states.device)
+            every = states.flatten(0, 1)
+            one = places.shape[1] == 1
+            found["encoder"] = every[places[:, 0]] if one else every[places].mean(1)
+            if cls is not None:
+                row = places[:, 0] // states.shape[1]
+                found["cls"] = cls[int(row[0])]
+                if crop is not None:
+                    found["crop_cls"] = cls[_rows_of_tiles(crop, row)]
+        return found
+
+    def _heard(self, layer: int, patches: Tensor, crop: Tensor | None) -> taps.TowerSignals:
+        prefix = self.family.prefix(self.backbone, self.given)
+        rows: list[taps.TowerSignals] = self.taps[layer].captured
+        rows = [row.without(prefix) for row in rows]
+        size = sum(len(row.attention) for row in rows)
+        if int(patches.max()) >= size:
+            raise RuntimeError(
+                f"the vision tower showed {size} patches, and vtc looked for patch "
+                f"{int(patches.max())}: its attention does not map onto the vision tokens, and "
+                f"{self.method} needs it"
+            )
+        first, start = 0, int(patches.min())
+        while start >= len(rows[first].attention):
+            start -= len(rows[first].attention)
+            first += 1
+        if patches.shape[1] == 1 and start == 0 and len(rows[first].attention) == len(patches):
+            return rows[first]  # one grid, one token a patch
+        joined = taps.TowerSignals(
+            attention=torch.cat([row.attention for row in rows]),
+            keys=torch.cat([row.keys for row in rows]),
+            # Of a tiled image, that of the thumbnail.
+            cls_query=rows[first].cls_query,
+            cls_key=rows[first].cls_key,
+            heads=rows[first].heads,
+        )
+        if crop is not None and rows[first].cls_query is not None:
+            of_tiles = _rows_of_tiles(crop, patches[:, 0] // len(rows[first].attention))
+            own = [rows[i] for i in of_tiles]
+            joined = replace(
+                joined,
+                crop_query=_stacked([row.cls_query for row in own]),
+                crop_key=_stacked([row.cls_key for row in own]),
+            )
+        return joined.of(patches)
+
+    def spans(self, forward: Forward) -> list[ImageSpan]:
+        """The images of this forward by sample, in the order in which they stand. One that is
+        masked as a whole is none."""
+        found: list[tuple[int, Tensor, ImageSignals]] = []
+        for modality, mask in forward.vision.items():
+            if modality in forward.features:
+                found += self._pieces(modality, mask.expand_as(forward.valid), forward)
+        found.sort(key=lambda piece: (piece[0], int(piece[1][0])))
+        seen = [0] * len(forward.valid)
+        spans = []
+        for b, place, signals in found:
+            span = ImageSpan.of(b, seen[b], place, signals, forward.valid[b])
+            if len(span.index):
+                spans.append(span)
+                seen[b] += 1
+        return spans
+
+    def _pieces(
+        self, modality: Modality, mask: Tensor, forward: Forward
+    ) -> list[tuple[int, Tensor, ImageSignals]]:
+        """(sample, places, signals) of each image, or clip, of one modality."""
+        sample, place = mask.nonzero(as_tuple=True)
+        given = forward.features[modality]
+        known = [signals for of_one in self._known(given, modality) for signals in of_one]
+        size = sum(len(signals.map) for signals in known)
+        if size != len(place):
+            raise RuntimeError(
+                f"{len(place)} vision tokens in the prompt, but {size} vision features in "
+                f"{len(known)} images: vtc cannot tell which image a token belongs to"
+            )
+        pieces: list[tuple[int, Tensor, list[ImageSignals]]] = []
+        start, rows = 0, sample.tolist()
+        for signals in known:
+            b, own = rows[start], place[start : start + len(signals.map)]
+            last = rows[start + len(signals.map) - 1]
+            if b != last:
+                raise RuntimeError(
+                    f"the vision features of {type(self.backbone.model).__name__} do not follow "
+                    f"the order of the samples: those of an image lie in samples {b} and {last}; "
+                    "transformers may repeat several images of one sample so for beams: use "
+                    "num_beams=1"
+                )
+            start += len(signals.map)
+            before = pieces[-1] if pieces else None
+            follows = (
+                before is not None and before[0] == b and int(before[1][-1]) + 1 == int(own[0])
+            )
+            if modality in self.family.joins and follows and before is not None:
+                follows = before[2][-1].map.group == signals.map.group
+            else:
+                follows = False
+            if follows:
+                assert before is not None
+                pieces[-1] = b, torch.cat([before[1], own]), [*before[2], signals]
+            else:
+                pieces.append((b, own, [signals]))
+        return [(b, own, self._joined(signals, modality)) for b, own, signals in pieces]
+
+    def _joined(self, signals: list[ImageSignals], modality: Modality) -> ImageSignals:
+        if len(signals) == 1:
+            return signals[0]
+        # Of a tiled image the thumbnail comes last; frames of a clip are no tiles.
+        tiles = [signals[-1], *signals[:-1]] if modality == "image" else []
+        tower = {
+            layer: taps.TowerSignals(
+                attention=torch.cat([own.tower[layer].attention for own in signals]),
+                keys=torch.cat([own.tower[layer].keys for own in signals]),
+                cls_query=signals[-1].tower[layer].cls_query,
+                cls_key=signals[-1].tower[layer].cls_key,
+                heads=signals[-1].tower[layer].heads,
+                crop_query=_stacked([own.tower[layer].cls_query for own in tiles]),
+                crop_key=_stacked([own.tower[layer].cls_key for own in tiles]),
+            )
+            for layer in signals[0].tower
+        }
+        states = [own.encoder for own in signals if own.encoder is not None]
+        return ImageSignals(
+            map=self.family.join([own.map for own in signals], modality),
+            tower=tower,
+            encoder=torch.cat(states) if states else None,
+            cls=signals[-1].cls,
+            crop_cls=_stacked([own.cls for own in tiles]),
+        )
+
+    def _known(self, given: Any, modality: Modality) -> list[list[ImageSignals]]:
+        """For each element of `given`, what was seen of its images when they were encoded."""
+        if isinstance(given, Tensor):
+            known = self.signals.get(given) or [None] * len(given)
+        else:
+            known = [self.signals.get(own, [None])[0] for own in given]
+        found, repeated = [], False
+        for own, signals in zip(given, known, strict=True):
+            if signals is None and len(own):
+                ends = own.detach().flatten(0, -2)[[0, -1]]
+                for shape, known_ends, candidate in self.recent.get(modality, ()):
+                    same = shape == own.shape and known_ends.device == ends.device
+                    if same and torch.equal(known_ends.to(ends), ends):
+                        signals, repeated = candidate, True
+                        break
+            if signals is None:
+                if self.tower_layers or self.reads_encoder or self.shortens is not None:
+                    raise ValueError(
+                        f"mm_encoder_outputs: {self.method} reads the vision tower, and these "
+                        "features did not come from get_image_features of the patched model"
+                    )
+                if type(self.family).image_maps is not Family.image_maps:
+                    raise ValueError(
+                        "mm_encoder_outputs: vtc must see how images of "
+                        f"{type(self.backbone.model).__name__} are laid out, and these features "
+                        f"did not come from get_{modality}_features of the patched model"
+                    )
+                signals = [ImageSignals(self.family.plain_map(self.backbone, len(own), 0))]
+            found.append(signals)
+        if repeated:  # later steps are given them again, when other images may have been seen
+            self._note(given, found)
+        return found
+
+    @property
+    def shortens(self) -> Method | None:
+        """The method after which the tower makes fewer tokens, if there is one."""
+        return self.reducer if self.merger is None else self.merger.method
+
+    def mark_uncoded(self, forward: Forward) -> None:
+        """Note the gaps of tokens that the tower never made, if gaps are to close."""
+        if self.shortens is None or self.shortens.positions != "contiguous":
+            return
+        for span in forward.spans:
+            if span.signals.kept is not None:
+                gone = torch.ones(len(span.index), dtype=torch.bool, device=span.index.device)
+                gone[span.signals.kept.to(gone.device)] = False
+                forward.gap[span.sample, span.index[gone]] = True
+
+
+def layers_read(method: Method) -> list[int | float]:
+    """The tower layers that the sequence stage of `method` reads, as it names them."""
+    layers: list[int | float] = []
+    if method.needs & {"cls_attention", "cls_query", "keys"}:
+        layers.append(method.vision_layer)
+    if "low_attention" in method.needs:
+        layers.append(method.low_layer)
+    return layers
+
+
+def _rows_of_tiles(crop: Tensor, row: Tensor) -> list[int]:
+    """The tower's row of each of the tiles 0, 1, ..., from the tile and the row (n,) of the tokens;
+    the thumbnail's for a tile of which the picture's shape leaves nothing."""
+    of_tile: dict[int, int] = dict(zip(crop.tolist(), row.tolist(), strict=True))
+    return [of_tile.get(tile, of_tile[0]) for tile in range(max(of_tile) + 1)]
+
+
+def _stacked(rows: list[Tensor | None]) -> Tensor | None:
+    """(c, d) of c rows (d,), or `None` if there are none."""
+    found = [row for row in rows if row is not None]
+    return torch.stack(found) if found else None
+
+
+def _spread(
+    features: Tensor, size: tuple[int, int], reduced: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Put features (r * c, d) at the nearest places of a full grid.
+
+    Returns:
+        (rows * columns, d) with zeros elsewhere, and the (r * c,) places that are filled.
+    """
+    (rows, columns), (r, c) = size, reduced
+    row = ((torch.arange(r) + 0.5) * rows / r).long()
+    column = ((torch.arange(c) + 0.5) * columns / c).long()
+    kept = (row[:, None] * columns + column).flatten().to(features.device)
+    full = features.new_zeros(rows * columns, features.shape[1])
+    full[kept] = features
+    return full, kept
