@@ -61,7 +61,7 @@ mutants: $(VENV)/.dev
 
 # What `vtc methods` knows without importing PyTorch; a test says when it is out of date.
 catalogue: $(VENV)/.dev
-	$(BIN)/python -m vtc.core.catalogue
+	$(BIN)/python -m vtc.cli.catalogue
 
 clean:
 	rm -rf $(VENV) .venv-floor .venv-newest build dist *.egg-info

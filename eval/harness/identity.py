@@ -42,7 +42,7 @@ __all__ = [
 
 _PACKAGE = Path(str(vtc.__file__)).parent
 _APART = (
-    "__init__.py", "cli", "core/catalogue.py", "core/names.py", "core/spec.py", "eval",
+    "__init__.py", "cli", "core/names.py", "core/spec.py", "eval",
     "integrations", "methods", "models/page.py", "presets", "training", "viz/plots.py",
     "viz/trace.py", "viz/views.py",
 )  # fmt: skip

@@ -15,7 +15,8 @@ from packaging.version import Version
 from typer.testing import CliRunner
 
 import vtc
-from vtc.cli import app, doctor
+from vtc.cli import app
+from vtc.cli import environment as doctor
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -137,7 +138,7 @@ def test_doctor_imports_what_a_version_cannot_tell(tmp_path: Path) -> None:
     (tmp_path / "lmms_eval").mkdir()
     (tmp_path / "lmms_eval" / "__init__.py").write_text("import filelock._no_such_module\n")
     seen = _run(
-        "from vtc.cli.doctor import broken_imports; print(list(broken_imports()))",
+        "from vtc.cli.environment import broken_imports; print(list(broken_imports()))",
         PYTHONPATH=str(tmp_path),
     )
     assert "No module named 'filelock._no_such_module'" in seen.stdout, seen.stderr
@@ -149,7 +150,7 @@ def test_doctor_imports_what_a_version_cannot_tell(tmp_path: Path) -> None:
     [
         "import vtc",
         "import vtc; vtc.__version__",
-        "from vtc import doctor, names",
+        "from vtc.cli import environment; from vtc.core import names",
         "from typer.testing import CliRunner; from vtc.cli import app;"
         "assert CliRunner().invoke(app, ['--help']).exit_code == 0",
         "from typer.testing import CliRunner; from vtc.cli import app;"

@@ -48,7 +48,8 @@ def test_the_folder_is_small_and_whole() -> None:
     sizes = {f.name: f.stat().st_size for f in files}
     assert max(sizes.values()) < 20 * 2**20
     assert sum(sizes.values()) < 40 * 2**20
-    assert {"config.json", "generation_config.json", "tokenizer.json", "RECIPE.md"} <= set(sizes)
+    assert {"config.json", "generation_config.json", "tokenizer.json", "scores.json"} <= set(sizes)
+    assert (embedded_path().parent / "RECIPE.md").is_file()
 
 
 def test_the_auto_classes_load_it() -> None:

@@ -3,8 +3,8 @@
 
 Every cell runs a patched model the way a user would and holds it to `tests/reference/reference.py`,
 which computes the same model with nothing removed. The tokens a run produced are fed to the
-reference one after the other, so every way of decoding is checked step by step. A covering part of the
-product runs unmarked; all of it with `-m "slow or not slow"`.
+reference one after the other, so every way of decoding is checked step by step. A covering part of
+the product runs unmarked; all of it with `-m "slow or not slow"`.
 """
 
 from __future__ import annotations

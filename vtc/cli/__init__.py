@@ -168,7 +168,7 @@ def doctor() -> None:
     Exit code 1 if something keeps vtc, or an extra that is installed, from working.
     """
     from vtc import __version__
-    from vtc.cli import doctor as look
+    from vtc.cli import environment as look
 
     console = _console()
     console.print(f"vtc {__version__}, {look.system()}")
@@ -224,7 +224,7 @@ Import = Annotated[
 @app.command()
 def methods(wide: _Wide = False, imports: Import = []) -> None:  # noqa: B006
     """List the compression methods: stage, settings with their defaults, paper."""
-    from vtc.core.catalogue import catalogue
+    from vtc.cli.catalogue import catalogue
 
     console, rows = _console(), []
     for entry in catalogue(live=bool(imports)):
@@ -281,7 +281,7 @@ def presets(
     FLOPs a multiply-add.
     """
     import vtc
-    from vtc.core.catalogue import short
+    from vtc.cli.catalogue import short
 
     try:
         found = vtc.presets(method, target)

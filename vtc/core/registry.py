@@ -1,9 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which methods there are, by name."""
+"""Which methods there are, by name: those of vtc, and of packages that offer theirs.
+
+A package offers methods by an entry point of the group `vtc.methods` that names a module; importing
+it registers the methods defined there, as importing any module does.
+"""
 
 from __future__ import annotations
 
 import re
+import warnings
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,7 +29,7 @@ def register(cls: type[Method], name: str) -> None:
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ValueError(f"{cls.__name__}.name must be lower-case letters and digits, got {name!r}")
-    known = find(name)
+    known = _REGISTRY.get(name) or _WRAPPERS.get(name)
     if known is not None and known.__qualname__ != cls.__qualname__:
         raise ValueError(f"a method named {name!r} exists already: {known.__qualname__}")
     (_REGISTRY if cls.listed else _WRAPPERS)[name] = cls
@@ -29,14 +37,31 @@ def register(cls: type[Method], name: str) -> None:
 
 def find(name: str) -> type[Method] | None:
     """The method or wrapper of this name, if there is one."""
+    _load()
     return _REGISTRY.get(name) or _WRAPPERS.get(name)
 
 
 def methods() -> dict[str, type[Method]]:
     """All registered methods by name, in alphabetical order."""
+    _load()
     return dict(sorted(_REGISTRY.items()))
 
 
 def wrappers() -> dict[str, type[Method]]:
     """Those that apply another method to each part of an image, by what follows "@" in text."""
+    _load()
     return {cls.each: cls for cls in _WRAPPERS.values() if cls.each}
+
+
+@cache
+def _load() -> None:
+    import_module("vtc.methods")
+    for point in entry_points(group="vtc.methods"):
+        try:
+            point.load()
+        except Exception as error:  # of a package that is not ours; the other methods are there
+            warnings.warn(
+                f"vtc.methods: {point.name} of {point.value} cannot be loaded: "
+                f"{type(error).__name__}: {error}",
+                stacklevel=4,
+            )

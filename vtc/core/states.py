@@ -6,11 +6,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from .settings import budget
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Positions = Literal["original", "contiguous"]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 AHEAD = 2 * 16
 """Rows of similarities that are made at a time: a multiple of what BLAS makes at once."""
 
-ROOM = 1 << 24
+ROOM = 16 * 2**20
 """Similarities made and not used yet, at most about: 64 MiB."""
 
 FRONT = 128

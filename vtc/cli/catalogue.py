@@ -3,7 +3,7 @@
 
 `vtc methods` answers in well under a second because `catalogue.json` holds what the classes say. It
 also holds a digest of the files that define them: after an edit the classes are asked instead, and
-`python -m vtc.core.catalogue` (`make catalogue`) writes the file anew.
+`python -m vtc.cli.catalogue` (`make catalogue`) writes the file anew.
 """
 
 from __future__ import annotations
