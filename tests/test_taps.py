@@ -97,6 +97,6 @@ def test_a_silent_tap_leaves_only_the_call_it_was_armed_for() -> None:
     module: Any = build_model("clip", "llama").model.vision_tower.encoder.layers[0].self_attn
     one, other = taps.install(module), taps.install(module)
     one.arm(lambda *args: None)
+    one.silent = True
     with pytest.raises(taps._Left), other.alone():
-        one.silent = True
         module(torch.randn(1, 5, module.embed_dim))
