@@ -136,6 +136,30 @@ def test_what_a_cut_leaves_keeps_the_weights_that_it_had(settings: dict[str, Any
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("gone", [[], [3], [0, 20]])
+def test_what_another_method_dropped_since_changes_no_weight(
+    settings: dict[str, Any], gone: list[int]
+) -> None:
+    method = vtc.TransPrune(**settings)
+    chosen = method.prune(state_of(7, vision=24))
+    whole = state_of(9, vision=24)
+    kept = torch.tensor([i for i in chosen.indices.tolist() if i not in gone])
+    places = torch.cat([torch.arange(2), 2 + kept, torch.arange(26, 29)])
+    state = state_of(
+        9,
+        vision=len(kept),
+        original=(24,),
+        memory=chosen.memory,
+        recorded={key: rows[places] for key, rows in whole.recorded.items()},
+    )
+    left = dataclasses.replace(whole, layer=7, memory=None)
+    expected = layer_variation(left, 6, method)[kept]
+    for layer in (7, 8):
+        expected = expected + layer_variation(state, layer, method)
+    torch.testing.assert_close(method.variation(state), expected)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
 def test_weights_cross_the_cuts_of_a_model(settings: dict[str, Any]) -> None:
     expected, ran, crossed = torch.zeros(0), 1, list[int]()
 

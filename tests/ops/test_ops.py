@@ -388,6 +388,23 @@ def test_top_k_is_stable_in_half_precision_at_size():
     assert top_k(scores, 1002).tolist()[1000:] == [1, 4]
 
 
+@given(
+    scores=st.lists(st.integers(-30, 30), min_size=4, max_size=12),
+    batched=st.booleans(),
+    data=st.data(),
+)
+@quick
+def test_top_k_of_scores_of_which_few_tie_equals_twin(scores, batched, data):
+    given_scores = torch.tensor(scores, dtype=torch.float32)
+    k = data.draw(st.integers(0, len(scores)))
+    if batched:
+        both = torch.stack([given_scores, given_scores.flip(0)])
+        expected = [naive.top_k(row, k).tolist() for row in both]
+        assert top_k(both, k).tolist() == expected
+    else:
+        assert top_k(given_scores, k).tolist() == naive.top_k(given_scores, k).tolist()
+
+
 def test_top_k_keeps_fp64_apart():
     # The two differ only beyond fp32.
     assert top_k(torch.tensor([1.0, 1.0 + 1e-12], dtype=torch.float64), 1).tolist() == [1]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.reference.models import build_model
 from vtc.runtime.hf import taps
@@ -62,3 +63,40 @@ def test_attention_that_was_led_here_outlives_the_last_tap() -> None:
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(taps.ALL_ATTENTION_FUNCTIONS._global_mapping, taps.TAP, late)
         assert torch.equal(module(hidden)[0], expected)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_module_is_left_once_it_was_heard_and_runs_again(fails: bool) -> None:
+    module: Any = build_model("clip", "llama").model.vision_tower.encoder.layers[0].self_attn
+    hidden = torch.randn(1, 5, module.embed_dim)
+    expected = module(hidden)[0]
+    tap, projected = taps.install(module), list[Any]()
+    module.out_proj.register_forward_hook(lambda *args: projected.append(args))
+
+    def heard(query: Tensor, *args: Any) -> None:
+        tap.captured.append(query.shape)
+        if fails:
+            raise ValueError("heard")
+
+    tap.arm(heard)
+    if fails:
+        with pytest.raises(ValueError, match="heard"), tap.alone():
+            module(hidden)
+    else:
+        with tap.alone():
+            module(hidden)
+    assert len(tap.captured) == 1
+    assert not projected
+    assert not tap.hears
+    assert torch.equal(module(hidden)[0], expected)
+    assert len(projected) == 1
+
+
+def test_a_silent_tap_leaves_only_the_call_it_was_armed_for() -> None:
+    """The call of another tap ends where that one listens."""
+    module: Any = build_model("clip", "llama").model.vision_tower.encoder.layers[0].self_attn
+    one, other = taps.install(module), taps.install(module)
+    one.arm(lambda *args: None)
+    one.silent = True
+    with pytest.raises(taps._Left), other.alone():
+        module(torch.randn(1, 5, module.embed_dim))

@@ -117,6 +117,8 @@ class VisionTokens:
 class LayerState:
     """One sample on its way between two decoder layers, without padding.
 
+    Tensors may be the model's own: they are read, never written to.
+
     Attributes:
         layer: 0-based index of the decoder layer about to run.
         num_layers: decoder layers in all.
@@ -154,6 +156,15 @@ class LayerState:
     def vision(self) -> Tensor:
         """(n,) indices of the vision tokens in the sequence."""
         return (self.image >= 0).nonzero().squeeze(1)
+
+    def of_vision(self, rows: Tensor) -> Tensor:
+        """(n, ...) those of the `rows` (s, ...) that belong to vision tokens; where these follow
+        one another, a view."""
+        vision = self.vision
+        if not len(vision):
+            return rows[:0]
+        start, end = int(vision[0]), int(vision[-1]) + 1
+        return rows[start:end] if end - start == len(vision) else rows[vision]
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,7 @@ class CATP(Method):
             target = hidden[context if bool(context.any()) else of_query].mean(0)
         if k >= int(competing.sum()):
             return None
-        score = unit_rows(hidden[state.vision]) @ unit_rows(target[None])[0]
+        score = unit_rows(state.of_vision(hidden)) @ unit_rows(target[None])[0]
         if state.layer == first:
             score = self._rise(state, first) + self.guide * score
         ranked = top_k(score.masked_fill(~competing, -torch.inf), k)

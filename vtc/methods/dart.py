@@ -100,7 +100,7 @@ class DART(Method):
         if not self.count_pivots:
             k = min(k + len(pivots), vision.shape[0])
         guides = text[top_k(norms[text], min(self.text_pivots, text.shape[0]))]
-        cosines = rows[torch.cat([vision[pivots], guides])] @ rows[vision].T
+        cosines = rows[torch.cat([vision[pivots], guides])] @ state.of_vision(rows).T
         return Selection(_least_alike(cosines, pivots, k).sort().values)
 
 

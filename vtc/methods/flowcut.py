@@ -87,6 +87,7 @@ def _score(state: EncoderState) -> Tensor:
     if state.cls_value is None:
         return relation * density
     cls = state.cls_value.float()
-    everything = torch.cat([cls[None], values])
-    semantic = torch.einsum("hd,nhd->hn", cls, everything).softmax(1).mean(0)[1:]
+    products = torch.einsum("hd,nhd->hn", cls, values)
+    itself = cls.square().sum(1, keepdim=True)
+    semantic = torch.cat([itself, products], dim=1).softmax(1).mean(0)[1:]
     return (relation + semantic / semantic.sum()) * density

@@ -174,7 +174,7 @@ class SparseVLM(Method):
         kept = ranked[:k].sort().values
         if not self.recycle:
             return Selection(kept, memory=raters)
-        hidden = state.hidden[vision]
+        hidden = state.of_vision(state.hidden)
         gone = ranked[k:]
         recycled = gone[: min(int(self.tau * len(gone)) + 1, len(gone))].sort().values
         centres, means = self._recycled(hidden[recycled])
@@ -195,7 +195,7 @@ class SparseVLM(Method):
         text = entered[state.text]
         if not text.shape[0]:
             return state.text[:0]
-        share = (entered[state.vision] @ text.T).softmax(1).mean(0)
+        share = (state.of_vision(entered) @ text.T).softmax(1).mean(0)
         raters = share > share.mean()
         return raters | ~raters.any()
 
@@ -206,7 +206,7 @@ class SparseVLM(Method):
         if self.version == "v1.5":
             return rows.mean(0)
         turned = state.recorded[layer, "rotary"].float()
-        rotary = turned[state.text][raters] @ turned[vision].T / turned.shape[1] ** 0.5
+        rotary = turned[state.text][raters] @ state.of_vision(turned).T / turned.shape[1] ** 0.5
         rows = rows / rotary.clamp_min(self.floor)
         heads = top_k(rows.sum((1, 2)), max(1, rows.shape[0] // 2))
         return rows[heads].mean((0, 1))

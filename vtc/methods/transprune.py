@@ -137,11 +137,13 @@ class TransPrune(Method):
             raise ValueError("ahead: TransPrune needs it, got a state without")
         variation, sums = self._measured(state)
         if state.ahead is None or k >= len(vision):
-            return Selection(torch.arange(len(vision), device=vision.device), memory=sums)
-        score = self.alpha * _shares(variation)
-        if state.ahead.shape[0]:
-            score = score + (1 - self.alpha) * _shares(state.ahead[:, vision].mean(0))
-        return Selection(top_k(score, k).sort().values, memory=sums)
+            best = torch.arange(len(vision), device=vision.device)
+        else:
+            score = self.alpha * _shares(variation)
+            if state.ahead.shape[0]:
+                score = score + (1 - self.alpha) * _shares(state.ahead[:, vision].mean(0))
+            best = top_k(score, k).sort().values
+        return Selection(best, memory=torch.cat([sums, variation[best]]))
 
     def variation(self, state: LayerState) -> Tensor:
         """(n,) the accumulated variation of the vision tokens held now."""
@@ -149,25 +151,44 @@ class TransPrune(Method):
 
     def _measured(self, state: LayerState) -> tuple[Tensor, Tensor]:
         """The variation, and (p,) the logarithms of what its p softmaxes divide by, in the order of
-        layers and parts. They are handed on from cut to cut: tokens that are gone count in them."""
+        layers and parts. Both are handed on from cut to cut: tokens that are gone count in the
+        logarithms, and where no other method dropped any, what was added up is gone on from."""
         vision, total = state.vision, state.hidden.new_zeros(len(state.vision)).float()
         # An answer that is being scored is no part of the prompt.
         scope = vision if self.softmax_scope == "image" else slice(state.prompt_length)
-        known = () if state.memory is None else state.memory
+        parts = self._parts(state, state.layer)
         sums: list[Tensor] = []
-        for layer in self.watched(state.num_layers):
-            if layer >= state.layer:
-                break
-            for into, out in _PARTS:
-                entered = state.recorded[layer, into].float()
-                left = state.recorded[layer, out].float()
-                cosine = torch.cosine_similarity(left, entered, dim=1)
-                turned = 1 - (cosine.abs() if self.direction == "abs" else cosine)
-                stretched = left.norm(dim=1) / entered.norm(dim=1).clamp_min(1e-12)
-                at = len(sums)
-                sums.append(known[at] if at < len(known) else turned[scope].logsumexp(0))
-                total = total + (turned[vision] - sums[at]).exp() * stretched[vision]
+        done = 0
+        if state.memory is not None:
+            cuts = self.prune_layers(state.num_layers)
+            known = len(self._parts(state, max(cut for cut in cuts if cut < state.layer)))
+            memory = state.memory.to(total)
+            sums = [*memory[:known]]
+            if len(memory) == known + len(vision):  # tokens only leave, so these are the same
+                total, done = memory[known:], known
+        for at, (layer, (into, out)) in enumerate(parts[done:], done):
+            turned, stretched = self._transition(
+                state.recorded[layer, into].float(), state.recorded[layer, out].float()
+            )
+            if at == len(sums):
+                sums.append(turned[scope].logsumexp(0))
+            total = total + (turned[vision] - sums[at]).exp() * stretched[vision]
         return total, torch.stack(sums)
+
+    def _parts(self, state: LayerState, end: int) -> list[tuple[int, tuple[Record, Record]]]:
+        """What counts of the layers before `end`, in order."""
+        layers = [layer for layer in self.watched(state.num_layers) if layer < end]
+        return [(layer, part) for layer in layers for part in _PARTS]
+
+    def _transition(self, entered: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+        """(s,) 1 - c and m of what entered (s, d) a part and left it."""
+        before = torch.linalg.vector_norm(entered, dim=1)
+        after = torch.linalg.vector_norm(left, dim=1)
+        # As `torch.cosine_similarity`, which makes two copies of unit length.
+        lengths = before.clamp_min(1e-8) * after.clamp_min(1e-8)
+        cosine = torch.linalg.vecdot(entered, left) / lengths
+        turned = 1 - (cosine.abs() if self.direction == "abs" else cosine)
+        return turned, after / before.clamp_min(1e-12)
 
 
 def _three_shares(given: Any) -> tuple[float, float, float]:

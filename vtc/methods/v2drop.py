@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from vtc.core import (
     LayerState,
     Method,
@@ -100,6 +102,6 @@ class V2Drop(Method):
         k = max(least, int(counted * share))
         if k >= vision.shape[0]:
             return None
-        before = state.recorded[state.layer - 1, "input"][vision]
-        change = (state.hidden[vision].float() - before.float()).norm(dim=1)
+        before = state.of_vision(state.recorded[state.layer - 1, "input"]).float()
+        change = torch.linalg.vector_norm(state.of_vision(state.hidden).float() - before, dim=1)
         return Selection(top_k(change, k).sort().values)

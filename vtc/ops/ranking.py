@@ -13,7 +13,7 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     """Indices of the k highest scores, ties to the lowest index.
 
     `torch.topk` leaves the order of ties open, and attention in half precision ties often. Here
-    scores are compared in fp32 (fp64 if given so) by a stable sort.
+    scores are compared in fp32 (fp64 if given so), and a stable sort decides wherever some tie.
 
     Args:
         scores: (n,) scores, or (b, n) of b images.
@@ -33,4 +33,9 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     wide = scores if scores.dtype == torch.float64 else scores.float()
     if torch.isnan(wide).any():
         raise ValueError("scores: NaN has no rank")
+    if wide is scores and wide.device.type == "cpu" and k < n:
+        # Without ties there is one order. Half precisions do tie, and a GPU would be waited for.
+        best, indices = wide.topk(k + 1)
+        if not (best[..., 1:] == best[..., :-1]).any():
+            return indices[..., :k]
     return torch.sort(wide, descending=True, stable=True).indices[..., :k]

@@ -69,13 +69,12 @@ class Ahead:
         s = hidden.shape[0]
         visible = torch.ones(1, s, dtype=torch.bool)
         taps.listen_rows(self.tap, places[None], visible, 0, Stopwatch())
-        self.tap.silent = True
-        self.attend(
-            hidden_states=self.norm(hidden[None]),
-            position_embeddings=self.rotary(hidden, torch.arange(s)[None]),
-            attention_mask=None,
-        )
-        self.tap.silent = False
+        with self.tap.alone():
+            self.attend(
+                hidden_states=self.norm(hidden[None]),
+                position_embeddings=self.rotary(hidden, torch.arange(s)[None]),
+                attention_mask=None,
+            )
         return self.tap.captured[0][0, 0]
 
     def released(self, hidden: Tensor, rows: slice) -> Tensor:

@@ -267,9 +267,9 @@ class DecoderSide:
             positions = forward.rotary_positions(self.plan.group_of[layer]).to(hidden.device)
             decoder: Any = self.backbone.layers[layer]
             # What runs now is not the forward: its inputs are not to be recorded.
-            tap.silent, self.forward = True, None
+            self.forward = None
             try:
-                with torch.no_grad():
+                with tap.alone(), torch.no_grad():
                     decoder.self_attn(
                         hidden_states=decoder.input_layernorm(hidden),
                         position_embeddings=self.family.rotary(
@@ -279,7 +279,7 @@ class DecoderSide:
                         **{CACHE: _ReadOnly(cache) if past else None},
                     )
             finally:
-                tap.silent, tap.armed, self.forward = False, None, forward
+                self.forward = forward
             captured, tap.captured = tap.captured, []
         return Heard(forward.layout, rows, captured, past)
 

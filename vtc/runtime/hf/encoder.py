@@ -236,9 +236,24 @@ def _merge(method: Method, merging: Merging, patches: _Patches, rows: Tensor) ->
         )
     chosen, weights = target[stays], patches.size[stays]
     size = weights.new_zeros(m).index_add(0, chosen, weights)
-    contents = rows[stays].float() * weights[:, None]
-    merged = contents.new_zeros(m, rows.shape[1]).index_add(0, chosen, contents) / size[:, None]
     first = torch.full((m,), patches.original, device=rows.device)
     patches.source = first.scatter_reduce(0, chosen, patches.source[stays], "amin")
     patches.size, patches.memory = size, merging.memory
-    return merged.to(rows.dtype)
+    return _means(rows, stays.nonzero().squeeze(1), chosen, weights, size)
+
+
+def _means(rows: Tensor, members: Tensor, group: Tensor, weights: Tensor, size: Tensor) -> Tensor:
+    """(m, d) weighted means of the rows (n, d) at `members` (k,) of each `group` (k,), weights (k,)
+    adding up to `size` (m,). Groups of one, which are most, are copied."""
+    count = torch.bincount(group, minlength=len(size))
+    one = torch.empty_like(count).scatter(0, group, members)
+    means = rows.index_select(0, one)
+    several = count > 1
+    if not bool(several.any()):
+        return means
+    within = several[group]
+    number = several.cumsum(0)[group[within]] - 1
+    contents = rows[members[within]].float() * weights[within, None]
+    sums = contents.new_zeros(int(several.sum()), rows.shape[1]).index_add(0, number, contents)
+    means[several] = (sums / size[several, None]).to(rows.dtype)
+    return means

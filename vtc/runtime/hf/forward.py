@@ -168,7 +168,7 @@ class Heard:
         first = min(self.past, captured.shape[-1] - width)
         heads, r = captured.shape[:2]
         flat = captured[..., first : first + width].flatten(0, 1).T
-        found = _spread_out(flat, self.layout, b, index, length).T
+        found = _still_held(flat, self.layout, b, index, length).T
         return found.reshape(heads, r, len(index)) if by_head else found
 
 
@@ -541,7 +541,7 @@ def prune_between_layers(
             state = LayerState(
                 layer=layer,
                 num_layers=num_layers,
-                hidden=hidden[b, places.to(hidden.device)],
+                hidden=_still_held(hidden[b], layout, b, index, length),
                 image=image.to(hidden.device),
                 text=forward.text[b, index].to(hidden.device),
                 grid=forward.grid[b, index].to(hidden.device),
@@ -558,7 +558,7 @@ def prune_between_layers(
                 if ahead is None
                 else ahead.at(peeked[layer], b, index, length, method.by_head).to(hidden.device),
                 recorded={
-                    (at, name): _spread_out(kept[b], before, b, index, length).to(hidden.device)
+                    (at, name): _still_held(kept[b], before, b, index, length).to(hidden.device)
                     for (at, name), (before, kept) in forward.recorded.items()
                     if name in records.get(at, ())
                 },
@@ -617,9 +617,12 @@ def rows_of(forward: Forward, kinds: set[Rows]) -> dict[Rows, list[Tensor]]:
     return found
 
 
-def _spread_out(rows: Tensor, layout: Layout, b: int, index: Tensor, length: int) -> Tensor:
-    """Rows (k, d) of the tokens that `layout` holds of sample `b`, for the tokens at `index`."""
-    whole = rows.new_zeros(length, rows.shape[1])
-    valid = layout.valid[b].to(rows.device)
-    whole[layout.index[b].to(rows.device)[valid]] = rows[valid]
-    return whole[index.to(rows.device)]
+def _still_held(rows: Tensor, layout: Layout, b: int, index: Tensor, length: int) -> Tensor:
+    """Of the rows (k, d) of the tokens that `layout` holds of sample `b`, those at `index`, which
+    are among them; `rows` itself if that is all."""
+    held, valid = layout.index[b], layout.valid[b]
+    if len(index) == len(held):  # both ascend, so none has left and none is padding
+        return rows
+    place = held.new_zeros(length)
+    place[held[valid]] = valid.nonzero().squeeze(1)
+    return rows[place[index].to(rows.device)]

@@ -14,7 +14,8 @@ import inspect
 import math
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,6 +33,14 @@ _AT_ONCE = 2**18
 """Probabilities that are held at a time where only their mean is wanted: 1 MiB stays in a cache."""
 
 
+class _Left(Exception):
+    """The module of a silent tap was left once it was heard."""
+
+    def __init__(self, tap: Tap) -> None:
+        super().__init__()
+        self.tap = tap
+
+
 @dataclass(eq=False)
 class Tap:
     """A tap on one attention module.
@@ -41,7 +50,7 @@ class Tap:
         armed: called with query (b, h, q, d), key and value (b, h_kv, k, d), the mask and the other
             arguments; `None` lets attention pass unheard.
         captured: what `armed` noted.
-        silent: leave out the attention itself and return zeros: only what is heard is wanted.
+        silent: only what is heard is wanted: attention, and what follows it, is left out.
         thread: the one that armed it. Another may run the module meanwhile, in a model of its own.
     """
 
@@ -54,6 +63,18 @@ class Tap:
     def arm(self, heard: Callable[..., None]) -> None:
         """Call `heard` at the next attention of this thread, and capture anew."""
         self.captured, self.armed, self.thread = [], heard, threading.get_ident()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within, a call of the module is left as soon as it was heard."""
+        self.silent = True
+        try:
+            yield
+        except _Left as left:
+            if left.tap is not self:
+                raise
+        finally:
+            self.silent, self.armed = False, None
 
     @property
     def hears(self) -> bool:
@@ -142,15 +163,14 @@ def _tapped_attention(
 ) -> tuple[Tensor, Tensor | None]:
     # Another thread may have taken the last tap off since this one was led here.
     shared: _Taps | None = getattr(module, "_vtc_taps", None)
-    silent = False
+    silent: Tap | None = None
     for tap in () if shared is None else tuple(shared.taps):
         if tap.hears and (heard := tap.armed) is not None:
-            silent |= tap.silent
+            silent = tap if tap.silent else silent
             with torch.no_grad():
                 heard(query, key, value, attention_mask, kwargs)
-    if silent:
-        b, h, q = query.shape[:3]
-        return query.new_zeros(b, q, h, value.shape[-1]), None
+    if silent is not None:
+        raise _Left(silent)
     default = _default_attention(module)
     own = module.config if shared is None else shared.config
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(own._attn_implementation, default)
