@@ -104,10 +104,10 @@ def patch(model: nn.Module, method: str | Method | dict[str, Any], **settings: A
     """
     chosen = make(method, **settings)
     inner = _unwrapped(model)
-    family, backbone = find(inner)
+    adapter = find(inner)
     # All checks are done by the time the engine is made.
-    make_engine: Any = CrossEngine if family.crosses else Engine
-    engine = make_engine(family, backbone, chosen)
+    make_engine: Any = CrossEngine if adapter.crosses else Engine
+    engine = make_engine(adapter, chosen)
     made = Patch(inner, engine)
     before = _patch_of(inner)
     if before is not None:
@@ -120,7 +120,7 @@ def patch(model: nn.Module, method: str | Method | dict[str, Any], **settings: A
         raise
     if before is not None:
         _forget(before)
-    vars(backbone.base)["_vtc_patch"] = made
+    vars(adapter.base)["_vtc_patch"] = made
     return made
 
 
@@ -145,7 +145,7 @@ def _patch_of(model: nn.Module) -> Patch | None:
 
 
 def _forget(patch: Patch) -> None:
-    del vars(patch._engine.backbone.base)["_vtc_patch"]
+    del vars(patch._engine.adapter.base)["_vtc_patch"]
 
 
 def _unwrapped(model: Any) -> Any:

@@ -62,27 +62,27 @@ class Subject:
         self.batch, self.image = batch, image
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
-        self.backbone = find(model)[1]
+        self.adapter = find(model)
         self.generator = torch.Generator().manual_seed(settings.seed)
         pixels, always = self._pixels()
         self.pixels = pixels
         self.words = self._words(batch, settings.text)
         self.next = self._words(batch, 1)
-        self.tower = Tower(self.backbone.base, self.device, always)
+        self.tower = Tower(self.adapter.base, self.device, always)
         with torch.no_grad():
             found = self.tower(**pixels, return_dict=True).pooler_output
         sizes = {len(features) for features in found}
         if len(sizes) != 1:
             raise RuntimeError(f"images of one size gave {sorted(sizes)} vision tokens")
         self.tokens = sizes.pop()
-        vars(self.backbone.base)["get_image_features"] = self.tower
+        vars(self.adapter.base)["get_image_features"] = self.tower
 
     def close(self) -> None:
-        del vars(self.backbone.base)["get_image_features"]
+        del vars(self.adapter.base)["get_image_features"]
 
     @property
     def layers(self) -> int:
-        return len(self.backbone.layers)
+        return len(self.adapter.layers)
 
     @property
     def whole(self) -> tuple[int, ...]:
@@ -168,7 +168,7 @@ class Subject:
             return
         lengths = variant.lengths or self.whole
         tokens = lengths[0] - self.settings.text
-        cut = Cut(self.backbone.layers, lengths)
+        cut = Cut(self.adapter.layers, lengths)
         self.tower.keep = None if tokens == self.tokens else tokens
         try:
             yield None, self._prompt(tokens)
@@ -192,7 +192,7 @@ class Subject:
                 clock.stop(started.pop(), self.device)
 
         # Before vtc's own hook, in which tokens are chosen.
-        layer = self.backbone.layers[first]
+        layer = self.adapter.layers[first]
         handle = layer.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
         try:
             yield started

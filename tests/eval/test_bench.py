@@ -136,7 +136,7 @@ def subject():
 @pytest.mark.parametrize("lengths", [(16,) * 4, (48, 48, 16, 16), (30, 20, 20, 12)])
 def test_short_really_computes_on_so_many_tokens(subject, lengths):
     seen, held = [], []
-    layers = subject.backbone.layers
+    layers = subject.adapter.layers
     handles = [
         layer.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2]))
         for layer in layers
@@ -181,7 +181,7 @@ def test_short_agrees_with_a_method_that_keeps_the_same_tokens(subject):
 
 
 def test_model_is_as_it_was(subject):
-    base = subject.backbone.base
+    base = subject.adapter.base
     subject.once(bench.Variant("divprune", 4, vtc.make("divprune", keep=4)))
     assert vars(base)["get_image_features"] is subject.tower
     subject.close()

@@ -21,7 +21,7 @@ from tests.reference.probes import Probe
 from tests.runtime.test_exactness import CONTROL, TOLERANCE, difference
 from tests.runtime.test_families import REFUSED, Steps
 from vtc.core import LayerState, Method, Rows, Selection
-from vtc.models import find
+from vtc.models import families, find
 from vtc.report import Stopwatch
 from vtc.runtime.hf import taps
 
@@ -94,11 +94,11 @@ def test_rows_of_decoders(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All rows of all layers, head by head, in a padded batch."""
     family, own = MADE[name], _recorded(monkeypatch)
     model = family.build("eager")
-    _, backbone = find(model)
+    adapter = find(model)
     batch = family.collate(family.rows("ragged"))
     valid = batch["attention_mask"].bool()
     places = torch.arange(valid.shape[1]).expand_as(valid)
-    modules = [getattr(layer, "self_attn", None) for layer in backbone.layers]
+    modules = [getattr(layer, "self_attn", None) for layer in adapter.layers]
     tapped = [taps.install(m) for m in modules if m is not None and hasattr(m, "config")]
     for tap in tapped:
         assert not taps.foreign_options(tap.module)
@@ -116,13 +116,11 @@ def test_rows_of_decoders(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _towers() -> list[str]:
-    return [name for name in MADE if " with " not in name and find_quietly(name).tower]
+    return [name for name in MADE if " with " not in name and find_quietly(name).reads_tower]
 
 
 def find_quietly(name: str) -> Any:
-    from vtc.models import FAMILIES as KNOWN
-
-    return next(f for f in KNOWN if MADE[name].model_type in f.model_types)
+    return next(cls for cls in families() if MADE[name].model_type in cls.model_types)
 
 
 @pytest.mark.parametrize("name", _towers())
@@ -130,9 +128,9 @@ def test_attention_of_towers(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     """[CLS]'s row, or what each patch receives of those that see it, mean over the heads."""
     family, own = MADE[name], _recorded(monkeypatch)
     model = family.build("eager")
-    known, backbone = find(model)
-    tapped = [taps.install(module) for module in known.tower_attention(backbone)]
-    has_cls = known.has_cls(backbone)
+    adapter = find(model)
+    tapped = [taps.install(module) for module in adapter.tower_attention()]
+    has_cls = adapter.has_cls()
     for tap in tapped:
         assert not taps.foreign_options(tap.module)
         taps.listen_tower(tap, has_cls, Stopwatch())
@@ -192,9 +190,9 @@ def test_an_option_that_is_not_known_is_refused(monkeypatch: pytest.MonkeyPatch)
         raise AssertionError("not called")
 
     model = FAMILIES["internvl"].build("eager")
-    known, backbone = find(model)
-    attention: Any = backbone.layers[0].self_attn
-    tower: Any = known.tower_attention(backbone)[0]
+    adapter = find(model)
+    attention: Any = adapter.layers[0].self_attn
+    tower: Any = adapter.tower_attention()[0]
     monkeypatch.setattr(f"{type(attention).__module__}.eager_attention_forward", eager)
     with pytest.raises(vtc.UnsupportedModelError, match=r"Qwen2Attention attends with indices"):
         vtc.patch(model, _Reads())

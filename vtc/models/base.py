@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -28,28 +28,6 @@ CACHE = (
 
 class UnsupportedModelError(TypeError):
     """The model is not a VLM of a shape that vtc covers."""
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """The modules of a VLM that the engine hooks.
-
-    Attributes:
-        model: what the user called `vtc.patch` on, without wrappers.
-        base: merges vision features into the text embeddings.
-        decoder: called, directly or not, by `base` with `inputs_embeds`; holds the decoder `layers`
-            and their `config`.
-        tower: the vision encoder, or `None` where it was not found.
-    """
-
-    model: Any
-    base: Any
-    decoder: Any
-    tower: Any
-
-    @property
-    def layers(self) -> nn.ModuleList:
-        return self.decoder.layers
 
 
 @dataclass(frozen=True)
@@ -107,9 +85,24 @@ _OWN = {
 """What the common shape has not, by the attribute that shows it."""
 
 
-class Family:
-    """The common shape: projected features are scattered over placeholder tokens, and a causal
-    decoder with one-dimensional positions runs on the result. Families override what differs.
+ADAPTERS: list[type[Adapter]] = []
+"""The registered families, in the order of their definition."""
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """What is known of one model: its modules, and how its architecture lays out vision tokens.
+
+    This is the common shape: projected features are scattered over placeholder tokens, and a causal
+    decoder with one-dimensional positions runs on the result. A family is a subclass that overrides
+    what differs.
+
+    Attributes:
+        model: what the user called `vtc.patch` on, without wrappers.
+        base: merges vision features into the text embeddings.
+        decoder: called, directly or not, by `base` with `inputs_embeds`; holds the decoder `layers`
+            and their `config`.
+        tower: the vision encoder, or `None` where it was not found.
 
     Class attributes:
         name: what `vtc models` calls it.
@@ -127,7 +120,7 @@ class Family:
         video: whether clips are compressed as one, for `vtc models`.
         frames: clips are sets of images, one a frame, for `vtc models`.
         projects_patches: the projector makes one token of each patch state.
-        tower: whether attention and keys of the vision tower can be read for methods that need it.
+        reads_tower: whether attention and keys of the vision tower can be read.
         clips_as_images: the base model encodes clips with `get_image_features`.
         since: by model type, the first transformers whose model has what vtc hooks, if that is
             newer than the oldest transformers that vtc runs on.
@@ -147,17 +140,47 @@ class Family:
     video: ClassVar[bool] = False
     frames: ClassVar[bool] = False
     projects_patches: ClassVar[bool] = True
-    tower: ClassVar[bool] = True
+    reads_tower: ClassVar[bool] = True
     clips_as_images: ClassVar[bool] = False
 
+    model: Any
+    base: Any
+    decoder: Any
+    tower: Any
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "model_types" in vars(cls):
+            # One of the same name takes its place: a module that is loaded again.
+            ADAPTERS[:] = [a for a in ADAPTERS if a.name != cls.name]
+            ADAPTERS.append(cls)
+
+    @classmethod
+    def readable(cls) -> str:
+        """What methods can read of the vision tower, in words."""
+        if not cls.reads_tower:
+            return "nothing"
+        known = cls.projector is not Adapter.projector or not cls.axial
+        return "attention, keys" + ", patch states" * (known and cls.projects_patches)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder's layers."""
+        return self.decoder.layers
+
     # ---- where things are ---------------------------------------------------------------------
-    def backbone(self, model: nn.Module) -> Backbone:
-        """Find the modules, or raise `UnsupportedModelError` naming what is missing."""
-        base: Any = model if hasattr(model, self.merger) else getattr(model, "model", None)
+    @classmethod
+    def bind(cls, model: nn.Module) -> Self:
+        """The adapter of `model`.
+
+        Raises:
+            UnsupportedModelError: the model lacks a module that vtc hooks; names which.
+        """
+        base: Any = model if hasattr(model, cls.merger) else getattr(model, "model", None)
         language_model = getattr(base, "language_model", None)
         if language_model is None:
             language_model = getattr(base, "text_model", None)
-        missing = [name for name in (self.merger, "get_image_features") if not hasattr(base, name)]
+        missing = [name for name in (cls.merger, "get_image_features") if not hasattr(base, name)]
         if language_model is None:
             missing.append("language_model")
         if base is None or missing:
@@ -172,37 +195,37 @@ class Family:
                     f"model: found no decoder layers in {type(language_model).__name__}"
                 )
         towers = (getattr(base, name, None) for name in ("vision_tower", "vision_model", "visual"))
-        return Backbone(model, base, decoder, next((t for t in towers if t is not None), None))
+        return cls(model, base, decoder, next((t for t in towers if t is not None), None))
 
-    def check(self, backbone: Backbone) -> None:
+    def check(self) -> None:
         """Raise `UnsupportedModelError` for what this family cannot do right."""
-        kind = type(backbone.model).__name__
-        own = getattr(type(backbone.model), "generate", GenerationMixin.generate)
+        kind = type(self.model).__name__
+        own = getattr(type(self.model), "generate", GenerationMixin.generate)
         if own is not GenerationMixin.generate:
             raise UnsupportedModelError(
                 f"model: {kind} has a generate of its own, which needs a family of its own"
             )
         if self.model_types:
             return
-        kinds = set(getattr(backbone.decoder.config, "layer_types", None) or ())
+        kinds = set(getattr(self.decoder.config, "layer_types", None) or ())
         foreign = kinds - {"full_attention", "sliding_attention"}
         if foreign:
             raise UnsupportedModelError(
-                f"model: {type(backbone.decoder).__name__} has layers of kind "
+                f"model: {type(self.decoder).__name__} has layers of kind "
                 f"{', '.join(sorted(foreign))}; supported are full and sliding attention"
             )
-        rotary = getattr(backbone.decoder, "rotary_emb", None)
+        rotary = getattr(self.decoder, "rotary_emb", None)
         if rotary is None or "layer_type" in inspect.signature(rotary.forward).parameters:
             raise UnsupportedModelError(
-                f"model: {type(backbone.decoder).__name__} has not one rotary embedding for all "
+                f"model: {type(self.decoder).__name__} has not one rotary embedding for all "
                 "layers, and so needs a family of its own"
             )
         for name, meaning in _OWN.items():
-            if hasattr(backbone.decoder, name) or hasattr(backbone.base, name):
+            if hasattr(self.decoder, name) or hasattr(self.base, name):
                 raise UnsupportedModelError(
                     f"model: {kind} has {name}: {meaning}, which needs a family of its own"
                 )
-        accepted = inspect.signature(type(backbone.base).forward).parameters
+        accepted = inspect.signature(type(self.base).forward).parameters
         for name in ("token_type_ids", "mm_token_type_ids"):
             if name in accepted:
                 raise UnsupportedModelError(
@@ -210,7 +233,7 @@ class Family:
                     "image in a way of its own, which needs a family of its own"
                 )
 
-    def check_layers(self, backbone: Backbone, layers: Sequence[int]) -> None:
+    def check_layers(self, layers: Sequence[int]) -> None:
         """Raise `UnsupportedModelError` if tokens cannot be dropped before these decoder layers."""
 
     # ---- features and placeholders ------------------------------------------------------------
@@ -219,9 +242,7 @@ class Family:
         a list of (n, d)."""
         return output.pooler_output
 
-    def placeholders(
-        self, backbone: Backbone, output: Any, given: Mapping[str, Any]
-    ) -> dict[Modality, Tensor]:
+    def placeholders(self, output: Any, given: Mapping[str, Any]) -> dict[Modality, Tensor]:
         """(b, s) bool by modality, from what `merger` was given and returned."""
         names: tuple[Modality, ...] = ("image", "video")
         masks = output if isinstance(output, tuple) else (output,)
@@ -232,7 +253,7 @@ class Family:
         }
 
     def image_maps(
-        self, backbone: Backbone, modality: Modality, given: Mapping[str, Any], features: Any
+        self, modality: Modality, given: Mapping[str, Any], features: Any
     ) -> list[list[ImageMap]]:
         """For each element of `features`, what its placeholders stand for: one map an image.
 
@@ -241,7 +262,7 @@ class Family:
         """
         maps, first = [], 0
         for i, own in enumerate(features):
-            found = self.plain_map(backbone, len(own), first, self._size_of(given, i))
+            found = self.plain_map(len(own), first, self._size_of(given, i))
             first += len(own)
             maps.append([found])
         return maps
@@ -250,12 +271,10 @@ class Family:
         sizes = given.get("image_sizes")
         return None if sizes is None else (int(sizes[i][0]), int(sizes[i][1]))
 
-    def plain_map(
-        self, backbone: Backbone, n: int, first: int, image_size: tuple[int, int] | None = None
-    ) -> ImageMap:
+    def plain_map(self, n: int, first: int, image_size: tuple[int, int] | None = None) -> ImageMap:
         """One patch a token, in raster order, the first being patch `first`."""
         patches = torch.arange(first, first + n)[:, None]
-        return ImageMap(self.grid(backbone, n, image_size), patches=patches)
+        return ImageMap(self.grid(n, image_size), patches=patches)
 
     def join(self, maps: list[ImageMap], modality: Modality) -> ImageMap:
         """One map of several that stand side by side: the tiles of an image, the last of them the
@@ -282,43 +301,43 @@ class Family:
         )
 
     # ---- vision -------------------------------------------------------------------------------
-    def tower_attention(self, backbone: Backbone) -> list[nn.Module]:
+    def tower_attention(self) -> list[nn.Module]:
         """The attention module of each layer of the vision tower, first to last."""
-        if not self.tower:
+        if not self.reads_tower:
             raise UnsupportedModelError(
-                f"model: in the vision tower of {type(backbone.model).__name__} vtc reads no "
+                f"model: in the vision tower of {type(self.model).__name__} vtc reads no "
                 "attention and no keys; use a method that needs neither"
             )
-        encoder = getattr(backbone.tower, "encoder", None)
+        encoder = getattr(self.tower, "encoder", None)
         layers: Any = getattr(encoder, "layers", None) or ()
         modules: list[Any] = [getattr(layer, "self_attn", None) for layer in layers]
         if not modules or any(m is None or not hasattr(m, "config") for m in modules):
             raise UnsupportedModelError(
-                f"model: cannot read attention in the vision tower {type(backbone.tower).__name__}"
+                f"model: cannot read attention in the vision tower {type(self.tower).__name__}"
             )
         return modules
 
-    def encoder_layers(self, backbone: Backbone) -> list[Any]:
+    def encoder_layers(self) -> list[Any]:
         """The layers of the vision tower, if their parts are where a plain ViT has them."""
-        encoder = getattr(backbone.tower, "encoder", None)
+        encoder = getattr(self.tower, "encoder", None)
         layers = list(getattr(encoder, "layers", None) or ())
         parts = ("layer_norm1", "self_attn", "layer_norm2", "mlp")
         if not layers or any(not hasattr(layer, part) for layer in layers for part in parts):
             raise UnsupportedModelError(
-                f"model: the layers of the vision tower {type(backbone.tower).__name__} have not "
+                f"model: the layers of the vision tower {type(self.tower).__name__} have not "
                 f"the parts {', '.join(parts)} between which patches could be merged"
             )
-        self.tower_attention(backbone)
+        self.tower_attention()
         return layers
 
-    def encoder_depth(self, backbone: Backbone, given: Mapping[str, Any]) -> int:
+    def encoder_depth(self, given: Mapping[str, Any]) -> int:
         """How many tower layers the features pass through.
 
         Args:
             given: the arguments of `get_image_features`, which may differ from the config.
         """
-        count = len(self.encoder_layers(backbone))
-        wanted = setting(backbone, given, "vision_feature_layer", -1)
+        count = len(self.encoder_layers())
+        wanted = setting(self, given, "vision_feature_layer", -1)
         if not isinstance(wanted, int):
             raise UnsupportedModelError(
                 f"model: features of the tower layers {wanted} are joined, which is impossible "
@@ -326,50 +345,48 @@ class Family:
             )
         return wanted if wanted >= 0 else count + 1 + wanted
 
-    def has_cls(self, backbone: Backbone) -> bool:
+    def has_cls(self) -> bool:
         """Whether the first token of the tower is a [CLS] token."""
-        embeddings = getattr(backbone.tower, "embeddings", None)
+        embeddings = getattr(self.tower, "embeddings", None)
         return any(hasattr(embeddings, name) for name in ("class_embedding", "cls_token"))
 
-    def prefix(self, backbone: Backbone, given: Mapping[str, Any]) -> int:
+    def prefix(self, given: Mapping[str, Any]) -> int:
         """Tokens of the tower that stand before an image's patches and make no vision token.
 
         Args:
             given: the arguments of `get_image_features`, which may differ from the config.
         """
-        full = setting(backbone, given, "vision_feature_select_strategy", "default") == "full"
-        return int(self.has_cls(backbone) and not full)
+        full = setting(self, given, "vision_feature_select_strategy", "default") == "full"
+        return int(self.has_cls() and not full)
 
-    def tower_of(self, backbone: Backbone, modality: Modality) -> Any:
+    def tower_of(self, modality: Modality) -> Any:
         """The vision encoder of images, or of clips."""
-        return backbone.tower
+        return self.tower
 
-    def tower_order(self, backbone: Backbone, given: Mapping[str, Any]) -> Tensor | None:
+    def tower_order(self, given: Mapping[str, Any]) -> Tensor | None:
         """(patches,) where each patch, in the order that `ImageMap.patches` counts in, stands in
         the tower, if that is another order."""
         return None
 
-    def projector(self, backbone: Backbone) -> nn.Module | None:
+    def projector(self) -> nn.Module | None:
         """The module from patch states to embeddings, one row each, or `None` if not known."""
-        return getattr(backbone.base, "multi_modal_projector", None)
+        return getattr(self.base, "multi_modal_projector", None)
 
-    def cls_states(
-        self, backbone: Backbone, output: Any, given: Mapping[str, Any]
-    ) -> Tensor | None:
+    def cls_states(self, output: Any, given: Mapping[str, Any]) -> Tensor | None:
         """(images, d_v) states of [CLS] in the layer that the projector reads, from the tower's
         output, or `None` where there is no [CLS].
 
         Args:
             given: the arguments of `get_image_features`, which may differ from the config.
         """
-        if not self.has_cls(backbone):
+        if not self.has_cls():
             return None
-        several = setting(backbone, given, "vision_feature_layers", -1)
-        wanted: Any = setting(backbone, given, "vision_feature_layer", several)
+        several = setting(self, given, "vision_feature_layers", -1)
+        wanted: Any = setting(self, given, "vision_feature_layer", several)
         layers = [wanted] if isinstance(wanted, int) else wanted
         return torch.cat([output.hidden_states[layer][:, 0] for layer in layers], dim=-1)
 
-    def grid(self, backbone: Backbone, n: int, image_size: tuple[int, int] | None) -> Tensor:
+    def grid(self, n: int, image_size: tuple[int, int] | None) -> Tensor:
         """(n, 3) whole numbers (frame, row, column) of one image's tokens.
 
         Args:
@@ -377,20 +394,20 @@ class Family:
         """
         rows = columns = math.isqrt(n)
         if image_size is not None:
-            patch = backbone.tower.config.patch_size
+            patch = self.tower.config.patch_size
             rows, columns = image_size[0] // patch, image_size[1] // patch
         if rows * columns != n:
             # Not a full rectangle: one row, which claims nothing about neighbours above or below.
             rows, columns = 1, n
         return grid_positions(rows, columns)
 
-    def check_pixels(self, backbone: Backbone, given: Mapping[str, Any]) -> None:
+    def check_pixels(self, given: Mapping[str, Any]) -> None:
         """Raise `UnsupportedModelError` if the tower takes images of one size only.
 
         Args:
             given: the arguments of `get_image_features`, which may differ from the config.
         """
-        tower = backbone.tower
+        tower = self.tower
         for wrapped in ("_orig_mod", "original_module"):  # by torch.compile, by peft
             tower = getattr(tower, wrapped, tower)
         patch = getattr(getattr(tower, "config", None), "patch_size", None)
@@ -401,14 +418,14 @@ class Family:
                 f"model: the vision tower {type(tower).__name__} does not interpolate its position "
                 "embeddings, which down-sampling pixels needs; use how='grid'"
             )
-        if self.has_cls(backbone) and not self.prefix(backbone, given):
+        if self.has_cls() and not self.prefix(given):
             raise UnsupportedModelError(
                 "model: its vision tokens include [CLS], which has no place on a grid of fewer "
                 "pixels; use how='grid'"
             )
 
     def downsampled_features(
-        self, backbone: Backbone, encode: Any, pixel_values: Tensor, method: Any, kwargs: Any
+        self, encode: Any, pixel_values: Tensor, method: Any, kwargs: Any
     ) -> tuple[Any, list[tuple[tuple[int, int], tuple[int, int]]]]:
         """Run the tower on fewer pixels.
 
@@ -424,7 +441,7 @@ class Family:
                 "method: down-sampling pixels needs pixel_values of shape (images, 3, height, "
                 f"width), got {tuple(pixel_values.shape)}; use how='grid'"
             )
-        patch = backbone.tower.config.patch_size
+        patch = self.tower.config.patch_size
         rows, columns = pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch
         r, c = method.target_grid(rows, columns)
         if (r, c) != (rows, columns):
@@ -440,24 +457,24 @@ class Family:
         return out, [((rows, columns), (r, c))] * pixel_values.shape[0]
 
     # ---- decoder ------------------------------------------------------------------------------
-    def rotary(self, backbone: Backbone, layer: int, hidden: Tensor, positions: Tensor) -> Any:
+    def rotary(self, layer: int, hidden: Tensor, positions: Tensor) -> Any:
         """The position embeddings that decoder layer `layer` takes, at `positions` (b, k)."""
-        embed = backbone.decoder.rotary_emb
+        embed = self.decoder.rotary_emb
         if "layer_type" in inspect.signature(embed.forward).parameters:
-            return embed(hidden, positions, self.layer_type(backbone, layer))
+            return embed(hidden, positions, self.layer_type(layer))
         return embed(hidden, position_ids=positions)
 
-    def rotates(self, backbone: Backbone, layer: int) -> bool:
+    def rotates(self, layer: int) -> bool:
         """Whether decoder layer `layer` turns its queries and keys by their positions."""
-        attention: Any = backbone.layers[layer].self_attn
+        attention: Any = self.layers[layer].self_attn
         if type(attention).__name__.startswith("Cohere2"):
             # Its layers with a window do, those that see all do not.
             return attention.sliding_window is not None or getattr(attention, "force_rope", False)
         return bool(getattr(attention, "use_rope", True))
 
-    def check_rotate(self, backbone: Backbone) -> None:
+    def check_rotate(self) -> None:
         """Raise `UnsupportedModelError` if `rotate` cannot turn what this decoder turns."""
-        attention = backbone.layers[0].self_attn
+        attention = self.layers[0].self_attn
         if hasattr(attention, "qk_rope_head_dim"):
             raise UnsupportedModelError(
                 f"model: {type(attention).__name__} turns a part of each key only, so "
@@ -471,28 +488,28 @@ class Family:
                 "with which to compare positions, or keys of padded rows"
             )
 
-    def rotate(self, backbone: Backbone, layer: int, states: Tensor, rotation: Any) -> Tensor:
+    def rotate(self, layer: int, states: Tensor, rotation: Any) -> Tensor:
         """`states` (b, h, k, d) turned by what `rotary` returned."""
-        attention = backbone.layers[layer].self_attn
+        attention = self.layers[layer].self_attn
         apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
         return apply(states, states, *rotation)[1]
 
-    def layer_type(self, backbone: Backbone, layer: int) -> str:
+    def layer_type(self, layer: int) -> str:
         """ "full_attention", "sliding_attention", "chunked_attention" or "linear_attention"."""
-        config = backbone.decoder.config
+        config = self.decoder.config
         kinds: list[str] | None = getattr(config, "layer_types", None)
         if kinds:
             return kinds[layer]
         sliding = getattr(config, "sliding_window", None) is not None
         return "sliding_attention" if sliding else "full_attention"
 
-    def chunk(self, backbone: Backbone, layer: int) -> int | None:
+    def chunk(self, layer: int) -> int | None:
         """The length of the chunks within which decoder layer `layer` attends, if it does so."""
-        if self.layer_type(backbone, layer) != "chunked_attention":
+        if self.layer_type(layer) != "chunked_attention":
             return None
-        return int(backbone.decoder.config.attention_chunk_size)
+        return int(self.decoder.config.attention_chunk_size)
 
-    def blocks(self, backbone: Backbone, given: Mapping[str, Any]) -> Tensor | None:
+    def blocks(self, given: Mapping[str, Any]) -> Tensor | None:
         """(b, s) whole numbers: tokens with the same one see each other in both directions, -1 for
         those that see what is before them; `None` if all are such.
 
@@ -501,13 +518,12 @@ class Family:
         """
         return None
 
-    def layer_blocks(self, backbone: Backbone, layer: int, blocks: Tensor | None) -> Tensor | None:
+    def layer_blocks(self, layer: int, blocks: Tensor | None) -> Tensor | None:
         """`blocks` as far as decoder layer `layer` heeds them."""
         return blocks
 
     def mask(
         self,
-        backbone: Backbone,
         layer: int,
         embeds: Tensor,
         valid: Tensor | None,
@@ -525,10 +541,10 @@ class Family:
         build = {
             "sliding_attention": create_sliding_window_causal_mask,
             "chunked_attention": create_chunked_causal_mask,
-        }.get(self.layer_type(backbone, layer), create_causal_mask)
+        }.get(self.layer_type(layer), create_causal_mask)
         extra = {} if blocks is None else {"block_sequence_ids": blocks}
         return build(
-            config=backbone.decoder.config,
+            config=self.decoder.config,
             inputs_embeds=embeds,
             attention_mask=valid,
             layer_idx=layer,
@@ -537,10 +553,10 @@ class Family:
         )
 
 
-def setting(backbone: Backbone, given: Mapping[str, Any], name: str, default: Any) -> Any:
+def setting(adapter: Adapter, given: Mapping[str, Any], name: str, default: Any) -> Any:
     """What holds of a setting of the config that calls may give another value."""
     value = given.get(name)
-    return getattr(backbone.model.config, name, default) if value is None else value
+    return getattr(adapter.model.config, name, default) if value is None else value
 
 
 def shift_patches(found: ImageMap, by: int) -> ImageMap:

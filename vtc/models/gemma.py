@@ -17,8 +17,7 @@ from transformers.masking_utils import (
 
 from vtc.models.base import (
     CACHE,
-    Backbone,
-    Family,
+    Adapter,
     ImageMap,
     Modality,
     UnsupportedModelError,
@@ -27,7 +26,7 @@ from vtc.models.base import (
 )
 
 
-class PaliGemma(Family):
+class PaliGemma(Adapter):
     """All of the prompt sees all of it (prefix LM); the answer is causal."""
 
     name: ClassVar[str] = "paligemma"
@@ -36,12 +35,12 @@ class PaliGemma(Family):
     masks_in_base: ClassVar[bool] = True
     attention: ClassVar[str] = "both directions, all of the prompt"
 
-    def blocks(self, backbone: Backbone, given: Mapping[str, Any]) -> Tensor | None:
+    def blocks(self, given: Mapping[str, Any]) -> Tensor | None:
         kinds = given.get("token_type_ids")
         return None if kinds is None else torch.where(kinds == 0, 0, -1)
 
 
-class Gemma3(Family):
+class Gemma3(Adapter):
     """Images see themselves, within the window of a layer that has one. A window counts the tokens
     that its layer holds."""
 
@@ -53,7 +52,7 @@ class Gemma3(Family):
     attention: ClassVar[str] = "both directions"
     kinds: ClassVar[str] = "token_type_ids"
 
-    def blocks(self, backbone: Backbone, given: Mapping[str, Any]) -> Tensor | None:
+    def blocks(self, given: Mapping[str, Any]) -> Tensor | None:
         kinds = given.get(self.kinds)
         if kinds is None:
             return None
@@ -62,14 +61,14 @@ class Gemma3(Family):
         return torch.where(image, (image & ~before).long().cumsum(1) - 1, -1)
 
     def image_maps(
-        self, backbone: Backbone, modality: Modality, given: Mapping[str, Any], features: Any
+        self, modality: Modality, given: Mapping[str, Any], features: Any
     ) -> list[list[ImageMap]]:
-        projector = backbone.base.multi_modal_projector
+        projector = self.base.multi_modal_projector
         side, by = projector.patches_per_image, projector.kernel_size
         return [
             [
                 ImageMap(
-                    self.grid(backbone, len(own), None),
+                    self.grid(len(own), None),
                     patches=merged_patches(side, side, by, i * side * side),
                 )
             ]
@@ -78,16 +77,15 @@ class Gemma3(Family):
 
     def mask(
         self,
-        backbone: Backbone,
         layer: int,
         embeds: Tensor,
         valid: Tensor | None,
         cache: Any,
         blocks: Tensor | None,
     ) -> Any:
-        sliding = self.layer_type(backbone, layer) == "sliding_attention"
+        sliding = self.layer_type(layer) == "sliding_attention"
         if blocks is None or not sliding:
-            return super().mask(backbone, layer, embeds, valid, cache, blocks)
+            return super().mask(layer, embeds, valid, cache, blocks)
         # In a window, unlike in the common mask, images see no further than the window either.
         spare = embeds.shape[1]
         if cache is not None:
@@ -95,34 +93,32 @@ class Gemma3(Family):
             spare = held + offset
         blocks = torch.nn.functional.pad(blocks, (0, max(spare - blocks.shape[1], 0)), value=-1)
         return create_causal_mask(
-            config=backbone.decoder.config,
+            config=self.decoder.config,
             inputs_embeds=embeds,
             attention_mask=valid,
             layer_idx=layer,
             or_mask_function=blockwise_overlay(blocks),
-            and_mask_function=sliding_window_overlay(backbone.decoder.config.sliding_window),
+            and_mask_function=sliding_window_overlay(self.decoder.config.sliding_window),
             **{CACHE: cache},
         )
 
 
-class Gemma3n(Family):
+class Gemma3n(Adapter):
     """A convolutional tower, causal attention, hidden states in several streams (AltUp), so that
     methods act before the language model only."""
 
     name: ClassVar[str] = "gemma3n"
     model_types: ClassVar[tuple[str, ...]] = ("gemma3n",)
     stages: ClassVar[tuple[str, ...]] = ("sequence",)
-    tower: ClassVar[bool] = False
+    reads_tower: ClassVar[bool] = False
 
-    def placeholders(
-        self, backbone: Backbone, output: Any, given: Mapping[str, Any]
-    ) -> dict[Modality, Tensor]:
-        return super().placeholders(backbone, output[0], given)  # the other is of sounds
+    def placeholders(self, output: Any, given: Mapping[str, Any]) -> dict[Modality, Tensor]:
+        return super().placeholders(output[0], given)  # the other is of sounds
 
     def image_maps(
-        self, backbone: Backbone, modality: Modality, given: Mapping[str, Any], features: Any
+        self, modality: Modality, given: Mapping[str, Any], features: Any
     ) -> list[list[ImageMap]]:
-        return [[ImageMap(self.grid(backbone, len(own), None))] for own in features]
+        return [[ImageMap(self.grid(len(own), None))] for own in features]
 
 
 class Gemma4(Gemma3):
@@ -131,28 +127,28 @@ class Gemma4(Gemma3):
 
     name: ClassVar[str] = "gemma4"
     model_types: ClassVar[tuple[str, ...]] = ("gemma4",)
-    tower: ClassVar[bool] = False
+    reads_tower: ClassVar[bool] = False
     attention: ClassVar[str] = "both directions in windows; causal in the small models"
     kinds: ClassVar[str] = "mm_token_type_ids"
     video: ClassVar[bool] = True
 
-    def blocks(self, backbone: Backbone, given: Mapping[str, Any]) -> Tensor | None:
-        if backbone.decoder.config.use_bidirectional_attention != "vision":
+    def blocks(self, given: Mapping[str, Any]) -> Tensor | None:
+        if self.decoder.config.use_bidirectional_attention != "vision":
             return None
-        return super().blocks(backbone, given)
+        return super().blocks(given)
 
-    def layer_blocks(self, backbone: Backbone, layer: int, blocks: Tensor | None) -> Tensor | None:
+    def layer_blocks(self, layer: int, blocks: Tensor | None) -> Tensor | None:
         # Full layers are causal, images included.
-        full = self.layer_type(backbone, layer) != "sliding_attention"
+        full = self.layer_type(layer) != "sliding_attention"
         return None if full else blocks
 
     def image_maps(
-        self, backbone: Backbone, modality: Modality, given: Mapping[str, Any], features: Any
+        self, modality: Modality, given: Mapping[str, Any], features: Any
     ) -> list[list[ImageMap]]:
         video = modality == "video"
         places = given["video_position_ids" if video else "image_position_ids"].cpu()
         frames = given["num_frames_per_video"].tolist() if video else [1] * len(places)
-        by = backbone.model.config.vision_config.pooling_kernel_size
+        by = self.model.config.vision_config.pooling_kernel_size
         maps = []
         for own, of_one in zip(features, places.split(frames), strict=True):
             grids = []
@@ -166,8 +162,8 @@ class Gemma4(Gemma3):
             assert len(maps[-1][0]) == len(own)
         return maps
 
-    def check_layers(self, backbone: Backbone, layers: Sequence[int]) -> None:
-        config = backbone.decoder.config
+    def check_layers(self, layers: Sequence[int]) -> None:
+        config = self.decoder.config
         shared = getattr(config, "num_kv_shared_layers", 0) or 0
         own = config.num_hidden_layers - shared
         sources = [

@@ -6,12 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from vtc.models.base import Backbone, Family, UnsupportedModelError, grid_positions
+from vtc.models.base import Adapter, UnsupportedModelError, grid_positions
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class CrossImage:
     crop: Tensor | None
 
 
-class Mllama(Family):
+class Mllama(Adapter):
     """No vision token stands in the sequence: keys and values of the cross-attention layers go.
     Each tile has a grid of its own, and its [CLS] stays."""
 
@@ -42,10 +42,11 @@ class Mllama(Family):
     positions: ClassVar[str] = "none"
     crosses: ClassVar[bool] = True
     attention = "nothing; text reads them through cross-attention"
-    tower = False
+    reads_tower = False
 
-    def backbone(self, model: nn.Module) -> Backbone:
-        """Find the modules, or raise `UnsupportedModelError` naming what is missing."""
+    @classmethod
+    def bind(cls, model: nn.Module) -> Self:
+        """As of the common shape, without a merger of features."""
         parts = ("language_model", "vision_model", "multi_modal_projector")
         base: Any = getattr(model, "model", model)
         missing = [name for name in parts if not hasattr(base, name)]
@@ -56,25 +57,25 @@ class Mllama(Family):
             raise UnsupportedModelError(
                 f"model: found no decoder layers in {type(decoder).__name__}"
             )
-        return Backbone(model, base, decoder, base.vision_model)
+        return cls(model, base, decoder, base.vision_model)
 
-    def check(self, backbone: Backbone) -> None:
+    def check(self) -> None:
         """Raise `UnsupportedModelError` for what this family cannot do right."""
-        super().check(backbone)
-        if "flash" in (backbone.decoder.config._attn_implementation or ""):
+        super().check()
+        if "flash" in (self.decoder.config._attn_implementation or ""):
             raise UnsupportedModelError(
                 "model: flash attention takes no mask of the states that a token sees; load "
-                f"{type(backbone.model).__name__} with attn_implementation='sdpa'"
+                f"{type(self.model).__name__} with attn_implementation='sdpa'"
             )
 
-    def cross_layers(self, backbone: Backbone) -> tuple[int, ...]:
+    def cross_layers(self) -> tuple[int, ...]:
         """0-based decoder layers that read vision states, ascending."""
-        layers = set(backbone.decoder.config.cross_attention_layers)
-        return tuple(i for i in range(len(backbone.layers)) if i in layers)
+        layers = set(self.decoder.config.cross_attention_layers)
+        return tuple(i for i in range(len(self.layers)) if i in layers)
 
-    def image_token(self, backbone: Backbone) -> int:
+    def image_token(self) -> int:
         """The id of the token that stands for an image in the text."""
-        return int(backbone.model.config.image_token_index)
+        return int(self.model.config.image_token_index)
 
     def real_tiles(self, given: Mapping[str, Any]) -> Tensor:
         """(b, images, tiles) bool, False for tiles of padding and for images of padding.
@@ -122,13 +123,13 @@ class Mllama(Family):
                 "mark as padding, whose states a patched model drops"
             )
 
-    def images(self, backbone: Backbone, given: Mapping[str, Any]) -> list[list[CrossImage]]:
+    def images(self, given: Mapping[str, Any]) -> list[list[CrossImage]]:
         """The images of each row of the batch, in order.
 
         Args:
             given: the arguments of the base model's forward.
         """
-        vision = backbone.tower.config
+        vision = self.tower.config
         side = vision.image_size // vision.patch_size
         own, place = grid_positions(side, side), torch.arange(1, side * side + 1)
         found: list[list[CrossImage]] = []

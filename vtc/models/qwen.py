@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vtc.models.base import Backbone, Family, ImageMap, Modality, UnsupportedModelError
+from vtc.models.base import Adapter, ImageMap, Modality, UnsupportedModelError
 
 
-class QwenVL(Family):
+class QwenVL(Adapter):
     """Qwen2-VL, Qwen2.5-VL, Qwen3-VL (dense and MoE), GLM-4.1V, GLM-4.5V and GLM-4.6V.
 
     A vision token's position is its place in the picture, so it keeps it: "contiguous" is as
@@ -32,14 +32,14 @@ class QwenVL(Family):
     positions: ClassVar[str] = "places in the picture"
     video: ClassVar[bool] = True
 
-    def tower_attention(self, backbone: Backbone) -> list[Any]:
-        return [block.attn for block in backbone.tower.blocks]
+    def tower_attention(self) -> list[Any]:
+        return [block.attn for block in self.tower.blocks]
 
     def image_maps(
-        self, backbone: Backbone, modality: Modality, given: Mapping[str, Any], features: Any
+        self, modality: Modality, given: Mapping[str, Any], features: Any
     ) -> list[list[ImageMap]]:
         sizes = given["image_grid_thw" if modality == "image" else "video_grid_thw"]
-        by, maps, first = backbone.tower.spatial_merge_size, [], 0
+        by, maps, first = self.tower.spatial_merge_size, [], 0
         for own, (frames, rows, columns) in zip(features, sizes.tolist(), strict=True):
             place = torch.arange(len(own))
             r, c = rows // by, columns // by
@@ -52,8 +52,8 @@ class QwenVL(Family):
             maps.append([ImageMap(grid, patches=patches)])
         return maps
 
-    def tower_order(self, backbone: Backbone, given: Mapping[str, Any]) -> Tensor | None:
-        tower = backbone.tower
+    def tower_order(self, given: Mapping[str, Any]) -> Tensor | None:
+        tower = self.tower
         if not hasattr(tower, "fullatt_block_indexes"):  # no windows, no other order
             return None
         grid = given.get("image_grid_thw", given.get("video_grid_thw"))
@@ -65,28 +65,28 @@ class QwenVL(Family):
             windows, _ = get_vision_window_index(
                 grid, tower.spatial_merge_size, tower.window_size, tower.patch_size
             )
-        unit = backbone.tower.spatial_merge_unit
+        unit = self.tower.spatial_merge_unit
         windows = torch.as_tensor(windows).cpu()
         place = torch.empty_like(windows)
         place[windows] = torch.arange(len(windows))
         return (place[:, None] * unit + torch.arange(unit)).flatten()
 
-    def rotary(self, backbone: Backbone, layer: int, hidden: Tensor, positions: Tensor) -> Any:
+    def rotary(self, layer: int, hidden: Tensor, positions: Tensor) -> Any:
         if positions.dim() == 2:
             positions = positions[None].expand(3, -1, -1)
         elif positions.shape[0] == 4:  # the first axis counts text, for packed sequences
             positions = positions[1:]
-        return backbone.decoder.rotary_emb(hidden, positions)
+        return self.decoder.rotary_emb(hidden, positions)
 
-    def check_rotate(self, backbone: Backbone) -> None:
-        if not hasattr(_module(backbone), "apply_multimodal_rotary_pos_emb"):
-            super().check_rotate(backbone)
+    def check_rotate(self) -> None:
+        if not hasattr(_module(self), "apply_multimodal_rotary_pos_emb"):
+            super().check_rotate()
 
-    def rotate(self, backbone: Backbone, layer: int, states: Tensor, rotation: Any) -> Tensor:
-        apply = getattr(_module(backbone), "apply_multimodal_rotary_pos_emb", None)
+    def rotate(self, layer: int, states: Tensor, rotation: Any) -> Tensor:
+        apply = getattr(_module(self), "apply_multimodal_rotary_pos_emb", None)
         if apply is None:
-            return super().rotate(backbone, layer, states, rotation)
-        section = backbone.decoder.config.rope_parameters["mrope_section"]
+            return super().rotate(layer, states, rotation)
+        section = self.decoder.config.rope_parameters["mrope_section"]
         return apply(states, states, *rotation, section)[1]
 
 
@@ -98,7 +98,7 @@ class Qwen3_5(QwenVL):
     model_types: ClassVar[tuple[str, ...]] = ("qwen3_5",)
     stages: ClassVar[tuple[str, ...]] = ("sequence",)
 
-    def check_layers(self, backbone: Backbone, layers: Sequence[int]) -> None:
+    def check_layers(self, layers: Sequence[int]) -> None:
         if layers:
             raise UnsupportedModelError(
                 "model: the recurrent layers of Qwen3.5 have read every token by then: none can be "
@@ -106,5 +106,5 @@ class Qwen3_5(QwenVL):
             )
 
 
-def _module(backbone: Backbone) -> Any:
-    return sys.modules[type(backbone.layers[0].self_attn).__module__]
+def _module(adapter: Adapter) -> Any:
+    return sys.modules[type(adapter.layers[0].self_attn).__module__]

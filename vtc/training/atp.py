@@ -188,18 +188,18 @@ class SoftPruning:
         temperature: float = 10.0,
         hard: bool = False,
     ) -> None:
-        self.family, self.backbone = find(model)
-        self.num_layers = len(self.backbone.layers)
+        self.adapter = find(model)
+        self.num_layers = len(self.adapter.layers)
         self.cuts = atp_layers(layers, self.num_layers)
         if len(self.cuts) != heads.cuts:
             raise ValueError(f"layers: the heads are for {heads.cuts} cuts, got {self.cuts}")
-        attends = getattr(self.backbone.decoder.config, "_attn_implementation", None)
+        attends = getattr(self.adapter.decoder.config, "_attn_implementation", None)
         if attends not in ("eager", "sdpa"):
             raise ValueError(
                 "model: a soft mask needs attention that takes a float mask, 'eager' or 'sdpa', "
                 f"got {attends!r}; load it with attn_implementation='sdpa'"
             )
-        if "_vtc_patch" in vars(model) or "_vtc_patch" in vars(self.backbone.base):
+        if "_vtc_patch" in vars(model) or "_vtc_patch" in vars(self.adapter.base):
             raise ValueError("model: it is patched; call vtc.unpatch(model) first")
         self.heads, self.normalise, self.sampling = heads, normalise, sampling
         self.temperature, self.hard = temperature, hard
@@ -213,10 +213,10 @@ class SoftPruning:
     def __enter__(self) -> SoftPruning:
         try:
             for layer in self.cuts:
-                self._taps[layer - 1] = taps.install(self.backbone.layers[layer - 1].self_attn)
+                self._taps[layer - 1] = taps.install(self.adapter.layers[layer - 1].self_attn)
             for index in range(self.cuts[0] - 1, self.num_layers):
                 hook = functools.partial(self._before, index)
-                layer_module = self.backbone.layers[index]
+                layer_module = self.adapter.layers[index]
                 self._handles.append(layer_module.register_forward_pre_hook(hook, with_kwargs=True))
         except BaseException:
             self.__exit__()
@@ -234,9 +234,9 @@ class SoftPruning:
         """Take note of what the model is about to run on: `input_ids`, and, if there are any,
         `attention_mask` and `labels`, each (b, s)."""
         ids = batch["input_ids"]
-        token = getattr(self.backbone.model.config, "image_token_id", None)
+        token = getattr(self.adapter.model.config, "image_token_id", None)
         if token is None:
-            token = self.backbone.model.config.image_token_index
+            token = self.adapter.model.config.image_token_index
         vision = ids == token
         mask = batch.get("attention_mask")
         self.valid = torch.ones_like(vision) if mask is None else mask.bool()
@@ -245,7 +245,7 @@ class SoftPruning:
         for b in range(ids.shape[0]):
             places = vision[b].nonzero().squeeze(1)
             if len(places):
-                grid = self.family.grid(self.backbone, per_image, None).to(ids)
+                grid = self.adapter.grid(per_image, None).to(ids)
                 repeats = len(places) // per_image
                 self.image[b, places] = torch.arange(repeats, device=ids.device).repeat_interleave(
                     per_image
@@ -315,8 +315,8 @@ class SoftPruning:
         itself = torch.eye(s, dtype=torch.bool, device=bias.device)
         bias = bias.expand(-1, 1, s, -1).masked_fill(itself, 0.0)
         if given is None:
-            if self.family.layer_type(self.backbone, layer) == "sliding_attention":
-                window = getattr(self.backbone.decoder.config, "sliding_window", None)
+            if self.adapter.layer_type(layer) == "sliding_attention":
+                window = getattr(self.adapter.decoder.config, "sliding_window", None)
                 if window is not None and window < s:
                     raise UnsupportedModelError("model: a sliding window came without its mask")
             given = torch.ones(1, 1, s, s, dtype=torch.bool, device=bias.device).tril()
@@ -462,8 +462,8 @@ def train(model: nn.Module, batches: Batches, config: Config) -> Path:
 
 
 def _train(model: Any, batches: Batches, config: Config, accelerator: Any, out: Path) -> Path:
-    backbone = find(model)[1]
-    num_layers = len(backbone.layers)
+    adapter = find(model)
+    num_layers = len(adapter.layers)
     layers = atp_layers(config.layers, num_layers)
     heads = new_heads(len(layers), config).to(accelerator.device)
     settings = {
@@ -476,7 +476,7 @@ def _train(model: Any, batches: Batches, config: Config, accelerator: Any, out: 
     groups: list[dict[str, Any]] = [{"params": list(heads.parameters()), "scale": config.rate}]
     decoder: dict[str, nn.Parameter] = {}
     if config.train_model:
-        decoder = dict(backbone.decoder.named_parameters())
+        decoder = dict(adapter.decoder.named_parameters())
         for parameter in decoder.values():
             parameter.requires_grad_(True)
         groups.append({"params": list(decoder.values()), "scale": config.model_rate})
@@ -694,7 +694,7 @@ def calibrate(
     device = next(model.parameters()).device
     heads = ATPHeads(shared.cuts, shared.width).to(device)
     heads.load_state_dict(shared.state_dict())
-    layers = atp_layers(tuple(settings["layers"]), len(find(model)[1].layers))
+    layers = atp_layers(tuple(settings["layers"]), len(find(model).layers))
     biases: list[Any] = [head.bias for head in heads.head_r]
     start = [bias.clone() for bias in biases]
     held = [{name: t.to(device) for name, t in batch.items()} for batch in batches]

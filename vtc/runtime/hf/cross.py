@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_masks_for_generate
 
 from vtc.core import Method, Selection, VisionTokens
-from vtc.models import Backbone, Family, UnsupportedModelError
+from vtc.models import Adapter, UnsupportedModelError
 from vtc.models.mllama import CrossImage, Mllama
 from vtc.report import ImageTokens, Prefill, Report, Sample, Stopwatch, logits_of
 from vtc.runtime.hf.calls import Calls, Generating
@@ -101,14 +101,14 @@ class _Call:
 
 
 class CrossEngine:
-    """Carries out `method` on the model of `backbone`, as `vtc.runtime.hf.engine.Engine` does."""
+    """Carries out `method` on the model of `adapter`, as `vtc.runtime.hf.engine.Engine` does."""
 
-    def __init__(self, family: Mllama, backbone: Backbone, method: Method) -> None:
-        self.family, self.backbone, self.method = family, backbone, method
-        _check(family, backbone, method)
-        self.plan = Plan(family, backbone, method)
-        self.report = Report(backbone.model.config)
-        self.cross_layers = family.cross_layers(backbone)
+    def __init__(self, adapter: Mllama, method: Method) -> None:
+        self.adapter, self.method = adapter, method
+        _check(adapter, method)
+        self.plan = Plan(adapter, method)
+        self.report = Report(adapter.model.config)
+        self.cross_layers = adapter.cross_layers()
         self.handles: list[Any] = []
         self.overrides: list[Override] = []
         self.warned: set[int] = set()
@@ -140,7 +140,7 @@ class CrossEngine:
         """Hook the model; if that fails half-way, leave it as it was."""
         if self.overrides:
             raise RuntimeError("this patch is on its model already")
-        b = self.backbone
+        b = self.adapter
         try:
             self.overrides.append(Override(b.base, "forward", self._run_base))
             if b.model is not b.base:
@@ -172,7 +172,7 @@ class CrossEngine:
 
     # ---- the model ----------------------------------------------------------------------------
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        request = Request(self.backbone.model, original, args, kwargs)
+        request = Request(self.adapter.model, original, args, kwargs)
         request.refuse_fullgraph()
         if request.given.get("pixel_values") is not None:
             request.refuse_pieces()
@@ -197,21 +197,21 @@ class CrossEngine:
         return (original or create_masks_for_generate)(**kwargs)
 
     def _run_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        check_in_place(self.family, self.backbone, self.layers)
+        check_in_place(self.adapter, self.layers)
         shown = kwargs.pop("prompt_labels", None)
-        given = _by_name(self.backbone.model, args, kwargs)
+        given = _by_name(self.adapter.model, args, kwargs)
         labels = given.get("labels") if shown is None else shown
         if labels is None and self.calls.generating is None:
-            refuse_hidden_answers(self.backbone.model, self.plan, given)
+            refuse_hidden_answers(self.adapter.model, self.plan, given)
         with self.lock, self.calls.model(labels, given.get("logits_to_keep", 0)):
             return original(*args, **kwargs)
 
     def _run_base(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.calls.asked is None:  # else the model, which calls it, has looked
-            check_in_place(self.family, self.backbone, self.layers)
+            check_in_place(self.adapter, self.layers)
         asked = self.calls.take_asked()
-        given = _by_name(self.backbone.base, args, kwargs)
-        self.family.check_inputs(given)
+        given = _by_name(self.adapter.base, args, kwargs)
+        self.adapter.check_inputs(given)
         call = _Call(given, asked.labels, asked.logits, asked.generating)
         with self.lock:
             outer, self.calls.forward = self.calls.forward, call
@@ -251,7 +251,7 @@ class CrossEngine:
         if valid is None:
             valid = torch.ones(rows, count, dtype=torch.bool, device=tokens.device)
         with call.selector.measure(states.device):
-            images = self.family.images(self.backbone, call.given)
+            images = self.adapter.images(call.given)
             self._freeze(call, valid)
             states = states.reshape(rows, -1, shape[-1])
             before = states
@@ -262,7 +262,7 @@ class CrossEngine:
                 for image, kept in zip(own, of_row, strict=True)
             )
             if dropped or states is not before:
-                flash = "flash" in (self.backbone.decoder.config._attn_implementation or "")
+                flash = "flash" in (self.adapter.decoder.config._attn_implementation or "")
                 refuse_packed(call.given, kwargs, flash)
             if not dropped:
                 keep = torch.ones_like(keep)
@@ -351,7 +351,7 @@ class CrossEngine:
                 f"inputs_embeds: {method.name} reads the prompt's text, in which embeddings do not "
                 "tell where images stand; pass input_ids, or unpatch"
             )
-        marks = (ids[b] == self.family.image_token(self.backbone)) & valid[b]
+        marks = (ids[b] == self.adapter.image_token()) & valid[b]
         places = marks.nonzero().flatten().tolist()
         if len(places) != count:
             raise ValueError(
@@ -361,7 +361,7 @@ class CrossEngine:
         assert call.prompt_end is not None
         place = torch.arange(len(marks), device=ids.device)
         text = valid[b] & ~marks & (place > places[0]) & (place < call.prompt_end[b])
-        embedded = self.backbone.decoder.embed_tokens(ids[b])
+        embedded = self.adapter.decoder.embed_tokens(ids[b])
         found: dict[str, Any] = {}
         if "text" in method.needs:
             found["text"] = embedded[text]
@@ -389,7 +389,7 @@ class CrossEngine:
             return end
         place = torch.arange(length, device=valid.device)
         # Images are of the prompt: earlier turns, or labels left on all tokens, do not end it.
-        marks = ids == self.family.image_token(self.backbone)
+        marks = ids == self.adapter.image_token()
         shown = torch.where(marks, place + 1, 0).max(dim=1).values
         answer = (call.labels.to(valid.device) != -100) & (place >= shown[:, None])
         return torch.where(answer, place, length).min(dim=1).values
@@ -421,7 +421,7 @@ class CrossEngine:
         columns = self._columns(ledger)
         assert columns.valid is not None
         mask, full = kwargs.get("cross_attention_mask"), "full_text_row_masked_out_mask"
-        dtype = self.backbone.base.dtype if mask is None else mask.dtype
+        dtype = self.adapter.base.dtype if mask is None else mask.dtype
         some = columns.valid.any(1, keepdim=True)
         if mask is None:
             found = torch.zeros(*columns.valid[:, None, None].shape, dtype=dtype)
@@ -471,7 +471,7 @@ class CrossEngine:
             for i, image in enumerate(sample.images)
         ]
         dropped = dropped_in_sequence(chains, list(range(count)))
-        warn_of_idle(self.method, dropped, self.warned, len(self.backbone.layers), stacklevel=2)
+        warn_of_idle(self.method, dropped, self.warned, len(self.adapter.layers), stacklevel=2)
 
     def _sample(
         self, call: _Call, tokens: int, held: int, images: list[CrossImage], left: list[int]
@@ -480,7 +480,7 @@ class CrossEngine:
         layer what these read of it, so that figures compare with those of other families. The
         lengths are those of each layer's keys: states (with [CLS], and with padding where nothing
         was dropped) in cross layers, tokens in the others."""
-        layers, tiles = len(self.backbone.layers), call.given["pixel_values"].shape[2]
+        layers, tiles = len(self.adapter.layers), call.given["pixel_values"].shape[2]
         shown = tuple(
             ImageTokens(len(image.columns), len(image.columns), ((0, kept),), layers, tiles=tiles)
             for image, kept in zip(images, left, strict=True)
@@ -489,10 +489,10 @@ class CrossEngine:
         return Sample(tokens, shown, lengths, logits_of(call.logits_to_keep, tokens))
 
 
-def _check(family: Family, backbone: Backbone, method: Method) -> None:
+def _check(adapter: Adapter, method: Method) -> None:
     """Refuse methods that such a model has nothing for."""
-    kind = type(backbone.model).__name__
-    other = [stage for stage in method.stages if stage not in family.stages]
+    kind = type(adapter.model).__name__
+    other = [stage for stage in method.stages if stage not in adapter.stages]
     if other:
         raise ValueError(
             f"method: {method} acts in the stage {other[0]!r}, which {kind} has not: its vision "

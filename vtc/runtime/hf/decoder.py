@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vtc.core import Record, Rows
-from vtc.models import CACHE, Backbone, Family
+from vtc.models import CACHE, Adapter
 from vtc.runtime.hf import taps
 from vtc.runtime.hf.forward import Forward, Heard, rows_of
 from vtc.runtime.hf.plan import Plan
@@ -27,16 +27,16 @@ class _UnderWay:
     taps: list[Any]
 
 
-def check_in_place(family: Family, backbone: Backbone, layers: list[Any]) -> None:
-    """Raise `RuntimeError` if modules of `backbone`, or the decoder `layers` that were hooked, are
+def check_in_place(adapter: Adapter, layers: list[Any]) -> None:
+    """Raise `RuntimeError` if modules of `adapter`, or the decoder `layers` that were hooked, are
     not those that run now."""
-    found = family.backbone(backbone.model)
-    same = found.base is backbone.base and found.decoder is backbone.decoder
+    found = adapter.bind(adapter.model)
+    same = found.base is adapter.base and found.decoder is adapter.decoder
     if same and len(layers) == len(found.layers) and all(map(is_, layers, found.layers)):
         return
     pairs = [
-        ("base model", backbone.base, found.base),
-        ("language model", backbone.decoder, found.decoder),
+        ("base model", adapter.base, found.base),
+        ("language model", adapter.decoder, found.decoder),
         *(
             (f"decoder layer {i}", was, now)
             for i, (was, now) in enumerate(zip(layers, found.layers, strict=False))
@@ -68,8 +68,8 @@ _REPLACED = (
 class DecoderSide:
     """Listens to decoder layers for what `plan` says is read of them."""
 
-    def __init__(self, family: Family, backbone: Backbone, plan: Plan) -> None:
-        self.family, self.backbone, self.plan = family, backbone, plan
+    def __init__(self, adapter: Adapter, plan: Plan) -> None:
+        self.adapter, self.plan = adapter, plan
         self.taps: dict[int, taps.Tap] = {}
         self.handles: list[Any] = []
         self.parts: list[tuple[int, str, Any]] = []
@@ -98,7 +98,7 @@ class DecoderSide:
     def _hook(self, layer: int, name: Record) -> Any:
         part, _, end = name.partition("_")
         attribute = {"attention": "self_attn", "mlp": "mlp"}.get(part)
-        module: Any = self.backbone.layers[layer]
+        module: Any = self.adapter.layers[layer]
         if attribute is not None:
             module = self._part(layer, attribute)
         if end == "in":
@@ -107,14 +107,14 @@ class DecoderSide:
         return module.register_forward_hook(functools.partial(self._leaving, layer, name))
 
     def _part(self, layer: int, name: str) -> Any:
-        module = getattr(self.backbone.layers[layer], name)
+        module = getattr(self.adapter.layers[layer], name)
         self.parts.append((layer, name, module))
         return module
 
     def check_in_place(self) -> None:
         """Raise `RuntimeError` if what is listened to is not what runs now."""
         for layer, name, module in self.parts:
-            now = getattr(self.backbone.layers[layer], name)
+            now = getattr(self.adapter.layers[layer], name)
             if now is not module:
                 check_same(f"{name} of decoder layer {layer}", module, now)
         for layer, tap in self.taps.items():
@@ -161,7 +161,7 @@ class DecoderSide:
         value = output[0] if isinstance(output, tuple) else output
         if name == "normed" and self.forward is not None:
             with torch.no_grad():
-                value = self.backbone.decoder.norm(value)
+                value = self.adapter.decoder.norm(value)
         self._note(layer, name, value)
 
     def _note(self, layer: int, name: Record, value: Tensor) -> None:
@@ -206,13 +206,13 @@ class DecoderSide:
                 keys=note if wanted else None,
                 by_head=layer in self.plan.by_head,
                 blocks=self._blocks(forward, layer, group.length),
-                chunk=self.family.chunk(self.backbone, layer),
+                chunk=self.adapter.chunk(layer),
             )
         forward.attention[layer] = Heard(layout, rows, tap.captured, past)
 
     def _blocks(self, forward: Forward, layer: int, length: int) -> Tensor | None:
         blocks = forward.gather_blocks(length)
-        return self.family.layer_blocks(self.backbone, layer, blocks)
+        return self.adapter.layer_blocks(layer, blocks)
 
     def _turned_back(self, forward: Forward, layer: int, keys: Tensor) -> Tensor:
         """Keys (b, h, k, d) as if every sample began at position 0.
@@ -227,17 +227,17 @@ class DecoderSide:
     def _turned_ones(self, forward: Forward, layer: int, hidden: Tensor) -> Tensor:
         """(b, k, d_head) ones, rotated to where each token stands in its sample, in fp32."""
         positions = forward.rotary_positions(self.plan.group_of[layer]) - forward.offset
-        attention: Any = self.backbone.layers[layer].self_attn
+        attention: Any = self.adapter.layers[layer].self_attn
         ones = torch.ones(*hidden.shape[:2], attention.head_dim, device=hidden.device)
         return self._rotate(layer, ones[:, None], positions.to(hidden.device))[:, 0]
 
     def _rotate(self, layer: int, states: Tensor, positions: Tensor) -> Tensor:
         """`states` (b, h, k, d) turned by `positions` (b, k), (b, 1) or with axes before; as they
         are, where the layer turns none."""
-        if not self.family.rotates(self.backbone, layer):
+        if not self.adapter.rotates(layer):
             return states
-        rotation = self.family.rotary(self.backbone, layer, states, positions)
-        return self.family.rotate(self.backbone, layer, states, rotation)
+        rotation = self.adapter.rotary(layer, states, positions)
+        return self.adapter.rotate(layer, states, rotation)
 
     def peek(
         self, forward: Forward, layer: int, kind: Rows, hidden: Tensor, cache: Any, by_head: bool
@@ -262,19 +262,17 @@ class DecoderSide:
                 forward.selector,
                 by_head=by_head,
                 blocks=self._blocks(forward, layer, visible.shape[1]),
-                chunk=self.family.chunk(self.backbone, layer),
+                chunk=self.adapter.chunk(layer),
             )
             positions = forward.rotary_positions(self.plan.group_of[layer]).to(hidden.device)
-            decoder: Any = self.backbone.layers[layer]
+            decoder: Any = self.adapter.layers[layer]
             # What runs now is not the forward: its inputs are not to be recorded.
             self.forward = None
             try:
                 with tap.alone(), torch.no_grad():
                     decoder.self_attn(
                         hidden_states=decoder.input_layernorm(hidden),
-                        position_embeddings=self.family.rotary(
-                            self.backbone, layer, hidden, positions
-                        ),
+                        position_embeddings=self.adapter.rotary(layer, hidden, positions),
                         attention_mask=None,
                         **{CACHE: _ReadOnly(cache) if past else None},
                     )

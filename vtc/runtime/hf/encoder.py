@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vtc.core import EncoderState, Merging, Method
-from vtc.models import Backbone, Family, UnsupportedModelError
+from vtc.models import Adapter, UnsupportedModelError
 from vtc.runtime.hf import taps
 from vtc.runtime.hf.forward import no_autocast
 from vtc.runtime.hf.override import Override
@@ -54,22 +54,22 @@ class EncoderSide:
     replaced between calls.
     """
 
-    def __init__(self, family: Family, backbone: Backbone, method: Method) -> None:
-        self.family, self.method = family, method
-        self._look_at(backbone, {})
+    def __init__(self, adapter: Adapter, method: Method) -> None:
+        self.method = method
+        self._look_at(adapter, {})
         self._forget()
 
-    def _look_at(self, backbone: Backbone, given: Mapping[str, Any]) -> None:
+    def _look_at(self, adapter: Adapter, given: Mapping[str, Any]) -> None:
         """Note what the tower is for this call, or raise if patches cannot be merged in it."""
-        self.layers = self.family.encoder_layers(backbone)
-        self.used = self.family.encoder_depth(backbone, given)
+        self.layers = adapter.encoder_layers()
+        self.used = adapter.encoder_depth(given)
         if self.used < 1 and not self.method.keeps_all:
             raise UnsupportedModelError(
                 "vision_feature_layer: no layer of the tower runs before the one that is read, "
                 f"and {self.method.name} merges patches in them"
             )
-        self.has_cls = self.family.has_cls(backbone)
-        kept = not self.family.prefix(backbone, given)
+        self.has_cls = adapter.has_cls()
+        kept = not adapter.prefix(given)
         if self.has_cls and kept and not self.method.keeps_all:
             raise UnsupportedModelError(
                 "vision_feature_select_strategy: got 'full', in which [CLS] is a vision token, and "
@@ -110,14 +110,14 @@ class EncoderSide:
 
     def encode(
         self,
-        backbone: Backbone,
+        adapter: Adapter,
         given: Mapping[str, Any],
         original: Callable[..., Any],
         kwargs: dict[str, Any],
     ) -> tuple[Any, list[Merged]]:
         """`get_image_features`, image by image; features (m, d) in the order of their places."""
         before = self.layers, self.used, self.has_cls  # of a call that this one interrupts
-        self._look_at(backbone, given)
+        self._look_at(adapter, given)
         try:
             with self._installed():
                 return self._encode(original, kwargs)

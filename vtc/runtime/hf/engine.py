@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_masks_for_generate
 
 from vtc.core import Method
-from vtc.models import Backbone, Family, Modality
+from vtc.models import Adapter, Modality
 from vtc.report import Prefill, Report
 from vtc.runtime.hf.calls import PIXELS, Calls
 from vtc.runtime.hf.decoder import DecoderSide, check_in_place
@@ -41,15 +41,15 @@ from vtc.runtime.layout import Layout, gather_tokens
 
 
 class Engine:
-    """Carries out `method` on the model of `backbone`."""
+    """Carries out `method` on the model of `adapter`."""
 
-    def __init__(self, family: Family, backbone: Backbone, method: Method) -> None:
-        self.family, self.backbone, self.method = family, backbone, method
-        self.report = Report(backbone.model.config)
-        self.num_layers = len(backbone.layers)
-        self.plan = Plan(family, backbone, method)
-        self.vision = VisionSide(family, backbone, method)
-        self.decoder = DecoderSide(family, backbone, self.plan)
+    def __init__(self, adapter: Adapter, method: Method) -> None:
+        self.adapter, self.method = adapter, method
+        self.report = Report(adapter.model.config)
+        self.num_layers = len(adapter.layers)
+        self.plan = Plan(adapter, method)
+        self.vision = VisionSide(adapter, method)
+        self.decoder = DecoderSide(adapter, self.plan)
         # Installed things
         self.handles: list[Any] = []
         self.overrides: list[Override] = []
@@ -91,9 +91,9 @@ class Engine:
             raise
 
     def _install(self) -> None:
-        b = self.backbone
+        b = self.adapter
         self.flash = self._flash()
-        self.overrides = [Override(b.base, self.family.merger, self._merge_features)]
+        self.overrides = [Override(b.base, self.adapter.merger, self._merge_features)]
         for modality in ("image", "video"):
             if hasattr(b.base, name := f"get_{modality}_features"):
                 encode = functools.partial(self._encode, modality)
@@ -144,7 +144,7 @@ class Engine:
 
     # ---- generate -----------------------------------------------------------------------------
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        request = Request(self.backbone.model, original, args, kwargs)
+        request = Request(self.adapter.model, original, args, kwargs)
         images = any(request.given.get(name) is not None for name in PIXELS)
         images = images or bool(request.given.get("mm_encoder_outputs"))
         images = images and not request.drafts
@@ -157,7 +157,7 @@ class Engine:
         with self.calls.generate(images, request.prompt_width if request.guesses else None) as call:
             out = original(*args, **kwargs)
         if images and not call.handled:
-            raise RuntimeError(_UNHANDLED.format(model=type(self.backbone.model).__name__))
+            raise RuntimeError(_UNHANDLED.format(model=type(self.adapter.model).__name__))
         return out
 
     def _prepare_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -203,20 +203,20 @@ class Engine:
         if self.vision.listening:  # some models encode clips as images
             return original(**kwargs)
         clip = self.forward is not None and "video" not in self.forward.features
-        if modality == "image" and clip and self.family.clips_as_images:
+        if modality == "image" and clip and self.adapter.clips_as_images:
             pixels = self.forward.given.get("pixel_values_videos")  # type: ignore[union-attr]
             if pixels is not None and kwargs.get("pixel_values") is pixels:
                 modality = "video"
         out = self.vision.encode(modality, original, kwargs)
         if self.forward is not None:
-            self.forward.features[modality] = self.family.features(out)
+            self.forward.features[modality] = self.adapter.features(out)
         return out
 
     def _merge_features(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         out = original(*args, **kwargs)
         if self.forward is not None:
-            given = _by_name(self.backbone.base, args, kwargs, self.family.merger)
-            found = self.family.placeholders(self.backbone, out, given)
+            given = _by_name(self.adapter.base, args, kwargs, self.adapter.merger)
+            found = self.adapter.placeholders(out, given)
             for modality, mask in found.items():
                 seen = self.forward.vision.get(modality)
                 self.forward.vision[modality] = mask if seen is None else seen | mask
@@ -243,41 +243,41 @@ class Engine:
 
     def _run_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._check_in_place()
-        if self.backbone.model._compiled_call_impl is not None:
+        if self.adapter.model._compiled_call_impl is not None:
             self._warn_of_compiling()
         shown = kwargs.pop("prompt_labels", None)
-        given = _by_name(self.backbone.model, args, kwargs)
+        given = _by_name(self.adapter.model, args, kwargs)
         labels = given.get("labels") if shown is None else shown
         if labels is None and self.calls.generating is None:
-            refuse_hidden_answers(self.backbone.model, self.plan, given)
+            refuse_hidden_answers(self.adapter.model, self.plan, given)
         with self.lock, self.calls.model(labels, given.get("logits_to_keep", 0)):
             return original(*args, **kwargs)
 
     def _check_in_place(self) -> None:
-        check_in_place(self.family, self.backbone, self.layers)
+        check_in_place(self.adapter, self.layers)
         self.decoder.check_in_place()
 
     def _run_base(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.calls.asked is None:  # else the model, which calls it, has looked
             self._check_in_place()
         asked = self.calls.take_asked()
-        given = _by_name(self.backbone.base, args, kwargs)
+        given = _by_name(self.adapter.base, args, kwargs)
         labels, logits = asked.labels, asked.logits
         if labels is None:  # the base model may be all there is
             labels = given.get("labels")
-        if self.backbone.model is self.backbone.base and self._slices_logits:
+        if self.adapter.model is self.adapter.base and self._slices_logits:
             logits = given.get("logits_to_keep", 0)
         forward = Forward(
             labels=labels, given=given, logits_to_keep=logits, generating=asked.generating
         )
         with self._in_forward(forward):
             self._look_at(forward, given)
-            if self.family.masks_in_base and ledger_of(cache_in(given)) is not None:
+            if self.adapter.masks_in_base and ledger_of(cache_in(given)) is not None:
                 # Those that the base model would make do not fit; `forward.given` has this one.
                 args, kwargs = (), {**given, "attention_mask": None}
             out = original(*args, **kwargs)
         if forward.images_seen and forward.phase != "prefill":
-            raise RuntimeError(_UNHANDLED.format(model=type(self.backbone.model).__name__))
+            raise RuntimeError(_UNHANDLED.format(model=type(self.adapter.model).__name__))
         return out
 
     @contextmanager
@@ -315,7 +315,7 @@ class Engine:
         forward.images_seen = images
         for name in names:
             if encoded.get(name) is not None:
-                forward.features[name] = self.family.features(encoded[name])
+                forward.features[name] = self.adapter.features(encoded[name])
 
     # ---- decoder ------------------------------------------------------------------------------
     @torch.compiler.disable
@@ -351,7 +351,7 @@ class Engine:
         past = ledger.logical if ledger else int(cache.get_seq_length()) if cache is not None else 0
         past_valid, valid = _split_mask(self._padding(forward, kwargs), past, rows, length)
         forward.valid = valid if valid is not None else _ones(embeds, length)
-        blocks = self.family.blocks(self.backbone, forward.given)
+        blocks = self.adapter.blocks(forward.given)
         if blocks is not None:  # guessed tokens come without a type
             blocks = nn.functional.pad(blocks, (0, max(length - blocks.shape[1], 0)), value=-1)
         forward.blocks = blocks
@@ -409,7 +409,7 @@ class Engine:
             if call is not None and call.masks is not None:
                 kwargs["attention_mask"], call.masks = call.masks, None
             return
-        if self.family.masks_in_base:
+        if self.adapter.masks_in_base:
             kwargs["attention_mask"] = self._masks(forward, new_embeds, cache)
             kwargs["position_ids"] = forward.rotary_positions(0)
             return
@@ -446,17 +446,17 @@ class Engine:
 
     def _padding(self, forward: Forward, kwargs: dict[str, Any]) -> Any:
         """The mask that the user, or `generate`, gave."""
-        own = forward.given if self.family.masks_in_base else kwargs
+        own = forward.given if self.adapter.masks_in_base else kwargs
         return own.get("attention_mask")
 
     def _masks(self, forward: Forward, embeds: Tensor, cache: Any) -> Any:
         """What the decoder takes of a base model that makes the masks, for the first group."""
         found = {}
         for layer in range(self.num_layers):
-            kind = self.family.layer_type(self.backbone, layer)
+            kind = self.adapter.layer_type(layer)
             if kind not in found:
                 found[kind] = self._mask(forward, 0, layer, embeds, cache)
-        if getattr(self.backbone.decoder.config, "layer_types", None) is None:
+        if getattr(self.adapter.decoder.config, "layer_types", None) is None:
             return found.popitem()[1]
         return found
 
@@ -469,8 +469,8 @@ class Engine:
         blocks = None
         if forward.phase == "prefill":
             blocks = forward.gather_blocks(group.length)
-            blocks = self.family.layer_blocks(self.backbone, layer, blocks)
-        return self.family.mask(self.backbone, layer, hidden, valid, cache, blocks)
+            blocks = self.adapter.layer_blocks(layer, blocks)
+        return self.adapter.mask(layer, hidden, valid, cache, blocks)
 
     @torch.compiler.disable
     def _leave_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -502,7 +502,7 @@ class Engine:
     @property
     def _slices_logits(self) -> bool:
         """Whether the model has a head, and says of how many places it makes logits."""
-        return "logits_to_keep" in inspect.signature(type(self.backbone.model).forward).parameters
+        return "logits_to_keep" in inspect.signature(type(self.adapter.model).forward).parameters
 
     def _last_wanted(self, forward: Forward) -> int | None:
         """How many of the last places the head will look at, `None` for all: in `generate` one, and
@@ -618,14 +618,14 @@ class Engine:
         number = self.plan.group_of[layer]
         if number == 0:
             return
-        kind = self.family.layer_type(self.backbone, layer)
+        kind = self.adapter.layer_type(layer)
         cache = cache_in(kwargs)
         if (number, kind) not in forward.memo:
             forward.memo[number, kind] = self._mask(forward, number, layer, hidden, cache)
         kwargs["attention_mask"] = forward.memo[number, kind]
         if (number, kind, "rotary") not in forward.memo:
             positions = forward.rotary_positions(number).to(hidden.device)
-            rotation = self.family.rotary(self.backbone, layer, hidden, positions)
+            rotation = self.adapter.rotary(layer, hidden, positions)
             forward.memo[number, kind, "rotary"] = positions, rotation
         positions, kwargs["position_embeddings"] = forward.memo[number, kind, "rotary"]
         if kwargs.get("position_ids") is not None:
@@ -640,7 +640,7 @@ class Engine:
 
     # ---- bookkeeping --------------------------------------------------------------------------
     def _flash(self) -> bool:
-        return "flash" in (self.backbone.decoder.config._attn_implementation or "")
+        return "flash" in (self.adapter.decoder.config._attn_implementation or "")
 
     def _refuse_padding(self, group: Group, valid: Tensor | None) -> None:
         """Refuse rows of unequal length behind tokens that a window, a chunk or a recurrent state
@@ -651,7 +651,7 @@ class Engine:
         """
         if valid is None or not group.length:
             return
-        kinds = {self.family.layer_type(self.backbone, i) for i in range(self.num_layers)}
+        kinds = {self.adapter.layer_type(i) for i in range(self.num_layers)}
         if kinds - {"full_attention"}:  # also while a window is longer: decoding may reach it
             raise ValueError(
                 "past_key_values: rows that add unequal numbers of tokens cannot follow on this "
@@ -676,7 +676,7 @@ class Engine:
         self._refuse_padding(group, valid)
         group.extend(valid, layout.index.shape[1])
         total = forward.gap.sum(1, keepdim=True)
-        if bool(total.any()) and not self.family.axial:
+        if bool(total.any()) and not self.adapter.axial:
             group.shift = total if group.shift is None else group.shift + total
 
     def _freeze(self, forward: Forward) -> None:

@@ -8,7 +8,7 @@ import warnings
 from typing import Any, get_args
 
 from vtc.core import Method, Record, Rows, Signal
-from vtc.models import Backbone, Family, UnsupportedModelError
+from vtc.models import Adapter, UnsupportedModelError
 from vtc.runtime.hf.taps import foreign_options
 
 
@@ -25,9 +25,9 @@ class Plan:
         group_of: the group of each layer.
     """
 
-    def __init__(self, family: Family, backbone: Backbone, method: Method) -> None:
-        self.family, self.backbone, self.method = family, backbone, method
-        self.num_layers = len(backbone.layers)
+    def __init__(self, adapter: Adapter, method: Method) -> None:
+        self.adapter, self.method = adapter, method
+        self.num_layers = len(adapter.layers)
         self.sequence = [m for m in method.parts if "sequence" in m.stages]
         self.pruners: dict[int, list[tuple[int, Method]]] = {}
         self.tapped: dict[int, set[Rows]] = {}
@@ -54,20 +54,20 @@ class Plan:
         return bool(rows - {"vision"} or needs & {"text", "segment"} or recorded)
 
     def _read(self) -> None:
-        kind = type(self.backbone.model).__name__
+        kind = type(self.adapter.model).__name__
         if not self.method.stages:
             raise ValueError(
                 f"method: {self.method} acts nowhere: it overrides neither select nor prune"
             )
         for stage in self.method.stages:
-            if stage not in self.family.stages:
+            if stage not in self.adapter.stages:
                 raise ValueError(
                     f"method: {self.method} acts in the stage {stage!r}, which the family "
-                    f"{self.family.name} has not; it has {', '.join(self.family.stages)}"
+                    f"{self.adapter.name} has not; it has {', '.join(self.adapter.stages)}"
                 )
         cut = {n for m in self.method.parts for n in m.prune_layers(self.num_layers)}
-        self.family.check_layers(self.backbone, sorted(cut))
-        if self.family.axial and any(m.closes_gaps_by_choice for m in self.method.parts):
+        self.adapter.check_layers(sorted(cut))
+        if self.adapter.axial and any(m.closes_gaps_by_choice for m in self.method.parts):
             warnings.warn(
                 f"{self.method}: positions='contiguous' has no meaning for {kind}, whose positions "
                 "are places in the picture; tokens keep theirs",
@@ -122,11 +122,11 @@ class Plan:
                 f"{method.name}: unknown rows {rows!r} in {where}; accepted are "
                 f"{', '.join(get_args(Rows))}"
             )
-        attention: Any = getattr(self.backbone.layers[layer], "self_attn", None)
-        norm = getattr(self.backbone.layers[layer], "input_layernorm", None)
+        attention: Any = getattr(self.adapter.layers[layer], "self_attn", None)
+        norm = getattr(self.adapter.layers[layer], "input_layernorm", None)
         if not hasattr(attention, "config") or (where == "peeks" and norm is None):
             raise UnsupportedModelError(
-                f"model: decoder layer {layer} of {type(self.backbone.model).__name__} has no "
+                f"model: decoder layer {layer} of {type(self.adapter.model).__name__} has no "
                 f"self_attn that {method.name} could read"
             )
         if foreign := foreign_options(attention):
@@ -143,13 +143,13 @@ class Plan:
             given = {"self", "hidden_states", "position_embeddings", "attention_mask"}
             if unmet := needed - given - {"cache", "past_key_values"}:
                 raise UnsupportedModelError(
-                    f"model: attention of {type(self.backbone.model).__name__} takes "
+                    f"model: attention of {type(self.adapter.model).__name__} takes "
                     f"{', '.join(sorted(unmet))}, so {method.name} cannot look ahead at it"
                 )
 
     def _read_records(self, method: Method, last: int) -> None:
         """Read what `method` wants recorded, and refuse what is not there."""
-        kind = type(self.backbone.model).__name__
+        kind = type(self.adapter.model).__name__
         for layer, names in method.records(self.num_layers).items():
             if not 0 <= layer <= last:
                 raise ValueError(
@@ -162,9 +162,9 @@ class Plan:
                     f"accepted are {', '.join(get_args(Record))}"
                 )
             for name in names:
-                module, part = self.backbone.layers[layer], name.split("_")[0]
+                module, part = self.adapter.layers[layer], name.split("_")[0]
                 lacks = {
-                    "normed": not hasattr(self.backbone.decoder, "norm"),
+                    "normed": not hasattr(self.adapter.decoder, "norm"),
                     "attention": not hasattr(module, "self_attn"),
                     "keys": not hasattr(getattr(module, "self_attn", None), "config"),
                     "rotary": not hasattr(getattr(module, "self_attn", None), "config"),
@@ -176,7 +176,7 @@ class Plan:
                         f"{method.name} could record"
                     )
             if names & {"keys", "rotary"}:
-                self.family.check_rotate(self.backbone)
+                self.adapter.check_rotate()
             self.recorded.setdefault(layer, set()).update(names)
             if "keys" in names:
                 self.tapped.setdefault(layer, set())

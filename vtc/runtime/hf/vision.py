@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vtc.core import Method
-from vtc.models import Backbone, Family, ImageMap, Modality, UnsupportedModelError
+from vtc.models import Adapter, ImageMap, Modality, UnsupportedModelError
 from vtc.report import Stopwatch
 from vtc.runtime.hf import taps
 from vtc.runtime.hf.encoder import EncoderSide, Merged
@@ -28,26 +28,26 @@ class VisionSide:
     features; signals are therefore found by the feature tensor they belong to.
     """
 
-    def __init__(self, family: Family, backbone: Backbone, method: Method) -> None:
-        self.family, self.backbone, self.method = family, backbone, method
+    def __init__(self, adapter: Adapter, method: Method) -> None:
+        self.adapter, self.method = adapter, method
         reducers = [m for m in method.parts if "pixels" in m.stages]
         if len(reducers) > 1 or (reducers and method.parts[0] is not reducers[0]):
             raise ValueError(f"method: in {method} a reduction of pixels must come first, and once")
         self.reducer: Any = reducers[0] if reducers else None
         if self.reducer is not None:
-            family.check_pixels(backbone, {})
+            adapter.check_pixels({})
         mergers = [m for m in method.parts if "encoder" in m.stages]
         if len(mergers) > 1 or (mergers and (reducers or method.parts[0] is not mergers[0])):
             raise ValueError(f"method: in {method} merging in the tower must come first, and once")
-        self.merger = EncoderSide(family, backbone, mergers[0]) if mergers else None
+        self.merger = EncoderSide(adapter, mergers[0]) if mergers else None
         self.reads_encoder = False
         self.tower_layers = self._layers_read()
         for part in method.parts:
             if "sequence" in part.stages and "encoder" in part.needs:
-                if family.projector(backbone) is None or not family.projects_patches:
+                if adapter.projector() is None or not adapter.projects_patches:
                     raise UnsupportedModelError(
                         f"model: {part.name} reads what the projector receives for each token, and "
-                        f"vtc knows no projector of {type(backbone.model).__name__} that makes one "
+                        f"vtc knows no projector of {type(adapter.model).__name__} that makes one "
                         "token of each patch"
                     )
                 self.reads_encoder = True
@@ -63,7 +63,7 @@ class VisionSide:
         parts = [part for part in self.method.parts if "sequence" in part.stages]
         found = {self.tower_layer(part, layer) for part in parts for layer in layers_read(part)}
         for layer in found:
-            module = self.family.tower_attention(self.backbone)[layer]
+            module = self.adapter.tower_attention()[layer]
             if foreign := taps.foreign_options(module):
                 raise UnsupportedModelError(
                     f"model: {type(module).__name__} attends with {', '.join(foreign)}, which "
@@ -87,7 +87,7 @@ class VisionSide:
         several threads, and calls within calls, do not mix."""
         names = (
             *("listening", "given", "taps", "cls_states", "encoder_states"),
-            *("recent", "clock", "heard", "backbone", "tower_layers"),
+            *("recent", "clock", "heard", "adapter", "tower_layers"),
         )
         left = {name: self.__dict__[name] for name in names}
         left["states"] = [(tap.armed, tap.captured) for tap in self.taps.values()]
@@ -126,12 +126,12 @@ class VisionSide:
 
     def tower_layer(self, part: Method, layer: int | float) -> int:
         """The 0-based tower layer that `part` means by `layer`."""
-        count = len(self.family.tower_attention(self.backbone))
+        count = len(self.adapter.tower_attention())
         place = int(layer * count) if isinstance(layer, float) else layer
         if not -count <= place < count:
             raise ValueError(
                 f"{part.name}: reads vision layer {layer}, but the tower of "
-                f"{type(self.backbone.model).__name__} has {count}"
+                f"{type(self.adapter.model).__name__} has {count}"
             )
         return place % count
 
@@ -139,8 +139,8 @@ class VisionSide:
     def _tapped(self, given: dict[str, Any]) -> Iterator[None]:
         """The tower and the projector heard, of the modules that there are now, for this call: they
         may be replaced between calls, and other models may share them."""
-        has_cls = self.family.has_cls(self.backbone)
-        projector: Any = self.family.projector(self.backbone)
+        has_cls = self.adapter.has_cls()
+        projector: Any = self.adapter.projector()
         handles: list[Any] = []
         self.listening, self.given = threading.get_ident(), given
         self.cls_states = self.encoder_states = None
@@ -148,12 +148,12 @@ class VisionSide:
             if projector is not None and not all(part.keeps_all for part in self.method.parts):
                 handles.append(projector.register_forward_pre_hook(self._enter_projector))
             for layer in self.tower_layers:
-                tap = taps.install(self.family.tower_attention(self.backbone)[layer])
+                tap = taps.install(self.adapter.tower_attention()[layer])
                 self.taps[layer] = tap
                 taps.listen_tower(tap, has_cls, self.heard)
             if self.reads_encoder:
                 handles += [
-                    self.backbone.tower.register_forward_hook(self._leave_tower),
+                    self.adapter.tower.register_forward_hook(self._leave_tower),
                     projector.register_forward_hook(self._leave_projector),
                 ]
             yield
@@ -176,7 +176,7 @@ class VisionSide:
     @torch.compiler.disable
     def _leave_tower(self, module: Any, args: Any, output: Any) -> None:
         if self.listening == threading.get_ident():
-            self.cls_states = self.family.cls_states(self.backbone, output, self.given)
+            self.cls_states = self.adapter.cls_states(output, self.given)
 
     @torch.compiler.disable
     def _leave_projector(self, module: Any, args: Any, output: Tensor) -> None:
@@ -184,7 +184,7 @@ class VisionSide:
             return
         if args[0].shape[:-1] != output.shape[:-1]:
             raise UnsupportedModelError(
-                f"model: the projector of {type(self.backbone.model).__name__} mixes patches, "
+                f"model: the projector of {type(self.adapter.model).__name__} mixes patches, "
                 f"and {self.method} reads one patch state for each vision token"
             )
         # With its gradient: merged states are contents, not only a signal.
@@ -192,7 +192,7 @@ class VisionSide:
 
     def project(self, states: Tensor) -> Tensor:
         """The projector, on patch states (k, d_v) of one image."""
-        projector: Any = self.family.projector(self.backbone)
+        projector: Any = self.adapter.projector()
         return projector(states[None])[0]
 
     def take_clocks(self) -> tuple[Stopwatch, Stopwatch]:
@@ -206,8 +206,8 @@ class VisionSide:
     ) -> Any:
         """`get_image_features` (or of clips), on fewer pixels if the method says so, with the tower
         tapped."""
-        found = self.family.backbone(self.backbone.model)
-        self.backbone = replace(found, tower=self.family.tower_of(found, modality))
+        found = self.adapter.bind(self.adapter.model)
+        self.adapter = replace(found, tower=found.tower_of(modality))
         self.tower_layers = self._layers_read()
         device = next(found.base.parameters()).device
         self.clock, self.heard = Stopwatch(), Stopwatch()
@@ -222,27 +222,27 @@ class VisionSide:
         try:
             with self._tapped(given):
                 if self.reducer is not None:
-                    self.family.check_pixels(self.backbone, given)
+                    self.adapter.check_pixels(given)
                     pixels = kwargs.pop("pixel_values")
-                    out, reductions = self.family.downsampled_features(
-                        self.backbone, original, pixels, self.reducer, kwargs
+                    out, reductions = self.adapter.downsampled_features(
+                        original, pixels, self.reducer, kwargs
                     )
                 elif self.merger is not None and not self.merger.method.keeps_all:
-                    out, merged = self.merger.encode(self.backbone, given, original, kwargs)
+                    out, merged = self.merger.encode(self.adapter, given, original, kwargs)
                 else:
                     out = original(**kwargs)
             self.clock.stop(started, device)
             if reductions is not None or merged:
                 signals = self._fewer(out, reductions, merged, given)
             else:
-                features = self.family.features(out)
+                features = self.adapter.features(out)
                 # The vision clock includes what is heard, and the report takes it off again.
                 with self.clock.measure(device), self.heard.measure(device):
                     signals = self._all(modality, given, features)
         finally:
-            self.backbone, self.taps, self.given = found, {}, {}
+            self.adapter, self.taps, self.given = found, {}, {}
             self.cls_states = self.encoder_states = None
-        self._remember(modality, self.family.features(out), signals)
+        self._remember(modality, self.adapter.features(out), signals)
         return out if wanted else out.to_tuple()
 
     def _remember(
@@ -283,9 +283,7 @@ class VisionSide:
                 whole[kept] = features
                 features = whole
             count = len(features) if kept is None else len(kept)
-            plain = self.family.plain_map(
-                self.backbone, len(features), first, self.family._size_of(given, i)
-            )
+            plain = self.adapter.plain_map(len(features), first, self.adapter._size_of(given, i))
             patches = torch.arange(first, first + count)[:, None]
             signals.append(
                 [
@@ -310,26 +308,26 @@ class VisionSide:
         self, modality: Modality, given: dict[str, Any], features: Any
     ) -> list[list[ImageSignals]]:
         """Signals of all images of a call, for each element of `features`."""
-        maps = self.family.image_maps(self.backbone, modality, given, features)
+        maps = self.adapter.image_maps(modality, given, features)
         for own, of_one in zip(features, maps, strict=True):
             count = own.shape[:-1].numel()
             if sum(len(found) for found in of_one) != count:
                 raise RuntimeError(
-                    f"an image of {type(self.backbone.model).__name__} has {count} features, but "
+                    f"an image of {type(self.adapter.model).__name__} has {count} features, but "
                     f"vtc knows the places of {sum(len(found) for found in of_one)}"
                 )
-        if self.taps and type(self.family).image_maps is Family.image_maps:
+        if self.taps and type(self.adapter).image_maps is Adapter.image_maps:
             rows = next(iter(self.taps.values())).captured
-            prefix = self.family.prefix(self.backbone, given)
+            prefix = self.adapter.prefix(given)
             heard = sum(len(row.without(prefix).attention) for row in rows)
             tokens = sum(own.shape[:-1].numel() for own in features)
             if heard != tokens:
                 raise UnsupportedModelError(
-                    f"model: the tower of {type(self.backbone.model).__name__} showed {heard} "
+                    f"model: the tower of {type(self.adapter.model).__name__} showed {heard} "
                     f"patches for {tokens} vision tokens, and {self.method} reads one patch for "
                     "each; use a method that does not read the tower"
                 )
-        order = self.family.tower_order(self.backbone, given) if self.taps else None
+        order = self.adapter.tower_order(given) if self.taps else None
         return [
             [ImageSignals(map=found, **self._of(found, order, modality)) for found in of_one]
             for of_one in maps
@@ -341,7 +339,7 @@ class VisionSide:
         if found.patches is None:
             raise UnsupportedModelError(
                 f"model: {self.method} reads the vision tower, whose patches vtc cannot match to "
-                f"the vision tokens of these inputs of {type(self.backbone.model).__name__}"
+                f"the vision tokens of these inputs of {type(self.adapter.model).__name__}"
             )
         patches, states, crop = found.patches, found.states, found.crop
         if found.separator is not None:
@@ -390,7 +388,7 @@ class VisionSide:
         return found
 
     def _heard(self, layer: int, patches: Tensor, crop: Tensor | None) -> taps.TowerSignals:
-        prefix = self.family.prefix(self.backbone, self.given)
+        prefix = self.adapter.prefix(self.given)
         rows: list[taps.TowerSignals] = self.taps[layer].captured
         rows = [row.without(prefix) for row in rows]
         size = sum(len(row.attention) for row in rows)
@@ -461,7 +459,7 @@ class VisionSide:
             last = rows[start + len(signals.map) - 1]
             if b != last:
                 raise RuntimeError(
-                    f"the vision features of {type(self.backbone.model).__name__} do not follow "
+                    f"the vision features of {type(self.adapter.model).__name__} do not follow "
                     f"the order of the samples: those of an image lie in samples {b} and {last}; "
                     "transformers may repeat several images of one sample so for beams: use "
                     "num_beams=1"
@@ -471,7 +469,7 @@ class VisionSide:
             follows = (
                 before is not None and before[0] == b and int(before[1][-1]) + 1 == int(own[0])
             )
-            if modality in self.family.joins and follows and before is not None:
+            if modality in self.adapter.joins and follows and before is not None:
                 follows = before[2][-1].map.group == signals.map.group
             else:
                 follows = False
@@ -501,7 +499,7 @@ class VisionSide:
         }
         states = [own.encoder for own in signals if own.encoder is not None]
         return ImageSignals(
-            map=self.family.join([own.map for own in signals], modality),
+            map=self.adapter.join([own.map for own in signals], modality),
             tower=tower,
             encoder=torch.cat(states) if states else None,
             cls=signals[-1].cls,
@@ -529,13 +527,13 @@ class VisionSide:
                         f"mm_encoder_outputs: {self.method} reads the vision tower, and these "
                         "features did not come from get_image_features of the patched model"
                     )
-                if type(self.family).image_maps is not Family.image_maps:
+                if type(self.adapter).image_maps is not Adapter.image_maps:
                     raise ValueError(
                         "mm_encoder_outputs: vtc must see how images of "
-                        f"{type(self.backbone.model).__name__} are laid out, and these features "
+                        f"{type(self.adapter.model).__name__} are laid out, and these features "
                         f"did not come from get_{modality}_features of the patched model"
                     )
-                signals = [ImageSignals(self.family.plain_map(self.backbone, len(own), 0))]
+                signals = [ImageSignals(self.adapter.plain_map(len(own), 0))]
             found.append(signals)
         if repeated:  # later steps are given them again, when other images may have been seen
             self._note(given, found)

@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vtc.models.base import Backbone, Family, ImageMap, Modality, grid_positions, merged_patches
+from vtc.models.base import Adapter, ImageMap, Modality, grid_positions, merged_patches
 
 
-class LlavaNext(Family):
+class LlavaNext(Adapter):
     """An image is a thumbnail and a plane of tiles, cut to the picture's shape, each row of which
     ends in a learned newline. Newlines are no vision tokens; that of an emptied row goes."""
 
@@ -26,56 +26,56 @@ class LlavaNext(Family):
     video: ClassVar[bool] = True
 
     def image_maps(
-        self, backbone: Backbone, modality: Modality, given: Mapping[str, Any], features: Any
+        self, modality: Modality, given: Mapping[str, Any], features: Any
     ) -> list[list[ImageMap]]:
         if modality == "video":
-            return self.clip_maps(backbone, given, features)
-        side = self.side(backbone)
+            return self.clip_maps(given, features)
+        side = self.side()
         maps, first = [], 0
         for i, own in enumerate(features):
-            tiles = self.tiles(backbone, given, i)
-            across = self.across(backbone, given, i) if tiles > 1 else 1
+            tiles = self.tiles(given, i)
+            across = self.across(given, i) if tiles > 1 else 1
             # The model's own packing, run on places: each token says where it comes from.
             tile = torch.arange(tiles)[:, None].clamp_min(1) - 1
             place = torch.arange(side * side)[None]
             row = tile // across * side + place // side
             column = tile % across * side + place % side
             places = torch.stack([row, column], dim=2).to(torch.float64)
-            packed = self.pack(backbone, given, i, places)
+            packed = self.pack(given, i, places)
             found = self._map(packed, side, across, first, len(own))
             maps.append([replace(found, tiles=tiles)])
             first += tiles * side * side
         return maps
 
-    def side(self, backbone: Backbone) -> int:
+    def side(self) -> int:
         """Patches along a side of a tile."""
-        vision = backbone.model.config.vision_config
+        vision = self.model.config.vision_config
         return vision.image_size // vision.patch_size
 
-    def tiles(self, backbone: Backbone, given: Mapping[str, Any], i: int) -> int:
+    def tiles(self, given: Mapping[str, Any], i: int) -> int:
         """Tiles of image `i`, the thumbnail included."""
         from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-        config = backbone.model.config
+        config = self.model.config
         return image_size_to_num_patches(
             image_size=given["image_sizes"][i],
             grid_pinpoints=config.image_grid_pinpoints,
             patch_size=config.vision_config.image_size,
         )
 
-    def across(self, backbone: Backbone, given: Mapping[str, Any], i: int) -> int:
+    def across(self, given: Mapping[str, Any], i: int) -> int:
         """Columns of tiles of image `i`."""
         from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
-        config = backbone.model.config
+        config = self.model.config
         return get_anyres_image_grid_shape(
             given["image_sizes"][i], config.image_grid_pinpoints, config.vision_config.image_size
         )[1]
 
-    def pack(self, backbone: Backbone, given: Mapping[str, Any], i: int, places: Tensor) -> Tensor:
+    def pack(self, given: Mapping[str, Any], i: int, places: Tensor) -> Tensor:
         """(n, 2) what the model makes of two numbers a patch, (tiles, patches, 2); -1 at
         newlines."""
-        packed, _ = backbone.base.pack_image_features(
+        packed, _ = self.base.pack_image_features(
             [places],
             given["image_sizes"][i : i + 1],
             vision_feature_select_strategy="full",
@@ -112,13 +112,11 @@ class LlavaNext(Family):
         crop = torch.where(separator, 1, tile)
         return ImageMap(grid, crop=crop, separator=separator, patches=patch[:, None])
 
-    def clip_maps(
-        self, backbone: Backbone, given: Mapping[str, Any], features: Any
-    ) -> list[list[ImageMap]]:
+    def clip_maps(self, given: Mapping[str, Any], features: Any) -> list[list[ImageMap]]:
         """Frames pooled to fewer tokens, one after the other."""
         frames = given["pixel_values_videos"].shape[1]
-        area = self.side(backbone) ** 2
-        patches, states = self.pooled(backbone)
+        area = self.side() ** 2
+        patches, states = self.pooled()
         maps = []
         for i, own in enumerate(features):
             frame = torch.arange(i * frames, (i + 1) * frames)[:, None, None]
@@ -131,10 +129,10 @@ class LlavaNext(Family):
             maps.append([replace(plain, tiles=frames, patches=of_clip[0], states=of_clip[1])])
         return maps
 
-    def pooled(self, backbone: Backbone) -> tuple[Tensor, Tensor]:
+    def pooled(self) -> tuple[Tensor, Tensor]:
         """(n, m) patches of a frame, and (n, k) rows of what the projector receives of it, that
         each of the frame's tokens is made of."""
-        side, by = self.side(backbone), backbone.model.config.spatial_pool_stride
+        side, by = self.side(), self.model.config.spatial_pool_stride
         patches = merged_patches(side, side, by)
         return patches, torch.arange(len(patches))[:, None]  # pooled before the projector
 
@@ -156,17 +154,17 @@ class LlavaOnevision(LlavaNext):
     name: ClassVar[str] = "llava_onevision"
     model_types: ClassVar[tuple[str, ...]] = ("llava_onevision",)
 
-    def tiles(self, backbone: Backbone, given: Mapping[str, Any], i: int) -> int:
+    def tiles(self, given: Mapping[str, Any], i: int) -> int:
         counts = given.get("batch_num_images")
         if counts is not None:
             alone = [count == 1 for count in counts for _ in range(int(count))]
             if not alone[i]:
                 return 1
-        return super().tiles(backbone, given, i)
+        return super().tiles(given, i)
 
-    def pooled(self, backbone: Backbone) -> tuple[Tensor, Tensor]:
+    def pooled(self) -> tuple[Tensor, Tensor]:
         # Bilinear, after the projector: a token lies between two rows and two columns.
-        side = self.side(backbone)
+        side = self.side()
         count = math.ceil(side / 2)
         middle = ((torch.arange(count) + 0.5) * side / count - 0.5).clamp_min(0)
         low = middle.long()
@@ -175,9 +173,9 @@ class LlavaOnevision(LlavaNext):
         patches = (row * side + column).reshape(count * count, 4)
         return patches, patches
 
-    def pack(self, backbone: Backbone, given: Mapping[str, Any], i: int, places: Tensor) -> Tensor:
-        ratio = given.get("vision_aspect_ratio") or backbone.model.config.vision_aspect_ratio
-        packed, _ = backbone.base.pack_image_features(
+    def pack(self, given: Mapping[str, Any], i: int, places: Tensor) -> Tensor:
+        ratio = given.get("vision_aspect_ratio") or self.model.config.vision_aspect_ratio
+        packed, _ = self.base.pack_image_features(
             [places],
             given["image_sizes"][i : i + 1],
             image_newline=places.new_full((2,), -1),

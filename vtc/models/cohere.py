@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Aya Vision and Command A Vision."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from vtc.models.shuffled import Shuffled
+
+
+class CohereVision(Shuffled):
+    """Aya Vision and Command A Vision. Each tile is an image of its own."""
+
+    name: ClassVar[str] = "aya_vision, cohere2_vision"
+    model_types: ClassVar[tuple[str, ...]] = ("aya_vision", "cohere2_vision")
+
+    def per_side(self) -> int:
+        return int(self.model.config.downsample_factor)

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GOT-OCR 2, FastVLM and Perception LM, of whose towers nothing is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from vtc.models.base import Adapter, ImageMap, Modality
+
+
+class Convolutional(Adapter):
+    """Towers without attention of a plain kind: tokens have a grid, but nothing of the tower can
+    be read."""
+
+    name: ClassVar[str] = "got_ocr2, fast_vlm"
+    model_types: ClassVar[tuple[str, ...]] = ("got_ocr2", "fast_vlm")
+    projects_patches: ClassVar[bool] = False
+    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
+    reads_tower: ClassVar[bool] = False
+
+    def image_maps(
+        self, modality: Modality, given: Mapping[str, Any], features: Any
+    ) -> list[list[ImageMap]]:
+        return [[ImageMap(self.grid(len(own), None))] for own in features]
+
+
+class PerceptionLM(Convolutional):
+    """A tower of timm. The thumbnail and the tiles, or the frames of a clip, stand side by side
+    and are one image."""
+
+    name: ClassVar[str] = "perception_lm"
+    model_types: ClassVar[tuple[str, ...]] = ("perception_lm",)
+    reads_tower: ClassVar[bool] = False
+    joins: ClassVar[tuple[Modality, ...]] = ("image", "video")
+    video: ClassVar[bool] = True
+    clips_as_images: ClassVar[bool] = True
+
+    def image_maps(
+        self, modality: Modality, given: Mapping[str, Any], features: Any
+    ) -> list[list[ImageMap]]:
+        tiles = given["pixel_values"].shape[1]
+        maps = super().image_maps(modality, given, features)
+        return [[replace(found, group=i // tiles)] for i, (found,) in enumerate(maps)]
+
+    def join(self, maps: list[ImageMap], modality: Modality) -> ImageMap:
+        found = super().join(maps, modality)
+        if found.crop is None:
+            return found
+        count = len(maps)  # here the thumbnail comes first
+        return replace(found, crop=(found.crop - 1) % count)

@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DeepSeek-VL, also the hybrid with two towers."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from vtc.models.base import Adapter
+
+
+class DeepseekVL(Adapter):
+    """A SigLIP tower (the hybrid has a SAM tower beside it) and an aligner."""
+
+    name: ClassVar[str] = "deepseek_vl"
+    model_types: ClassVar[tuple[str, ...]] = ("deepseek_vl", "deepseek_vl_hybrid")
+    projects_patches: ClassVar[bool] = False
+    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")

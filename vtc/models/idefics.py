@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Idefics 2 and 3, and SmolVLM."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vtc.models.base import Adapter, ImageMap, Modality, merged_patches
+from vtc.models.shuffled import Shuffled
+
+
+class Idefics2(Adapter):
+    """A perceiver makes a fixed number of tokens of each image, which have no places."""
+
+    name: ClassVar[str] = "idefics2"
+    model_types: ClassVar[tuple[str, ...]] = ("idefics2",)
+    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
+    reads_tower: ClassVar[bool] = False
+    merger: ClassVar[str] = "inputs_merger"
+
+    def placeholders(self, output: Any, given: Mapping[str, Any]) -> dict[Modality, Tensor]:
+        return placeholder_ids(self, given)
+
+    def image_maps(
+        self, modality: Modality, given: Mapping[str, Any], features: Any
+    ) -> list[list[ImageMap]]:
+        n = self.model.config.perceiver_config.resampler_n_latents
+        row = torch.stack([torch.zeros(n).long(), torch.zeros(n).long(), torch.arange(n)], dim=1)
+        return [[ImageMap(row)] * (own.shape[:-1].numel() // n) for own in features]
+
+
+class Idefics3(Shuffled):
+    """Each tile, and each frame of a clip, is an image of its own: the model
+    is not told which belong together."""
+
+    name: ClassVar[str] = "idefics3"
+    model_types: ClassVar[tuple[str, ...]] = ("idefics3",)
+    merger: ClassVar[str] = "inputs_merger"
+
+    def per_side(self) -> int:
+        return int(self.model.config.scale_factor)
+
+    def placeholders(self, output: Any, given: Mapping[str, Any]) -> dict[Modality, Tensor]:
+        return placeholder_ids(self, given)
+
+    def image_maps(
+        self, modality: Modality, given: Mapping[str, Any], features: Any
+    ) -> list[list[ImageMap]]:
+        config, by = self.model.config, self.per_side()
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        n = (side // by) ** 2
+        maps, first = [], 0
+        for own in features:
+            # One element holds all tiles of a sample.
+            of_one = []
+            for _ in range(own.shape[:-1].numel() // n):
+                patches = merged_patches(side, side, by, first)
+                first += side * side
+                of_one.append(ImageMap(self.grid(n, None), patches=patches))
+            maps.append(of_one)
+        return maps
+
+
+class SmolVLM(Idefics3):
+    """As Idefics 3, with a mask of placeholders."""
+
+    name: ClassVar[str] = "smolvlm"
+    model_types: ClassVar[tuple[str, ...]] = ("smolvlm",)
+    since: ClassVar[Mapping[str, str]] = {"smolvlm": "5.21"}
+    frames: ClassVar[bool] = True
+    merger: ClassVar[str] = "get_placeholder_mask"
+
+    def placeholders(self, output: Any, given: Mapping[str, Any]) -> dict[Modality, Tensor]:
+        return Adapter.placeholders(self, output, given)
+
+
+def placeholder_ids(adapter: Adapter, given: Mapping[str, Any]) -> dict[Modality, Tensor]:
+    """(b, s) bool, where the ids say that features go; without ids, where embeddings are those of
+    the placeholder, as the model itself has it."""
+    ids, place = given.get("input_ids"), adapter.model.config.image_token_id
+    if ids is not None:
+        return {"image": ids == place}
+    embeds = given["inputs_embeds"]
+    table = adapter.base.get_input_embeddings()
+    mark = table(torch.full((), place, dtype=torch.long, device=embeds.device))
+    return {"image": (embeds == mark).all(-1)}

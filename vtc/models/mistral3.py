@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mistral 3."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from vtc.models.base import Adapter, ImageMap, Modality, merged_patches
+
+
+class Mistral3(Adapter):
+    """Images of any size in one packed sequence of the tower; squares of patches become tokens."""
+
+    name: ClassVar[str] = "mistral3"
+    model_types: ClassVar[tuple[str, ...]] = ("mistral3",)
+    projects_patches: ClassVar[bool] = False
+    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
+
+    def tower_attention(self) -> list[Any]:
+        return [layer.attention for layer in self.tower.transformer.layers]
+
+    def image_maps(
+        self, modality: Modality, given: Mapping[str, Any], features: Any
+    ) -> list[list[ImageMap]]:
+        config = self.model.config
+        by, patch = config.spatial_merge_size, config.vision_config.patch_size
+        maps, first = [], 0
+        for i, own in enumerate(features):
+            height, width = (int(size) // patch for size in given["image_sizes"][i])
+            grid = self.grid(len(own), (height // by * patch, width // by * patch))
+            patches = merged_patches(height, width, by, first)
+            first += height * width
+            maps.append([ImageMap(grid, patches=patches)])
+        return maps

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which adapter a model gets: those of vtc, and of packages that offer theirs.
+
+A package offers families by an entry point of the group `vtc.families` that names a module;
+importing it registers the adapters defined there, as importing any module does.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+
+import transformers
+from packaging.version import Version
+from torch import nn
+
+from .base import ADAPTERS, Adapter, UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class FamilyInfo:
+    """What `vtc.models()` tells of a family.
+
+    Attributes:
+        name: of the family.
+        model_types: the `config.model_type` of its models; none for the generic family.
+        stages: where methods can act.
+        video: "clips", "frames" (each an image of its own) or "none".
+        positions: "one axis", on which gaps can close, "places in the picture" (m-RoPE), or "none".
+        attention: how the tokens of an image see one another.
+        tower: what methods can read of the vision tower: "attention, keys", with "patch states"
+            where the projector makes one token of each, or "nothing".
+        tested: whether it is held to the reference; else it works with a warning.
+        about: what is particular to it.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    stages: tuple[str, ...]
+    video: str
+    positions: str
+    attention: str
+    tower: str
+    tested: bool
+    about: str
+
+
+def families() -> list[type[Adapter]]:
+    """All registered adapters, in alphabetical order of their names."""
+    _load()
+    return sorted(ADAPTERS, key=lambda cls: cls.name)
+
+
+@cache
+def _load() -> None:
+    import_module("vtc.models")
+    for point in entry_points(group="vtc.families"):
+        try:
+            point.load()
+        except Exception as error:  # of a package that is not ours; the other families are there
+            warnings.warn(
+                f"vtc.families: {point.name} of {point.value} cannot be loaded: "
+                f"{type(error).__name__}: {error}",
+                stacklevel=4,
+            )
+
+
+def models() -> list[FamilyInfo]:
+    """The supported families; "generic" stands for any other model of the common shape."""
+    kinds: list[type[Adapter]] = [*families(), Adapter]
+    return [
+        FamilyInfo(
+            name=cls.name,
+            model_types=cls.model_types,
+            stages=cls.stages,
+            video="clips" if cls.video else "frames" if cls.frames else "none",
+            positions=cls.positions,
+            attention=cls.attention,
+            tower=cls.readable(),
+            tested=bool(cls.model_types),
+            about=" ".join((cls.__doc__ or "").split("\n\n")[0].split()),
+        )
+        for cls in kinds
+    ]
+
+
+def find(model: nn.Module) -> Adapter:
+    """The adapter of `model`, bound to its modules.
+
+    Warns:
+        UserWarning: the family is unknown but has the common shape; says what was assumed.
+
+    Raises:
+        UnsupportedModelError: not a VLM, or of a shape that vtc does not cover.
+    """
+    supported = ", ".join(kind for cls in families() for kind in cls.model_types)
+    config = getattr(model, "config", None)
+    if not isinstance(model, nn.Module) or config is None:
+        raise UnsupportedModelError(
+            f"model: expected a vision-language model of transformers, got {type(model).__name__}; "
+            f"supported are {supported}, and others of the same shape"
+        )
+    kind = getattr(config, "model_type", None)
+    if not hasattr(config, "vision_config") and not hasattr(model, "get_image_features"):
+        raise UnsupportedModelError(
+            f"model: {type(model).__name__} ({kind}) has no vision; supported are {supported}, and "
+            "other vision-language models of the same shape"
+        )
+    family = next((cls for cls in families() if kind in cls.model_types), Adapter)
+    needed = family.since.get(str(kind))
+    if needed is not None and Version(transformers.__version__) < Version(needed):
+        raise UnsupportedModelError(
+            f"model: the {type(model).__name__} of transformers {transformers.__version__} lacks "
+            f"what vtc hooks; it needs transformers {needed} or newer"
+        )
+    try:
+        adapter = family.bind(model)
+        adapter.check()
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{error}. Supported are {supported}") from None
+    if family is Adapter:
+        warnings.warn(
+            f"{type(model).__name__} ({kind}) is not a family that vtc is tested on. Assumed: "
+            "vision features replace placeholder tokens one by one, a square grid of patches an "
+            "image, causal attention and one-dimensional rotary positions. Compare its outputs "
+            "with a run in which the dropped tokens are masked before you rely on it",
+            stacklevel=4,
+        )
+    return adapter

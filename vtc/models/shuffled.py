@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What families share whose projector joins neighbouring patches into a token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from vtc.models.base import Adapter, ImageMap, Modality, merged_patches
+
+
+class Shuffled(Adapter):
+    """Square images, of which squares of patches become one token each ("pixel shuffle")."""
+
+    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
+    projects_patches: ClassVar[bool] = False
+
+    def per_side(self) -> int:
+        """Patches along a side of the square that one token is made of."""
+        config = self.model.config
+        if hasattr(config, "downsample_ratio"):
+            return round(1 / config.downsample_ratio)
+        return int(config.downsample_factor)
+
+    def image_maps(
+        self, modality: Modality, given: Mapping[str, Any], features: Any
+    ) -> list[list[ImageMap]]:
+        by, first, maps = self.per_side(), 0, []
+        for own in features:
+            n = len(own)
+            side = math.isqrt(n) * by
+            patches = merged_patches(side, side, by, first)
+            first += side * side
+            maps.append([ImageMap(self.grid(n, None), patches=patches)])
+        return maps
