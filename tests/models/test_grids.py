@@ -17,7 +17,7 @@ from tests.reference.probes import Fixed, Ragged, Spy
 from tests.runtime.test_exactness import CONTROL, TOLERANCE, difference
 from tests.runtime.test_families import Steps
 from vtc.core import Method, VisionTokens
-from vtc.models.base import merged_patches
+from vtc.core.images import merged_patches
 
 
 # ---- families -----------------------------------------------------------------------------------

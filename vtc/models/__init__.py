@@ -9,7 +9,9 @@ from __future__ import annotations
 import sys
 from types import ModuleType
 
-from .base import CACHE, Adapter, ImageMap, Modality, UnsupportedModelError
+from vtc.core.images import ImageMap, Modality
+
+from .base import CACHE, Adapter, UnsupportedModelError
 from .cohere import CohereVision
 from .convolutional import Convolutional, PerceptionLM
 from .deepseek_vl import DeepseekVL

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from vtc.models.base import Adapter, ImageMap, Modality
+from vtc.core.images import ImageMap, Modality
+from vtc.models.base import Adapter
 
 
 class Convolutional(Adapter):

@@ -15,15 +15,8 @@ from transformers.masking_utils import (
     sliding_window_overlay,
 )
 
-from vtc.models.base import (
-    CACHE,
-    Adapter,
-    ImageMap,
-    Modality,
-    UnsupportedModelError,
-    grid_positions,
-    merged_patches,
-)
+from vtc.core.images import ImageMap, Modality, grid_positions, merged_patches
+from vtc.models.base import CACHE, Adapter, UnsupportedModelError
 
 
 class PaliGemma(Adapter):

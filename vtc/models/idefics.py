@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vtc.models.base import Adapter, ImageMap, Modality, merged_patches
+from vtc.core.images import ImageMap, Modality, merged_patches
+from vtc.models.base import Adapter
 from vtc.models.shuffled import Shuffled
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from vtc.models.base import Modality
+from vtc.core.images import Modality
 from vtc.models.shuffled import Shuffled
 
 

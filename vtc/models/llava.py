@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import nn
 
-from vtc.models.base import Adapter, ImageMap, Modality
+from vtc.core.images import ImageMap, Modality
+from vtc.models.base import Adapter
 
 
 class Llava(Adapter):

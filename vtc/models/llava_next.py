@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vtc.models.base import Adapter, ImageMap, Modality, grid_positions, merged_patches
+from vtc.core.images import ImageMap, Modality, grid_positions, merged_patches
+from vtc.models.base import Adapter
 
 
 class LlavaNext(Adapter):

@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from vtc.models.base import Adapter, ImageMap, Modality, merged_patches
+from vtc.core.images import ImageMap, Modality, merged_patches
+from vtc.models.base import Adapter
 
 
 class Mistral3(Adapter):

@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from vtc.models.base import Adapter, UnsupportedModelError, grid_positions
+from vtc.core.images import grid_positions
+from vtc.models.base import Adapter, UnsupportedModelError
 
 
 @dataclass(frozen=True)

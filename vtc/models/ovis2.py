@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from vtc.models.base import Adapter, ImageMap, Modality
+from vtc.core.images import ImageMap, Modality
+from vtc.models.base import Adapter
 
 
 class Ovis2(Adapter):

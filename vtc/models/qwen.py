@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vtc.models.base import Adapter, ImageMap, Modality, UnsupportedModelError
+from vtc.core.images import ImageMap, Modality
+from vtc.models.base import Adapter, UnsupportedModelError
 
 
 class QwenVL(Adapter):

@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from vtc.models.base import Adapter, ImageMap, Modality, merged_patches
+from vtc.core.images import ImageMap, Modality, merged_patches
+from vtc.models.base import Adapter
 
 
 class Shuffled(Adapter):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.runtime.hf.ledger import cache_in
+from vtc.runtime.hf.cache import cache_in
 
 _ENCODED = "mm_encoder_outputs"
 PIXELS = ("pixel_values", "pixel_values_videos", "pixel_values_images")

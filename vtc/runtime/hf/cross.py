@@ -18,7 +18,6 @@ its tokens, nothing is taken out at all.
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,17 +30,17 @@ from transformers.masking_utils import create_masks_for_generate
 from vtc.core import Method, Selection, VisionTokens
 from vtc.models import Adapter, UnsupportedModelError
 from vtc.models.mllama import CrossImage, Mllama
-from vtc.report import ImageTokens, Prefill, Report, Sample, Stopwatch, logits_of
-from vtc.runtime.hf.calls import Calls, Generating
-from vtc.runtime.hf.decoder import check_in_place
-from vtc.runtime.hf.engine import _by_name, _split_mask, refuse_hidden_answers, refuse_packed
-from vtc.runtime.hf.forward import checked, no_autocast
+from vtc.report import ImageTokens, Prefill, Sample, Stopwatch, logits_of
+from vtc.runtime.hf.arguments import by_name, split_mask
+from vtc.runtime.hf.cache import attach, cache_in, ledger_of
+from vtc.runtime.hf.calls import Generating
 from vtc.runtime.hf.generation import Request
-from vtc.runtime.hf.ledger import Group, Ledger, attach, cache_in, ledger_of
-from vtc.runtime.hf.override import Override
-from vtc.runtime.hf.plan import Plan
+from vtc.runtime.hf.guards import refuse_packed
+from vtc.runtime.hf.hooked import Hooked
 from vtc.runtime.idle import dropped_in_sequence, warn_of_idle
 from vtc.runtime.layout import Layout, gather_tokens
+from vtc.runtime.ledger import Group, Ledger
+from vtc.runtime.stages import checked, no_autocast
 
 _TOWER = frozenset({"cls_attention", "low_attention", "cls_query", "keys", "encoder"})
 
@@ -100,75 +99,22 @@ class _Call:
     replay: bool = False
 
 
-class CrossEngine:
-    """Carries out `method` on the model of `adapter`, as `vtc.runtime.hf.engine.Engine` does."""
+class CrossEngine(Hooked):
+    """Carries out `method` on the model of `adapter`: cross-attention layers read its vision
+    states."""
+
+    adapter: Mllama
 
     def __init__(self, adapter: Mllama, method: Method) -> None:
-        self.adapter, self.method = adapter, method
         _check(adapter, method)
-        self.plan = Plan(adapter, method)
-        self.report = Report(adapter.model.config)
+        super().__init__(adapter, method)
         self.cross_layers = adapter.cross_layers()
-        self.handles: list[Any] = []
-        self.overrides: list[Override] = []
-        self.warned: set[int] = set()
-        self._forget()
-
-    def _forget(self) -> None:
-        """Start with nothing under way."""
-        self.lock = threading.RLock()  # a patch does not come off in the middle of a forward
-        self.calls = Calls()
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        for name in ("lock", "calls"):
-            del state[name]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget()
 
     @property
     def call(self) -> _Call | None:
         """The forward that this thread is in, the innermost if there are several."""
         found: _Call | None = self.calls.forward
         return found
-
-    # ---- on and off ---------------------------------------------------------------------------
-    def install(self) -> None:
-        """Hook the model; if that fails half-way, leave it as it was."""
-        if self.overrides:
-            raise RuntimeError("this patch is on its model already")
-        b = self.adapter
-        try:
-            self.overrides.append(Override(b.base, "forward", self._run_base))
-            if b.model is not b.base:
-                self.overrides.append(Override(b.model, "forward", self._run_model))
-            if hasattr(b.model, "generate"):
-                self.overrides.append(Override(b.model, "generate", self._generate))
-                step = Override(b.model, "prepare_inputs_for_generation", self._prepare_step)
-                self.overrides.append(step)
-                masks = Override(b.model, "create_masks_for_generate", self._create_masks)
-                self.overrides.append(masks)
-            self.layers = list(b.layers)
-            self.handles += [
-                b.decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True),
-                b.decoder.register_forward_hook(self._leave_decoder),
-            ]
-        except BaseException:
-            self.uninstall()
-            raise
-
-    def uninstall(self) -> None:
-        """Bring the model back as it was."""
-        self.calls.refuse_in_forward()
-        with self.lock:
-            for handle in self.handles:
-                handle.remove()
-            for override in reversed(self.overrides):
-                override.remove()
-            self.handles, self.overrides = [], []
 
     # ---- the model ----------------------------------------------------------------------------
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -183,34 +129,17 @@ class CrossEngine:
         with self.calls.generate(request.given.get("pixel_values") is not None):
             return original(*args, **kwargs)
 
-    def _prepare_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """`generate` asks for the inputs of a step, and then calls the model with them."""
-        out = original(*args, **kwargs)
-        if self.calls.generating is not None:
-            self.calls.generating.asked = True
-        return out
-
     def _create_masks(self, original: Callable[..., Any] | None, **kwargs: Any) -> Any:
         """The prefill reads the 2-D mask, from which the decoder makes its own."""
         if kwargs.get("is_first_iteration"):
             return kwargs.get("attention_mask")
         return (original or create_masks_for_generate)(**kwargs)
 
-    def _run_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        check_in_place(self.adapter, self.layers)
-        shown = kwargs.pop("prompt_labels", None)
-        given = _by_name(self.adapter.model, args, kwargs)
-        labels = given.get("labels") if shown is None else shown
-        if labels is None and self.calls.generating is None:
-            refuse_hidden_answers(self.adapter.model, self.plan, given)
-        with self.lock, self.calls.model(labels, given.get("logits_to_keep", 0)):
-            return original(*args, **kwargs)
-
     def _run_base(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.calls.asked is None:  # else the model, which calls it, has looked
-            check_in_place(self.adapter, self.layers)
+            self._check_in_place()
         asked = self.calls.take_asked()
-        given = _by_name(self.adapter.base, args, kwargs)
+        given = by_name(self.adapter.base, args, kwargs)
         self.adapter.check_inputs(given)
         call = _Call(given, asked.labels, asked.logits, asked.generating)
         with self.lock:
@@ -247,7 +176,7 @@ class CrossEngine:
         shape, tokens = states.shape, _tokens(kwargs)
         rows, count = tokens.shape[:2]
         past = int(cache.get_seq_length()) if cache is not None else 0
-        _, valid = _split_mask(call.given.get("attention_mask"), past, rows, count)
+        _, valid = split_mask(call.given.get("attention_mask"), past, rows, count)
         if valid is None:
             valid = torch.ones(rows, count, dtype=torch.bool, device=tokens.device)
         with call.selector.measure(states.device):

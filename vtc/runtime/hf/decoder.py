@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from vtc.core import Record, Rows
 from vtc.models import CACHE, Adapter
+from vtc.runtime.forward import Forward
 from vtc.runtime.hf import taps
-from vtc.runtime.hf.forward import Forward, Heard, rows_of
 from vtc.runtime.hf.plan import Plan
+from vtc.runtime.signals import Heard
+from vtc.runtime.stages import rows_of
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from torch import Tensor
 from vtc.core import EncoderState, Merging, Method
 from vtc.models import Adapter, UnsupportedModelError
 from vtc.runtime.hf import taps
-from vtc.runtime.hf.forward import no_autocast
 from vtc.runtime.hf.override import Override
+from vtc.runtime.stages import no_autocast
 
 
 @dataclass

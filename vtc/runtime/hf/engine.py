@@ -17,7 +17,7 @@ import functools
 import inspect
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,52 +26,35 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_masks_for_generate
 
 from vtc.core import Method
-from vtc.models import Adapter, Modality
-from vtc.report import Prefill, Report
-from vtc.runtime.hf.calls import PIXELS, Calls
-from vtc.runtime.hf.decoder import DecoderSide, check_in_place
-from vtc.runtime.hf.forward import Forward, prune_between_layers, select_in_sequence
+from vtc.core.images import Modality
+from vtc.models import Adapter
+from vtc.report import Prefill
+from vtc.runtime.forward import Forward
+from vtc.runtime.hf.arguments import by_name, is_per_token, keep_all_states, ones, split_mask, take
+from vtc.runtime.hf.cache import attach, cache_in, ledger_of
+from vtc.runtime.hf.calls import PIXELS
+from vtc.runtime.hf.decoder import DecoderSide
 from vtc.runtime.hf.generation import Request
-from vtc.runtime.hf.ledger import Group, Ledger, attach, cache_in, ledger_of
+from vtc.runtime.hf.groups import LayerGroups
+from vtc.runtime.hf.guards import UNHANDLED, refuse_packed
+from vtc.runtime.hf.hooked import Hooked
 from vtc.runtime.hf.override import Override
-from vtc.runtime.hf.plan import Plan
 from vtc.runtime.hf.vision import VisionSide
 from vtc.runtime.idle import dropped_in_sequence, warn_of_idle
 from vtc.runtime.layout import Layout, gather_tokens
+from vtc.runtime.ledger import Ledger
+from vtc.runtime.stages import prune_between_layers, select_in_sequence
 
 
-class Engine:
-    """Carries out `method` on the model of `adapter`."""
+class Engine(Hooked):
+    """Carries out `method` on the model of `adapter`: vision tokens stand in its sequence."""
 
     def __init__(self, adapter: Adapter, method: Method) -> None:
-        self.adapter, self.method = adapter, method
-        self.report = Report(adapter.model.config)
-        self.num_layers = len(adapter.layers)
-        self.plan = Plan(adapter, method)
+        super().__init__(adapter, method)
         self.vision = VisionSide(adapter, method)
         self.decoder = DecoderSide(adapter, self.plan)
-        # Installed things
-        self.handles: list[Any] = []
-        self.overrides: list[Override] = []
-        self.warned: set[int] = set()
+        self.groups = LayerGroups(adapter, self.plan)
         self.told = False
-        self._forget()
-
-    def _forget(self) -> None:
-        """Start with nothing under way."""
-        # One forward at a time: taps sit on modules, which a server's threads share.
-        self.lock = threading.RLock()
-        self.calls = Calls()
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        for name in ("lock", "calls"):
-            del state[name]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget()
 
     @property
     def forward(self) -> Forward | None:
@@ -80,44 +63,17 @@ class Engine:
         return found
 
     # ---- on and off ---------------------------------------------------------------------------
-    def install(self) -> None:
-        """Hook the model; if that fails half-way, leave it as it was."""
-        if self.overrides:
-            raise RuntimeError("this patch is on its model already")
-        try:
-            self._install()
-        except BaseException:
-            self.uninstall()
-            raise
-
     def _install(self) -> None:
+        super()._install()
         b = self.adapter
         self.flash = self._flash()
-        self.overrides = [Override(b.base, self.adapter.merger, self._merge_features)]
+        self.overrides.append(Override(b.base, b.merger, self._merge_features))
         for modality in ("image", "video"):
             if hasattr(b.base, name := f"get_{modality}_features"):
                 encode = functools.partial(self._encode, modality)
                 self.overrides.append(Override(b.base, name, encode))
         if hasattr(b.decoder, "_deepstack_process"):
             self.overrides.append(Override(b.decoder, "_deepstack_process", self._deepstack))
-        # Not hooks: those of torch are left out when a forward is interrupted.
-        self.overrides.append(Override(b.base, "forward", self._run_base))
-        if b.model is not b.base:
-            self.overrides.append(Override(b.model, "forward", self._run_model))
-        for part in {id(b.base): b.base, id(b.model): b.model}.values():
-            refuse = Override(part, "_replicate_for_data_parallel", self._refuse_replicas)
-            self.overrides.append(refuse)
-        if hasattr(b.model, "generate"):
-            self.overrides += [
-                Override(b.model, "generate", self._generate),
-                Override(b.model, "prepare_inputs_for_generation", self._prepare_step),
-                Override(b.model, "create_masks_for_generate", self._create_masks),
-            ]
-        self.handles += [
-            b.decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True),
-            b.decoder.register_forward_hook(self._leave_decoder),
-        ]
-        self.layers = list(b.layers)
         for i, layer in enumerate(self.layers):
             heard = i in self.plan.tapped or i in self.plan.recorded
             if self.flash or heard or self.plan.group_of[i] > 0:
@@ -125,22 +81,10 @@ class Engine:
                 self.handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         self.decoder.install()
 
-    def uninstall(self) -> None:
-        self.calls.refuse_in_forward()
-        with self.lock:  # what another thread runs comes to its end
-            for handle in self.handles:
-                handle.remove()
-            for override in reversed(self.overrides):
-                override.remove()
-            self.vision.forget()
-            self.decoder.uninstall()
-            self.handles, self.overrides = [], []
-
-    def _refuse_replicas(self, original: Callable[..., Any]) -> Any:
-        raise RuntimeError(
-            "DataParallel: its replicas share the hooks of a patched model, which lead to the "
-            "first device; copy.deepcopy the patched model for each, or use one process for each"
-        )
+    def _uninstall(self) -> None:
+        super()._uninstall()
+        self.vision.forget()
+        self.decoder.uninstall()
 
     # ---- generate -----------------------------------------------------------------------------
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -157,14 +101,7 @@ class Engine:
         with self.calls.generate(images, request.prompt_width if request.guesses else None) as call:
             out = original(*args, **kwargs)
         if images and not call.handled:
-            raise RuntimeError(_UNHANDLED.format(model=type(self.adapter.model).__name__))
-        return out
-
-    def _prepare_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """`generate` asks for the inputs of a step, and then calls the model with them."""
-        out = original(*args, **kwargs)
-        if self.calls.generating is not None:
-            self.calls.generating.asked = True
+            raise RuntimeError(UNHANDLED.format(model=type(self.adapter.model).__name__))
         return out
 
     def _create_masks(self, original: Callable[..., Any] | None, **kwargs: Any) -> Any:
@@ -215,7 +152,7 @@ class Engine:
     def _merge_features(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         out = original(*args, **kwargs)
         if self.forward is not None:
-            given = _by_name(self.adapter.base, args, kwargs, self.adapter.merger)
+            given = by_name(self.adapter.base, args, kwargs, self.adapter.merger)
             found = self.adapter.placeholders(out, given)
             for modality, mask in found.items():
                 seen = self.forward.vision.get(modality)
@@ -242,26 +179,19 @@ class Engine:
         return original(hidden_states, left, visual_embeds[row.to(visual_embeds.device)])
 
     def _run_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._check_in_place()
         if self.adapter.model._compiled_call_impl is not None:
             self._warn_of_compiling()
-        shown = kwargs.pop("prompt_labels", None)
-        given = _by_name(self.adapter.model, args, kwargs)
-        labels = given.get("labels") if shown is None else shown
-        if labels is None and self.calls.generating is None:
-            refuse_hidden_answers(self.adapter.model, self.plan, given)
-        with self.lock, self.calls.model(labels, given.get("logits_to_keep", 0)):
-            return original(*args, **kwargs)
+        return super()._run_model(original, *args, **kwargs)
 
     def _check_in_place(self) -> None:
-        check_in_place(self.adapter, self.layers)
+        super()._check_in_place()
         self.decoder.check_in_place()
 
     def _run_base(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.calls.asked is None:  # else the model, which calls it, has looked
             self._check_in_place()
         asked = self.calls.take_asked()
-        given = _by_name(self.adapter.base, args, kwargs)
+        given = by_name(self.adapter.base, args, kwargs)
         labels, logits = asked.labels, asked.logits
         if labels is None:  # the base model may be all there is
             labels = given.get("labels")
@@ -277,7 +207,7 @@ class Engine:
                 args, kwargs = (), {**given, "attention_mask": None}
             out = original(*args, **kwargs)
         if forward.images_seen and forward.phase != "prefill":
-            raise RuntimeError(_UNHANDLED.format(model=type(self.adapter.model).__name__))
+            raise RuntimeError(UNHANDLED.format(model=type(self.adapter.model).__name__))
         return out
 
     @contextmanager
@@ -349,8 +279,8 @@ class Engine:
         ledger = ledger_of(cache)
         plain = ledger is None
         past = ledger.logical if ledger else int(cache.get_seq_length()) if cache is not None else 0
-        past_valid, valid = _split_mask(self._padding(forward, kwargs), past, rows, length)
-        forward.valid = valid if valid is not None else _ones(embeds, length)
+        past_valid, valid = split_mask(self.groups.padding(forward, kwargs), past, rows, length)
+        forward.valid = valid if valid is not None else ones(embeds, length)
         blocks = self.adapter.blocks(forward.given)
         if blocks is not None:  # guessed tokens come without a type
             blocks = nn.functional.pad(blocks, (0, max(length - blocks.shape[1], 0)), value=-1)
@@ -358,7 +288,7 @@ class Engine:
         forward.deepstack = kwargs.get("visual_pos_masks")
         forward.ledger = ledger or Ledger.fresh(self.plan.first_layers, past, past_valid)
         forward.ledger.may_write = True
-        self._check_groups(forward.ledger)
+        self.groups.check(forward.ledger)
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = torch.arange(past, past + length, device=embeds.device)[None]
@@ -394,15 +324,15 @@ class Engine:
                 new_embeds = new_embeds.masked_fill(~forward.layout.valid[..., None], 0)
                 for name, value in kwargs.items():
                     own = name in ("attention_mask", "position_ids")
-                    if not own and _is_per_token(value, rows, length):
-                        kwargs[name] = _take(value, place)
+                    if not own and is_per_token(value, rows, length):
+                        kwargs[name] = take(value, place)
             forward.count_tokens(0)
         forward.entered = forward.layout
         kwargs["inputs_embeds"] = new_embeds
-        self._open_group(forward, 0)
+        self.groups.open(forward, 0)
         group = forward.ledger.groups[0]
         if group.diverged or len(forward.ledger.groups) > 1:
-            _keep_all_states(kwargs)
+            keep_all_states(kwargs)
         if plain and not group.diverged:
             # Nothing was dropped: masks and positions are those that the model makes.
             call = forward.generating
@@ -410,11 +340,11 @@ class Engine:
                 kwargs["attention_mask"], call.masks = call.masks, None
             return
         if self.adapter.masks_in_base:
-            kwargs["attention_mask"] = self._masks(forward, new_embeds, cache)
+            kwargs["attention_mask"] = self.groups.of_decoder(forward, new_embeds, cache)
             kwargs["position_ids"] = forward.rotary_positions(0)
             return
         # Always a mask: without one, gaps in the positions would be taken for packed sequences.
-        mask = group.valid if group.valid is not None else _ones(new_embeds, group.length)
+        mask = group.valid if group.valid is not None else ones(new_embeds, group.length)
         kwargs["attention_mask"] = mask.long()
         kwargs["position_ids"] = forward.rotary_positions(0)
 
@@ -422,9 +352,9 @@ class Engine:
         """New tokens on a compressed cache: translate mask and positions."""
         embeds = kwargs["inputs_embeds"]
         rows, count = embeds.shape[:2]
-        self._check_groups(ledger)
+        self.groups.check(ledger)
         past = ledger.logical
-        _, valid = _split_mask(self._padding(forward, kwargs), past, rows, count)
+        _, valid = split_mask(self.groups.padding(forward, kwargs), past, rows, count)
         if valid is not None and bool(valid.all()):
             valid = None
         positions = kwargs.get("position_ids")
@@ -432,45 +362,17 @@ class Engine:
             positions = torch.arange(past, past + count, device=embeds.device)[None]
         forward.positions = positions.expand(*positions.shape[:-2], rows, -1)
         for group in ledger.groups:
-            self._refuse_padding(group, valid)
+            self.groups.refuse_padding(group, valid)
         for group in ledger.groups:
             group.extend(valid, count)
         ledger.may_write = True
         ledger.logical += count
         ledger.croppable += count
         forward.ledger, forward.phase = ledger, "decode"
-        _keep_all_states(kwargs)
+        keep_all_states(kwargs)
         first = ledger.groups[0]
         kwargs["attention_mask"] = None if first.valid is None else first.valid.long()
         kwargs["position_ids"] = forward.rotary_positions(0)
-
-    def _padding(self, forward: Forward, kwargs: dict[str, Any]) -> Any:
-        """The mask that the user, or `generate`, gave."""
-        own = forward.given if self.adapter.masks_in_base else kwargs
-        return own.get("attention_mask")
-
-    def _masks(self, forward: Forward, embeds: Tensor, cache: Any) -> Any:
-        """What the decoder takes of a base model that makes the masks, for the first group."""
-        found = {}
-        for layer in range(self.num_layers):
-            kind = self.adapter.layer_type(layer)
-            if kind not in found:
-                found[kind] = self._mask(forward, 0, layer, embeds, cache)
-        if getattr(self.adapter.decoder.config, "layer_types", None) is None:
-            return found.popitem()[1]
-        return found
-
-    def _mask(self, forward: Forward, number: int, layer: int, hidden: Tensor, cache: Any) -> Any:
-        group = forward.ledger.groups[number]
-        valid = group.valid
-        if valid is None and cache is None and group.diverged:
-            # Without one, gaps in the positions would be taken for packed sequences.
-            valid = _ones(hidden, group.length)
-        blocks = None
-        if forward.phase == "prefill":
-            blocks = forward.gather_blocks(group.length)
-            blocks = self.adapter.layer_blocks(layer, blocks)
-        return self.adapter.mask(layer, hidden, valid, cache, blocks)
 
     @torch.compiler.disable
     def _leave_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -577,7 +479,7 @@ class Engine:
                     kwargs["hidden_states"] = hidden
             self.decoder.listen(forward, layer, hidden)
         if forward.ledger.groups[self.plan.group_of[layer]].diverged:
-            self._adapt_layer(forward, layer, hidden, kwargs)
+            self.groups.adapt_layer(forward, layer, hidden, kwargs)
             if forward.phase == "prefill" and self.plan.group_of[layer] > 0:
                 args = (*args[:1], *(self._cut(forward, value) for value in args[1:]))
                 for name in set(kwargs) - _ADAPTED:
@@ -608,76 +510,19 @@ class Engine:
                 pads = ~forward.layout.valid[..., None].to(hidden.device)
                 hidden = hidden.masked_fill(pads, 0)
             forward.count_tokens(layer)
-        self._open_group(forward, self.plan.group_of[layer])
+        self.groups.open(forward, self.plan.group_of[layer])
         return hidden
-
-    def _adapt_layer(
-        self, forward: Forward, layer: int, hidden: Tensor, kwargs: dict[str, Any]
-    ) -> None:
-        """Give a layer the mask and positions of what its group holds."""
-        number = self.plan.group_of[layer]
-        if number == 0:
-            return
-        kind = self.adapter.layer_type(layer)
-        cache = cache_in(kwargs)
-        if (number, kind) not in forward.memo:
-            forward.memo[number, kind] = self._mask(forward, number, layer, hidden, cache)
-        kwargs["attention_mask"] = forward.memo[number, kind]
-        if (number, kind, "rotary") not in forward.memo:
-            positions = forward.rotary_positions(number).to(hidden.device)
-            rotation = self.adapter.rotary(layer, hidden, positions)
-            forward.memo[number, kind, "rotary"] = positions, rotation
-        positions, kwargs["position_embeddings"] = forward.memo[number, kind, "rotary"]
-        if kwargs.get("position_ids") is not None:
-            kwargs["position_ids"] = positions if positions.dim() == 2 else positions[0]
 
     def _cut(self, forward: Forward, value: Any) -> Any:
         """`value` for the tokens held now, if it has a row for each that entered the decoder."""
         first, rows = forward.entered, forward.layout.index.shape[0]
-        if first is None or not _is_per_token(value, rows, first.index.shape[1]):
+        if first is None or not is_per_token(value, rows, first.index.shape[1]):
             return value
-        return _take(value, first.places_of(forward.layout.index, forward.valid.shape[1]))
+        return take(value, first.places_of(forward.layout.index, forward.valid.shape[1]))
 
     # ---- bookkeeping --------------------------------------------------------------------------
     def _flash(self) -> bool:
         return "flash" in (self.adapter.decoder.config._attn_implementation or "")
-
-    def _refuse_padding(self, group: Group, valid: Tensor | None) -> None:
-        """Refuse rows of unequal length behind tokens that a window, a chunk or a recurrent state
-        would count together with the padding.
-
-        Args:
-            valid: (b, q) bool of the new tokens, or `None` if none is padding.
-        """
-        if valid is None or not group.length:
-            return
-        kinds = {self.adapter.layer_type(i) for i in range(self.num_layers)}
-        if kinds - {"full_attention"}:  # also while a window is longer: decoding may reach it
-            raise ValueError(
-                "past_key_values: rows that add unequal numbers of tokens cannot follow on this "
-                "cache, as a sliding window, a chunk or a recurrent state would count their "
-                "padding; send the rows one by one, or start with a new cache"
-            )
-
-    def _check_groups(self, ledger: Ledger) -> None:
-        if tuple(group.first_layer for group in ledger.groups) != self.plan.first_layers:
-            raise ValueError(
-                "past_key_values: this cache was compressed by a method that acts at other layers "
-                f"than {self.method}; start with a new cache after patching anew"
-            )
-
-    def _open_group(self, forward: Forward, number: int) -> None:
-        """Write into the ledger what layer group `number` holds of this forward."""
-        group, layout = forward.ledger.groups[number], forward.layout
-        whole = layout.index.shape[1] == forward.valid.shape[1]
-        if not (whole and torch.equal(layout.valid, forward.valid)):
-            group.diverged = True
-        valid = None if bool(layout.valid.all()) else layout.valid
-        self._refuse_padding(group, valid)
-        group.extend(valid, layout.index.shape[1])
-        total = forward.gap.sum(1, keepdim=True)
-        if bool(total.any()) and not self.adapter.axial:
-            group.shift = total if group.shift is None else group.shift + total
 
     def _freeze(self, forward: Forward) -> None:
         """In `generate` without a cache, do again what was chosen at the first step."""
@@ -688,118 +533,4 @@ class Engine:
             forward.replay = True
 
 
-_UNHANDLED = (
-    "{model} was given images, but none of its vision tokens reached vtc: this way of calling it "
-    "is not covered, and its result would have been that of the uncompressed model"
-)
-
-
 _ADAPTED = {"hidden_states", "attention_mask", "position_ids", "position_embeddings"}
-
-
-def refuse_hidden_answers(model: nn.Module, plan: Plan, given: Mapping[str, Any]) -> None:
-    """Refuse to take an answer for part of the prompt where its labels went elsewhere.
-
-    Args:
-        given: the arguments of `model`, without labels.
-    """
-    training = model.training and torch.is_grad_enabled()
-    counted = given.get("num_items_in_batch") is not None  # by Trainer, from the labels
-    images = any(given.get(name) is not None for name in PIXELS)
-    if images and (training or counted) and plan.reads_prompt:
-        raise ValueError(
-            f"labels: {plan.method} may read the prompt, whose end they tell; expected them while "
-            "a loss is computed, got none. Where they must not reach the model (label smoothing, "
-            "compute_loss_func), give the batch a copy of them named prompt_labels"
-        )
-
-
-def _by_name(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = "forward"
-) -> dict[str, Any]:
-    """The arguments of a method, whether they were named or not."""
-    if not args:
-        return kwargs
-    names = inspect.signature(getattr(type(module), name)).bind_partial(module, *args).arguments
-    names.pop("self", None)
-    return {**names, **kwargs}
-
-
-def _is_per_token(value: Any, rows: int, length: int) -> bool:
-    return isinstance(value, Tensor) and value.dim() >= 2 and value.shape[:2] == (rows, length)
-
-
-def _take(value: Tensor, place: Tensor) -> Tensor:
-    """`value` (b, s, ...) at the (b, k) places `place`."""
-    place = place.to(value.device)
-    trailing = value.shape[2:]
-    index = place.view(*place.shape, *([1] * len(trailing))).expand(*place.shape, *trailing)
-    return value.gather(1, index)
-
-
-def _keep_all_states(kwargs: dict[str, Any]) -> None:
-    """Layers that share keys with earlier ones may run for the last tokens only; masks and
-    positions of a compressed sequence are made for all of them."""
-    if "logits_to_keep" in kwargs:
-        kwargs["logits_to_keep"] = 0
-
-
-def _ones(like: Tensor, length: int) -> Tensor:
-    return torch.ones(like.shape[0], length, dtype=torch.bool, device=like.device)
-
-
-def refuse_packed(given: Mapping[str, Any], entering: Mapping[str, Any], flash: bool) -> None:
-    """Raise `ValueError` if a row holds several documents, which transformers keeps apart: what is
-    chosen for one would follow from the others, and its masks do not survive a compression.
-
-    Args:
-        given: the arguments of the base model.
-        entering: those with which the decoder was called.
-    """
-    for name in _PACKING:
-        if given.get(name) is not None or entering.get(name) is not None:
-            raise ValueError(_PACKED.format(name=name, what="it marks several documents in a row"))
-    mask, positions = given.get("attention_mask"), entering.get("position_ids")
-    masked = isinstance(mask, Tensor) and not (flash and bool(mask.all()))
-    if positions is None or masked or cache_in(given) is not None:
-        return
-    if positions.dim() == 3:  # of several axes the first, if there are four, counts the text
-        if len(positions) < 4:
-            return
-        positions = positions[0]
-    if bool((positions.diff(dim=-1) != 1).any()):
-        raise ValueError(
-            _PACKED.format(
-                name="position_ids",
-                what="without an attention_mask, positions that start anew are those of several "
-                "documents in a row",
-            )
-        )
-
-
-_PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
-
-_PACKED = (
-    "{name}: {what}, which a patched model does not compress; give each document a row of its own, "
-    "with an attention_mask, or unpatch"
-)
-
-
-def _split_mask(
-    mask: Any, past: int, rows: int, length: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """The 2-D mask of the past and of the new tokens, `None` for all valid."""
-    if mask is None:
-        return None, None
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        got = f"a tensor of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask)
-        raise ValueError(
-            f"attention_mask: a patched model takes a mask of shape (batch, tokens), got {got}"
-        )
-    if mask.shape != (rows, past + length):
-        raise ValueError(
-            f"attention_mask: expected shape {(rows, past + length)} for {past} cached and "
-            f"{length} new tokens, got {tuple(mask.shape)}"
-        )
-    mask = mask.bool()
-    return mask[:, :past], mask[:, past:]

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from vtc.report import Stopwatch
+from vtc.runtime.signals import TowerSignals
 
 TAP = "vtc_tap"
 _LOCK = threading.RLock()
@@ -354,43 +355,6 @@ def _rows_at(mask: Tensor, places: Tensor) -> Tensor:
     """(b, h or 1, r, k) the rows `places` (b, r) of a mask (b or 1, h or 1, q, k)."""
     at = places[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1])
     return mask.expand(len(places), -1, -1, -1).gather(2, at)
-
-
-@dataclass(frozen=True)
-class TowerSignals:
-    """What one layer of the vision tower shows of the patches of an image.
-
-    Attributes:
-        attention: (n,) attention from [CLS], or received from all.
-        keys: (n, h * d).
-        cls_query, cls_key: (h * d,) or `None`.
-        heads: h.
-        crop_query, crop_key: (c, h * d) the same of each tile of a tiled image, or `None`.
-    """
-
-    attention: Tensor
-    keys: Tensor
-    cls_query: Tensor | None
-    cls_key: Tensor | None
-    heads: int
-    crop_query: Tensor | None = None
-    crop_key: Tensor | None = None
-
-    def without(self, prefix: int) -> TowerSignals:
-        """The same without the first `prefix` tokens."""
-        return replace(self, attention=self.attention[prefix:], keys=self.keys[prefix:])
-
-    def of(self, patches: Tensor) -> TowerSignals:
-        """The means over the patches (n, m) that each vision token is made of."""
-        patches = patches.to(self.attention.device)
-        if patches.shape[1] == 1:
-            patches = patches[:, 0]
-            return replace(self, attention=self.attention[patches], keys=self.keys[patches])
-        return replace(
-            self,
-            attention=self.attention[patches].mean(1),
-            keys=self.keys[patches].float().mean(1).to(self.keys.dtype),
-        )
 
 
 def listen_tower(tap: Tap, has_cls: bool, clock: Stopwatch) -> None:

@@ -14,11 +14,13 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vtc.core import Method
-from vtc.models import Adapter, ImageMap, Modality, UnsupportedModelError
+from vtc.core.images import ImageMap, Modality
+from vtc.models import Adapter, UnsupportedModelError
 from vtc.report import Stopwatch
+from vtc.runtime.forward import Forward
 from vtc.runtime.hf import taps
 from vtc.runtime.hf.encoder import EncoderSide, Merged
-from vtc.runtime.hf.forward import Forward, ImageSignals, ImageSpan
+from vtc.runtime.signals import ImageSignals, ImageSpan
 
 
 class VisionSide:

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masks, positions and lengths of layer groups: decoder layers that hold the same tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtc.models import Adapter
+from vtc.runtime.forward import Forward
+from vtc.runtime.hf.arguments import ones
+from vtc.runtime.hf.cache import cache_in
+from vtc.runtime.hf.plan import Plan
+from vtc.runtime.ledger import Group, Ledger
+
+
+class LayerGroups:
+    """What the groups of a plan hold in a forward, as masks and positions for their layers."""
+
+    def __init__(self, adapter: Adapter, plan: Plan) -> None:
+        self.adapter, self.plan, self.method = adapter, plan, plan.method
+        self.num_layers = len(adapter.layers)
+
+    def padding(self, forward: Forward, kwargs: dict[str, Any]) -> Any:
+        """The mask that the user, or `generate`, gave."""
+        own = forward.given if self.adapter.masks_in_base else kwargs
+        return own.get("attention_mask")
+
+    def of_decoder(self, forward: Forward, embeds: Tensor, cache: Any) -> Any:
+        """What the decoder takes of a base model that makes the masks, for the first group."""
+        found = {}
+        for layer in range(self.num_layers):
+            kind = self.adapter.layer_type(layer)
+            if kind not in found:
+                found[kind] = self.of_layer(forward, 0, layer, embeds, cache)
+        if getattr(self.adapter.decoder.config, "layer_types", None) is None:
+            return found.popitem()[1]
+        return found
+
+    def of_layer(
+        self, forward: Forward, number: int, layer: int, hidden: Tensor, cache: Any
+    ) -> Any:
+        """The mask of one layer of group `number`, for `hidden` (b, q, d) behind its cache."""
+        group = forward.ledger.groups[number]
+        valid = group.valid
+        if valid is None and cache is None and group.diverged:
+            # Without one, gaps in the positions would be taken for packed sequences.
+            valid = ones(hidden, group.length)
+        blocks = None
+        if forward.phase == "prefill":
+            blocks = forward.gather_blocks(group.length)
+            blocks = self.adapter.layer_blocks(layer, blocks)
+        return self.adapter.mask(layer, hidden, valid, cache, blocks)
+
+    def adapt_layer(
+        self, forward: Forward, layer: int, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> None:
+        """Give a layer the mask and positions of what its group holds."""
+        number = self.plan.group_of[layer]
+        if number == 0:
+            return
+        kind = self.adapter.layer_type(layer)
+        cache = cache_in(kwargs)
+        if (number, kind) not in forward.memo:
+            forward.memo[number, kind] = self.of_layer(forward, number, layer, hidden, cache)
+        kwargs["attention_mask"] = forward.memo[number, kind]
+        if (number, kind, "rotary") not in forward.memo:
+            positions = forward.rotary_positions(number).to(hidden.device)
+            rotation = self.adapter.rotary(layer, hidden, positions)
+            forward.memo[number, kind, "rotary"] = positions, rotation
+        positions, kwargs["position_embeddings"] = forward.memo[number, kind, "rotary"]
+        if kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = positions if positions.dim() == 2 else positions[0]
+
+    def refuse_padding(self, group: Group, valid: Tensor | None) -> None:
+        """Refuse rows of unequal length behind tokens that a window, a chunk or a recurrent state
+        would count together with the padding.
+
+        Args:
+            valid: (b, q) bool of the new tokens, or `None` if none is padding.
+
+        Raises:
+            ValueError: the rows add unequal numbers of tokens.
+        """
+        if valid is None or not group.length:
+            return
+        kinds = {self.adapter.layer_type(i) for i in range(self.num_layers)}
+        if kinds - {"full_attention"}:  # also while a window is longer: decoding may reach it
+            raise ValueError(
+                "past_key_values: ragged continuation is not supported on this cache: a sliding "
+                "window, a chunk or a recurrent state would count the padding; send the rows one "
+                "by one, or start with a new cache"
+            )
+
+    def check(self, ledger: Ledger) -> None:
+        """Refuse a cache that was compressed at other layers.
+
+        Raises:
+            ValueError: its groups begin at other layers than those of the plan.
+        """
+        if tuple(group.first_layer for group in ledger.groups) != self.plan.first_layers:
+            raise ValueError(
+                "past_key_values: this cache was compressed by a method that acts at other layers "
+                f"than {self.method}; start with a new cache after patching anew"
+            )
+
+    def open(self, forward: Forward, number: int) -> None:
+        """Write into the ledger what layer group `number` holds of this forward."""
+        group, layout = forward.ledger.groups[number], forward.layout
+        whole = layout.index.shape[1] == forward.valid.shape[1]
+        if not (whole and torch.equal(layout.valid, forward.valid)):
+            group.diverged = True
+        valid = None if bool(layout.valid.all()) else layout.valid
+        self.refuse_padding(group, valid)
+        group.extend(valid, layout.index.shape[1])
+        total = forward.gap.sum(1, keepdim=True)
+        if bool(total.any()) and not self.adapter.axial:
+            group.shift = total if group.shift is None else group.shift + total

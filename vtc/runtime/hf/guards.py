@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a patched model refuses, because its result would not be what it seems."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtc.runtime.hf.cache import cache_in
+from vtc.runtime.hf.calls import PIXELS
+from vtc.runtime.hf.plan import Plan
+
+UNHANDLED = (
+    "{model} was given images, but none of its vision tokens reached vtc: this way of calling it "
+    "is not covered, and its result would have been that of the uncompressed model"
+)
+
+
+def refuse_hidden_answers(model: nn.Module, plan: Plan, given: Mapping[str, Any]) -> None:
+    """Refuse to take an answer for part of the prompt where its labels went elsewhere.
+
+    Args:
+        given: the arguments of `model`, without labels.
+    """
+    training = model.training and torch.is_grad_enabled()
+    counted = given.get("num_items_in_batch") is not None  # by Trainer, from the labels
+    images = any(given.get(name) is not None for name in PIXELS)
+    if images and (training or counted) and plan.reads_prompt:
+        raise ValueError(
+            f"labels: {plan.method} may read the prompt, whose end they tell; expected them while "
+            "a loss is computed, got none. Where they must not reach the model (label smoothing, "
+            "compute_loss_func), give the batch a copy of them named prompt_labels"
+        )
+
+
+def refuse_packed(given: Mapping[str, Any], entering: Mapping[str, Any], flash: bool) -> None:
+    """Raise `ValueError` if a row holds several documents, which transformers keeps apart: what is
+    chosen for one would follow from the others, and its masks do not survive a compression.
+
+    Args:
+        given: the arguments of the base model.
+        entering: those with which the decoder was called.
+    """
+    for name in _PACKING:
+        if given.get(name) is not None or entering.get(name) is not None:
+            raise ValueError(_PACKED.format(name=name, what="it marks several documents in a row"))
+    mask, positions = given.get("attention_mask"), entering.get("position_ids")
+    masked = isinstance(mask, Tensor) and not (flash and bool(mask.all()))
+    if positions is None or masked or cache_in(given) is not None:
+        return
+    if positions.dim() == 3:  # of several axes the first, if there are four, counts the text
+        if len(positions) < 4:
+            return
+        positions = positions[0]
+    if bool((positions.diff(dim=-1) != 1).any()):
+        raise ValueError(
+            _PACKED.format(
+                name="position_ids",
+                what="without an attention_mask, positions that start anew are those of several "
+                "documents in a row",
+            )
+        )
+
+
+_PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
+
+
+_PACKED = (
+    "{name}: {what}, which a patched model does not compress; give each document a row of its own, "
+    "with an attention_mask, or unpatch"
+)

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all ways of carrying out a method on a model of transformers share: hooks that come on and
+off, calls that are under way, and the model's own forward."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from vtc.core import Method
+from vtc.models import Adapter
+from vtc.report import Report
+from vtc.runtime.hf.arguments import by_name
+from vtc.runtime.hf.calls import Calls
+from vtc.runtime.hf.decoder import check_in_place
+from vtc.runtime.hf.guards import refuse_hidden_answers
+from vtc.runtime.hf.override import Override
+from vtc.runtime.hf.plan import Plan
+
+
+class Hooked:
+    """A method bound to one model instance by hooks.
+
+    Nothing here belongs to a call: what is under way is in `calls`, by thread.
+
+    Attributes:
+        adapter: of the model.
+        method: what is carried out.
+        plan: at which layers.
+        report: of all prefills.
+        calls: the calls that threads are in.
+        lock: one forward at a time: taps sit on modules, which a server's threads share.
+        warned: parts of the method that a warning named.
+    """
+
+    def __init__(self, adapter: Adapter, method: Method) -> None:
+        self.adapter, self.method = adapter, method
+        self.report = Report(adapter.model.config)
+        self.num_layers = len(adapter.layers)
+        self.plan = Plan(adapter, method)
+        self.handles: list[Any] = []
+        self.overrides: list[Override] = []
+        self.warned: set[int] = set()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Start with nothing under way."""
+        self.lock = threading.RLock()
+        self.calls = Calls()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        for name in ("lock", "calls"):
+            del state[name]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    # ---- on and off ---------------------------------------------------------------------------
+    def install(self) -> None:
+        """Hook the model; if that fails half-way, leave it as it was.
+
+        Raises:
+            RuntimeError: the hooks are on the model already.
+        """
+        if self.overrides:
+            raise RuntimeError("this patch is on its model already")
+        try:
+            self._install()
+        except BaseException:
+            self.uninstall()
+            raise
+
+    def _install(self) -> None:
+        b = self.adapter
+        # Not hooks: those of torch are left out when a forward is interrupted.
+        self.overrides.append(Override(b.base, "forward", self._run_base))
+        if b.model is not b.base:
+            self.overrides.append(Override(b.model, "forward", self._run_model))
+        for part in {id(b.base): b.base, id(b.model): b.model}.values():
+            refuse = Override(part, "_replicate_for_data_parallel", self._refuse_replicas)
+            self.overrides.append(refuse)
+        if hasattr(b.model, "generate"):
+            self.overrides += [
+                Override(b.model, "generate", self._generate),
+                Override(b.model, "prepare_inputs_for_generation", self._prepare_step),
+                Override(b.model, "create_masks_for_generate", self._create_masks),
+            ]
+        self.handles += [
+            b.decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True),
+            b.decoder.register_forward_hook(self._leave_decoder),
+        ]
+        self.layers = list(b.layers)
+
+    def uninstall(self) -> None:
+        """Bring the model back as it was.
+
+        Raises:
+            RuntimeError: called in the middle of a forward.
+        """
+        self.calls.refuse_in_forward()
+        with self.lock:  # what another thread runs comes to its end
+            self._uninstall()
+
+    def _uninstall(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        for override in reversed(self.overrides):
+            override.remove()
+        self.handles, self.overrides = [], []
+
+    def _refuse_replicas(self, original: Callable[..., Any]) -> Any:
+        raise RuntimeError(
+            "DataParallel: its replicas share the hooks of a patched model, which lead to the "
+            "first device; copy.deepcopy the patched model for each, or use one process for each"
+        )
+
+    # ---- the model ----------------------------------------------------------------------------
+    def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def _create_masks(self, original: Callable[..., Any] | None, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def _run_base(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def _enter_decoder(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        raise NotImplementedError
+
+    def _leave_decoder(self, module: Any, args: Any, output: Any) -> None:
+        raise NotImplementedError
+
+    def _prepare_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`generate` asks for the inputs of a step, and then calls the model with them."""
+        out = original(*args, **kwargs)
+        if self.calls.generating is not None:
+            self.calls.generating.asked = True
+        return out
+
+    def _run_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The model with its head: note what its base model is not told."""
+        self._check_in_place()
+        shown = kwargs.pop("prompt_labels", None)
+        given = by_name(self.adapter.model, args, kwargs)
+        labels = given.get("labels") if shown is None else shown
+        if labels is None and self.calls.generating is None:
+            refuse_hidden_answers(self.adapter.model, self.plan, given)
+        with self.lock, self.calls.model(labels, given.get("logits_to_keep", 0)):
+            return original(*args, **kwargs)
+
+    def _check_in_place(self) -> None:
+        """Refuse a model some of whose modules were replaced under the patch."""
+        check_in_place(self.adapter, self.layers)

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Methods carried out on a prompt: each image, each sample, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtc.core import LayerState, Method, Rows, Selection, VisionTokens
+from vtc.runtime.forward import Forward
+from vtc.runtime.signals import Heard, ImageSpan, still_held
+
+
+def no_autocast(like: Tensor) -> torch.autocast:
+    """For what methods compute: under autocast half precision would turn their near ties."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
+def checked(method: Method, selection: Any, n: int) -> Selection:
+    """`selection` if it is one over `n` tokens, else an error that names the method."""
+    if not isinstance(selection, Selection):
+        raise TypeError(f"{method.name}: expected a Selection, got {type(selection).__name__}")
+    indices, features = selection.indices, selection.features
+    if indices.dim() != 1 or indices.dtype != torch.long:
+        raise ValueError(
+            f"{method.name}: indices must be whole numbers of shape (k,), "
+            f"got {indices.dtype} {tuple(indices.shape)}"
+        )
+    if len(indices) and (
+        int(indices[0]) < 0 or int(indices[-1]) >= n or not bool((indices.diff() > 0).all())
+    ):
+        raise ValueError(
+            f"{method.name}: indices must ascend within [0, {n}), got {indices.tolist()}"
+        )
+    if features is not None and len(features) != len(indices):
+        raise ValueError(
+            f"{method.name}: {len(features)} features for {len(indices)} indices; they must match"
+        )
+    return selection
+
+
+def _emptied(span: ImageSpan, kept: Tensor, held: Tensor) -> Tensor:
+    """Places, out of those `held` (b, s), of the separators of `span` whose rows are empty once
+    only its tokens `kept` (k,) are left."""
+    alive = torch.zeros(len(span.index), dtype=torch.bool, device=span.index.device)
+    alive[kept.to(alive.device)] = True
+    gone = span.emptied(alive)
+    return gone[held[span.sample, gone.to(held.device)].to(gone.device)]
+
+
+TowerPlace = Callable[[Method, int | float], int]
+
+
+def select_in_sequence(
+    forward: Forward,
+    methods: list[Method],
+    embeds: Tensor,
+    tower_layer: TowerPlace,
+    project: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Run the sequence-stage methods on every image.
+
+    Args:
+        embeds: (b, s, d) what would enter the language model.
+        tower_layer: the 0-based tower layer that a method means.
+        project: the projector, (k, d_v) to (k, d).
+
+    Returns:
+        embeds with merged contents in place, and (b, s) bool of the tokens that stay. Tokens that
+        leave through a method with contiguous positions are marked in `forward.gap`.
+    """
+    keep = forward.valid.clone()
+    for span in forward.spans:
+        b, signals = span.sample, span.signals
+        current = torch.arange(len(span.index), device=embeds.device)
+        if signals.kept is not None:
+            current = signals.kept.to(embeds.device)
+        features = embeds[b, span.index[current]]
+        alive = torch.arange(len(current), device=embeds.device)
+        replaced = False
+        for number, method in enumerate(methods):
+            if not len(current):  # all that the tower made of it is masked
+                break
+            key = (number, b, span.ordinal)
+            if forward.replay:
+                selection = forward.decisions[key]
+            else:
+                grid = span.grid.to(embeds.device)
+                crop = None if span.crop is None else span.crop.to(embeds.device)
+                tokens = VisionTokens(
+                    features=features,
+                    grid=grid[current],
+                    image=span.ordinal,
+                    crop=None if crop is None else crop[current],
+                    every_grid=grid,
+                    every_crop=crop,
+                    **_signals(forward, method, span, alive, embeds, tower_layer, project),
+                )
+                with no_autocast(embeds):
+                    selection = checked(method, method.select(tokens), len(tokens))
+                forward.decisions[key] = selection
+            assert selection is not None
+            chosen = selection.indices.to(embeds.device)
+            gone = _emptied(span, current[chosen], keep)
+            keep[b, gone] = False
+            if method.positions == "contiguous":
+                forward.gap[b, gone] = True
+                forward.gap[b, span.index[current]] = True
+                forward.gap[b, span.index[current[chosen]]] = False
+            features = features[chosen]
+            if selection.features is not None:
+                features, replaced = selection.features.to(embeds), True
+            current, alive = current[chosen], alive[chosen]
+        keep[b, span.index] = False
+        keep[b, span.index[current]] = True
+        if replaced:
+            embeds = embeds.clone()
+            embeds[b, span.index[current]] = features
+    return embeds, keep
+
+
+def _signals(
+    forward: Forward,
+    method: Method,
+    span: ImageSpan,
+    alive: Tensor,
+    embeds: Tensor,
+    tower_layer: TowerPlace,
+    project: Callable[[Tensor], Tensor],
+) -> dict[str, Any]:
+    """The signals of `VisionTokens` that `method` needs, for the tokens `alive` of an image."""
+    needs, signals, device, b = method.needs, span.signals, embeds.device, span.sample
+    found: dict[str, Any] = {}
+    if needs & {"cls_attention", "cls_query", "keys"}:
+        heard = signals.tower[tower_layer(method, method.vision_layer)]
+        found["heads"] = heard.heads
+        if "cls_attention" in needs:
+            found["cls_attention"] = heard.attention.to(device)[alive]
+        if "keys" in needs:
+            found["keys"] = heard.keys.to(device)[alive]
+        if "cls_query" in needs and heard.cls_query is not None and heard.cls_key is not None:
+            found["cls_query"] = heard.cls_query.to(device)
+            found["cls_key"] = heard.cls_key.to(device)
+            if heard.crop_query is not None and heard.crop_key is not None:
+                found["crop_query"] = heard.crop_query.to(device)
+                found["crop_key"] = heard.crop_key.to(device)
+    if "low_attention" in needs:
+        heard = signals.tower[tower_layer(method, method.low_layer)]
+        found["low_attention"] = heard.attention.to(device)[alive]
+    if "encoder" in needs:
+        assert signals.encoder is not None
+        found["encoder"] = signals.encoder.to(device)[alive]
+        found["encoder_cls"] = None if signals.cls is None else signals.cls.to(device)
+        found["crop_cls"] = None if signals.crop_cls is None else signals.crop_cls.to(device)
+        found["project"] = project
+    if "patches" in needs and (whole := signals.patches) is not None:
+        filled = whole if signals.kept is None else whole[signals.kept.to(whole.device)]
+        found["patches"] = filled.to(device)[alive]
+    if "text" in needs:
+        found["text"] = embeds[b, forward.text[b]]
+    if "segment" in needs:
+        place = torch.arange(embeds.shape[1], device=device)
+        later = (forward.image[b] > span.ordinal) & (forward.image[b] >= 0)
+        end = int(later.nonzero()[0]) if bool(later.any()) else embeds.shape[1]
+        found["segment"] = embeds[b, forward.text[b] & (place > span.index[-1]) & (place < end)]
+    return found
+
+
+def prune_between_layers(
+    forward: Forward,
+    number: int,
+    method: Method,
+    layer: int,
+    num_layers: int,
+    hidden: Tensor,
+    ahead: Heard | None,
+) -> tuple[Tensor, Tensor]:
+    """Run one layers-stage method on every sample before decoder layer `layer`.
+
+    Args:
+        hidden: (b, k, d) hidden states in the current layout.
+        ahead: attention of that layer on them, if the method peeks.
+
+    Returns:
+        hidden with merged contents in place, and (b, k) bool of the tokens that stay.
+    """
+    layout = forward.layout
+    keep = layout.valid.clone()
+    wanted, peeked = method.taps(num_layers), method.peeks(num_layers)
+    records = method.records(num_layers)
+    length = forward.valid.shape[1]
+    for b in range(hidden.shape[0]):
+        places = layout.valid[b].nonzero().squeeze(1)
+        index = layout.index[b, places]
+        image = forward.image[b, index]
+        n = int((image >= 0).sum())
+        if n == 0:
+            continue
+        key = ("layers", number, layer, b)
+        if forward.replay:
+            selection = forward.decisions[key]
+        else:
+            state = LayerState(
+                layer=layer,
+                num_layers=num_layers,
+                hidden=still_held(hidden[b], layout, b, index, length),
+                image=image.to(hidden.device),
+                text=forward.text[b, index].to(hidden.device),
+                grid=forward.grid[b, index].to(hidden.device),
+                prompt_length=int((index < forward.prompt_length[b]).sum()),
+                original=tuple(len(s.index) for s in forward.spans if s.sample == b),
+                attention={
+                    tapped: forward.attention[tapped]
+                    .at(rows, b, index, length, method.by_head)
+                    .to(hidden.device)
+                    for tapped, rows in wanted.items()
+                    if tapped in forward.attention
+                },
+                ahead=None
+                if ahead is None
+                else ahead.at(peeked[layer], b, index, length, method.by_head).to(hidden.device),
+                recorded={
+                    (at, name): still_held(kept[b], before, b, index, length).to(hidden.device)
+                    for (at, name), (before, kept) in forward.recorded.items()
+                    if name in records.get(at, ())
+                },
+                memory=forward.memory.get((number, b)),
+            )
+            with no_autocast(hidden):
+                selection = method.prune(state)
+            if selection is not None:
+                selection = checked(method, selection, n)
+                forward.memory[number, b] = selection.memory
+            forward.decisions[key] = selection
+        if selection is None:
+            continue
+        if len(selection.indices) < n:
+            forward.dropped.add(number)
+        vision = places[image >= 0]
+        chosen = selection.indices.to(vision.device)
+        keep[b, vision] = False
+        keep[b, vision[chosen]] = True
+        if selection.features is not None:
+            hidden = hidden.clone()
+            hidden[b, vision[chosen].to(hidden.device)] = selection.features.to(hidden)
+        gone = torch.ones_like(vision, dtype=torch.bool)
+        gone[chosen] = False
+        left = torch.zeros(length, dtype=torch.bool, device=index.device)
+        left[layout.index[b, vision[chosen]]] = True
+        emptied = torch.cat(
+            [span.emptied(left[span.index]) for span in forward.spans if span.sample == b]
+        )
+        ended = places[torch.isin(index, emptied)]
+        keep[b, ended] = False
+        if method.prune_positions == "contiguous":
+            forward.gap[b, layout.index[b, vision[gone]]] = True
+            forward.gap[b, layout.index[b, ended]] = True
+    return hidden, keep
+
+
+def rows_of(forward: Forward, kinds: set[Rows]) -> dict[Rows, list[Tensor]]:
+    """For each kind of rows and each sample, their places in the current layout."""
+    layout = forward.layout
+    found: dict[Rows, list[Tensor]] = {}
+    for kind in sorted(kinds):
+        found[kind] = []
+        for b, end in enumerate(forward.prompt_length):
+            if kind == "text":
+                wanted = forward.text[b, layout.index[b]] & layout.valid[b]
+                found[kind].append(wanted.nonzero().squeeze(1))
+            elif kind != "last":
+                wanted = forward.image[b, layout.index[b]] >= 0
+                if kind == "vision_text":
+                    wanted |= forward.text[b, layout.index[b]]
+                found[kind].append((wanted & layout.valid[b]).nonzero().squeeze(1))
+            else:
+                inside = layout.valid[b] & (layout.index[b] < end)
+                found[kind].append(inside.nonzero().squeeze(1)[-1:])
+    return found
