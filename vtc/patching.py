@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vtc.core import Method, make
+from vtc.core.events import Listener
 from vtc.models import find
 from vtc.report import Report
 from vtc.runtime.hf.cross import CrossEngine
@@ -63,6 +64,20 @@ class Patch:
             # Not if the model was unpatched, or patched anew, in between.
             if self.active and not self._disabled:
                 self._engine.install()
+
+    @contextmanager
+    def listen(self, listener: Listener) -> Iterator[None]:
+        """Tell `listener` what methods are shown and choose, for the length of a `with` block.
+
+        Args:
+            listener: called with each `vtc.core.events.Event`, in the thread that runs the model;
+                what it raises ends the forward.
+        """
+        self._engine.listeners.append(listener)
+        try:
+            yield
+        finally:
+            self._engine.listeners.remove(listener)
 
     def __enter__(self) -> Patch:
         if not self.active:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vtc.core import Record, Selection
+from vtc.core.events import Event, Listener
 from vtc.core.images import Modality
 from vtc.report import ImageTokens, Sample, Stopwatch, logits_of
 from vtc.runtime.layout import Layout, gather_last
@@ -39,6 +40,7 @@ class Forward:
         generating: the call of `generate` that this is a step of.
         phase: "plain" leaves the model alone; "prefill" compresses; "decode" continues a
             compressed cache.
+        listeners: are told what is shown and selected.
     """
 
     images_seen: bool = False
@@ -49,6 +51,7 @@ class Forward:
     logits_to_keep: Any = None
     generating: Generating | None = None
     phase: str = "plain"
+    listeners: Sequence[Listener] = ()
 
     # Set at prefill. `valid`, `gap`, `image`, `separator`, `text` and `blocks` are (b, s) over the
     # whole sequence, `grid` is (b, s, 3).
@@ -84,6 +87,11 @@ class Forward:
     selector: Stopwatch = field(default_factory=Stopwatch)
     lm: Stopwatch = field(default_factory=Stopwatch)
     lm_started: Any = None
+
+    def emit(self, event: Event) -> None:
+        """Tell whoever listens."""
+        for listener in self.listeners:
+            listener(event)
 
     def describe_prompt(self, width: int | None = None) -> None:
         """Derive `image`, `grid`, `text` and `prompt_length` from spans, mask and labels.

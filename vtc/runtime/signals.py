@@ -81,6 +81,12 @@ class ImageSignals:
         separator = self.map.separator
         return self.map.patches if separator is None else self.map.patches[~separator]
 
+    @property
+    def filled_patches(self) -> Tensor | None:
+        """(n, m) those of the tokens that are filled."""
+        whole = self.patches
+        return whole if whole is None or self.kept is None else whole[self.kept.to(whole.device)]
+
     def only(self, seen: Tensor) -> ImageSignals:
         """The signals of the vision tokens `seen` (n,) bool, as if there were no others."""
         filled = seen if self.kept is None else seen[self.kept.to(seen.device)]

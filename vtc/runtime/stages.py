@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vtc.core import LayerState, Method, Rows, Selection, VisionTokens
+from vtc.core.events import Selected, Shown
 from vtc.runtime.forward import Forward
 from vtc.runtime.signals import Heard, ImageSpan, still_held
 
@@ -81,6 +82,8 @@ def select_in_sequence(
         features = embeds[b, span.index[current]]
         alive = torch.arange(len(current), device=embeds.device)
         replaced = False
+        if forward.listeners and len(current) and not forward.replay:
+            forward.emit(Shown(b, _tokens(span, features, current, patches=signals.filled_patches)))
         for number, method in enumerate(methods):
             if not len(current):  # all that the tower made of it is masked
                 break
@@ -88,20 +91,12 @@ def select_in_sequence(
             if forward.replay:
                 selection = forward.decisions[key]
             else:
-                grid = span.grid.to(embeds.device)
-                crop = None if span.crop is None else span.crop.to(embeds.device)
-                tokens = VisionTokens(
-                    features=features,
-                    grid=grid[current],
-                    image=span.ordinal,
-                    crop=None if crop is None else crop[current],
-                    every_grid=grid,
-                    every_crop=crop,
-                    **_signals(forward, method, span, alive, embeds, tower_layer, project),
-                )
+                signals_read = _signals(forward, method, span, alive, embeds, tower_layer, project)
+                tokens = _tokens(span, features, current, **signals_read)
                 with no_autocast(embeds):
                     selection = checked(method, method.select(tokens), len(tokens))
                 forward.decisions[key] = selection
+                forward.emit(Selected(method, b, span.ordinal, None, len(tokens), selection))
             assert selection is not None
             chosen = selection.indices.to(embeds.device)
             gone = _emptied(span, current[chosen], keep)
@@ -120,6 +115,21 @@ def select_in_sequence(
             embeds = embeds.clone()
             embeds[b, span.index[current]] = features
     return embeds, keep
+
+
+def _tokens(span: ImageSpan, features: Tensor, current: Tensor, **signals: Any) -> VisionTokens:
+    """What a method is shown of the tokens `current` (n,) of an image."""
+    grid = span.grid.to(current.device)
+    crop = None if span.crop is None else span.crop.to(current.device)
+    return VisionTokens(
+        features=features,
+        grid=grid[current],
+        image=span.ordinal,
+        crop=None if crop is None else crop[current],
+        every_grid=grid,
+        every_crop=crop,
+        **signals,
+    )
 
 
 def _signals(
@@ -156,8 +166,7 @@ def _signals(
         found["encoder_cls"] = None if signals.cls is None else signals.cls.to(device)
         found["crop_cls"] = None if signals.crop_cls is None else signals.crop_cls.to(device)
         found["project"] = project
-    if "patches" in needs and (whole := signals.patches) is not None:
-        filled = whole if signals.kept is None else whole[signals.kept.to(whole.device)]
+    if "patches" in needs and (filled := signals.filled_patches) is not None:
         found["patches"] = filled.to(device)[alive]
     if "text" in needs:
         found["text"] = embeds[b, forward.text[b]]
@@ -234,6 +243,7 @@ def prune_between_layers(
             if selection is not None:
                 selection = checked(method, selection, n)
                 forward.memory[number, b] = selection.memory
+                forward.emit(Selected(method, b, None, layer, n, selection))
             forward.decisions[key] = selection
         if selection is None:
             continue

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_masks_for_generate
 
 from vtc.core import Method, Selection, VisionTokens
+from vtc.core.events import Event, Selected, Shown
 from vtc.models import Adapter, UnsupportedModelError
 from vtc.models.mllama import CrossImage, Mllama
 from vtc.report import ImageTokens, Prefill, Sample, Stopwatch, logits_of
@@ -235,23 +236,17 @@ class CrossEngine(Hooked):
                 current = image.columns.to(states.device)
                 features, at = states[b, current], torch.arange(len(current))
                 changed = False
+                if self.listeners and not call.replay:
+                    self._emit(Shown(b, _shown(image, i, features, at)))
                 for number, method in enumerate(self.plan.sequence):
                     key = (number, b, i)
                     if not call.replay:
-                        grid = image.grid.to(states.device)
-                        crop = None if image.crop is None else image.crop.to(states.device)
-                        shown = VisionTokens(
-                            features=features,
-                            grid=grid[at.to(states.device)],
-                            image=i,
-                            crop=None if crop is None else crop[at.to(states.device)],
-                            every_grid=grid,
-                            every_crop=crop,
-                            **self._texts(call, method, b, i, len(own), valid),
-                        )
+                        texts = self._texts(call, method, b, i, len(own), valid)
+                        shown = _shown(image, i, features, at, **texts)
                         with no_autocast(states):
                             chosen = checked(method, method.select(shown), len(shown))
                         call.decisions[key] = chosen
+                        self._emit(Selected(method, b, i, None, len(shown), chosen))
                     selection = call.decisions[key]
                     index = selection.indices.to(states.device)
                     current, features, at = current[index], features[index], at[index.to(at.device)]
@@ -267,6 +262,10 @@ class CrossEngine(Hooked):
             for b, current, features in replaced:
                 states[b, current] = features
         return states, keep, left
+
+    def _emit(self, event: Event) -> None:
+        for listener in tuple(self.listeners):
+            listener(event)
 
     def _texts(
         self, call: _Call, method: Method, b: int, image: int, count: int, valid: Tensor
@@ -416,6 +415,23 @@ class CrossEngine(Hooked):
         )
         lengths = tuple(held if i in self.cross_layers else tokens for i in range(layers))
         return Sample(tokens, shown, lengths, logits_of(call.logits_to_keep, tokens))
+
+
+def _shown(
+    image: CrossImage, ordinal: int, features: Tensor, at: Tensor, **texts: Any
+) -> VisionTokens:
+    """What a method is shown of the states `features` (n, d), which are those at `at` (n,)."""
+    grid, place = image.grid.to(features.device), at.to(features.device)
+    crop = None if image.crop is None else image.crop.to(features.device)
+    return VisionTokens(
+        features=features,
+        grid=grid[place],
+        image=ordinal,
+        crop=None if crop is None else crop[place],
+        every_grid=grid,
+        every_crop=crop,
+        **texts,
+    )
 
 
 def _check(adapter: Adapter, method: Method) -> None:

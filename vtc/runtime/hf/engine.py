@@ -198,7 +198,11 @@ class Engine(Hooked):
         if self.adapter.model is self.adapter.base and self._slices_logits:
             logits = given.get("logits_to_keep", 0)
         forward = Forward(
-            labels=labels, given=given, logits_to_keep=logits, generating=asked.generating
+            labels=labels,
+            given=given,
+            logits_to_keep=logits,
+            generating=asked.generating,
+            listeners=tuple(self.listeners),
         )
         with self._in_forward(forward):
             self._look_at(forward, given)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vtc.core import Method
+from vtc.core.events import Listener
 from vtc.models import Adapter
 from vtc.report import Report
 from vtc.runtime.hf.arguments import by_name
@@ -32,6 +33,7 @@ class Hooked:
         calls: the calls that threads are in.
         lock: one forward at a time: taps sit on modules, which a server's threads share.
         warned: parts of the method that a warning named.
+        listeners: are told of every selection.
     """
 
     def __init__(self, adapter: Adapter, method: Method) -> None:
@@ -42,6 +44,7 @@ class Hooked:
         self.handles: list[Any] = []
         self.overrides: list[Override] = []
         self.warned: set[int] = set()
+        self.listeners: list[Listener] = []
         self._forget()
 
     def _forget(self) -> None:
@@ -53,6 +56,7 @@ class Hooked:
         state = self.__dict__.copy()
         for name in ("lock", "calls"):
             del state[name]
+        state["listeners"] = []  # they listen to this model, not to its copies
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
