@@ -16,6 +16,7 @@ from vtc.core.images import Modality
 from vtc.report import ImageTokens, Sample, Stopwatch, logits_of
 from vtc.runtime.layout import Layout, gather_last
 from vtc.runtime.ledger import Ledger
+from vtc.runtime.prompt import prompt_ends
 from vtc.runtime.signals import Heard, ImageSpan
 
 Decisions = dict[tuple[Any, ...], Selection | None]
@@ -108,16 +109,8 @@ class Forward:
             self.grid[span.sample, span.index] = span.grid.to(self.grid)
             self.separator[span.sample, span.separators] = True
         place = torch.arange(length, device=self.valid.device)
-        end = self.valid.new_full((rows,), length, dtype=torch.long)
-        if self.labels is not None:
-            # The answer being scored is not part of the prompt: `generate` would not have seen it.
-            # Images always are: earlier turns, or labels left on all tokens, do not end it.
-            shown = torch.where(self.image >= 0, place + 1, 0).max(dim=1).values
-            answer = (self.labels.to(self.valid.device) != -100) & (place >= shown[:, None])
-            end = torch.where(answer, place, length).min(dim=1).values
-        if width is not None:
-            end = end.clamp_max(width)
         is_vision = self.image >= 0
+        end = prompt_ends(is_vision, self.labels, width)
         started = is_vision.cumsum(1) > 0
         fed = self.separator.clone()
         for modality in self.features.keys() & self.vision.keys():

@@ -41,6 +41,7 @@ from vtc.runtime.hf.hooked import Hooked
 from vtc.runtime.idle import dropped_in_sequence, warn_of_idle
 from vtc.runtime.layout import Layout, gather_tokens
 from vtc.runtime.ledger import Group, Ledger
+from vtc.runtime.prompt import prompt_ends
 from vtc.runtime.stages import checked, no_autocast
 
 _TOWER = frozenset({"cls_attention", "low_attention", "cls_query", "keys", "encoder"})
@@ -310,17 +311,10 @@ class CrossEngine(Hooked):
 
     def _prompt_end(self, call: _Call, valid: Tensor) -> Tensor:
         """(b,) where the prompt ends: at the answer that is being scored, or with the tokens."""
-        rows, length = valid.shape
-        end = torch.full((rows,), length, device=valid.device)
         ids = call.given.get("input_ids")
-        if call.labels is None or ids is None:
-            return end
-        place = torch.arange(length, device=valid.device)
-        # Images are of the prompt: earlier turns, or labels left on all tokens, do not end it.
-        marks = ids == self.adapter.image_token()
-        shown = torch.where(marks, place + 1, 0).max(dim=1).values
-        answer = (call.labels.to(valid.device) != -100) & (place >= shown[:, None])
-        return torch.where(answer, place, length).min(dim=1).values
+        if ids is None:
+            return prompt_ends(torch.zeros_like(valid), None)
+        return prompt_ends(ids == self.adapter.image_token(), call.labels)
 
     def _fresh(self, cache: Any, rows: int, past: int, device: torch.device) -> Ledger:
         """A ledger for a cache that holds `past` tokens and the states of a plain prefill."""
