@@ -26,7 +26,7 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from ..tasks.suite import SUITES, suite_questions
-from .scenes.scenes import Question
+from .scenes.questions import Question
 from .vlm import embedded_path, load
 
 MODES: tuple[str, ...] = ("full", "blind", "random")

@@ -24,8 +24,8 @@ from PIL import Image, ImageEnhance
 from vtc.viz.pictures import open_picture
 
 from ..embedded.scenes.labels import COLOR_INDEX, IMAGE_SIZE, empty_labels, label_tile
-from ..embedded.scenes.questions import Asked, Box
-from ..embedded.scenes.scenes import Question
+from ..embedded.scenes.parts import Box
+from ..embedded.scenes.questions import Asked, Question
 
 PHOTO_SIZE = 160
 SUITES: tuple[str, ...] = ("photo", "mosaic", "multi", "clip", "receipt")

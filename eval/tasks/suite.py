@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from ..embedded.scenes.questions import TYPES
-from ..embedded.scenes.scenes import Question, generate
+from ..embedded.scenes.questions import TYPES, Question
+from ..embedded.scenes.scenes import generate
 from ..harness.identity import FileHashes, code_of_files
 from .photos import dev_rows, require_data_folder
 

@@ -22,8 +22,8 @@ from vtc.eval.embedded.scenes.labels import (
     SHAPE_INDEX,
     patch_of,
 )
-from vtc.eval.embedded.scenes.questions import TYPES
-from vtc.eval.embedded.scenes.scenes import SPLITS, Question, Scene, generate
+from vtc.eval.embedded.scenes.questions import TYPES, Question
+from vtc.eval.embedded.scenes.scenes import SPLITS, Scene, generate
 from vtc.eval.embedded.scenes.words import WORDS, split_of
 from vtc.eval.tasks.photos import data_folder, dev_rows, read_rows, require_data_folder
 from vtc.eval.tasks.suite import build_suite, scene_questions
