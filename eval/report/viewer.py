@@ -42,6 +42,7 @@ from ..harness.loading import REMEMBERED, Tasks, find_source, leaves, load
 from ..harness.plan import bring_in
 from ..harness.quiet import hub_answers, offline, quiet
 from ..harness.results import group_of, write
+from ..tasks import OWN_TASKS
 
 __all__ = ["bits", "choose", "collect", "settings_of"]
 
@@ -199,7 +200,7 @@ def _fill(
     bring_in(settings.imports)
     setup, task = todo[0]["setup"], todo[0]["task"]
     local = settings.model is None or Path(settings.model).expanduser().is_dir()
-    own = local and task in runner.SUITE
+    own = local and task in OWN_TASKS
     hashes = FileHashes(out / REMEMBERED)
     state = random.getstate()  # lmms-eval seeds the process's generators
     with quiet(out / "log.txt"), offline(own or not hub_answers()):

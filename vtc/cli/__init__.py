@@ -327,13 +327,13 @@ def suite(
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Generate a task of vtc's own suite: parquet and task file, for lmms-eval's --include_path."""
-    from vtc.eval.harness.run import SUITE, write_suite
+    from vtc.eval.harness.run import OWN_TASKS, write_task
 
-    if name not in SUITE:
+    if name not in OWN_TASKS:
         from vtc.core.names import unknown
 
-        raise _fail("NAME", unknown(name, SUITE))
-    _console().print(str(write_suite(name, out, limit, seed)))
+        raise _fail("NAME", unknown(name, OWN_TASKS))
+    _console().print(str(write_task(name, out, limit, seed)))
 
 
 # ---- vtc eval -----------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generated pictures with questions: the project's own suite, and what its VLM is trained on.
+"""Generated pictures with questions: the project's own task, and what its VLM is trained on.
 
 ``generate(seed, split)`` is a pure function. Its splits draw from disjoint seed streams, and the
 numbers, words and amounts they show are disjoint too. Three kinds of scene: objects, objects with
