@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluation: the embedded VLM, its generated suite, and the harness around them."""
+"""Evaluation: the embedded VLM, its generated tasks, and the harness around them."""

@@ -7,10 +7,13 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 from pathlib import Path
 
 import pytest
+
+from tests.imports import read
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -19,7 +22,7 @@ import importlib.metadata, json, sys
 import torch, vtc, vtc.eval, vtc.integrations.lmms_eval
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from PIL import Image
-from vtc.eval.embedded_vlm import embedded_path
+from vtc.eval.embedded.vlm import embedded_path
 
 folder = embedded_path()
 model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
@@ -83,3 +86,11 @@ def test_command_line_starts_from_the_wheels_entry_point() -> None:
     )
     assert out.returncode == 0, out.stderr
     assert "todre" in out.stdout
+
+
+def test_every_folder_is_packaged() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        listed = set(tomllib.load(file)["tool"]["setuptools"]["packages"])
+    # Examples are run from a checkout.
+    found = {module.package for module in read().values()} - {"vtc.eval.examples"}
+    assert listed == found

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from vtc.core import Method, make
 from vtc.core.events import Listener
 from vtc.models import find
-from vtc.report import Report
+from vtc.report import Report, Stopwatch
 from vtc.runtime.hf.cross import CrossEngine
 from vtc.runtime.hf.engine import Engine
 
@@ -38,6 +38,15 @@ class Patch:
     def report(self) -> Report:
         """Tokens, times, FLOPs and bytes of all prefills since patching."""
         return self._engine.report
+
+    @property
+    def heard(self) -> Stopwatch:
+        """The clock of what methods read of the vision tower, in the call that runs or ran last.
+
+        It is part of the tower's time: who times the tower takes it off. Empty for a model whose
+        tower methods do not read.
+        """
+        return Stopwatch() if isinstance(self._engine, CrossEngine) else self._engine.vision.heard
 
     @property
     def active(self) -> bool:

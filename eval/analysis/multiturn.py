@@ -35,8 +35,9 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 import vtc
 from vtc.core.spec import parse_keep, parse_method, split_list, takes_keep
 
-from ..embedded.scenes.questions import Box
-from ..embedded.scenes.scenes import SPLITS, Question, generate
+from ..embedded.scenes.parts import Box
+from ..embedded.scenes.questions import Question
+from ..embedded.scenes.scenes import SPLITS, generate
 from ..embedded.score import is_right, prompt_of
 from ..embedded.vlm import load
 from ..harness.autotune import paired_interval

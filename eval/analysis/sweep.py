@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Try the settings that a paper leaves open on one type of question of the generated suite.
+"""Try the settings that a paper leaves open on one type of question on generated scenes.
 
     python -m vtc.eval.analysis.sweep correlation --type document --limit 100 \\
         --grid alpha=0.5,0.7,0.9 --grid beta=0.0625,0.25 --out sweep.md
@@ -23,7 +23,7 @@ import vtc
 from ..embedded.scenes.questions import TYPES
 from ..embedded.score import Sample, score
 from ..embedded.vlm import load
-from ..tasks.suite import scene_questions
+from ..tasks.parquet import scene_questions
 
 
 def grid(texts: Sequence[str]) -> list[dict[str, Any]]:

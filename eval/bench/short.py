@@ -46,9 +46,7 @@ class Tower:
         if self.patch is not None:
             # What vtc reads afterwards is on the same clock, and no part of this one. A copy of
             # the events, as asking for milliseconds would wait for the device.
-            engine: Any = self.patch._engine
-            heard = engine.vision.heard
-            self.heard._host_ms, self.heard._events = heard._host_ms, list(heard._events)
+            self.heard = self.patch.heard.copy()
         if self.keep is not None:
             out.pooler_output = [features[: self.keep] for features in out.pooler_output]
         return out

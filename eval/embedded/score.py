@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores a checkpoint directly: greedy answers, exact match by type, full, blind and random.
 
-    python -m vtc.eval.embedded.score --suite vtc_scenes vtc_mosaic vtc_photo --out scores.json
+    python -m vtc.eval.embedded.score --tasks vtc_scenes vtc_mosaic vtc_photo --out scores.json
 
 *full* is the model as it is; *blind* sees a grey picture; *random* keeps a random share of the
 vision tokens (the others are masked for the language model). These runs need neither lmms-eval nor
@@ -25,8 +25,9 @@ import torch
 from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from ..tasks.suite import SUITES, suite_questions
-from .scenes.scenes import Question
+from ..tasks import OWN_TASKS
+from ..tasks.parquet import task_questions
+from .scenes.questions import Question
 from .vlm import embedded_path, load
 
 MODES: tuple[str, ...] = ("full", "blind", "random")
@@ -111,7 +112,7 @@ def score(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=embedded_path())
-    parser.add_argument("--suite", nargs="+", choices=SUITES, default=["vtc_scenes"])
+    parser.add_argument("--tasks", nargs="+", choices=OWN_TASKS, default=["vtc_scenes"])
     parser.add_argument("--limit", type=int, default=None)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--keep", type=float, default=0.05)
@@ -124,22 +125,22 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     model, processor = load(getattr(torch, args.dtype), args.model)
     report: dict[str, dict[str, dict[str, float]]] = {}
-    for suite in args.suite:
-        samples = list(suite_questions(suite, args.limit))
+    for task in args.tasks:
+        samples = list(task_questions(task, args.limit))
         columns = {}
         for mode in args.modes:
             since = time.monotonic()
             columns[mode] = score(model, processor, samples, mode, args.keep)
-            print(f"{suite} {mode}: {time.monotonic() - since:.0f} s", flush=True)
-        report[suite] = {
+            print(f"{task} {mode}: {time.monotonic() - since:.0f} s", flush=True)
+        report[task] = {
             kind: {
                 "questions": columns[args.modes[0]][kind][1],
                 **{m: round(100 * columns[m][kind][0] / columns[m][kind][1], 1) for m in columns},
             }
             for kind in columns[args.modes[0]]
         }
-        print(f"\n{suite:<14}{'n':>6}" + "".join(f"{mode:>9}" for mode in args.modes))
-        for kind, row in report[suite].items():
+        print(f"\n{task:<14}{'n':>6}" + "".join(f"{mode:>9}" for mode in args.modes))
+        for kind, row in report[task].items():
             cells = "".join(f"{row[mode]:>9.1f}" for mode in args.modes)
             print(f"{kind:<14}{row['questions']:>6.0f}{cells}")
         print(flush=True)

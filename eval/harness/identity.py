@@ -44,7 +44,7 @@ _PACKAGE = Path(str(vtc.__file__)).parent
 _APART = (
     "__init__.py", "cli", "core/names.py", "core/spec.py", "eval",
     "integrations", "methods", "models/page.py", "presets", "training", "viz/plots.py",
-    "viz/trace.py", "viz/views.py",
+    "viz/record.py", "viz/trace.py", "viz/views.py",
 )  # fmt: skip
 """Of vtc, what no answer passes through; methods are hashed one by one (`code_of_method`)."""
 _EVAL = Path(__file__).parents[1]

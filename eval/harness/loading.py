@@ -15,11 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..tasks import OWN_TASKS
 from . import parallel
 from .identity import FileHashes, code_of_functions, digest, fingerprint, named_files
-from .plan import SUITE, BadInput, Settings
+from .plan import BadInput, Settings
 
-__all__ = ["Source", "Tasks", "find_source", "leaves", "load", "write_suite"]
+__all__ = ["Source", "Tasks", "find_source", "leaves", "load", "write_task"]
 
 REMEMBERED = "fingerprints.json"
 """In a run's folder: hashes of large files, so that a checkpoint is not read for each run."""
@@ -52,14 +53,14 @@ _ONE_AT_A_TIME = ("llava_hf", "video_llava", "aria", "instructblip")
 
 
 # ---- the model and the tasks --------------------------------------------------------------------
-def write_suite(
+def write_task(
     name: str,
     folder: Path,
     limit: int | None = None,
     seed: int = 0,
     hashes: FileHashes | None = None,
 ) -> Path:
-    """Generate a task of the suite into `folder`: its data (parquet) and its task files.
+    """Generate one of `OWN_TASKS` into `folder`: its data (parquet) and its task files.
 
     The folder is then good for lmms-eval's `--include_path`. Data that is there already is kept if
     it was made with the same arguments, by the same code, of the same photos; else it is replaced.
@@ -71,23 +72,23 @@ def write_suite(
         ValueError: unknown name.
         FileNotFoundError: the photos are not here.
     """
-    if name not in SUITE:
-        raise ValueError(f"name: expected one of {', '.join(SUITE)}, got {name!r}")
-    from ..tasks import suite
+    if name not in OWN_TASKS:
+        raise ValueError(f"name: expected one of {', '.join(OWN_TASKS)}, got {name!r}")
+    from ..tasks import parquet
 
     data, made_of = folder / f"{name}.parquet", folder / f"{name}.identity"
     tasks = Path(__file__).parents[1] / "tasks"
     folder.mkdir(parents=True, exist_ok=True)
     for file in (*_SHARED_TASK_FILES, f"{name}.yaml"):
         shutil.copyfile(tasks / file, folder / file)
-    identity = digest([limit, seed, suite.identity(name, hashes or FileHashes())])
+    identity = digest([limit, seed, parquet.identity(name, hashes or FileHashes())])
     known = made_of.read_text("utf-8") if made_of.is_file() else None
     if not data.exists() or known != identity:
         unfinished = folder / ".unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
         options = {} if limit is None else {"limit": limit}
-        built = suite.build_suite(name, unfinished, seed=seed, **options)
+        built = parquet.build_task(name, unfinished, seed=seed, **options)
         made_of.unlink(missing_ok=True)  # or a process that dies now would leave it to other data
         os.replace(built, data)
         made_of.write_text(identity, "utf-8")
@@ -264,7 +265,7 @@ class Tasks:
         given = [Path(path).expanduser() for path in settings.include_paths]
         folders = [str(path if path.is_dir() else path.parent) for path in given]
         for name in names:
-            if name in SUITE:
+            if name in OWN_TASKS:
                 folders.append(str(self._generate(name, settings, hashes)))
         self.manager = TaskManager(
             include_path=folders, include_defaults=False, model_name=source.prompts
@@ -283,8 +284,8 @@ class Tasks:
         kinds = set()
         for name in names:
             if name not in self.manager.all_tasks:
-                known = [*SUITE, *self.manager.all_tasks]
-                close = difflib.get_close_matches(name, known, 3) or SUITE
+                known = [*OWN_TASKS, *self.manager.all_tasks]
+                close = difflib.get_close_matches(name, known, 3) or OWN_TASKS
                 raise BadInput("--tasks", f"no task {name!r}; did you mean {', '.join(close)}?")
             try:
                 loaded = get_task_dict([name], self.manager)
@@ -292,7 +293,7 @@ class Tasks:
                 raise BadInput("--tasks", _missing_data(name, self.manager, error)) from error
             parts = list(leaves(loaded))
             sizes = [len(task.eval_docs) for task in parts]
-            if name not in SUITE:
+            if name not in OWN_TASKS:
                 self.data[name] = _identity(parts, self.manager, hashes)
                 self.limits[name] = _whole(settings.limit, sizes)
             limit = self.limits[name]
@@ -301,8 +302,8 @@ class Tasks:
         self.generation_only = all(kind.startswith("generate") for kind in kinds)
 
     def _generate(self, name: str, settings: Settings, hashes: FileHashes) -> Path:
-        """The folder of a task of the suite, with as many samples as are wanted."""
-        from ..tasks.suite import size_of
+        """The folder of a task of vtc, with as many samples as are wanted."""
+        from ..tasks.parquet import size_of
 
         try:
             limit = settings.limit
@@ -311,7 +312,7 @@ class Tasks:
             shown = "all" if limit is None else limit
             folder = settings.out / "data" / f"{name}-{shown}-{settings.seed}"
             parquet = parallel.from_first(
-                partial(write_suite, name, folder, limit, settings.seed, hashes)
+                partial(write_task, name, folder, limit, settings.seed, hashes)
             )
         except Exception as error:  # the photos' folder is not set, the disk is full, ...
             raise BadInput("--tasks", f"{name}: {error}") from error
@@ -390,5 +391,5 @@ def _missing_data(name: str, manager: Any, error: BaseException) -> str:
     return (
         f"{name}: {what} could not be loaded, from the cache or the hub. With a network, "
         f"`hf download --repo-type dataset {where or 'NAME'}` fetches it; the tasks "
-        f"{', '.join(SUITE)} need none. ({type(error).__name__}: {str(error).splitlines()[0]})"
+        f"{', '.join(OWN_TASKS)} need none. ({type(error).__name__}: {str(error).splitlines()[0]})"
     )

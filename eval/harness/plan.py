@@ -19,7 +19,6 @@ __all__ = [
     "BASELINES",
     "DTYPES",
     "QUANTIZATIONS",
-    "SUITE",
     "BadInput",
     "Cell",
     "Observer",
@@ -31,9 +30,6 @@ __all__ = [
     "plan",
     "with_task_files",
 ]
-
-SUITE = ("vtc_scenes", "vtc_photo", "vtc_mosaic")
-"""Tasks whose data is generated here."""
 
 BASELINES = ("full", "blind", "random", "pool", "downsample")
 """What every method is to be compared with: all tokens, a grey image, and the simplest ways to get
@@ -67,12 +63,12 @@ class Settings:
         model: a folder or an id from the hub; `None` is the model that comes with vtc.
         methods: as text (`vtc.core.spec`), and "blind".
         keeps: for each method that has a `keep` left open.
-        tasks: of the suite here or of lmms-eval, or task files.
+        tasks: of vtc or of lmms-eval, or task files.
         limit: samples of each task, or a share of them in (0, 1); `None` for all.
         batch_size: for lmms-eval's class; many take 1 only.
         device: "cpu", "cuda", "cuda:1"; `None` for a GPU if there is one.
         dtype: one of `DTYPES`; `None` for float32 on the CPU, the checkpoint's own elsewhere.
-        seed: of sampling methods, of the suite and of lmms-eval.
+        seed: of sampling methods, of generated data and of lmms-eval.
         baselines: add those of `BASELINES` that are missing.
         lmms_model: lmms-eval's class, where the model's type does not tell.
         model_args: further arguments of that class, `attn_implementation` and `quantization` (one

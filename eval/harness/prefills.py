@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A patch's prefills as JSON and back, for the journal of a run (`eval/journal.py`)."""
+"""A patch's prefills as JSON and back, for the journal of a run (`eval/harness/journal.py`)."""
 
 from __future__ import annotations
 

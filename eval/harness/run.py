@@ -13,7 +13,7 @@ In the output folder:
     results.csv    the same as one row a cell
     cells/KEY.json, KEY.jsonl    one finished cell and its samples
     journal/       what unfinished cells have answered so far; see `journal.py`
-    data/          the generated suite, as parquet with its task files (for lmms-eval's
+    data/          generated tasks, as parquet with its task files (for lmms-eval's
                    --include_path)
     log.txt        what lmms-eval and its libraries had to say
 
@@ -74,14 +74,14 @@ from typing import Any
 
 import vtc
 
+from ..tasks import OWN_TASKS
 from . import parallel
 from .cell import run_cell
 from .identity import FileHashes, code_of_method, installed_versions, named_files, shared_code
-from .loading import REMEMBERED, Source, Tasks, find_source, load, write_suite
+from .loading import REMEMBERED, Source, Tasks, find_source, load, write_task
 from .plan import (
     BASELINES,
     DTYPES,
-    SUITE,
     BadInput,
     Cell,
     Observer,
@@ -97,14 +97,14 @@ from .scoring import as_json
 __all__ = [
     "BASELINES",
     "DTYPES",
-    "SUITE",
+    "OWN_TASKS",
     "BadInput",
     "Cell",
     "Observer",
     "Settings",
     "plan",
     "run",
-    "write_suite",
+    "write_task",
 ]
 
 
@@ -128,7 +128,7 @@ def run(settings: Settings, observer: Observer | None = None) -> dict[str, Any]:
     except OSError as error:
         raise BadInput("--out", f"{settings.out}: {error.strerror}") from error
     local = settings.model is None or Path(settings.model).expanduser().is_dir()
-    all_local = local and all(task in SUITE for task in settings.tasks)
+    all_local = local and all(task in OWN_TASKS for task in settings.tasks)
     number = parallel.rank()
     log = settings.out / ("log.txt" if number == 0 else f"log.{number}.txt")
     with quiet(log):

@@ -24,7 +24,7 @@ class Entry:
     """One task of a suite.
 
     Attributes:
-        task: its name in lmms-eval, or in `vtc.eval.harness.run.SUITE`.
+        task: its name in lmms-eval, or in `vtc.eval.tasks.OWN_TASKS`.
         metric: what is scored; of a group of tasks, what each of them scores.
     """
 
@@ -34,19 +34,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Suite:
-    """Tasks that belong together, and how they are run.
+    """Tasks that belong together; each runs whole, as lmms-eval has it.
 
     Attributes:
         title: what it is about.
         entries: the tasks, in the order in which they run.
-        limit: samples of each task; `None` for all.
-        num_fewshot: examples in the prompt; `None` for what the task has of its own.
     """
 
     title: str
     entries: tuple[Entry, ...]
-    limit: int | None = None
-    num_fewshot: int | None = None
 
 
 def _entries(**metrics: str) -> tuple[Entry, ...]:

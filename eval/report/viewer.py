@@ -42,6 +42,7 @@ from ..harness.loading import REMEMBERED, Tasks, find_source, leaves, load
 from ..harness.plan import bring_in
 from ..harness.quiet import hub_answers, offline, quiet
 from ..harness.results import group_of, write
+from ..tasks import OWN_TASKS
 
 __all__ = ["bits", "choose", "collect", "settings_of"]
 
@@ -199,7 +200,7 @@ def _fill(
     bring_in(settings.imports)
     setup, task = todo[0]["setup"], todo[0]["task"]
     local = settings.model is None or Path(settings.model).expanduser().is_dir()
-    own = local and task in runner.SUITE
+    own = local and task in OWN_TASKS
     hashes = FileHashes(out / REMEMBERED)
     state = random.getstate()  # lmms-eval seeds the process's generators
     with quiet(out / "log.txt"), offline(own or not hub_answers()):
@@ -287,15 +288,15 @@ def _requests(
 
 def _plain_pass(model: Any, requests: Sequence[_Request], samples: dict[str, Any]) -> None:
     """Note each sample's picture and grid, with all tokens kept."""
-    from vtc.viz.trace import _Record, _Watch
+    from vtc.viz.record import TokenRecord, Watch
 
     for request in requests:
         sample: dict[str, Any] = {"question": request.question, "note": request.obstacle}
         sample |= {"image": None, "size": None, "grid": None}
         picture = request.images[0] if request.images else None
         if sample["note"] is None:
-            record = _Record()
-            model.vtc_apply(Compose((_Watch(record),)))
+            record = TokenRecord()
+            model.vtc_apply(Compose((Watch(record),)))
             with _pixels(model) as seen:
                 request.ask(model)
             try:
@@ -313,18 +314,18 @@ def _kept(
     model: Any, method: Method, requests: Sequence[_Request], samples: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What `method` keeps of each sample that can be drawn."""
-    from vtc.viz.trace import _Record, _recording, _Watch
+    from vtc.viz.record import TokenRecord, Watch, recording
 
     kept = {}
     for request in requests:
         grid = samples[request.id]["grid"]
         if grid is None:
             continue
-        record = _Record()
+        record = TokenRecord()
         # What acts before there are tokens stands before the watcher.
         early = [m for m in method.parts if {"encoder", "pixels"} & set(m.stages)]
-        late = [_recording(m, record) for m in method.parts if m not in early]
-        model.vtc_apply(Compose((*early, _Watch(record), *late)))
+        late = [recording(m, record) for m in method.parts if m not in early]
+        model.vtc_apply(Compose((*early, Watch(record), *late)))
         answer = request.ask(model)
         size = grid[0] * grid[1]
         left = _view(model, request, record).kept

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The real photo suite: photographs, mosaics of them, and questions.
+"""The real photo set: photographs, mosaics of them, and questions.
 
 The photographs are not part of the project. ``VTC_DATA`` names their folder; without it the folder
 ``shared/data`` beside the project is tried, and without that :func:`data_folder` returns ``None``.
@@ -24,27 +24,27 @@ from PIL import Image, ImageEnhance
 from vtc.viz.pictures import open_picture
 
 from ..embedded.scenes.labels import COLOR_INDEX, IMAGE_SIZE, empty_labels, label_tile
-from ..embedded.scenes.questions import Asked, Box
-from ..embedded.scenes.scenes import Question
+from ..embedded.scenes.parts import Box
+from ..embedded.scenes.questions import Asked, Question
 
 PHOTO_SIZE = 160
-SUITES: tuple[str, ...] = ("photo", "mosaic", "multi", "clip", "receipt")
+PHOTO_SETS: tuple[str, ...] = ("photo", "mosaic", "multi", "clip", "receipt")
 
 
 def data_folder() -> Path | None:
-    """The folder of the photo suite, or ``None`` where there is none."""
+    """The folder of the photo set, or ``None`` where there is none."""
     default = Path(__file__).resolve().parents[3] / "shared" / "data"
     folder = Path(os.environ.get("VTC_DATA") or default)
     return folder if (folder / "photos_train.jsonl").is_file() else None
 
 
 def require_data_folder() -> Path:
-    """The folder of the photo suite; raises where there is none."""
+    """The folder of the photo set; raises where there is none."""
     folder = data_folder()
     if folder is None:
         raise FileNotFoundError(
-            "the photo suite is not here: set VTC_DATA to the folder that holds photos.zip and "
-            "photos_train.jsonl (the generated suite vtc_scenes needs no data)"
+            "the photo set is not here: set VTC_DATA to the folder that holds photos.zip and "
+            "photos_train.jsonl (the generated task vtc_scenes needs no data)"
         )
     return folder
 
@@ -80,12 +80,12 @@ def draw_mosaic(tiles: list[Image.Image], g: int) -> Image.Image:
 
 
 def dev_rows(name: str, split: str = "dev") -> Iterator[tuple[Question, list[Image.Image]]]:
-    """Questions of ``name`` (one of :data:`SUITES`) with their pictures, in file order.
+    """Questions of ``name`` (one of :data:`PHOTO_SETS`) with their pictures, in file order.
 
     A mosaic is drawn as one picture of 336 pixels; photos, frames and receipts come as they are.
     """
-    if name not in SUITES:
-        raise ValueError(f"suite must be one of {SUITES}, not {name!r}")
+    if name not in PHOTO_SETS:
+        raise ValueError(f"name must be one of {PHOTO_SETS}, not {name!r}")
     folder = require_data_folder()
     archive = Archive(folder / ("receipts.zip" if name == "receipt" else "photos.zip"))
     for row in read_rows(folder / f"{name}_{split}.jsonl"):

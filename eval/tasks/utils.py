@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the task files ask of each row (id, image, question, answer, type) of the suite.
+"""What the task files ask of each row (id, image, question, answer, type) of a task of vtc.
 
 This file is copied beside the data, so it imports nothing of vtc.
 """

@@ -104,8 +104,8 @@ def test_doctor_judges_versions(monkeypatch, nothing_imported, installed, state,
 
 def test_doctor_says_what_is_untested_and_what_is_missing(monkeypatch) -> None:
     def version(name: str) -> str:
-        if name in ("transformers", "timm"):
-            if name == "timm":
+        if name in ("transformers", "nbclient"):
+            if name == "nbclient":
                 raise metadata.PackageNotFoundError(name)
             return "99.0"
         return "1!0"
@@ -114,9 +114,9 @@ def test_doctor_says_what_is_untested_and_what_is_missing(monkeypatch) -> None:
     found = {f.name: f for f in doctor.findings()}
     assert found["transformers"].state == "untested"
     assert not found["transformers"].bad
-    assert found["timm"].state == "missing"
-    assert found["timm"].remedy == 'pip install "vision-token-compression[timm]"'
-    assert not found["timm"].bad  # an extra that nobody asked for
+    assert found["nbclient"].state == "missing"
+    assert found["nbclient"].remedy == 'pip install "vision-token-compression[notebooks]"'
+    assert not found["nbclient"].bad  # an extra that nobody asked for
 
 
 def test_an_extra_of_which_little_is_there_was_not_asked_for(monkeypatch, nothing_imported) -> None:

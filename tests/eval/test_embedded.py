@@ -33,7 +33,7 @@ from vtc.eval.embedded.vlm import (
     embedded_path,
     load,
 )
-from vtc.eval.tasks.suite import scene_questions
+from vtc.eval.tasks.parquet import scene_questions
 
 Loaded = tuple[LlavaForConditionalGeneration, LlavaProcessor]
 

@@ -22,7 +22,7 @@ pytest.importorskip("lmms_eval")
 from vtc.eval.analysis import stats
 from vtc.eval.harness import run as runner
 from vtc.eval.harness.identity import fingerprint
-from vtc.eval.harness.loading import write_suite
+from vtc.eval.harness.loading import write_task
 from vtc.eval.harness.plan import BadInput, Cell, Observer, Settings, plan
 from vtc.eval.harness.quiet import offline
 from vtc.eval.harness.results import compare, of_this_run
@@ -45,10 +45,10 @@ def _small_suite(monkeypatch, folder):
     answers = _right_answers(folder)
     given = [a if i in (0, 1, 2, 5) else "never" for i, a in enumerate(answers)]
 
-    def build_suite(name, out_dir, limit=None, seed=0):
+    def build_task(name, out_dir, limit=None, seed=0):
         return write_rows(Path(out_dir) / "built.parquet", given[: limit or ROWS])
 
-    monkeypatch.setattr("vtc.eval.tasks.suite.build_suite", build_suite)
+    monkeypatch.setattr("vtc.eval.tasks.parquet.build_task", build_task)
     monkeypatch.setattr(runner, "hub_answers", lambda: False)
 
 
@@ -381,19 +381,19 @@ def test_a_composition_gives_keep_to_its_first_method(tmp_path):
 
 
 def test_the_written_suite_is_whole_or_absent(tmp_path, monkeypatch):
-    first = write_suite("vtc_scenes", tmp_path, limit=2).read_bytes()
+    first = write_task("vtc_scenes", tmp_path, limit=2).read_bytes()
 
     def broken(name, out_dir, limit=None, seed=0):
         (Path(out_dir) / "half").write_bytes(b"half")
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr("vtc.eval.tasks.suite.build_suite", broken)
-    assert write_suite("vtc_scenes", tmp_path, limit=2).read_bytes() == first  # kept as it is
+    monkeypatch.setattr("vtc.eval.tasks.parquet.build_task", broken)
+    assert write_task("vtc_scenes", tmp_path, limit=2).read_bytes() == first  # kept as it is
     with pytest.raises(RuntimeError, match="out of luck"):
-        write_suite("vtc_photo", tmp_path)
+        write_task("vtc_photo", tmp_path)
     assert not (tmp_path / "vtc_photo.parquet").exists()
     with pytest.raises(ValueError, match="vtc_scenes"):
-        write_suite("pope", tmp_path)
+        write_task("pope", tmp_path)
 
 
 # ---- statistics and table -----------------------------------------------------------------------

@@ -28,7 +28,7 @@ from vtc.eval.harness.identity import (
     named_files,
     shared_code,
 )
-from vtc.eval.harness.loading import write_suite
+from vtc.eval.harness.loading import write_task
 from vtc.eval.harness.plan import Settings
 from vtc.eval.harness.run import run
 
@@ -239,26 +239,26 @@ def test_other_photos_are_other_data(tmp_path, monkeypatch):
     found = []
     for name, grey in (("a", 10), ("b", 200), ("a2", 10)):
         monkeypatch.setenv("VTC_DATA", str(_photos(tmp_path / name, grey)))
-        found.append(write_suite("vtc_photo", out).read_bytes())
+        found.append(write_task("vtc_photo", out).read_bytes())
     assert found[0] != found[1]
     assert found[0] == found[2]
     kept = (out / "vtc_photo.parquet").stat().st_mtime_ns
-    write_suite("vtc_photo", out)
+    write_task("vtc_photo", out)
     assert (out / "vtc_photo.parquet").stat().st_mtime_ns == kept
 
 
 def test_another_limit_in_the_same_folder_is_other_data(tmp_path):
-    sizes = [write_suite("vtc_scenes", tmp_path, limit).stat().st_size for limit in (2, 4)]
+    sizes = [write_task("vtc_scenes", tmp_path, limit).stat().st_size for limit in (2, 4)]
     assert sizes[0] < sizes[1]
 
 
 # ---- cells --------------------------------------------------------------------------------------
 @pytest.fixture
 def _two_rows(monkeypatch):
-    def build_suite(name, out_dir, limit=None, seed=0):
+    def build_task(name, out_dir, limit=None, seed=0):
         return write_rows(Path(out_dir) / "built.parquet", ["w1", "w2"])
 
-    monkeypatch.setattr("vtc.eval.tasks.suite.build_suite", build_suite)
+    monkeypatch.setattr("vtc.eval.tasks.parquet.build_task", build_task)
     monkeypatch.setattr(runner, "hub_answers", lambda: False)
 
 

@@ -575,10 +575,10 @@ def test_of_a_real_run(tmp_path, monkeypatch):
     """On the tiny model: the tokens drawn are as many as the run counted."""
     from tests.eval.evalkit import save_model, write_rows
 
-    def build_suite(name, out_dir, limit=None, seed=0):
+    def build_task(name, out_dir, limit=None, seed=0):
         return write_rows(Path(out_dir) / "built.parquet", ["w1", "w2", "w3", "w4"][:limit])
 
-    monkeypatch.setattr("vtc.eval.tasks.suite.build_suite", build_suite)
+    monkeypatch.setattr("vtc.eval.tasks.parquet.build_task", build_task)
     monkeypatch.setattr(runner, "hub_answers", lambda: False)
     model = save_model(tmp_path / "model")
     settings = runner.Settings(

@@ -22,11 +22,11 @@ from vtc.eval.embedded.scenes.labels import (
     SHAPE_INDEX,
     patch_of,
 )
-from vtc.eval.embedded.scenes.questions import TYPES
-from vtc.eval.embedded.scenes.scenes import SPLITS, Question, Scene, generate
+from vtc.eval.embedded.scenes.questions import TYPES, Question
+from vtc.eval.embedded.scenes.scenes import SPLITS, Scene, generate
 from vtc.eval.embedded.scenes.words import WORDS, split_of
+from vtc.eval.tasks.parquet import build_task, scene_questions
 from vtc.eval.tasks.photos import data_folder, dev_rows, read_rows, require_data_folder
-from vtc.eval.tasks.suite import build_suite, scene_questions
 
 
 @pytest.fixture(scope="module")
@@ -232,11 +232,11 @@ def test_the_suite_is_balanced_and_cached(tmp_path: Path) -> None:
 
     import pyarrow.parquet as pq
 
-    path = build_suite("vtc_scenes", tmp_path, limit=16)
+    path = build_task("vtc_scenes", tmp_path, limit=16)
     written = path.stat().st_mtime_ns
-    assert build_suite("vtc_scenes", tmp_path, limit=16) == path
+    assert build_task("vtc_scenes", tmp_path, limit=16) == path
     assert path.stat().st_mtime_ns == written
-    assert build_suite("vtc_scenes", tmp_path, limit=16, seed=1) != path
+    assert build_task("vtc_scenes", tmp_path, limit=16, seed=1) != path
     table = pq.read_table(path)
     assert table.column_names == ["id", "image", "question", "answer", "type"]
     assert table.num_rows == 16
@@ -250,7 +250,7 @@ def test_without_the_photos_the_reason_is_said(
     monkeypatch.setenv("VTC_DATA", str(tmp_path))
     assert data_folder() is None
     with pytest.raises(FileNotFoundError, match="VTC_DATA"):
-        build_suite("vtc_mosaic", tmp_path)
+        build_task("vtc_mosaic", tmp_path)
 
 
 @pytest.mark.skipif(data_folder() is None, reason="the photo suite is not here")

@@ -28,7 +28,7 @@ from vtc.eval.harness import run as runner
 from vtc.eval.harness.identity import FileHashes, digest
 from vtc.eval.harness.journal import Journal, SampleError
 from vtc.eval.harness.results import of_this_run
-from vtc.eval.tasks import suite
+from vtc.eval.tasks import parquet
 
 from vtc.cli import app
 from vtc.report import ImageTokens, Prefill, Report, Sample, Stopwatch
@@ -74,10 +74,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _small_suite(monkeypatch: pytest.MonkeyPatch) -> None:
-    def build_suite(name: str, out: Any, limit: int | None = None, seed: int = 0) -> Path:
+    def build_task(name: str, out: Any, limit: int | None = None, seed: int = 0) -> Path:
         return write_rows(Path(out) / "built.parquet", ["never"] * (limit or ROWS))
 
-    monkeypatch.setattr("vtc.eval.tasks.suite.build_suite", build_suite)
+    monkeypatch.setattr("vtc.eval.tasks.parquet.build_task", build_task)
     monkeypatch.setattr(runner, "hub_answers", lambda: False)
 
 
@@ -409,7 +409,7 @@ def test_an_unreadable_image_fails_its_cells_only(folder: Path, tmp_path: Path) 
     rows[2]["image"]["bytes"] = rows[2]["image"]["bytes"][:20] + b"torn"
     pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), file)
     # As if it had been generated so; other data would be replaced.
-    identity = digest([ROWS, 0, suite.identity("vtc_scenes", FileHashes())])
+    identity = digest([ROWS, 0, parquet.identity("vtc_scenes", FileHashes())])
     (data / "vtc_scenes.identity").write_text(identity)
     code, cells, output = _evaluate(
         folder, tmp_path, "--methods", "divprune,random", "--tasks", "vtc_scenes,vtc_mosaic",

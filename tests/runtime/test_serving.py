@@ -22,7 +22,7 @@ from transformers import AttentionInterface, CompileConfig, pipeline
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 from vtc.eval.embedded.score import prompt_of
 from vtc.eval.embedded.vlm import load
-from vtc.eval.tasks.suite import scene_questions
+from vtc.eval.tasks.parquet import scene_questions
 
 import vtc
 from tests.reference.families import FAMILIES, Row

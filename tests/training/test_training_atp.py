@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,12 @@ from vtc.training.atp import (
     atp_loss,
     average_count,
     calibrate,
+    command,
     new_heads,
     target_loss,
     train,
 )
+from vtc.training.data import find_data
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -440,3 +443,55 @@ def test_batches_that_do_not_work_are_refused(frozen: Any, tmp_path: Path) -> No
     soft = SoftPruning(frozen, varied_heads())
     with pytest.raises(TypeError, match="pixel_values"):
         soft.begin(tiles)
+
+
+# ---- the command line ---------------------------------------------------------------------------
+DATA = """
+import pickle
+from pathlib import Path
+
+def load(folder):
+    return pickle.loads((Path(folder) / "model.pickle").read_bytes()), "processor"
+
+def batches(processor, split, size, first, steps):
+    assert (processor, size) == ("processor", 2)
+    assert (split, first) in (("train", 5_000_000), ("val", 0))
+    from tests.training.test_training_atp import stream
+    return [stream(k) for k in range(steps)]
+
+def measure(model, processor, folder, count, first):
+    return {"count": count, "first": first}
+"""
+
+
+def test_the_command_trains_on_the_data_of_any_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data_of_a_test.py").write_text(DATA)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "model.pickle").write_bytes(pickle.dumps(build_model()))
+    out = tmp_path / "heads"
+    common = ["atp", "--model", str(tmp_path), "--out", str(out), "--data", "data_of_a_test"]
+    options = "--batch 2 --steps 2 --target 24 --width 8 --standardise 1 --calibrate 1"
+    monkeypatch.setattr("sys.argv", [*common, *options.split()])
+    command.main()
+    assert "calibrated: " in capsys.readouterr().out
+    assert len((out / "log.jsonl").read_text().splitlines()) == 2
+    monkeypatch.setattr("sys.argv", [*common, "--measure", "5", "--first", "3"])
+    command.main()
+    found = json.loads((out / "figures.json").read_text())
+    assert (found["count"], found["first"]) == (5, 3)
+    for wrong in (["--steps", "2"], ["--data", "no_such_data"]):
+        monkeypatch.setattr("sys.argv", [*common, *wrong])
+        with pytest.raises(SystemExit):
+            command.main()
+
+
+def test_the_scenes_of_the_embedded_model_are_data() -> None:
+    data = find_data(command.DATA)
+    from vtc.eval.embedded.vlm import embedded_path
+
+    _, processor = data.load(embedded_path())
+    (batch,) = data.batches(processor, "val", 2, 0, 1)
+    assert batch["input_ids"].shape == batch["labels"].shape
+    assert bool((batch["labels"] != -100).any(1).all())

@@ -17,7 +17,8 @@ from tests.reference.families import FAMILIES, FIRST_WORD, IMAGE
 from tests.reference.masked import images_of
 from tests.runtime.test_families import rows_of, shared
 from vtc.core import Compose
-from vtc.viz.trace import _Record, _Watch, traced
+from vtc.viz.record import TokenRecord, Watch
+from vtc.viz.trace import traced
 from vtc.viz.views import View, cropped, pixels_of
 
 THUMBNAIL_FIRST = ("llava_next", "llava_onevision", "perception_lm", "ovis2")
@@ -43,9 +44,9 @@ def row_of(name: str, which: int = SIZE) -> Any:
     return rows_of(name, "ragged")[which]
 
 
-def record_of(name: str, row: Any, method: vtc.Method | None = None) -> _Record:
-    family, record = FAMILIES[name], _Record()
-    parts = (_Watch(record),) if method is None else (_Watch(record), method)
+def record_of(name: str, row: Any, method: vtc.Method | None = None) -> TokenRecord:
+    family, record = FAMILIES[name], TokenRecord()
+    parts = (Watch(record),) if method is None else (Watch(record), method)
     with vtc.patch(shared(name, family.attentions[-1]), Compose(parts)) as patch, torch.no_grad():
         patch.model(**family.collate((row,)))
     return record
@@ -133,7 +134,7 @@ def test_tokens_of_one_picture_lie_on_its_grid(name: str) -> None:
 
 def test_tokens_without_places_are_not_drawn() -> None:
     """Latents of a perceiver have an order only: 64 of them are no row of the picture."""
-    record, grid = _Record(), torch.zeros(64, 3, dtype=torch.long)
+    record, grid = TokenRecord(), torch.zeros(64, 3, dtype=torch.long)
     grid[:, 2] = torch.arange(64)
     record.saw(vtc.VisionTokens(torch.zeros(64, 4), grid))
     with pytest.raises(ValueError, match="no places in the picture"):

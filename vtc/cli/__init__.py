@@ -327,13 +327,13 @@ def suite(
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Generate a task of vtc's own suite: parquet and task file, for lmms-eval's --include_path."""
-    from vtc.eval.harness.run import SUITE, write_suite
+    from vtc.eval.harness.run import OWN_TASKS, write_task
 
-    if name not in SUITE:
+    if name not in OWN_TASKS:
         from vtc.core.names import unknown
 
-        raise _fail("NAME", unknown(name, SUITE))
-    _console().print(str(write_suite(name, out, limit, seed)))
+        raise _fail("NAME", unknown(name, OWN_TASKS))
+    _console().print(str(write_task(name, out, limit, seed)))
 
 
 # ---- vtc eval -----------------------------------------------------------------------------------
@@ -870,6 +870,7 @@ def show(
         picture = open_picture(image)
     except PictureError as error:
         raise _fail("IMAGE", str(error)) from None
+    from vtc.eval.embedded.vlm import embedded_path
     from vtc.eval.harness.quiet import hub_answers, offline
     from vtc.viz.trace import trace
 
@@ -881,7 +882,8 @@ def show(
     local = model is None or Path(model).is_dir()
     try:
         with offline(local or not hub_answers()):
-            found = trace(model, picture, question, chosen, device, max_new_tokens)
+            folder = str(embedded_path()) if model is None else model
+            found = trace(folder, picture, question, chosen, device, max_new_tokens)
     except OSError as error:
         raise _fail("--model", f"{model}: {str(error).splitlines()[0]}") from None
     except (ValueError, TypeError, RuntimeError) as error:

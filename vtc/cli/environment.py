@@ -26,7 +26,7 @@ TESTED = {
 }
 """The oldest and the newest release on which the tests are run: those of the two locks."""
 
-EXTRAS = ("eval", "training", "timm", "open_clip", "notebooks", "test", "dev")
+EXTRAS = ("eval", "training", "notebooks", "test", "dev")
 _IMPORTS = {"core": "transformers", "eval": "lmms_eval.evaluator"}
 """What is imported for real: where the parts of a stack do not fit, it shows only then."""
 

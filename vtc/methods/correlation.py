@@ -28,7 +28,7 @@ class Correlation(Method):
     The code was never released and the paper's layers and thresholds are not known: `alpha`,
     `beta`, `least` and the layers (keys and global attention: the last; local: a quarter of the
     depth) are choices of this library, the first three by a sweep over generated documents
-    (`eval/sweeps/correlation.md`). The paper samples the local branch at random;
+    (`eval/analysis/sweeps/correlation.md`). The paper samples the local branch at random;
     `sampler="topk"` is repeatable, `"multinomial"` draws from a generator with `seed`. Crops are
     compressed one by one; an image without crops is one crop. Towers without [CLS] use the
     attention a patch receives.

@@ -28,7 +28,7 @@ CHARS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ."
 MAX_CHARS = 8
 MAX_TILES = 4
 PHOTO_CLASSES, PHOTO_BRANDS, PHOTO_KINDS = 64, 16, 8
-"""Room for the classes of the photo suite, whose names come with its data."""
+"""Room for the classes of the photo set, whose names come with its data."""
 
 FIELDS: Mapping[str, int] = MappingProxyType(
     {

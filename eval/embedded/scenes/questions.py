@@ -8,18 +8,14 @@ scene, and counts are drawn evenly over the counts that occur, so that guessing 
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from .drawing import COLORS, SHAPES
 from .labels import REGIONS
-
-if TYPE_CHECKING:
-    from .scenes import Scene, SceneObject
-
-Box = tuple[float, float, float, float]
-"""Left, top, right and bottom, in pixels of the picture."""
+from .parts import Box, Print, SceneObject
 
 
 class Asked(NamedTuple):
@@ -36,6 +32,17 @@ class Asked(NamedTuple):
     evidence: tuple[Box, ...] = ()
 
 
+@dataclass(frozen=True)
+class Question:
+    """A question on one picture, its only right answer, and the boxes it can be read from."""
+
+    id: str
+    question: str
+    answer: str
+    type: str
+    evidence: tuple[Box, ...] = ()
+
+
 TYPES: tuple[str, ...] = (
     "existence", "attribute", "count", "position", "relation", "digits", "word", "document",
 )  # fmt: skip
@@ -44,16 +51,18 @@ _APART = 34.0
 """Least distance in pixels along an axis for "left of" and "above" to be asked about."""
 
 
-def compose(scene: Scene, rng: np.random.Generator) -> list[Asked]:
-    """All that is asked about ``scene``, in random order."""
+def compose(
+    objects: tuple[SceneObject, ...], prints: tuple[Print, ...], rng: np.random.Generator
+) -> list[Asked]:
+    """All that is asked about a scene of these, in random order."""
     triples: list[Asked] = []
-    if scene.objects:
-        triples += _existence(scene.objects, rng)
-        triples += _attribute(scene.objects, rng)
-        triples += _count(scene.objects, rng)
-        triples += _position(scene.objects, rng)
-        triples += _relation(scene.objects, rng)
-    triples += _reading(scene, rng)
+    if objects:
+        triples += _existence(objects, rng)
+        triples += _attribute(objects, rng)
+        triples += _count(objects, rng)
+        triples += _position(objects, rng)
+        triples += _relation(objects, rng)
+    triples += _reading(prints, rng)
     order = rng.permutation(len(triples)).tolist()
     return [triples[i] for i in order]
 
@@ -192,18 +201,18 @@ def _relation(objects: tuple[SceneObject, ...], rng: np.random.Generator) -> lis
     ]
 
 
-def _reading(scene: Scene, rng: np.random.Generator) -> list[Asked]:
+def _reading(prints: tuple[Print, ...], rng: np.random.Generator) -> list[Asked]:
     """Every printed number, word and value; a text is named by its colour or by being the only."""
     triples: list[Asked] = []
     for role, kind in (("number", "digits"), ("word", "word")):
-        texts = [p for p in scene.prints if p.role == role]
+        texts = [p for p in prints if p.role == role]
         for text in texts:
             if len(texts) == 1 and rng.random() < 0.5:
                 question = f"What {role} is shown?"
             else:
                 question = f"What is the {text.color} {role}?"
             triples.append(Asked(question, text.text, kind, text.boxes))
-    for text in scene.prints:
+    for text in prints:
         if text.role == "value":
             question = f"What is the value of {text.key}?"
             triples.append(Asked(question, text.text, "document", text.boxes))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generated pictures with questions: the project's own suite, and what its VLM is trained on.
+"""Generated pictures with questions: the project's own task, and what its VLM is trained on.
 
 ``generate(seed, split)`` is a pure function. Its splits draw from disjoint seed streams, and the
 numbers, words and amounts they show are disjoint too. Three kinds of scene: objects, objects with
@@ -15,9 +15,10 @@ import numpy as np
 from PIL import Image
 
 from .drawing import COLORS, SHAPES, background, clutter, paint, shape_mask
-from .glyphs import FONTS, SCALES, SIZES, Glyph, draw_glyphs, place
+from .glyphs import FONTS, SCALES, SIZES, draw_glyphs, place
 from .labels import GRID, IMAGE_SIZE, PATCH_SIZE, empty_labels, label_glyph, label_object
-from .questions import Box
+from .parts import Print, SceneObject
+from .questions import Question, compose
 from .words import DOCUMENT_KEYS, sample_amount, sample_number, sample_word
 
 SPLITS: tuple[str, ...] = ("train", "val", "test")
@@ -34,51 +35,6 @@ _CELL = IMAGE_SIZE / 3
 _PLACES = (-21, -7, 7, 21)
 """How far, in pixels, an object's centre may lie from the centre of its ninth: on the raster of the
 patches, like texts, and at least 33 px from the ninth's border."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question on one picture, its only right answer, and the boxes it can be read from."""
-
-    id: str
-    question: str
-    answer: str
-    type: str
-    evidence: tuple[Box, ...] = ()
-
-
-@dataclass(frozen=True)
-class SceneObject:
-    """A coloured shape; ``x``, ``y``, ``radius`` in pixels, ``region`` 0 to 8 in reading order."""
-
-    shape: str
-    color: str
-    x: float
-    y: float
-    radius: float
-    angle: float
-    region: int
-
-
-@dataclass(frozen=True)
-class Print:
-    """A printed text. ``role``: number, word, key or value; ``key`` names the document's line."""
-
-    role: str
-    text: str
-    color: str
-    font: str
-    size: int
-    glyphs: tuple[Glyph, ...]
-    key: str = ""
-
-    @property
-    def boxes(self) -> tuple[Box, ...]:
-        """Each character's cell."""
-        return tuple(
-            (g.x - g.width / 2, g.y - g.width / 2, g.x + g.width / 2, g.y + g.width / 2)
-            for g in self.glyphs
-        )
 
 
 @dataclass(frozen=True)
@@ -148,9 +104,7 @@ class Scene:
     @cached_property
     def questions(self) -> list[Question]:
         """Questions on this scene, each with exactly one right answer."""
-        from .questions import compose
-
-        asked = compose(self, _stream(self.seed, self.split, 2))
+        asked = compose(self.objects, self.prints, _stream(self.seed, self.split, 2))
         return [Question(f"{self.split}_{self.seed}_{k}", *one) for k, one in enumerate(asked)]
 
 
@@ -281,4 +235,4 @@ def _document(
     return tuple(prints), (left, top, left + width, top + height)
 
 
-__all__ = ["GRID", "IMAGE_SIZE", "SPLITS", "Print", "Question", "Scene", "SceneObject", "generate"]
+__all__ = ["GRID", "IMAGE_SIZE", "INKS", "KINDS", "SPLITS", "TILT", "Scene", "generate"]

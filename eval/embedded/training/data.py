@@ -11,8 +11,9 @@ from ...tasks.photos import Mosaic, PhotoLibrary
 from ..scenes.drawing import COLORS, SHAPES
 from ..scenes.glyphs import FONTS, SCALES, SIZES, place
 from ..scenes.labels import GRID, IMAGE_SIZE, PATCH_SIZE, REGIONS
+from ..scenes.parts import Print, SceneObject
 from ..scenes.questions import Asked
-from ..scenes.scenes import INKS, TILT, Print, Scene, SceneObject, generate
+from ..scenes.scenes import INKS, TILT, Scene, generate
 from ..scenes.words import sample_number, sample_word
 
 

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerFast
 
 from ..scenes.labels import FIELD_INDEX, GRID, PATCH_SIZE
-from ..scenes.questions import Asked, Box
+from ..scenes.parts import Box
+from ..scenes.questions import Asked
 from ..vlm import IMAGE_TOKENS
 
 READING = frozenset({"digits", "word", "document", "name"})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Suites as parquet files, ready for ``datasets`` and so for lmms-eval.
+"""The tasks of vtc as parquet files, ready for ``datasets`` and so for lmms-eval.
 
 Columns: ``id``, ``image`` (a PNG as the ``Image`` feature of ``datasets`` stores it), ``question``,
 ``answer`` and ``type``.
@@ -18,12 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from ..embedded.scenes.questions import TYPES
-from ..embedded.scenes.scenes import Question, generate
+from ..embedded.scenes.questions import TYPES, Question
+from ..embedded.scenes.scenes import generate
 from ..harness.identity import FileHashes, code_of_files
+from . import OWN_TASKS
 from .photos import dev_rows, require_data_folder
 
-SUITES: tuple[str, ...] = ("vtc_scenes", "vtc_photo", "vtc_mosaic")
 DEFAULT_LIMIT = 400
 _MOST_FROM_ONE_SCENE = 3
 
@@ -61,16 +61,16 @@ def scene_questions(
             yield question, scene.image
 
 
-def suite_questions(
+def task_questions(
     name: str, limit: int | None = None, seed: int = 0
 ) -> Iterator[tuple[Question, Image.Image]]:
-    """The questions of a suite with their pictures; ``limit=None`` means the suite's own number.
+    """The questions of a task with their pictures; ``limit=None`` means the task's own number.
 
     ``vtc_photo`` and ``vtc_mosaic`` are the dev rows in ``VTC_DATA``, every n-th where ``limit``
     asks for fewer than there are; ``seed`` then says where to begin.
     """
-    if name not in SUITES:
-        raise ValueError(f"suite must be one of {SUITES}, not {name!r}")
+    if name not in OWN_TASKS:
+        raise ValueError(f"task must be one of {OWN_TASKS}, not {name!r}")
     if name == "vtc_scenes":
         yield from scene_questions(DEFAULT_LIMIT if limit is None else limit, seed)
         return
@@ -82,7 +82,7 @@ def suite_questions(
 
 
 def size_of(name: str) -> int:
-    """The number of questions of a suite without a limit."""
+    """The number of questions of a task without a limit."""
     if name == "vtc_scenes":
         return DEFAULT_LIMIT
     rows = require_data_folder() / f"{name.removeprefix('vtc_')}_dev.jsonl"
@@ -90,7 +90,7 @@ def size_of(name: str) -> int:
 
 
 def identity(name: str, hashes: FileHashes) -> list[str]:
-    """What the questions and pictures of a suite depend on beside `limit` and `seed`, as hashes:
+    """What the questions and pictures of a task depend on beside `limit` and `seed`, as hashes:
     the code that makes them, and the rows and photos."""
     parts = [code_of_files([Path(__file__)])]
     if name != "vtc_scenes":
@@ -100,13 +100,13 @@ def identity(name: str, hashes: FileHashes) -> list[str]:
     return parts
 
 
-def build_suite(name: str, out_dir: Path | str, limit: int | None = None, seed: int = 0) -> Path:
-    """Writes a suite into ``out_dir`` unless it is there already, and returns the parquet's path.
+def build_task(name: str, out_dir: Path | str, limit: int | None = None, seed: int = 0) -> Path:
+    """Writes a task into ``out_dir`` unless it is there already, and returns the parquet's path.
 
     The same arguments give the same file; it is written whole or not at all.
     """
-    if name not in SUITES:
-        raise ValueError(f"suite must be one of {SUITES}, not {name!r}")
+    if name not in OWN_TASKS:
+        raise ValueError(f"task must be one of {OWN_TASKS}, not {name!r}")
     settings = {"name": name, "limit": limit, "seed": seed, "of": identity(name, FileHashes())}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     path = Path(out_dir) / f"{name}-{key}.parquet"
@@ -115,7 +115,7 @@ def build_suite(name: str, out_dir: Path | str, limit: int | None = None, seed: 
     columns: dict[str, list[object]] = {
         k: [] for k in ("id", "image", "question", "answer", "type")
     }
-    for question, image in suite_questions(name, limit, seed):
+    for question, image in task_questions(name, limit, seed):
         buffer = io.BytesIO()
         image.convert("RGB").save(buffer, format="PNG")
         columns["id"].append(question.id)

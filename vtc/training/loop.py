@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop that trains the weights of a method: batches, a loss, an optimiser, checkpoints, a log.
+
+Nothing here knows which method it is. What is learnt is a `Trained`: parameters, a loss, and how
+they are saved. A run that was stopped goes on from its checkpoint, and ends bit for bit as one
+without a stop.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+Batch = Mapping[str, Tensor]
+Batches = Callable[[int], Batch] | Iterable[Batch]
+"""The batch of a step (a pure function of its number), or batches to go through in order, again
+and again. A batch is what the model takes, with `labels`; -100 marks the prompt."""
+
+CHECKPOINT = "checkpoint.pt"
+
+
+@dataclass(frozen=True)
+class Loop:
+    """How a loop runs.
+
+    Attributes:
+        out: folder for `log.jsonl`, for `checkpoint.pt`, which only resuming needs, and for what
+            `Trained.save` writes.
+        steps: updates in all.
+        clip: largest norm of the gradient.
+        precision: of `accelerate.Accelerator`: "no" or "bf16"; losses are not scaled for fp16.
+        save_every: steps between checkpoints.
+        made_with: settings that a checkpoint must have been made with.
+    """
+
+    out: Path
+    steps: int
+    clip: float
+    precision: str
+    save_every: int
+    made_with: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters and their learning rate, which is warmed up over the first 5 % of the steps and
+    then goes down to a tenth."""
+
+    parameters: list[nn.Parameter]
+    rate: float
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Of one batch: what is minimised, and the figures for the log."""
+
+    value: Tensor
+    figures: Mapping[str, float]
+
+
+class Trained(ABC):
+    """What a loop trains.
+
+    Class attributes:
+        name: shown beside the bar.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def start(self, accelerator: Any) -> list[Group]:
+        """Make the parameters that are trained, on the accelerator's device, and name them.
+
+        The model is on the device by then, frozen and in evaluation mode; the loop has the
+        parameters that are named here require a gradient.
+        """
+
+    def active(self) -> AbstractContextManager[None]:
+        """What is on the model while it is trained."""
+        return nullcontext()
+
+    def prepare(self, feed: Feed) -> None:  # noqa: B027
+        """Before the first step of a run that was not resumed."""
+
+    @abstractmethod
+    def loss(self, batch: Batch, step: int) -> Loss:
+        """Of a batch, with gradients. Called once for each step, in order."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint has to hold, beside "config", "optimizer", "step" and "log"."""
+
+    @abstractmethod
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what `state` returned; of a checkpoint, which has more."""
+
+    @abstractmethod
+    def saved(self, out: Path) -> bool:
+        """Whether `save` was called for this folder."""
+
+    @abstractmethod
+    def save(self, out: Path) -> None:
+        """Write what was learnt, at the end."""
+
+
+class Feed:
+    """The batches of this process, by step, on its device."""
+
+    def __init__(self, batches: Batches, accelerator: Any) -> None:
+        self.batches, self.accelerator = batches, accelerator
+        self.iterator: Any = None
+        self.at = 0
+
+    def __call__(self, step: int) -> dict[str, Tensor]:
+        wanted = step * self.accelerator.num_processes + self.accelerator.process_index
+        if callable(self.batches):
+            batch = self.batches(wanted)
+        else:
+            if self.iterator is None or wanted < self.at:
+                self.iterator, self.at = self._around(self.batches), 0
+            batch = next(islice(self.iterator, wanted - self.at, None))
+            self.at = wanted + 1
+        return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+
+    @staticmethod
+    def _around(batches: Iterable[Batch]) -> Iterator[Batch]:
+        while True:
+            found = False
+            for batch in batches:
+                found = True
+                yield batch
+            if not found:
+                raise ValueError("batches: expected at least one, got none")
+
+
+def fit(model: nn.Module, trained: Trained, batches: Batches, loop: Loop) -> Path:
+    """Train, and go on from a checkpoint in `loop.out` if there is one.
+
+    The model is frozen but for what `trained` names, and left in the mode that it was in. With
+    several processes (`accelerate launch`) each takes its own batches, and gradients are averaged.
+
+    Returns:
+        `loop.out`.
+
+    Raises:
+        ValueError: a checkpoint that was made with other settings.
+        FloatingPointError: a loss that is not a number.
+    """
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(mixed_precision=loop.precision)
+    was_training = model.training
+    asked = [p.requires_grad for p in model.parameters()]
+    model.to(accelerator.device).eval().requires_grad_(False)
+    try:
+        return _Run(trained, Feed(batches, accelerator), loop, accelerator).whole()
+    finally:
+        model.train(was_training)
+        for parameter, wanted in zip(model.parameters(), asked, strict=True):
+            parameter.requires_grad_(wanted)
+
+
+class _Run:
+    """One run of a loop, from its start or from a checkpoint."""
+
+    def __init__(self, trained: Trained, feed: Feed, loop: Loop, accelerator: Any) -> None:
+        self.trained, self.feed, self.loop, self.accelerator = trained, feed, loop, accelerator
+        groups = trained.start(accelerator)
+        self.parameters = [p for group in groups for p in group.parameters]
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+        self.optimizer = torch.optim.AdamW(
+            [{"params": group.parameters, "scale": group.rate} for group in groups],
+            lr=groups[0].rate,
+            weight_decay=0.0,
+        )
+        self.step, self.log = 0, list[dict[str, float]]()
+
+    def whole(self) -> Path:
+        """All steps that are left."""
+        out, main = self.loop.out, self.accelerator.is_main_process
+        self._resume()
+        if self.step >= self.loop.steps and self.trained.saved(out):
+            return out
+        with self.trained.active():
+            if self.step == 0 and not self.log:
+                self.trained.prepare(self.feed)
+            bar = tqdm(
+                total=self.loop.steps, initial=self.step, desc=self.trained.name, disable=not main
+            )
+            while self.step < self.loop.steps:
+                line = self._advance()
+                shown = {name: f"{value:.4g}" for name, value in line.items() if name != "step"}
+                bar.set_postfix(shown, refresh=False)
+                bar.update()
+                if self.step % self.loop.save_every == 0:
+                    self._save()
+            bar.close()
+        self._save()
+        if main:
+            self.trained.save(out)
+        self.accelerator.wait_for_everyone()
+        return out
+
+    def _resume(self) -> None:
+        path = self.loop.out / CHECKPOINT
+        if not path.is_file():
+            return
+        state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+        for name, value in self.loop.made_with.items():
+            if state["config"].get(name) != value:
+                raise ValueError(
+                    f"{name}: the checkpoint in out was made with {state['config'].get(name)!r}, "
+                    f"got {value!r}; give another out, or delete {CHECKPOINT}"
+                )
+        self.trained.restore(state)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.log = state["step"], state["log"]
+
+    def _advance(self) -> dict[str, float]:
+        """One step; returns its line of the log."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["scale"] * _schedule(self.step / self.loop.steps)
+        loss = self.trained.loss(self.feed(self.step), self.step)
+        if not bool(torch.isfinite(loss.value)):
+            raise FloatingPointError(f"loss: {float(loss.value)} at step {self.step}")
+        self.accelerator.backward(loss.value)
+        for parameter in self.parameters:
+            if self.accelerator.num_processes > 1 and parameter.grad is not None:
+                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.loop.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        line = {"step": self.step, **loss.figures, "norm": float(norm)}
+        self.log.append({name: round(value, 5) for name, value in line.items()})
+        return line
+
+    def _save(self) -> None:
+        """Checkpoint and log, each moved into place whole."""
+        if not self.accelerator.is_main_process:
+            return
+        out = self.loop.out
+        state = {
+            "config": dict(self.loop.made_with),
+            **self.trained.state(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "log": self.log,
+        }
+        out.mkdir(parents=True, exist_ok=True)
+        _write(out / CHECKPOINT, lambda file: torch.save(state, file))
+        text = "".join(json.dumps(line) + "\n" for line in self.log)
+        _write(out / "log.jsonl", lambda file: file.write_text(text))
+
+
+def _schedule(progress: float) -> float:
+    if progress < 0.05:
+        return max(progress, 1e-3) / 0.05
+    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (progress - 0.05) / 0.95))
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    write(temporary)
+    temporary.replace(path)
