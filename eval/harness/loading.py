@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from vtc.core.errors import ArgumentError
+
 from . import parallel
 from .identity import FileHashes, code_of_functions, digest, fingerprint, named_files
 from .plan import SUITE, BadInput, Settings
@@ -68,11 +70,11 @@ def write_suite(
         The parquet file.
 
     Raises:
-        ValueError: unknown name.
+        ArgumentError: unknown name.
         FileNotFoundError: the photos are not here.
     """
     if name not in SUITE:
-        raise ValueError(f"name: expected one of {', '.join(SUITE)}, got {name!r}")
+        raise ArgumentError("name", f"expected one of {', '.join(SUITE)}, got {name!r}")
     from ..tasks import suite
 
     data, made_of = folder / f"{name}.parquet", folder / f"{name}.identity"

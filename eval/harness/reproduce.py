@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vtc.core.errors import ArgumentError
 from vtc.core.names import unknown
 from vtc.core.spec import parse_method
 from vtc.methods import Method, make
@@ -157,7 +158,7 @@ def load_tables(model: str, folder: Path = FOLDER) -> list[Table]:
             and the field.
     """
     if model not in MODELS:
-        raise ValueError(f"name: {unknown(model, MODELS)}")
+        raise ArgumentError("name", unknown(model, MODELS))
     tables = [_table(path) for path in sorted(folder.glob("*.json"))]
     seen: set[str] = set()
     for table in tables:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal
 
+from vtc.core.errors import ArgumentError
 from vtc.core.names import unknown
 
 Convention = Literal["exact", "average", "kept", "counted"]
@@ -70,7 +71,7 @@ TARGETS: dict[str, Target] = {
 def target_of(name: str) -> Target:
     found = TARGETS.get(name.lower()) if isinstance(name, str) else None
     if found is None:
-        raise ValueError(f"target: {unknown(name, TARGETS)}")
+        raise ArgumentError("target", unknown(name, TARGETS))
     return found
 
 
