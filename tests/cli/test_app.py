@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import os
 from pathlib import Path
 from typing import get_type_hints
 
 import pytest
+from typer.testing import CliRunner
 
 from vtc.cli import app
 
@@ -36,6 +38,16 @@ def test_home_is_expanded_in_every_path_of_every_command(cli, monkeypatch, tmp_p
             checked.add((name, path))
     assert {("show", "image"), ("show", "out"), ("show", "model"), ("eval", "out")} <= checked
     assert {("bench", "config"), ("suite", "out"), ("autotune", "model")} <= checked
+
+
+@pytest.mark.parametrize("command", ["eval", "presets", "bench"])
+def test_help_breaks_lines_where_the_terminal_ends(command):
+    shown = CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1"}).invoke(app, [command, "--help"])
+    said = shown.output.split("╭")[0].splitlines()
+    filled = [line.rstrip() for line in said if line.strip() and "Usage: " not in line]
+    for line, following in itertools.pairwise(filled):
+        if not line.endswith("."):
+            assert len(line) + len(following.split()[0]) >= 78, line
 
 
 @pytest.mark.parametrize(("command", "waits"), [("methods", "passive"), ("bench", None)])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
@@ -69,6 +70,30 @@ def test_presets_say_what_their_target_means(cli):
     # 64 on average: 576 enter, 30 are left after two layers
     assert ["fastv", "llava-1.5", "average", "64", "576", "64.1", "30"] in [r[:7] for r in rows]
     assert ["fastv", "llava-1.5", "kept", "64", "576", "96.0", "64"] in [r[:7] for r in rows]
+
+
+def test_presets_explain_their_words(cli):
+    from vtc.presets.table import TABLE
+
+    for arguments in ((), ("--wide",), ("--help",)):
+        shown = " ".join(cli("presets", *arguments).output.split())
+        for convention in {row.convention for row in TABLE}:
+            assert f"{convention}: " in shown
+        assert "enter, mean" in shown
+        assert "what the target counts" in shown or "What a target counts" in shown
+
+
+def test_presets_say_of_each_target_where_it_is_from(cli):
+    lines = cli("presets", "fastv", "--target", "llava-1.5").output.splitlines()
+    below = {tuple(a.split()[2:4]): b for a, b in itertools.pairwise(lines)}
+    assert below["kept", "288"].endswith("; paper")
+    assert below["kept", "192"].endswith("; tables of others")
+
+
+def test_all_tokens_are_not_written_as_one(cli):
+    """`keep=1` is one token, and `keep=1.0` are all."""
+    assert "keep=1.0, " in cli("methods").output
+    assert not re.search(r"keep=1\b(?!\.)", cli("methods").output)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,11 @@ input answer at once.
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,6 +89,13 @@ def main(
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
-app.command("eval", cls=_Command)(evaluate)
+def _add(command: Callable[..., None], name: str | None = None) -> None:
+    """`command`, whose docstring is its help: paragraphs, which the terminal breaks into lines."""
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    help_text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    app.command(name, cls=_Command, help=help_text)(command)
+
+
+_add(evaluate, "eval")
 for _command in (bench, autotune, reproduce, show, methods, models, presets, suite, doctor):
-    app.command(cls=_Command)(_command)
+    _add(_command)

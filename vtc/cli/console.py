@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-__all__ = ["error_console", "output", "stacked", "wide_table"]
+__all__ = ["error_console", "explain", "output", "stacked", "wide_table"]
 
 _WIDE = 160
 
@@ -44,6 +44,17 @@ def wide_table(headers: Sequence[str], rows: Iterable[Sequence[str]], right: int
     wide = Console(highlight=False, width=10_000)
     console = Console(highlight=False, width=max(80, wide.measure(table).maximum))
     console.print(table)
+
+
+def explain(*notes: str) -> None:
+    """How to read what was printed: a line for each note below it, at most 100 wide."""
+    console = output()
+    console.print()
+    for note in notes:
+        lines = textwrap.wrap(
+            note, min(console.width, 100), subsequent_indent="    ", break_on_hyphens=False
+        )
+        console.print("\n".join(lines), style="dim", markup=False, soft_wrap=True)
 
 
 def stacked(console: Console, name: str, facts: Iterable[str]) -> None:

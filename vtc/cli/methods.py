@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .console import output, stacked, wide_table
+from .console import explain, output, stacked, wide_table
 from .options import Import, Wide
 
 
@@ -24,9 +24,8 @@ def methods(wide: Wide = False, imports: Import = []) -> None:  # noqa: B006
             facts = [f"{title} {paper}".rstrip(), f"stage: {stages}" if stages else ""]
             facts += [f"reads: {reads}" if reads else "", f"settings: {settings}" * bool(settings)]
             stacked(console, name, filter(None, facts))
-    notes = (
+    explain(
         "In text: name, name:setting=value:setting=value, and 'first|second' to compose.",
-        "keep is a fraction in (0, 1] of an image's tokens, or a whole number of tokens per image.",
+        "keep is a fraction in (0, 1] of an image's tokens, or a whole number of tokens per image: "
+        "1.0 keeps all, 1 keeps one.",
     )
-    for note in notes:
-        console.print(f"\n{note}" if note is notes[0] else note, style="dim", markup=False)

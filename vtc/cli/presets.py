@@ -8,8 +8,18 @@ from typing import Annotated
 
 import typer
 
-from .console import output, stacked, wide_table
+from .console import explain, output, stacked, wide_table
 from .options import Wide, fail_of
+
+_LEGEND = (
+    "which is: what the target counts, of an image's vision tokens",
+    "  exact: those that enter the language model",
+    "  average: those that a decoder layer processes, mean over the layers",
+    "  kept: those left after a cut between layers; the layers before it see more",
+    "  counted: what the authors' own counter says, which is less than is processed",
+    "enter, mean, last: tokens of the first decoder layer, averaged over the layers, of the last",
+    "KV MiB, TFLOPs: of the language model's prefill with one image and no text",
+)
 
 
 def presets(
@@ -19,8 +29,15 @@ def presets(
 ) -> None:
     """List published token targets, and what meeting them really costs the language model.
 
-    KV MiB and TFLOPs are those of its prefill with one image and no text, 2 bytes a value and 2
-    FLOPs a multiply-add.
+    What a target counts is said in the column "which is". exact: vision tokens that enter the
+    language model. average: those that a decoder layer processes, mean over the layers. kept:
+    those left after a cut between layers; the layers before it see more. counted: what the
+    authors' own counter says, which is less than is processed. On Qwen2.5-VL, where images differ
+    in size, a target is a share.
+
+    enter, mean and last are vision tokens of the first decoder layer, averaged over the layers,
+    and of the last one. KV MiB and TFLOPs are those of its prefill with one image and no text, 2
+    bytes a value and 2 FLOPs a multiply-add.
     """
     import vtc
     from vtc.cli.catalogue import short
@@ -47,6 +64,7 @@ def presets(
     if wide:
         every = [row + note for row, note in zip(rows, notes, strict=True)]
         wide_table((*headers, "settings", "source"), every, right=6)
+        explain(*_LEGEND)
         return
     console = output()
     widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
@@ -58,3 +76,4 @@ def presets(
     console.print(line(headers), style="dim", markup=False, soft_wrap=True)
     for row, note in zip(rows, notes, strict=True):
         stacked(console, line(row), ["; ".join(filter(None, note))])
+    explain(*_LEGEND)

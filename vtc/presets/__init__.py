@@ -284,7 +284,9 @@ def _resolved(row: Row, tokens: int | float, given: Mapping[str, Any]) -> Preset
             settings["keep"] = tokens if model.tiles == 1 else _share(tokens, model)
     elif isinstance(open_keep, Open):
         settings["keep"] = _solved(row, tokens, settings)
-    return Preset(row.method, row.target, tokens, row.convention, settings, row.source, row.each)
+    return Preset(
+        row.method, row.target, tokens, row.convention, settings, row.source(tokens), row.each
+    )
 
 
 def _solved(row: Row, tokens: int | float, settings: Mapping[str, Any]) -> int | float:
