@@ -97,7 +97,7 @@ def bench(
     except KeyboardInterrupt:
         kept = f"{sum(shown)} rows are kept in {out}/bench.json" if shown else "nothing is kept"
         stopped(f"stopped: {kept}; rows of a precision and batch size are measured together")
-    console.print(timing.notes(results))
+    console.print(timing.notes(results, room))
     seconds = time.perf_counter() - started
     console.print(f"\n{out}: bench.json, bench.csv ({seconds:.0f} s)", soft_wrap=True)
     if any(row["status"] != "done" for row in results["rows"]):

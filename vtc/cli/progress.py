@@ -69,8 +69,14 @@ def observer(
                 progress.console.print(f"{cell['label']} failed: {cell['error']}", style="red")
 
         def measured(self, results: Mapping[str, Any]) -> None:
-            if measured is not None:
+            if measured is None:
+                return
+            # What is printed must not begin in the line that the bar is in.
+            progress.stop()
+            try:
                 measured(results)
+            finally:
+                progress.start()
 
     return Bar()
 
