@@ -34,6 +34,7 @@ from statistics import NormalDist
 from typing import Any
 
 from vtc.core.errors import ArgumentError
+from vtc.core.figures import three_digits
 from vtc.core.spec import Keep, compact, parse_method, split_list, takes_keep
 
 from ..report.table import FULL_WIDTH, named
@@ -439,7 +440,7 @@ def table(result: Mapping[str, Any], width: int | None = None) -> Any:
             f"{100 * m['loss']:.1f} [{100 * m['low']:.1f}, {100 * m['high']:.1f}]"
         )  # fmt: skip
         figures = [
-            f"{m['cost'] / unit:.3g}", f"{m['ms']:.1f}", str(m["samples"]),
+            three_digits(m["cost"] / unit), f"{m['ms']:.1f}", str(m["samples"]),
             f"{100 * m['score']:.1f}", loss,
         ]  # fmt: skip
         drawn.add_row(
