@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
+
+from vtc.core.figures import counted, three_digits
 
 
 class Stopwatch:
@@ -304,13 +307,13 @@ class Report:
             if now != before:
                 steps.append(f"{now:.1f} from layer {layer}")
         return (
-            f"{len(self.images)} images in {len(self.prefills)} prefills\n"
+            f"{counted(len(self.images), 'image')} in {counted(len(self.prefills), 'prefill')}\n"
             f"vision tokens an image: {self.tokens_in:.0f} before; {', '.join(steps)}; "
             f"{self.equivalent_tokens:.1f} on average over the layers\n"
             f"a prefill: vision {self.vision_ms:.1f} ms, selector {self.selector_ms:.1f} ms, "
             f"language model {self.lm_ms:.1f} ms\n"
-            f"a sample: {sum(self.flops.values()) / 1e9:.4g} GFLOPs, "
-            f"{self.kv_bytes / 2**20:.3g} MiB of keys and values"
+            f"a sample: {_operations(self.flops)}; "
+            f"{three_digits(self.kv_bytes / 2**20)} MiB of keys and values"
         )
 
     __repr__ = __str__
@@ -324,6 +327,17 @@ def logits_of(logits_to_keep: Any, tokens: int) -> int:
     if isinstance(logits_to_keep, torch.Tensor):
         return logits_to_keep.numel()
     return min(int(logits_to_keep), tokens) or tokens
+
+
+def _operations(flops: dict[str, float]) -> str:
+    """The FLOPs of each part in one unit."""
+    names = {"vision": "vision", "projector": "projector", "lm": "language model"}
+    known = {names[part]: value for part, value in flops.items() if not math.isnan(value)}
+    scale, unit = (1e12, "TFLOPs") if max(known.values(), default=0) >= 1e12 else (1e9, "GFLOPs")
+    listed = ", ".join(f"{name} {three_digits(value / scale)}" for name, value in known.items())
+    unknown = [name for name in names.values() if name not in known]
+    note = f" ({', '.join(unknown)} not known)" if unknown else ""
+    return f"{listed} {unit}{note}" if known else "FLOPs not known"
 
 
 def _mean(values: list[Any]) -> float:

@@ -113,7 +113,8 @@ def _check(model: nn.Module, wanted: Sequence[Variant]) -> list[str]:
             try:
                 vtc.patch(model, variant.method).unpatch()
             except (ValueError, TypeError) as error:
-                option = "--config" if str(error).startswith("model:") else "--methods"
+                of_model = isinstance(error, vtc.UnsupportedModelError)
+                option = "--config" if of_model else "--methods"
                 raise BadInput(option, f"{variant.label}: {error}") from error
     return sorted({str(warning.message) for warning in caught})
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import vtc
 from vtc.core.spec import Keep, compact, parse_method, takes_keep
 
+from ..harness.plan import of_method
 from ..harness.run import DTYPES, BadInput
 
 if TYPE_CHECKING:
@@ -203,8 +204,7 @@ def plan(settings: Settings) -> list[Variant]:
         except BadInput:
             raise
         except (ValueError, TypeError) as error:
-            option = "--keep" if str(error).startswith("keep") else "--methods"
-            raise BadInput(option, f"{label}: {error}") from error
+            raise of_method(error, label) from error
     return found
 
 

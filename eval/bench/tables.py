@@ -15,10 +15,16 @@ if TYPE_CHECKING:
 
 _NOTE = """
 prefill: the language model's, selection and vtc's overhead included, tower and projector not; \
-medians of {repeats} turns, and half the distance of their quartiles. / all: over the unpatched \
-model. / short: over the same model given the short sequence outright. beyond: the same without \
-the layers before the first cut. / ideal: over what the FLOPs predict from the unpatched model. \
-decode: one token a row. peak: beyond weights and inputs. Ratios are formed turn by turn."""
+medians of {repeats} turns{spread}. / all: over the unpatched model. / short: over the same model \
+given the short sequence outright. {more}decode: one token a row. peak: beyond weights and inputs. \
+Ratios are formed turn by turn."""
+_SPREAD = ", and half the distance of their quartiles"
+_MORE = """\
+beyond: the same without the layers before the first cut. / ideal: over what the FLOPs predict \
+from the unpatched model. """
+_WITHOUT = """
+With --wide: the tower's time, the spread of prefills, decoding in ms, and the ratios "beyond" \
+(without the layers before the first cut) and "/ ideal" (over what the FLOPs predict)."""
 
 
 def table(results: Mapping[str, Any], width: int | None = None) -> RenderableType:
@@ -31,7 +37,7 @@ def table(results: Mapping[str, Any], width: int | None = None) -> RenderableTyp
     """
     from rich.console import Group
 
-    return Group(head(results), *blocks(results, width), notes(results))
+    return Group(head(results), *blocks(results, width), notes(results, width))
 
 
 def head(results: Mapping[str, Any]) -> RenderableType:
@@ -53,13 +59,17 @@ def blocks(results: Mapping[str, Any], width: int | None = None) -> Iterator[Ren
     """A table for each precision and batch size."""
     from itertools import groupby
 
-    narrow = width is not None and width < FULL_WIDTH
+    narrow = _narrow(width)
     for (dtype, batch), group in groupby(results["rows"], key=lambda r: (r["dtype"], r["batch"])):
         yield _block(f"{dtype}, batch {batch}", list(group), narrow)
 
 
-def notes(results: Mapping[str, Any]) -> RenderableType:
-    """How to read the tables, and the errors of what failed."""
+def _narrow(width: int | None) -> bool:
+    return width is not None and width < FULL_WIDTH
+
+
+def notes(results: Mapping[str, Any], width: int | None = None) -> RenderableType:
+    """How to read the tables that a terminal of this width has, and the errors of what failed."""
     from rich.console import Group
     from rich.text import Text
 
@@ -68,8 +78,13 @@ def notes(results: Mapping[str, Any]) -> RenderableType:
         for row in results["rows"]
         if row["status"] != "done"
     ]
+    repeats = results["settings"]["repeats"]
+    if _narrow(width):
+        said = _NOTE.format(repeats=repeats, spread="", more="") + _WITHOUT
+    else:
+        said = _NOTE.format(repeats=repeats, spread=_SPREAD, more=_MORE)
     return Group(
-        Text(_NOTE.format(repeats=results["settings"]["repeats"]), style="dim"),
+        Text(said, style="dim"),
         *(Text(f"failed: {line}", style="red") for line in failed),
     )
 

@@ -33,9 +33,12 @@ from dataclasses import asdict, dataclass, replace
 from statistics import NormalDist
 from typing import Any
 
+from vtc.core.errors import ArgumentError
+from vtc.core.figures import three_digits
 from vtc.core.spec import Keep, compact, parse_method, split_list, takes_keep
 
 from ..report.table import FULL_WIDTH, named
+from .plan import of_method
 from .results import logged as logged_samples
 from .results import of_this_run, write
 from .run import BadInput, Observer, Settings, run
@@ -160,10 +163,10 @@ def rounds(start: int, most: int) -> list[int]:
     """Samples of each task in each round: `start`, doubled up to `most`, which is the last.
 
     Raises:
-        ValueError: not 1 <= start <= most.
+        ArgumentError: not 1 <= start <= most.
     """
     if not 1 <= start <= most:
-        raise ValueError(f"start: expected 1 to {most}, the most samples, got {start}")
+        raise ArgumentError("start", f"expected 1 to {most}, the most samples, got {start}")
     sizes = [start]
     while sizes[-1] * 2 < most:
         sizes.append(sizes[-1] * 2)
@@ -256,9 +259,7 @@ def candidates(methods: Sequence[str], keeps: Sequence[Keep]) -> list[str]:
         except BadInput:
             raise
         except (ValueError, TypeError) as error:
-            of_option = str(error).startswith("keep") and "keep=" not in text
-            option = "--keep" if of_option else "--methods"
-            raise BadInput(option, f"{text}: {error}") from error
+            raise of_method(error, text) from error
     return list(dict.fromkeys(found))
 
 
@@ -309,8 +310,8 @@ def autotune(
         raise BadInput("--limit", "rounds set it; give --start and --most")
     try:
         sizes = rounds(start, most)
-    except ValueError as error:
-        raise BadInput("--start", str(error).removeprefix("start: ")) from None
+    except ArgumentError as error:
+        raise BadInput("--start", error.message) from None
     names = [n for n in candidates(settings.methods, settings.keeps) if n not in ("full", "blind")]
     runner = _Runner(settings, observer)
     found = race(names, runner, allowed, sizes, confidence)
@@ -439,7 +440,7 @@ def table(result: Mapping[str, Any], width: int | None = None) -> Any:
             f"{100 * m['loss']:.1f} [{100 * m['low']:.1f}, {100 * m['high']:.1f}]"
         )  # fmt: skip
         figures = [
-            f"{m['cost'] / unit:.3g}", f"{m['ms']:.1f}", str(m["samples"]),
+            three_digits(m["cost"] / unit), f"{m['ms']:.1f}", str(m["samples"]),
             f"{100 * m['score']:.1f}", loss,
         ]  # fmt: skip
         drawn.add_row(

@@ -12,8 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import vtc
+from vtc.core.errors import ArgumentError, message_of
 from vtc.core.plugins import import_modules
-from vtc.core.spec import Keep, compact, parse_method, split_list, takes_keep
+from vtc.core.spec import (
+    Keep,
+    compact,
+    keep_is_at_fault,
+    parse_method,
+    split_list,
+    takes_keep,
+)
 
 __all__ = [
     "BASELINES",
@@ -25,6 +33,7 @@ __all__ = [
     "Settings",
     "bring_in",
     "check_arguments",
+    "of_method",
     "parse_arguments",
     "parse_limit",
     "plan",
@@ -50,8 +59,12 @@ class BadInput(ValueError):
     """Something given does not work; says which option, before any work is done."""
 
     def __init__(self, option: str, message: str) -> None:
-        super().__init__(f"{option}: {message}")
+        # Both go to `args`, so that the error passes from process to process as it is.
+        super().__init__(option, message)
         self.option, self.message = option, message
+
+    def __str__(self) -> str:
+        return f"{self.option}: {self.message}"
 
 
 @dataclass(frozen=True)
@@ -171,8 +184,14 @@ def bring_in(imports: Sequence[str]) -> None:
     """
     try:
         import_modules(imports)
-    except ValueError as error:
-        raise BadInput("--import", str(error).removeprefix("import: ")) from error
+    except ArgumentError as error:
+        raise BadInput("--import", error.message) from error
+
+
+def of_method(error: ValueError | TypeError, text: str) -> BadInput:
+    """What to raise where `parse_method(text, keep)` raised `error`: of the option at fault."""
+    option, said = ("--keep", "keep") if keep_is_at_fault(error, text) else ("--methods", "method")
+    return BadInput(option, f"{text}: {message_of(error, said)}")
 
 
 def parse_limit(text: str) -> int | float | None:
@@ -293,9 +312,7 @@ def plan(settings: Settings) -> list[Cell]:
         except BadInput:
             raise
         except (ValueError, TypeError) as error:
-            of_option = str(error).startswith("keep") and "keep=" not in label
-            option = "--keep" if of_option else "--methods"
-            raise BadInput(option, f"{label}: {error}") from error
+            raise of_method(error, label) from error
     return [
         Cell(label, keep, task, method, blind)
         for task in dict.fromkeys(settings.tasks)

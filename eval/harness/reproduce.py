@@ -11,7 +11,8 @@ conventions:
      "how",                          in which environment
      "tokens_mean",                  what its numbers of tokens count
      "mean_ratio_of",                which benchmarks "mean_ratio" is over
-     "rows": [{"name", "method",     as printed; vtc's name, null where vtc has no such method
+     "rows": [{"name", "method",     as printed; vtc's name, null where the row is not run, and
+               "why",                then this says why
                "tokens", "settings", settings for `vtc.presets.find` where the row names them
                "scores": {benchmark: figure as printed}, "mean_ratio"}]}
 
@@ -27,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vtc.core.errors import ArgumentError
 from vtc.core.names import unknown
 from vtc.core.spec import parse_method
 from vtc.methods import Method, make
@@ -126,6 +128,7 @@ class TableRow:
     scores: Mapping[str, float] = field(hash=False)
     mean_ratio: float | None = None
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,7 @@ def load_tables(model: str, folder: Path = FOLDER) -> list[Table]:
             and the field.
     """
     if model not in MODELS:
-        raise ValueError(f"name: {unknown(model, MODELS)}")
+        raise ArgumentError("name", unknown(model, MODELS))
     tables = [_table(path) for path in sorted(folder.glob("*.json"))]
     seen: set[str] = set()
     for table in tables:
@@ -205,11 +208,15 @@ def _row(check: _Check, number: int, row: Any) -> TableRow:
     where = f"rows[{number}]"
     check(isinstance(row, dict), f"{where}: expected an object")
     wanted = {"name", "method", "tokens", "scores", "mean_ratio"}
-    check(wanted <= set(row) <= {*wanted, "settings"}, f"{where}: expected {sorted(wanted)}")
+    allowed = {*wanted, "settings", "why"}
+    check(wanted <= set(row) <= allowed, f"{where}: expected {sorted(wanted)}")
     check(isinstance(row["name"], str) and row["name"], f"{where}.name: expected a text")
     tokens, ratio = row["tokens"], row["mean_ratio"]
     check(type(tokens) is int and tokens >= 1, f"{where}.tokens: expected a whole number")
     check(ratio is None or _positive(ratio), f"{where}.mean_ratio: expected a number or null")
+    why = row.get("why", "")
+    check(isinstance(why, str), f"{where}.why: expected a text")
+    check((row["method"] is None) == bool(why), f"{where}.why: goes with a method of null")
     if (method := row["method"]) is not None:
         try:
             make(method)
@@ -310,7 +317,7 @@ def plan_reproduction(name: str, folder: Path = FOLDER) -> Plan:
 def _planned(row: TableRow, target: str) -> tuple[Planned | None, str]:
     """What a row takes to run, or why it cannot be."""
     if row.method is None:
-        return None, "vtc has no such method"
+        return None, row.why
     if row.method == "full":
         return Planned("full", make("full"), row.tokens, None, ""), ""
     try:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vtc.core.errors import ArgumentError, ArgumentTypeError
 from vtc.core.names import unknown
 
 __all__ = ["SUITES", "Entry", "Suite", "expand"]
@@ -108,11 +109,11 @@ def expand(suite: str) -> list[str]:
     """The names of a suite's tasks, in the order in which they run.
 
     Raises:
-        ValueError: unknown name; says which there are.
-        TypeError: not a name.
+        ArgumentError: unknown name; says which there are.
+        ArgumentTypeError: not a name.
     """
     if not isinstance(suite, str):
-        raise TypeError(f"suite: expected a name, got {type(suite).__name__}")
+        raise ArgumentTypeError("suite", f"expected a name, got {type(suite).__name__}")
     if suite not in SUITES:
-        raise ValueError(f"suite: {unknown(suite, SUITES)}")
+        raise ArgumentError("suite", unknown(suite, SUITES))
     return [entry.task for entry in SUITES[suite].entries]

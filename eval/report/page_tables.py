@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from vtc.core.figures import three_digits
+
 from ..analysis import stats
 from ..harness.run import BASELINES
 from .table import runs
@@ -60,6 +62,11 @@ def _text(text: str, style: str = "") -> Value:
 
 def _number(value: float | None, form: str = ".1f", scale: float = 1.0) -> Value:
     return Value(_NONE) if value is None else Value(f"{scale * value:{form}}", scale * value)
+
+
+def _digits(value: float | None, scale: float) -> Value:
+    """To three digits."""
+    return Value(_NONE) if value is None else Value(three_digits(scale * value), scale * value)
 
 
 def _range(interval: Sequence[float] | None, form: str = ".1f") -> Value:
@@ -125,8 +132,8 @@ def results_table(
             _number(cell.get("loyalty"), ".1f", 100),
             _number(_tokens(cell)),
             Value(_NONE) if layers is None else _text(layers),
-            _number(lm, ".3g", 1 / scale),
-            _number(cell.get("kv_bytes"), ".3g", 2**-20),
+            _digits(lm, 1 / scale),
+            _digits(cell.get("kv_bytes"), 2**-20),
             _number(ms.get("lm")),
             _number(ms.get("selector"), ".2f"),
             _number(cell["samples"], ".0f"),

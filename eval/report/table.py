@@ -13,6 +13,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from vtc.core.figures import three_digits
+
 from ..harness.results import grouped, of_this_run
 
 __all__ = ["FULL_WIDTH", "named", "runs", "table"]
@@ -147,8 +149,8 @@ def _block(
             "same": _number(None if cell["loyalty"] is None else 100 * cell["loyalty"]),
             "layers": runs(tokens["per_layer"]) if tokens else _NONE,
             "tokens": _number(tokens["equivalent"] if tokens else None),
-            "lm": _NONE if lm is None else f"{lm / scale:.3g}",
-            "kv": _NONE if cell["kv_bytes"] is None else f"{cell['kv_bytes'] / 2**20:.3g}",
+            "lm": _NONE if lm is None else three_digits(lm / scale),
+            "kv": _NONE if cell["kv_bytes"] is None else three_digits(cell["kv_bytes"] / 2**20),
             "prefill": _number(ms["lm"] if ms else None),
             "selector": _number(ms["selector"] if ms else None, 2),
         }

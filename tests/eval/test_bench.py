@@ -366,6 +366,15 @@ def test_table_fits_a_narrow_terminal(watched, width):
         assert (
             f"{row['ratio']['short']['prefill']['median']:.3f}" in text if row["method"] else True
         )
+    # The legend is of the columns that are there, and says where the others are.
+    tables, _, legend = text.partition("prefill: ")
+    shown, _, elsewhere = legend.partition("With --wide: ")
+    for word in ("beyond", "ideal"):
+        assert word not in tables
+        assert word not in shown.replace("beyond weights", "")
+        assert word in elsewhere
+    assert "quartiles" not in shown
+    assert not tables.endswith("\n\n\n")
 
 
 def test_rows_are_saved_and_told_as_they_come(tmp_path):

@@ -131,7 +131,7 @@ def _append(file: Path) -> None:
     "name",
     [
         "viz/plots.py",
-        "cli/__init__.py",
+        "cli/eval.py",
         "viz/trace.py",
         "presets/table.py",
         "models/page.py",

@@ -276,7 +276,7 @@ def test_results_table(out):
     assert full["95 % interval"] == f"{low:.1f} to {high:.1f}"
     assert todre["tokens, mean"] == "144.0"
     assert todre["tokens × layers"] == "144×8"
-    assert todre["LM, GFLOPs"] == "1.5"
+    assert todre["LM, GFLOPs"] == "1.50"
     assert todre["samples"] == "40"
     assert rows["fastv"]["accuracy, %"] == "failed"
     assert {row["method"]: row["a (20)"] for row in page.table("types-1")}["full"] == "90.0"

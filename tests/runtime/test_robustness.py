@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import threading
 import time
 import warnings
@@ -673,5 +674,8 @@ def test_the_report_knows_precision_and_fewer_pixels() -> None:
         logits_of(halved, batch)
     assert patch.report.kv_bytes == exact / 2
     text = str(patch.report)
+    assert text.startswith("1 image in 1 prefill\n") or len(patch.report.images) != 1
+    parts = r"a sample: vision [\d.]+, projector [\d.]+, language model [\d.]+ GFLOPs; [\d.]+ MiB"
+    assert re.search(parts, text)
     for figure in ("36 before", "9.0 from layer 0", "GFLOPs", "keys and values", "selector"):
         assert figure in text

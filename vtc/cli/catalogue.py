@@ -109,10 +109,13 @@ def _described(name: str, cls: type[Method]) -> Entry:
 
 
 def short(value: Any) -> str:
-    """A setting for reading: shares to four digits."""
+    """A setting for reading: shares to four digits. All is 1.0, for 1 would be one token."""
     if isinstance(value, tuple):
         return "(" + ", ".join(map(short, value)) + ")"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    text = f"{value:.4g}"
+    return text if not text.lstrip("-").isdecimal() else f"{text}.0"
 
 
 def write() -> None:

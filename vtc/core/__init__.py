@@ -4,6 +4,7 @@
 Nothing here knows a model, or imports transformers.
 """
 
+from .errors import ArgumentError, ArgumentTypeError
 from .method import Compose, Method
 from .registry import methods
 from .settings import budget, check_choice, check_keep, check_layer, scale_layers
@@ -21,6 +22,8 @@ from .states import (
 )
 
 __all__ = [
+    "ArgumentError",
+    "ArgumentTypeError",
     "Compose",
     "EncoderState",
     "LayerState",

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from . import registry
+from .errors import ArgumentError
 from .states import (
     EncoderState,
     LayerState,
@@ -202,7 +203,7 @@ class Compose(Method):
 
     def __post_init__(self) -> None:
         if not self.methods:
-            raise ValueError("methods: at least one method is needed, got none")
+            raise ArgumentError("methods", "at least one method is needed, got none")
 
     @property
     def stages(self) -> tuple[str, ...]:

@@ -14,6 +14,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from .errors import ArgumentError
+
 __all__ = ["import_modules"]
 
 
@@ -24,7 +26,7 @@ def import_modules(names: Iterable[str]) -> None:
     imported already is left as it is.
 
     Raises:
-        ValueError: no such module or file, or it fails at import; says which and why.
+        ArgumentError: no such module or file, or it fails at import; says which and why.
     """
     for name in names:
         try:
@@ -33,7 +35,7 @@ def import_modules(names: Iterable[str]) -> None:
             else:
                 _import_name(name)
         except Exception as error:  # whatever a module of others may raise
-            raise ValueError(f"import: {name}: {type(error).__name__}: {error}") from error
+            raise ArgumentError("import", f"{name}: {type(error).__name__}: {error}") from error
 
 
 def _import_name(name: str) -> None:

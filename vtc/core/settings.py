@@ -7,35 +7,54 @@ import math
 from itertools import pairwise
 from typing import Any
 
+from .errors import ArgumentError, ArgumentTypeError
+
 
 def check_keep(keep: float | int) -> None:
     """Refuse a `keep` that is neither a fraction in (0, 1] nor a positive whole number.
 
     `1.0` means all tokens; `1` means one token.
+
+    Raises:
+        ArgumentTypeError: no number.
+        ArgumentError: a number out of these ranges.
     """
     if isinstance(keep, bool) or not isinstance(keep, (int, float)):
-        raise TypeError(f"keep: expected a fraction or a whole number of tokens, got {keep!r}")
+        raise ArgumentTypeError(
+            "keep", f"expected a fraction or a whole number of tokens, got {keep!r}"
+        )
     if isinstance(keep, int) and keep < 1:
-        raise ValueError(f"keep: a whole number of tokens must be at least 1, got {keep}")
+        raise ArgumentError("keep", f"a whole number of tokens must be at least 1, got {keep}")
     if isinstance(keep, float) and not (math.isfinite(keep) and 0.0 < keep <= 1.0):
-        raise ValueError(
-            f"keep: a fraction must lie in (0, 1], got {keep}; "
-            "for a number of tokens give a whole number"
+        raise ArgumentError(
+            "keep",
+            f"a fraction must lie in (0, 1], got {keep}; "
+            "for a number of tokens give a whole number",
         )
 
 
 def check_choice(name: str, value: Any, accepted: tuple[Any, ...]) -> None:
-    """Refuse a `value` outside `accepted`, naming the setting."""
+    """Refuse a `value` outside `accepted`, naming the setting.
+
+    Raises:
+        ArgumentError: of the setting `name`.
+    """
     if value not in accepted:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, accepted))}, got {value!r}")
+        raise ArgumentError(
+            name, f"expected one of {', '.join(map(repr, accepted))}, got {value!r}"
+        )
 
 
 def check_layer(name: str, value: int | None, lowest: int = 0) -> None:
-    """Refuse a layer that is not a whole number of at least `lowest` (or `None`)."""
+    """Refuse a layer that is not a whole number of at least `lowest` (or `None`).
+
+    Raises:
+        ArgumentError: of the setting `name`.
+    """
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-        raise ValueError(f"{name}: expected a whole number of at least {lowest}, got {value!r}")
+        raise ArgumentError(name, f"expected a whole number of at least {lowest}, got {value!r}")
 
 
 def budget(keep: float | int, n: int) -> int:
@@ -61,19 +80,17 @@ def scale_layers(
         after: whether the given layers are those after which the method acts, not before.
 
     Raises:
-        ValueError: given layers that do not ascend, or that the decoder has not.
+        ArgumentError: given layers that do not ascend, or that the decoder has not.
     """
     if given is not None:
         layers = (given,) if isinstance(given, int) else given
         last = num_layers - 1 - after
         if any(a >= b for a, b in pairwise(layers)) or (layers and layers[-1] > last):
-            kind = (
-                "layer: expected a layer"
-                if layers != given
-                else "layers: expected ascending layers"
-            )
-            raise ValueError(
-                f"{kind} up to {last} in a model of {num_layers} decoder layers, got {given}"
+            name, what = ("layers", "ascending layers") if layers == given else ("layer", "a layer")
+            raise ArgumentError(
+                name,
+                f"expected {what} up to {last} in a model of {num_layers} decoder layers, "
+                f"got {given}",
             )
         return tuple(layer + after for layer in layers)
     scaled: list[int] = []

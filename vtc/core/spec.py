@@ -24,11 +24,20 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from .errors import ArgumentError, ArgumentTypeError, argument_of, within
 from .method import Compose, Method
 from .names import unknown
 from .registry import find, methods, wrappers
 
-__all__ = ["compact", "make", "parse_keep", "parse_method", "split_list", "takes_keep"]
+__all__ = [
+    "compact",
+    "keep_is_at_fault",
+    "make",
+    "parse_keep",
+    "parse_method",
+    "split_list",
+    "takes_keep",
+]
 
 Keep = int | float
 Part = tuple[str, str, dict[str, Any]]
@@ -49,28 +58,32 @@ def make(method: str | Method | Mapping[str, Any], **settings: Any) -> Method:
     """Turn a name with settings, a dictionary from `to_dict`, or a method into a method.
 
     Raises:
-        ValueError: unknown name, or a setting the method refuses.
-        TypeError: a setting the method does not have, or settings beside a finished method.
+        ArgumentError: unknown name.
+        ArgumentTypeError: a setting the method does not have, or what is no method.
+        ValueError: a setting the method refuses; most name it as an `ArgumentError` does.
+        TypeError: settings beside a finished method, or one without a default left out.
     """
     if isinstance(method, Mapping):
         spec = dict(method)
         name = spec.pop("method", None)
         if not isinstance(name, str):
-            raise ValueError(f"method: a dictionary needs a name under 'method', got {name!r}")
+            raise ArgumentError("method", f"a dictionary needs a name under 'method', got {name!r}")
         if name != "compose":
             return make(name, **spec, **settings)
         if settings or set(spec) != {"methods"}:
-            raise TypeError(
-                "method: a composition has 'methods' and no settings of its own, got "
-                f"{', '.join([*spec, *settings]) or 'none'}"
+            raise ArgumentTypeError(
+                "method",
+                "a composition has 'methods' and no settings of its own, got "
+                f"{', '.join([*spec, *settings]) or 'none'}",
             )
         return Compose(tuple(make(m) for m in spec["methods"]))
     if isinstance(method, Method):
         for part in method.parts:
             if not dataclasses.is_dataclass(part) or not hasattr(part, "name"):
-                raise TypeError(
-                    f"method: {type(part).__name__} must be a dataclass with a `name`; its fields "
-                    "are its settings"
+                raise ArgumentTypeError(
+                    "method",
+                    f"{type(part).__name__} must be a dataclass with a `name`; its fields are its "
+                    "settings",
                 )
         if settings:
             given = ", ".join(settings)
@@ -80,23 +93,27 @@ def make(method: str | Method | Mapping[str, Any], **settings: Any) -> Method:
             )
         return method
     if isinstance(method, type) and issubclass(method, Method):
-        raise TypeError(f"method: got the class {method.__name__}; give {method.__name__}(...)")
+        raise ArgumentTypeError(
+            "method", f"got the class {method.__name__}; give {method.__name__}(...)"
+        )
     if isinstance(method, str) and set(method) & set("|+:@"):
         # The command line's way of writing settings and compositions.
         if set(settings) - {"keep"}:
-            raise TypeError(f"settings: write them in {method!r}, or name a single method")
+            raise ArgumentTypeError(
+                "settings", f"write them in {method!r}, or name a single method"
+            )
         return parse_method(method, settings.get("keep"))
     if not isinstance(method, str):
-        raise TypeError(
-            f"method: expected a name, a method or a composition, got {type(method).__name__}"
+        raise ArgumentTypeError(
+            "method", f"expected a name, a method or a composition, got {type(method).__name__}"
         )
     cls = find(method.lower())
     if cls is None:
-        raise ValueError(f"method: {unknown(method, methods())}")
+        raise ArgumentError("method", unknown(method, methods()))
     accepted = list(_accepted_fields(cls))
     strange = [key for key in settings if key not in accepted]
     if strange:
-        raise TypeError(f"{method}: {unknown(strange[0], accepted, 'setting', 'accepted')}")
+        raise ArgumentTypeError(method, unknown(strange[0], accepted, "setting", "accepted"))
     return cls(**settings)
 
 
@@ -149,7 +166,7 @@ def parse_keep(text: str) -> Keep:
     """`"0.25"` is a quarter of an image's tokens, `"64"` is 64 tokens; `"1"` is one, `"1.0"` all.
 
     Raises:
-        ValueError: neither a fraction in (0, 1] nor a whole number of at least 1.
+        ArgumentError: neither a fraction in (0, 1] nor a whole number of at least 1.
     """
     try:
         keep: Keep = int(text)
@@ -161,8 +178,8 @@ def parse_keep(text: str) -> Keep:
             keep = 0.0
         good = 0.0 < keep <= 1.0
     if not good:
-        raise ValueError(
-            f"keep: expected a fraction in (0, 1] or a whole number of tokens, got {text!r}"
+        raise ArgumentError(
+            "keep", f"expected a fraction in (0, 1] or a whole number of tokens, got {text!r}"
         )
     return keep
 
@@ -172,7 +189,7 @@ def _value(key: str, text: str) -> Any:
     if text.lower() in ("true", "false", "none"):
         return {"true": True, "false": False, "none": None}[text.lower()]
     if "+" in text and text.rpartition("+")[2].partition("@")[0].strip().lower() in methods():
-        raise ValueError(f"{key}: got {text!r}; methods are composed with '|'")
+        raise ArgumentError(key, f"got {text!r}; methods are composed with '|'")
     if _WORD.fullmatch(text):
         try:
             return ast.literal_eval(text)
@@ -183,9 +200,9 @@ def _value(key: str, text: str) -> Any:
             return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         pass
-    raise ValueError(
-        f"{key}: expected a number, a word, or a Python literal such as 'a b' or (1, 2), "
-        f"got {text!r}"
+    raise ArgumentError(
+        key,
+        f"expected a number, a word, or a Python literal such as 'a b' or (1, 2), got {text!r}",
     )
 
 
@@ -199,25 +216,27 @@ def _parts(text: str) -> list[Part]:
     parts = []
     for part in _split(text, "|"):
         if not part:
-            raise ValueError(f"method: expected a name on both sides of each '|', got {text!r}")
+            raise ArgumentError(
+                "method", f"expected a name on both sides of each '|', got {text!r}"
+            )
         whole, *pairs = _split(part, ":")
         name, at, each = (piece.strip().lower() for piece in whole.partition("@"))
         if name not in methods():
             joined = "+" in name and all(n.strip() in methods() for n in name.split("+"))
             hint = "; methods are composed with '|'" if joined else ""
-            raise ValueError(f"method: {unknown(name, methods())}{hint}")
+            raise ArgumentError("method", f"{unknown(name, methods())}{hint}")
         if at and each not in wrappers():
             accepted = " or ".join(f"@{known}" for known in wrappers())
-            raise ValueError(f"method: expected {accepted} after {name!r}, got {'@' + each!r}")
+            raise ArgumentError("method", f"expected {accepted} after {name!r}, got {'@' + each!r}")
         settings: dict[str, Any] = {}
         for pair in pairs:
             key, equals, value = (piece.strip() for piece in pair.partition("="))
             if not (key and equals):
-                raise ValueError(
-                    f"method: expected setting=value after {whole!r} and a colon, got {pair!r}"
+                raise ArgumentError(
+                    "method", f"expected setting=value after {whole!r} and a colon, got {pair!r}"
                 )
             if key in settings:
-                raise ValueError(f"{key}: given twice in {part!r}")
+                raise ArgumentError(key, f"given twice in {part!r}")
             settings[key] = _value(key, value)
         parts.append((name, each, settings))
     return parts
@@ -250,16 +269,20 @@ def parse_method(text: str, keep: Keep | None = None, seed: int | None = None) -
         seed: for every method that samples and is not given one in `text`.
 
     Raises:
-        ValueError: unknown name, malformed settings or one that is given twice, a value the method
-            refuses, or `@` after a method that cannot act on a tile by itself.
-        TypeError: a setting the method does not have, `keep` where no method has one left open,
-            or a setting without a default left out.
+        ArgumentError: unknown name, malformed settings or one that is given twice, or `@` after a
+            method that cannot act on a tile by itself.
+        ArgumentTypeError: a setting the method does not have, or `keep` where no method has one
+            left open.
+        ValueError: a value the method refuses; most name it as an `ArgumentError` does.
+        TypeError: a setting without a default left out.
     """
     parts = _parts(text)
     if keep is not None:
         index = _keep_goes_to(parts)
         if index is None:
-            raise TypeError(f"keep: {text!r} has no such setting, or is given one already")
+            raise ArgumentTypeError(
+                "keep", f"{text!r} has no such setting, or is given one already"
+            )
         parts[index][2]["keep"] = keep
     if seed is not None:
         for name, _, settings in parts:
@@ -269,6 +292,22 @@ def parse_method(text: str, keep: Keep | None = None, seed: int | None = None) -
     for other in others:
         whole = whole | other
     return whole
+
+
+def keep_is_at_fault(error: Exception, text: str) -> bool:
+    """Whether it was the `keep` given beside `text`, and not `text`, that `parse_method` refused.
+
+    Args:
+        error: what `parse_method(text, keep)` raised.
+        text: a method.
+    """
+    if argument_of(error) != "keep":
+        return False
+    try:
+        parse_method(text)
+    except (ValueError, TypeError) as own:
+        return argument_of(own) != "keep"  # or a `keep` within `text` is no better
+    return True
 
 
 def _made(name: str, each: str, settings: dict[str, Any]) -> Method:
@@ -281,4 +320,4 @@ def _made(name: str, each: str, settings: dict[str, Any]) -> Method:
     try:
         return wrapper(inner, **{k: v for k, v in settings.items() if k in own})
     except (TypeError, ValueError) as error:
-        raise type(error)(f"method: {name}@{each}: {error}") from None
+        raise within("method", within(f"{name}@{each}", error)) from None

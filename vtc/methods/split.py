@@ -23,6 +23,7 @@ from vtc.core import (
     check_keep,
     make,
 )
+from vtc.core.errors import within
 
 _OF_TOKENS = (
     "features", "grid", "cls_attention", "keys", "low_attention", "encoder", "crop", "patches",
@@ -169,7 +170,7 @@ def _checked(name: str, method: Any, layers: bool = True) -> Method:
     try:
         found = make(method)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}") from None
+        raise within(name, error) from None
     accepted = [("sequence",), ("sequence", "layers")][: 1 + layers]
     if found.parts != (found,) or found.stages not in accepted:
         stages = "stage, or there and between layers" if layers else "stage alone"
@@ -231,7 +232,7 @@ class PerTile(_Split):
             try:
                 check_keep(given)
             except (TypeError, ValueError) as error:
-                raise type(error)(f"thumbnail: {error}") from None
+                raise within("thumbnail", error) from None
             if "keep" not in {f.name for f in dataclasses.fields(self.inner)}:  # type: ignore[arg-type]
                 raise ValueError(
                     f"thumbnail: {self.inner.name} has no keep; give a method, got {given!r}"

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from vtc.core import (
+    ArgumentError,
+    ArgumentTypeError,
     LayerState,
     Method,
     Positions,
@@ -84,9 +86,9 @@ class TransPrune(Method):
             object.__setattr__(self, "schedule", _three_shares(self.schedule))
         # A whole number would be one of tokens: 1 is not all of them.
         if not isinstance(self.keep, float):
-            raise TypeError(f"keep: a share such as 0.25; got {self.keep!r}")
+            raise ArgumentTypeError("keep", f"a share such as 0.25; got {self.keep!r}")
         if not 0 < self.keep <= 1:
-            raise ValueError(f"keep: a share must lie in (0, 1], got {self.keep!r}")
+            raise ArgumentError("keep", f"a share must lie in (0, 1], got {self.keep!r}")
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)):
             raise TypeError(f"alpha: expected a number in [0, 1], got {self.alpha!r}")
         if not 0 <= self.alpha <= 1:

@@ -41,6 +41,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, Literal, get_args
 
+from vtc.core.errors import ArgumentError, ArgumentTypeError
 from vtc.core.names import meant
 from vtc.cost import equivalent_tokens
 from vtc.methods import Method, PerTile, make, methods
@@ -174,11 +175,11 @@ def find(
     rows, model = _rows_of(method), target_of(target)
     if convention is not None and convention not in get_args(Convention):
         expected = ", ".join(map(repr, get_args(Convention)))
-        raise ValueError(f"convention: expected one of {expected}, got {convention!r}")
+        raise ArgumentError("convention", f"expected one of {expected}, got {convention!r}")
     here = [row for row in rows if row.target == model.name]
     if not here:
         known = ", ".join(dict.fromkeys(row.target for row in rows))
-        raise ValueError(f"target: {method} has no presets on {model.name}; it has on {known}")
+        raise ArgumentError("target", f"{method} has no presets on {model.name}; it has on {known}")
     here = _chosen(here, "convention", convention, lambda row: row.convention)
     # Versions of a method have rows of their own.
     if all("version" in row.settings for row in here):
@@ -193,9 +194,10 @@ def find(
             if (other.method, other.target) == (row.method, row.target)
             and other.convention != row.convention
         ]
-        raise ValueError(
-            f"tokens: {method} has presets on {model.name} for {_names(row.tokens)} "
-            f"({row.convention}), got {tokens!r}{''.join(more)}"
+        raise ArgumentError(
+            "tokens",
+            f"{method} has presets on {model.name} for {_names(row.tokens)} ({row.convention}), "
+            f"got {tokens!r}{''.join(more)}",
         )
     return _resolved(row, wanted, settings)
 
@@ -205,21 +207,21 @@ def _chosen(rows: list[Row], name: str, value: Any, of: Callable[[Row], Any]) ->
     found = [row for row in rows if value is None or of(row) == value]
     if not found:
         known = ", ".join(dict.fromkeys(repr(of(row)) for row in rows))
-        raise ValueError(
-            f"{name}: {rows[0].method} has presets on {rows[0].target} for {known}, got {value!r}"
+        raise ArgumentError(
+            name, f"{rows[0].method} has presets on {rows[0].target} for {known}, got {value!r}"
         )
     return found
 
 
 def _rows_of(method: str) -> list[Row]:
     if not isinstance(method, str):
-        raise TypeError(f"method: expected a name, got {type(method).__name__}")
+        raise ArgumentTypeError("method", f"expected a name, got {type(method).__name__}")
     rows = [row for row in TABLE if row.method == method.lower()]
     if not rows:
         known = list(dict.fromkeys(row.method for row in TABLE))
         why = f": {WITHOUT[method.lower()]}" if method.lower() in WITHOUT else meant(method, known)
-        raise ValueError(
-            f"method: there are no presets of {method!r}{why}; there are of {', '.join(known)}"
+        raise ArgumentError(
+            "method", f"there are no presets of {method!r}{why}; there are of {', '.join(known)}"
         )
     return rows
 
@@ -231,7 +233,7 @@ def _names(tokens: Sequence[int | float]) -> str:
 def _listed(tokens: int | float, row: Row, model: Target) -> int | float | None:
     """The entry of the row that is meant, or `None`."""
     if isinstance(tokens, bool) or not isinstance(tokens, (int, float)):
-        raise TypeError(f"tokens: expected a number of tokens or a share, got {tokens!r}")
+        raise ArgumentTypeError("tokens", f"expected a number of tokens or a share, got {tokens!r}")
     for entry in row.tokens:
         if isinstance(tokens, int):
             if isinstance(entry, int) and tokens == entry:
@@ -255,7 +257,7 @@ def _feasible(rows: Sequence[Row]) -> Iterator[Preset]:
                 continue
 
 
-class InfeasibleError(ValueError):
+class InfeasibleError(ArgumentError):
     """A target that a method cannot meet."""
 
 
@@ -267,9 +269,10 @@ _MANY = 10**9
 def _resolved(row: Row, tokens: int | float, given: Mapping[str, Any]) -> Preset:
     for name in given:
         if name in row.fixed:
-            raise TypeError(
-                f"{name}: the preset of {tokens:.4g} tokens sets it; for a value of your own "
-                f"make the method, {row.method}({name}=...)"
+            raise ArgumentTypeError(
+                name,
+                f"the preset of {tokens:.4g} tokens sets it; for a value of your own make the "
+                f"method, {row.method}({name}=...)",
             )
     settings = {**row.at(tokens), **given}
     open_keep = settings["keep"]
@@ -281,7 +284,9 @@ def _resolved(row: Row, tokens: int | float, given: Mapping[str, Any]) -> Preset
             settings["keep"] = tokens if model.tiles == 1 else _share(tokens, model)
     elif isinstance(open_keep, Open):
         settings["keep"] = _solved(row, tokens, settings)
-    return Preset(row.method, row.target, tokens, row.convention, settings, row.source, row.each)
+    return Preset(
+        row.method, row.target, tokens, row.convention, settings, row.source(tokens), row.each
+    )
 
 
 def _solved(row: Row, tokens: int | float, settings: Mapping[str, Any]) -> int | float:
@@ -329,8 +334,9 @@ def _infeasible(row: Row, tokens: int | float, which: str, limit: float) -> Infe
     ]
     hint = "".join(f"; convention={other!r} has a preset of {tokens:.4g}" for other in others)
     return InfeasibleError(
-        f"tokens: {row.method} cannot meet {asked} on {row.target} on average over the "
-        f"{model.layers} layers; the {which} it can meet is {best}{hint}"
+        "tokens",
+        f"{row.method} cannot meet {asked} on {row.target} on average over the {model.layers} "
+        f"layers; the {which} it can meet is {best}{hint}",
     )
 
 

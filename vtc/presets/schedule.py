@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from vtc.core import budget
+from vtc.core.errors import ArgumentError
 from vtc.cost import equivalent_tokens, kv_bytes, prefill_flops, visual_flops
 from vtc.methods import Compose, Method, PerFrame, PerTile
 from vtc.ops import cell_grid
@@ -155,9 +156,10 @@ def _composed(method: Compose, n: int, layers: int, tiles: int) -> list[int]:
         relative = getattr(part, "schedule", None) == "after_selection"
         caps = COUNTS.get(part.name) in _CAPS or (part.name == "transprune" and not relative)
         if not caps:
-            raise ValueError(
-                f"method: the tokens of {method} cannot be told by arithmetic, as what {part.name} "
-                "leaves follows what it finds"
+            raise ArgumentError(
+                "method",
+                f"the tokens of {method} cannot be told by arithmetic, as what {part.name} leaves "
+                "follows what it finds",
             )
     rows = [tokens_per_layer(part, n, layers, tiles) for part in method.parts]
     return [min(seen) for seen in zip(*rows, strict=True)]
@@ -177,12 +179,15 @@ def tokens_per_layer(method: Method, n: int, layers: int, tiles: int) -> list[in
     if isinstance(method, Compose):
         return _composed(method, n, layers, tiles)
     if method.name not in COUNTS:
-        raise ValueError(
-            f"method: the tokens of {method} cannot be told by arithmetic; those of "
-            f"{', '.join(sorted(COUNTS))} can, each by itself"
+        raise ArgumentError(
+            "method",
+            f"the tokens of {method} cannot be told by arithmetic; those of "
+            f"{', '.join(sorted(COUNTS))} can, each by itself",
         )
     if method.name.startswith("prumerge") and method.keep is None:  # type: ignore[attr-defined]
-        raise ValueError(f"method: the tokens that {method} keeps follow the image; give it a keep")
+        raise ArgumentError(
+            "method", f"the tokens that {method} keeps follow the image; give it a keep"
+        )
     return COUNTS[method.name](method, n, layers, tiles)
 
 
@@ -274,9 +279,11 @@ def describe(method: Method, target: str, *, text: int = 0, image: int | None = 
         good = n % model.tile == 0 and n <= model.tokens
     if not good:
         accepted = f"1 to {model.tiles} times {model.tile}" if model.tile else "1 or more"
-        raise ValueError(f"image: expected {accepted} vision tokens on {model.name}, got {image!r}")
+        raise ArgumentError(
+            "image", f"expected {accepted} vision tokens on {model.name}, got {image!r}"
+        )
     if isinstance(text, bool) or not isinstance(text, int) or text < 0:
-        raise ValueError(f"text: expected a whole number of at least 0, got {text!r}")
+        raise ArgumentError("text", f"expected a whole number of at least 0, got {text!r}")
     tiles = model.tiles_of(n)
     seen = tokens_per_layer(method, n, model.layers, tiles)
     lengths = [text + count for count in seen]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal
 
+from vtc.core.errors import ArgumentError
 from vtc.core.names import unknown
 
 Convention = Literal["exact", "average", "kept", "counted"]
@@ -70,7 +71,7 @@ TARGETS: dict[str, Target] = {
 def target_of(name: str) -> Target:
     found = TARGETS.get(name.lower()) if isinstance(name, str) else None
     if found is None:
-        raise ValueError(f"target: {unknown(name, TARGETS)}")
+        raise ArgumentError("target", unknown(name, TARGETS))
     return found
 
 
@@ -95,6 +96,11 @@ def _each(*values: Any) -> Each:
     return Each(values)
 
 
+def _said(text: str, *values: object) -> Each:
+    """`text` with a value for each target in place of `{}`."""
+    return Each(text.format(value) for value in values)
+
+
 def _of_576(*counts: int) -> tuple[float, ...]:
     """Counts published for 576 tokens, as shares."""
     return tuple(count / TARGETS["llava-1.5"].tokens for count in counts)
@@ -105,6 +111,7 @@ class Row:
     """Presets of one method on one model that differ in their tokens only.
 
     Attributes:
+        sources: where the settings come from, of each target where that is not the same.
         each: whether the method is applied to each tile by itself, with `vtc.PerTile`.
     """
 
@@ -113,7 +120,7 @@ class Row:
     convention: Convention
     tokens: tuple[int | float, ...]
     settings: Mapping[str, Any]
-    source: str
+    sources: str | Each
     each: bool = False
 
     @property
@@ -127,8 +134,15 @@ class Row:
         return frozenset(self.settings) if looked_up else frozenset({"keep"})
 
     def at(self, tokens: int | float) -> dict[str, Any]:
-        i = self.tokens.index(tokens)
-        return {k: v[i] if isinstance(v, Each) else v for k, v in self.settings.items()}
+        """The settings of a target."""
+        return {name: self._of(tokens, value) for name, value in self.settings.items()}
+
+    def source(self, tokens: int | float) -> str:
+        """Where those come from."""
+        return str(self._of(tokens, self.sources))
+
+    def _of(self, tokens: int | float, value: Any) -> Any:
+        return value[self.tokens.index(tokens)] if isinstance(value, Each) else value
 
 
 _LLAVA, _NEXT, _QWEN = "llava-1.5", "llava-next", "qwen2.5-vl"
@@ -151,17 +165,20 @@ TABLE: tuple[Row, ...] = (
     Row("catp", _QWEN, "kept", (2 / 9,), {"keep": TARGET, "layer": 6}, "paper: 77.8 % go"),
     Row("cdpruner", _LLAVA, "exact", _576, _KEEP, "paper; relevance is ours"),
     Row("cdpruner", _NEXT, "exact", _2880, _KEEP,
-         "README: 128, 64, 32 a tile; relevance is ours, scaled tile by tile", each=True),
+         _said("README: {} a tile; relevance is ours, scaled tile by tile", 128, 64, 32),
+         each=True),
     Row("cdpruner", _QWEN, "exact", (512 / 1296, 256 / 1296, 128 / 1296), _KEEP,
-        "paper: 512, 256, 128 of 1296; relevance is ours"),
+        _said("paper: {} of 1296; relevance is ours", 512, 256, 128)),
     Row("dart", _LLAVA, "kept", _576, _CUT, "paper; its code keeps 4 more"),
     Row("dart", _NEXT, "kept", _2880, _CUT, "code, which keeps 4 more"),
     Row("dart", _QWEN, "kept", _THIRDS, _CUT, "ratios of the code"),
     Row("dart", _LLAVA, "average", _576, _CUT_COUNT, "solved"),
     Row("dart", _NEXT, "average", _2880, _CUT_COUNT, "solved"),
     Row("dart", _QWEN, "average", _THIRDS, _CUT_SHARE, "solved"),
-    Row("divprune", _LLAVA, "exact", (*_576, 56), _KEEP, "56: authors' script, 9.8 %"),
-    Row("divprune", _NEXT, "exact", (*_2880, 282), _KEEP, "282: authors' script, 9.8 %"),
+    Row("divprune", _LLAVA, "exact", (*_576, 56), _KEEP,
+         _each(*3 * ("tables of others",), "authors' script, 9.8 %")),
+    Row("divprune", _NEXT, "exact", (*_2880, 282), _KEEP,
+         _each(*3 * ("tables of others",), "authors' script, 9.8 %")),
     Row("downsample", _LLAVA, "exact", _576, _KEEP, "baseline, at most the target"),
     Row("downsample", _NEXT, "exact", _2880, _KEEP, "baseline, at most the target"),
     Row("downsample", _QWEN, "exact", _SHARES, _KEEP, "baseline, at most the target"),
@@ -169,27 +186,27 @@ TABLE: tuple[Row, ...] = (
     Row("fastv", _NEXT, "average", _2880, _CUT_COUNT, "solved; K = 2 of the paper"),
     Row("fastv", _QWEN, "average", _THIRDS, _CUT_SHARE, "solved; K = 2 of the paper"),
     Row("fastv", _LLAVA, "kept", (432, 288, 144, 72, *_576), _CUT,
-         "paper: 432, 288, 144, 72; tables of others: 192, 128, 64"),
+         _each(*4 * ("paper",), *3 * ("tables of others",))),
     Row("fastv", _NEXT, "kept", _2880, _CUT, "tables of others"),
     Row("flowcut", _LLAVA, "exact", _576, _KEEP, "code"),
     Row("flowcut", _NEXT, "exact", _2880, _KEEP,
          "inferred; the code lets in 2.5 times as many and cuts after decoder layer 1 (1.094 T)"),
     Row("holov", _LLAVA, "exact", _576, {"keep": TARGET, "chunks": _each(5, 8, 16)},
-         "64: code; others by the rule of its Qwen code"),
+         _each("by the rule of its Qwen code", "by the rule of its Qwen code", "code")),
     Row("holov", _NEXT, "exact", _2880, {"keep": TARGET, "chunks": _each(8, 16, 32)},
          "inferred by the rule of its Qwen code"),
     Row("holov", _QWEN, "exact", _THIRDS, {"keep": TARGET, "chunks": _each(5, 8, 16)}, "code"),
     Row("mmtok", _LLAVA, "exact", _576, {"keep": TARGET, "text_temperature": 0.02}, "code"),
     Row("mmtok", _NEXT, "exact", _2880, {"keep": TARGET, "text_temperature": 0.02},
-         "code: 128, 64, 32 a tile", each=True),
+         _said("code: {} a tile", 128, 64, 32), each=True),
     Row("mmtok", _QWEN, "exact", (0.2, 0.1), {"keep": TARGET, "text_temperature": 0.01}, "code"),
     Row("pool", _LLAVA, "exact", _576, _KEEP, "baseline, at most the target"),
     Row("pool", _NEXT, "exact", _2880, _KEEP, "baseline, at most the target"),
     Row("pool", _QWEN, "exact", _SHARES, _KEEP, "baseline, at most the target"),
     Row("prumerge_plus", _LLAVA, "exact", _576, _KEEP,
-         "inferred; training code at rho 1/6, 1/9, 1/18, its last token counted"),
+         _said("inferred; training code at rho {}, its last token counted", "1/6", "1/9", "1/18")),
     Row("prumerge_plus", _NEXT, "exact", _2880, _KEEP,
-         "inferred: 128, 64, 32 a tile, the last token of each counted", each=True),
+         _said("inferred: {} a tile, the last token of each counted", 128, 64, 32), each=True),
     Row("pyramiddrop", _LLAVA, "average", _576, _PYRAMID, "solved; form and layers by its author"),
     Row("pyramiddrop", _NEXT, "average", _2880, _PYRAMID, "solved; form and layers by its author"),
     Row("random", _LLAVA, "exact", _576, _KEEP, "baseline"),
@@ -197,48 +214,60 @@ TABLE: tuple[Row, ...] = (
     Row("random", _QWEN, "exact", _SHARES, _KEEP, "baseline"),
     Row("scope", _LLAVA, "exact", _576, {"keep": TARGET, "alpha": 1.0}, "code"),
     Row("scope", _NEXT, "exact", _2880, {"keep": TARGET, "alpha": 1.0},
-         "code: 128, 64, 32 a tile", each=True),
+         _said("code: {} a tile", 128, 64, 32), each=True),
     Row("sparsevlm", _LLAVA, "counted", (192, 128, 96, 64),
          {"keep": _each((300, 200, 110), (303, 110, 36), (238, 48, 26), (66, 30, 17)), **_V1},
-         "lists of the code, which counts short; processed are 206.5, 145.4, 114.1, 82.2"),
+         _said("list of the code, which counts short: {} are processed",
+               206.5, 145.4, 114.1, 82.2)),
     Row("sparsevlm", _LLAVA, "counted", (192, 128, 96, 64),
          {"keep": _each((300, 200, 118), (238, 108, 60), (246, 54, 28), (66, 34, 20)), **_V2},
-         "lists of the code, which counts short; processed are 206.8, 144.1, 113.9, 81.8"),
+         _said("list of the code, which counts short: {} are processed",
+               206.8, 144.1, 113.9, 81.8)),
     Row("sparsevlm", _NEXT, "counted", _2880,
          {"keep": _each(_of_576(303, 110, 36), _of_576(66, 30, 17), NEVER), **_V1},
-         "inferred: the lists of 128 and 64, scaled; processed are 725, 409"),
+         _each("inferred: the list of 128, scaled; 725 are processed",
+               "inferred: the list of 64, scaled; 409 are processed", "")),
     Row("sparsevlm", _NEXT, "counted", _2880,
          {"keep": _each(_of_576(238, 108, 60), _of_576(66, 34, 20), NEVER), **_V2},
-         "inferred: the lists of 128 and 64, scaled; processed are 721, 409"),
-    Row("todre", _LLAVA, "exact", (144, 58, *_576), _KEEP, "inferred: 25 and 10 %"),
-    Row("todre", _NEXT, "exact", (720, 288, *_2880), _KEEP, "paper: 25 and 10 %"),
-    Row("todre", _QWEN, "exact", (0.25, 0.1), _KEEP, "paper: 25 and 10 %"),
-    Row("tome", _LLAVA, "exact", _576, _KEEP, "inferred: 384, 448, 512 merged in 23 layers"),
-    Row("tome", _NEXT, "exact", _2880, _KEEP, "inferred: 448, 512, 544 merged in each tile"),
+         _each("inferred: the list of 128, scaled; 721 are processed",
+               "inferred: the list of 64, scaled; 409 are processed", "")),
+    Row("todre", _LLAVA, "exact", (144, 58, *_576), _KEEP,
+         _each("inferred: 25 %", "inferred: 10 %", *3 * ("inferred",))),
+    Row("todre", _NEXT, "exact", (720, 288, *_2880), _KEEP,
+         _each("paper: 25 %", "paper: 10 %", *3 * ("inferred",))),
+    Row("todre", _QWEN, "exact", (0.25, 0.1), _KEEP, _said("paper: {} %", 25, 10)),
+    Row("tome", _LLAVA, "exact", _576, _KEEP, 
+         _said("inferred: {} merged in 23 layers", 384, 448, 512)),
+    Row("tome", _NEXT, "exact", _2880, _KEEP, 
+         _said("inferred: {} merged in each tile", 448, 512, 544)),
     Row("transprune", _LLAVA, "average", _576, {"keep": SHARE, "schedule": "high"},
          "solved; the paper has FLOPs and no targets"),
     Row("transprune", _NEXT, "average", _2880, {"keep": SHARE, "schedule": "high"},
          "solved; the paper has FLOPs and no targets"),
     Row("v2drop", _LLAVA, "average", _576,
          {"keep": _each(0.5, 0.28, 0.05), "then": _each((0.3, 0.0), (0.25, 0.0), (0.05, 0.0)),
-          "layers": _DROPS}, "paper; 193.4, 130.7, 66.4 if no token is left at last"),
+          "layers": _DROPS}, _said("paper; {} if no token is left at last", 193.4, 130.7, 66.4)),
     Row("v2drop", _NEXT, "average", _2880,
          {"keep": _each(0.28, 0.05, NEVER), "then": _each((0.25, 0.0), (0.05, 0.0), (0.05, 0.0)),
-          "layers": _DROPS}, "inferred: the shares of 128 and 64 of 576; 654.0 and 334.1"),
+          "layers": _DROPS},
+         _each("inferred: the shares of 128 of 576; 654.0 if no token is left at last",
+               "inferred: the shares of 64 of 576; 334.1 if no token is left at last", "")),
     Row("v2drop", _QWEN, "average", (2 / 9,),
          {"keep": 0.25, "then": (0.05, 0.0), "layers": (3, 16, 22)}, "code of Qwen2-VL-7B: 22.6 %"),
-    Row("visionzip", _LLAVA, "exact", _576, _SPLIT, "README: 54 + 10; LightCompress: all three"),
+    Row("visionzip", _LLAVA, "exact", _576, _SPLIT,
+         _each("LightCompress", "LightCompress", "README and LightCompress: 54 + 10")),
     Row("visionzip", _NEXT, "exact", _2880, _SPLIT,
-         "LightCompress: 108 + 20, 54 + 10, 27 + 5 a tile", each=True),
+         _said("LightCompress: {} a tile", "108 + 20", "54 + 10", "27 + 5"), each=True),
     Row("vispruner", _LLAVA, "exact", _576, {"keep": TARGET, "important": 0.5}, "README"),
     Row("vispruner", _NEXT, "exact", _2880, {"keep": TARGET, "important": 0.5},
-         "README: 32 a tile; 128 and 64 alike", each=True),
+         _each("like 32 a tile of the README", "like 32 a tile of the README", "README: 32 a tile"),
+         each=True),
     Row("vscan", _LLAVA, "average", _576, {"keep": COUNT, "then": 1 / 3},
-         "solved; README: 96, then 32, for 64"),
+         _each("solved", "solved", "solved; README: 96, then 32")),
     Row("vscan", _NEXT, "average", _2880, {"keep": COUNT, "then": 1 / 3},
-         "solved likewise: 192, 96, 48 a tile, then a third of all tiles together", each=True),
+         _said("solved: {} a tile, then a third of all tiles together", 192, 96, 48), each=True),
     Row("vscan", _QWEN, "average", _THIRDS, {"keep": SHARE, "then": 1 / 3, "layer": 14},
-         "solved; README: 0.167, then 0.333, for 11.1 %"),
+         _each("solved", "solved", "solved; README: 0.167, then 0.333")),
 )
 # fmt: on
 

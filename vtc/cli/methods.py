@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vtc methods`: the compression methods, known without importing PyTorch."""
+
+from __future__ import annotations
+
+from .console import explain, output, stacked, wide_table
+from .options import Import, Wide
+
+
+def methods(wide: Wide = False, imports: Import = []) -> None:  # noqa: B006
+    """List the compression methods: stage, settings with their defaults, paper."""
+    from vtc.cli.catalogue import catalogue
+
+    console, rows = output(), []
+    for entry in catalogue(live=bool(imports)):
+        year = f" ({entry.year})" if entry.year else ""
+        stages = ", ".join(entry.stages) + ", trained" * entry.trained
+        reads, settings = ", ".join(entry.reads), ", ".join(entry.settings)
+        rows.append((entry.name, entry.title, stages, reads, settings, f"{entry.paper}{year}"))
+    if wide:
+        wide_table(("method", "what it is", "stage", "reads", "settings", "paper"), rows)
+    else:
+        for name, title, stages, reads, settings, paper in rows:
+            facts = [f"{title} {paper}".rstrip(), f"stage: {stages}" if stages else ""]
+            facts += [f"reads: {reads}" if reads else "", f"settings: {settings}" * bool(settings)]
+            stacked(console, name, filter(None, facts))
+    explain(
+        "In text: name, name:setting=value:setting=value, and 'first|second' to compose.",
+        "keep is a fraction in (0, 1] of an image's tokens, or a whole number of tokens per image: "
+        "1.0 keeps all, 1 keeps one.",
+    )

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options that several commands have, and how a value that does not work is refused."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from vtc.core.spec import Keep
+
+__all__ = ["Import", "Wide", "WideTable", "budgets", "fail", "fail_of", "listed"]
+
+
+def fail(option: str, message: str) -> typer.BadParameter:
+    """What to raise where `option` does not work."""
+    return typer.BadParameter(message, param_hint=option)
+
+
+def fail_of(option: str, error: Exception, *said: str) -> typer.BadParameter:
+    """What to raise where `error` is one of `option`.
+
+    Args:
+        option: as the user writes it.
+        error: what refused its value.
+        said: arguments that the option's name stands for, which are not named once more.
+    """
+    from vtc.core.errors import message_of
+
+    return fail(option, message_of(error, option.strip("-").lower(), *said))
+
+
+def listed(option: str, text: str) -> tuple[str, ...]:
+    """The parts of a list with commas."""
+    from vtc.core.spec import split_list
+
+    try:
+        return tuple(split_list(text))
+    except ValueError as error:
+        raise fail_of(option, error) from None
+
+
+def budgets(text: str) -> tuple[Keep, ...]:
+    """The parts of `--keep`."""
+    from vtc.core.spec import parse_keep
+
+    parts = listed("--keep", text)
+    try:
+        return tuple(map(parse_keep, parts))
+    except ValueError as error:
+        raise fail_of("--keep", error) from None
+
+
+def _imported(modules: list[str]) -> list[str]:
+    from vtc.core.plugins import import_modules
+
+    try:
+        import_modules(modules)
+    except ValueError as error:
+        raise fail_of("--import", error) from None
+    return modules
+
+
+Import = Annotated[
+    list[str],
+    typer.Option(
+        "--import",
+        metavar="MODULE",
+        callback=_imported,
+        is_eager=True,
+        help="A module with methods of your own, by its name or as a .py file; repeatable.",
+    ),
+]
+
+Wide = Annotated[bool, typer.Option("--wide", help="A table with one line a row.")]
+"""Of commands that list something."""
+
+WideTable = Annotated[
+    bool, typer.Option("--wide", help="Print all columns, however long the lines.")
+]
+"""Of commands that print a table anyway."""
