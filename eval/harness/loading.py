@@ -15,12 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-<<<<<<< HEAD
-from ..tasks import OWN_TASKS
-=======
 from vtc.core.errors import ArgumentError
 
->>>>>>> cli
+from ..tasks import OWN_TASKS
 from . import parallel
 from .identity import FileHashes, code_of_functions, digest, fingerprint, named_files
 from .plan import BadInput, Settings
@@ -77,15 +74,9 @@ def write_task(
         ArgumentError: unknown name.
         FileNotFoundError: the photos are not here.
     """
-<<<<<<< HEAD
-    if name not in OWN_TASKS:
-        raise ValueError(f"name: expected one of {', '.join(OWN_TASKS)}, got {name!r}")
-    from ..tasks import parquet
-=======
     if name not in OWN_TASKS:
         raise ArgumentError("name", f"expected one of {', '.join(OWN_TASKS)}, got {name!r}")
-    from ..tasks import suite
->>>>>>> cli
+    from ..tasks import parquet
 
     data, made_of = folder / f"{name}.parquet", folder / f"{name}.identity"
     tasks = Path(__file__).parents[1] / "tasks"

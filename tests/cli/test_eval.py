@@ -15,10 +15,10 @@ from tests.eval.evalkit import write_rows
 def test_eval_prints_a_table_and_writes_results(cli, folder, tmp_path, monkeypatch):
     pytest.importorskip("lmms_eval")
 
-    def build_suite(name, out_dir, limit=None, seed=0):
+    def build_task(name, out_dir, limit=None, seed=0):
         return write_rows(Path(out_dir) / "built.parquet", ["w1"] * limit)
 
-    monkeypatch.setattr("vtc.eval.tasks.suite.build_suite", build_suite)
+    monkeypatch.setattr("vtc.eval.tasks.parquet.build_task", build_task)
     arguments = (
         "eval", "--model", folder, "--methods", "fastv:layer=3", "--keep", "4", "--limit", "2",
         "--out", tmp_path,
@@ -67,10 +67,10 @@ def test_ctrl_c_says_what_is_kept_and_the_same_command_goes_on(cli, folder, tmp_
     pytest.importorskip("lmms_eval")
     from vtc.eval.harness.journal import Journal
 
-    def build_suite(name, out_dir, limit=None, seed=0):
+    def build_task(name, out_dir, limit=None, seed=0):
         return write_rows(Path(out_dir) / "built.parquet", ["w1"] * limit)
 
-    monkeypatch.setattr("vtc.eval.tasks.suite.build_suite", build_suite)
+    monkeypatch.setattr("vtc.eval.tasks.parquet.build_task", build_task)
     written = []
     original = Journal._append
 
