@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +22,6 @@ from vtc.runtime.signals import Heard, ImageSpan
 Decisions = dict[tuple[Any, ...], Selection | None]
 """Selections already made, by (method, row, image or layer)."""
 
-if TYPE_CHECKING:
-    from vtc.runtime.hf.calls import Generating
-
 
 @dataclass
 class Forward:
@@ -38,7 +35,7 @@ class Forward:
         given: the arguments of the base model.
         logits_to_keep: what the model was given of this name, 0 where it was not; `None` if the
             base model runs alone.
-        generating: the call of `generate` that this is a step of.
+        generating: the executor's note of the call of `generate` that this is a step of.
         phase: "plain" leaves the model alone; "prefill" compresses; "decode" continues a
             compressed cache.
         listeners: are told what is shown and selected.
@@ -50,7 +47,7 @@ class Forward:
     vision: dict[Modality, Tensor] = field(default_factory=dict)
     given: Mapping[str, Any] = field(default_factory=dict)
     logits_to_keep: Any = None
-    generating: Generating | None = None
+    generating: Any = None
     phase: str = "plain"
     listeners: Sequence[Listener] = ()
 
