@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from . import registry
+from .settings import budget
 from .states import (
     EncoderState,
     LayerState,
@@ -41,6 +42,7 @@ class Method:
             only.
         each: of a wrapper, the part of an image that it applies another method to; in text it
             follows "@".
+        by_tile: whether each tile of an image has a budget of its own.
         weighs_sizes: whether, once tokens were merged in the tower, its attention counts a token
             as often as it stands for patches: the logarithm of its size is added to the logits.
 
@@ -58,6 +60,7 @@ class Method:
     needs: ClassVar[frozenset[Signal]] = frozenset()
     vision_layer: ClassVar[int | float] = -1
     low_layer: ClassVar[int | float] = 0.25
+    by_tile: ClassVar[bool] = False
     weighs_sizes: ClassVar[bool] = False
 
     positions: Positions = "original"
@@ -117,6 +120,68 @@ class Method:
     def records(self, num_layers: int) -> dict[int, frozenset[Record]]:
         """0-based decoder layers of which `prune` reads more than attention, and what."""
         return {}
+
+    # ---- how many tokens it leaves -------------------------------------------------------------
+    def entering(self, n: int, tiles: int = 1) -> int | None:
+        """Vision tokens of an image of `n` that enter the language model.
+
+        By default the budget `keep`, of each tile if `by_tile`; all of a method that acts between
+        layers alone; `None` where there is no `keep` to tell.
+        """
+        if self.keeps_all or self.stages == ("layers",):
+            return n
+        keep = getattr(self, "keep", None)
+        if not isinstance(keep, (int, float)):
+            return None
+        return tiles * budget(keep, n // tiles) if self.by_tile else budget(keep, n)
+
+    def leaves(self, sizes: tuple[int, ...], held: int, cut: int, cuts: int) -> int | None:
+        """Vision tokens of a sample that one call of `prune` leaves, by default `keep` of each
+        image; `None` where the data decide.
+
+        Args:
+            sizes: tokens of each image before any compression.
+            held: vision tokens that the cut finds.
+            cut: its number out of `cuts`, from 0.
+        """
+        keep = getattr(self, "keep", None)
+        if not isinstance(keep, (int, float)):
+            return None
+        return sum(budget(keep, n) for n in sizes)
+
+    def token_schedule(self, n: int, num_layers: int, tiles: int = 1) -> tuple[int, ...] | None:
+        """Vision tokens that each decoder layer processes of an image, alone in its sample.
+
+        Args:
+            n: tokens of the image before compression.
+            num_layers: decoder layers.
+            tiles: tiles of equal size that the image is divided into.
+
+        Returns:
+            A number for each layer, or the largest it can come to (see `is_bound`); `None` where
+            the settings promise none, as the data decide.
+        """
+        held = self.entering(n, tiles)
+        cuts = self.prune_layers(num_layers)
+        seen: list[int] = []
+        for layer in range(num_layers):
+            if held is not None and layer in cuts and not self.keeps_all:
+                left = self.leaves((n,), held, cuts.index(layer), len(cuts))
+                held = None if left is None else min(left, held)
+            if held is None:
+                return None
+            seen.append(held)
+        return tuple(seen)
+
+    def is_bound(self, n: int, tiles: int = 1) -> bool:
+        """Whether `token_schedule` is an upper bound for such an image, and the data decide."""
+        return False
+
+    @property
+    def counts_found(self) -> bool:
+        """Whether what it leaves follows what it finds, and not only the image as it was at first:
+        then the schedule of a composition with it cannot be told from its parts'."""
+        return self.by_tile
 
     # ---- what every method has ----------------------------------------------------------------
     @property
@@ -214,6 +279,31 @@ class Compose(Method):
 
     def to_dict(self) -> dict[str, Any]:
         return {"method": "compose", "methods": [m.to_dict() for m in self.methods]}
+
+    @property
+    def by_tile(self) -> bool:  # type: ignore[override]
+        """Never: parts whose tiles have budgets of their own have no schedule together."""
+        return False
+
+    def token_schedule(self, n: int, num_layers: int, tiles: int = 1) -> tuple[int, ...] | None:
+        """The smallest of the parts' in every layer, as their budgets count the image as it was;
+        `None` where one is not known or `counts_found`."""
+        rows = [part.token_schedule(n, num_layers, tiles) for part in self.methods]
+        if any(part.counts_found for part in self.methods):
+            return None
+        known = [row for row in rows if row is not None]
+        if len(known) < len(rows):
+            return None
+        return tuple(min(seen) for seen in zip(*known, strict=True))
+
+    def is_bound(self, n: int, tiles: int = 1) -> bool:
+        """Whether that of one of the parts is."""
+        return any(part.is_bound(n, tiles) for part in self.methods)
+
+    @property
+    def counts_found(self) -> bool:
+        """Whether one of the parts does."""
+        return any(part.counts_found for part in self.methods)
 
     @property
     def closes_gaps_by_choice(self) -> bool:

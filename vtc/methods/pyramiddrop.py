@@ -77,11 +77,15 @@ class PyramidDrop(Method):
             return max(1, round(n * share**stage))
         return max(1, int(n * share**stage))
 
+    def leaves(self, sizes: tuple[int, ...], held: int, cut: int, cuts: int) -> int:
+        """What the stage leaves of each image."""
+        return sum(self.left(n, cut + 1, cuts) for n in sizes)
+
     def prune(self, state: LayerState) -> Selection | None:
         """Ascending indices among the sample's vision tokens, or `None` if all fit the budget."""
         layers = self.prune_layers(state.num_layers)
-        stage, vision = 1 + layers.index(state.layer), state.vision
-        k = sum(self.left(n, stage, len(layers)) for n in state.original)
+        cut, vision = layers.index(state.layer), state.vision
+        k = self.leaves(state.original, len(vision), cut, len(layers))
         if k >= vision.shape[0]:
             return None
         if state.ahead is None:

@@ -92,6 +92,29 @@ class _Split(Method):
         """Those of the inner method."""
         return self.inner.prune_layers(num_layers)
 
+    # ---- how many tokens it leaves: of an image, which is one frame ------------------------------
+    def entering(self, n: int, tiles: int = 1) -> int | None:
+        """As the inner method."""
+        return self.inner.entering(n, tiles)
+
+    def leaves(self, sizes: tuple[int, ...], held: int, cut: int, cuts: int) -> int | None:
+        """As the inner method."""
+        return self.inner.leaves(sizes, held, cut, cuts)
+
+    def is_bound(self, n: int, tiles: int = 1) -> bool:
+        """As for the inner method."""
+        return self.inner.is_bound(n, tiles)
+
+    @property
+    def by_tile(self) -> bool:  # type: ignore[override]
+        """As the inner method has it."""
+        return self.inner.by_tile
+
+    @property
+    def counts_found(self) -> bool:
+        """A part may have lost more than others."""
+        return True
+
     def taps(self, num_layers: int) -> dict[int, Rows]:
         """Those of the inner method."""
         return self.inner.taps(num_layers)
@@ -261,6 +284,19 @@ class PerTile(_Split):
     @property
     def _methods(self) -> tuple[Method, ...]:
         return (self.inner, self.of_thumbnail)
+
+    by_tile = True
+
+    def entering(self, n: int, tiles: int = 1) -> int | None:
+        """The sum over the tiles, the first of several a thumbnail."""
+        first = self.of_thumbnail if tiles > 1 else self.inner
+        own = [m.entering(n // tiles) for m in (first, *[self.inner] * (tiles - 1))]
+        known = [count for count in own if count is not None]
+        return sum(known) if len(known) == len(own) else None
+
+    def is_bound(self, n: int, tiles: int = 1) -> bool:
+        """Whether it is one of a tile."""
+        return any(method.is_bound(n // tiles) for method in self._methods)
 
     def select(self, tokens: VisionTokens) -> Selection:
         """(k,) ascending indices, and (k, d) contents where the method merges."""

@@ -90,16 +90,23 @@ class V2Drop(Method):
         """What enters the layers before its cuts."""
         return {layer - 1: frozenset({"input"}) for layer in self.prune_layers(num_layers)}
 
+    def leaves(self, sizes: tuple[int, ...], held: int, cut: int, cuts: int) -> int:
+        """The first cut counts the images as they were, later ones what they find."""
+        share = (self.keep, *self.then)[cut]
+        least = 0 if share == 0 and not self.one_stays else 1
+        return max(least, int((held if cut else sum(sizes)) * share))
+
+    @property
+    def counts_found(self) -> bool:
+        """As its later cuts do."""
+        return True
+
     def prune(self, state: LayerState) -> Selection | None:
         """Ascending indices among the sample's vision tokens, or `None` to keep all."""
         if self.keep == 1.0:
             return None
-        stage = self.prune_layers(state.num_layers).index(state.layer)
-        share, vision = (self.keep, *self.then)[stage], state.vision
-        least = 0 if share == 0 and not self.one_stays else 1
-        # `keep` is a share of the image as it was, the shares of `then` are of what they find.
-        counted = sum(state.original) if stage == 0 else vision.shape[0]
-        k = max(least, int(counted * share))
+        cuts, vision = self.prune_layers(state.num_layers), state.vision
+        k = self.leaves(state.original, len(vision), cuts.index(state.layer), len(cuts))
         if k >= vision.shape[0]:
             return None
         before = state.of_vision(state.recorded[state.layer - 1, "input"]).float()

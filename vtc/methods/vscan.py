@@ -140,10 +140,14 @@ class VScan(Method):
         """The prompt's last row."""
         return dict.fromkeys(self.prune_layers(num_layers), "last")
 
+    def leaves(self, sizes: tuple[int, ...], held: int, cut: int, cuts: int) -> int:
+        """`then` of what stage 1 left of each image."""
+        return sum(max(1, round(self.then * budget(self.keep, n))) for n in sizes)
+
     def prune(self, state: LayerState) -> Selection | None:
         """Ascending indices among the sample's vision tokens, or `None` if all fit the budget."""
         vision = state.vision
-        k = sum(max(1, round(self.then * budget(self.keep, n))) for n in state.original)
+        k = self.leaves(state.original, len(vision), 0, 1)
         if k >= vision.shape[0]:
             return None
         if state.ahead is None:
