@@ -8,6 +8,7 @@ from .method import Compose, Method
 from .registry import methods
 from .settings import budget, check_choice, check_keep, check_layer, scale_layers
 from .spec import make
+from .stages import STAGES, Stage, stage_of
 from .states import (
     EncoderState,
     LayerState,
@@ -21,6 +22,7 @@ from .states import (
 )
 
 __all__ = [
+    "STAGES",
     "Compose",
     "EncoderState",
     "LayerState",
@@ -31,6 +33,7 @@ __all__ = [
     "Rows",
     "Selection",
     "Signal",
+    "Stage",
     "VisionTokens",
     "budget",
     "check_choice",
@@ -39,4 +42,5 @@ __all__ = [
     "make",
     "methods",
     "scale_layers",
+    "stage_of",
 ]

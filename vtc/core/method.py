@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The contract of a compression method.
 
-A method is one dataclass in one file. Its fields are its settings; it overrides `select` to act
-on the vision tokens before the language model, `prune` to act between decoder layers, or both.
+A method is one dataclass in one file. Its fields are its settings; it overrides the hooks of the
+stages where it acts: `select` for the vision tokens before the language model, `prune` between
+decoder layers, or both; `vtc.core.stages` has them all.
 It sees tensors of one sample at a time, without padding, and never a model.
 """
 
@@ -14,6 +15,7 @@ from typing import Any, ClassVar
 
 from . import registry
 from .settings import budget
+from .stages import STAGES, refused
 from .states import (
     EncoderState,
     LayerState,
@@ -83,17 +85,22 @@ class Method:
         shares = keep if isinstance(keep, tuple) and keep else (keep,)
         return all(isinstance(share, float) and share == 1.0 for share in shares)
 
+    def target_grid(self, rows: int, cols: int) -> tuple[int, int]:
+        """Pixels stage: rows and columns of tokens, none more than there are, that an image of
+        `rows` x `cols` tokens is resized to before the tower."""
+        raise refused(self, "target_grid")
+
     def merge(self, state: EncoderState) -> Merging | None:
         """Encoder stage: merge or drop patches in a tower layer, or `None` to leave them."""
-        raise TypeError(f"{type(self).__name__} does not act in the vision tower")
+        raise refused(self, "merge")
 
     def select(self, tokens: VisionTokens) -> Selection:
         """Sequence stage: choose among the vision tokens of one image."""
-        raise TypeError(f"{type(self).__name__} does not act in the sequence stage")
+        raise refused(self, "select")
 
     def prune(self, state: LayerState) -> Selection | None:
         """Layers stage: choose among the vision tokens of one sample, or `None` to keep all."""
-        raise TypeError(f"{type(self).__name__} does not act between layers")
+        raise refused(self, "prune")
 
     def prune_layers(self, num_layers: int) -> tuple[int, ...]:
         """0-based decoder layers before which `prune` is called, ascending."""
@@ -186,15 +193,13 @@ class Method:
     # ---- what every method has ----------------------------------------------------------------
     @property
     def stages(self) -> tuple[str, ...]:
-        """Where this method acts, out of "pixels", "encoder", "sequence" and "layers"."""
-        found = []
-        if type(self).merge is not Method.merge:
-            found.append("encoder")
-        if type(self).select is not Method.select:
-            found.append("sequence")
-        if type(self).prune is not Method.prune:
-            found.append("layers")
-        return tuple(found)
+        """Names of the stages where this method acts: those of `STAGES` whose hook it overrides."""
+        return tuple(stage.name for stage in STAGES if self.implements(stage.hook))
+
+    @classmethod
+    def implements(cls, hook: str) -> bool:
+        """Whether the class overrides the hook of a stage."""
+        return getattr(cls, hook, None) is not getattr(Method, hook, None)
 
     @property
     def parts(self) -> tuple[Method, ...]:

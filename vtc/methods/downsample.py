@@ -57,7 +57,7 @@ class Downsample(Method):
         return ("pixels",) if self.how == "pixels" else ("sequence",)
 
     def target_grid(self, rows: int, cols: int) -> tuple[int, int]:
-        """Rows and columns of tokens that an image of rows x cols tokens is to give."""
+        """The cells of `keep` tokens of an image of rows x cols."""
         return cell_grid(rows, cols, budget(self.keep, rows * cols))
 
     def entering(self, n: int, tiles: int = 1) -> int:
