@@ -6,6 +6,7 @@ Nothing here knows a model, or imports transformers.
 
 from .method import Compose, Method
 from .registry import methods
+from .scorer import ScorerMethod
 from .settings import budget, check_choice, check_keep, check_layer, scale_layers
 from .spec import make
 from .stages import STAGES, Stage, stage_of
@@ -31,6 +32,7 @@ __all__ = [
     "Positions",
     "Record",
     "Rows",
+    "ScorerMethod",
     "Selection",
     "Signal",
     "Stage",
