@@ -8,6 +8,7 @@ from .method import Compose, Method
 from .registry import methods
 from .scorer import ScorerMethod
 from .settings import budget, check_choice, check_keep, check_layer, scale_layers
+from .signals import SIGNALS, Signal, SignalSpec
 from .spec import make
 from .stages import STAGES, Stage, stage_of
 from .states import (
@@ -18,11 +19,11 @@ from .states import (
     Record,
     Rows,
     Selection,
-    Signal,
     VisionTokens,
 )
 
 __all__ = [
+    "SIGNALS",
     "STAGES",
     "Compose",
     "EncoderState",
@@ -35,6 +36,7 @@ __all__ = [
     "ScorerMethod",
     "Selection",
     "Signal",
+    "SignalSpec",
     "Stage",
     "VisionTokens",
     "budget",

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from . import registry
 from .settings import budget
+from .signals import Signal, check_needs
 from .stages import STAGES, refused
 from .states import (
     EncoderState,
@@ -24,7 +25,6 @@ from .states import (
     Record,
     Rows,
     Selection,
-    Signal,
     VisionTokens,
 )
 
@@ -36,7 +36,8 @@ class Method:
         name: what `vtc.patch(model, name)` finds it by.
         title, paper, year: for `vtc methods`.
         trained: whether it needs trained weights.
-        needs: signals of `VisionTokens` that `select` reads, out of `Signal`.
+        needs: signals of `VisionTokens` that `select` reads, out of `SIGNALS`; checked when the
+            class is made.
         vision_layer: 0-based layer of the vision tower these are read from, negative from the
             last; a fraction is a share of the tower's depth.
         low_layer: layer of the vision tower that `low_attention` is read from.
@@ -73,6 +74,9 @@ class Method:
             # In the class itself, where `dataclass` leaves it alone: its own lists every default.
             shown: Any = next(b.__repr__ for b in cls.__mro__[1:] if "__repr__" in b.__dict__)
             cls.__repr__ = shown  # type: ignore[method-assign]
+        needs = cls.__dict__.get("needs", ())
+        if not isinstance(needs, property):
+            check_needs(cls.__name__, needs)
         name = cls.__dict__.get("name")
         if name is not None:
             registry.register(cls, name)

@@ -35,11 +35,6 @@ the latter also through the decoder's final norm; what enters and leaves its att
 without the residual; its attention's keys, heads concatenated; and "rotary", a vector of ones as
 wide as a head. The last two are rotated to each token's position, as if the sample began at 0."""
 
-Signal = Literal[
-    "cls_attention", "low_attention", "cls_query", "keys", "encoder", "text", "segment", "patches"
-]
-"""What a method may ask for in `needs`; see `VisionTokens`."""
-
 
 @dataclass(frozen=True)
 class VisionTokens:

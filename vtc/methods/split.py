@@ -23,17 +23,15 @@ from vtc.core import (
     check_keep,
     make,
 )
+from vtc.core.signals import fields_of, read_at
 
-_OF_TOKENS = (
-    "features", "grid", "cls_attention", "keys", "low_attention", "encoder", "crop", "patches",
-)  # fmt: skip
+_OF_TOKENS = ("features", "grid", "crop", *fields_of("token"))
 """What `VisionTokens` holds one row of for each token."""
 
-_OF_TILES = {"encoder_cls": "crop_cls", "cls_query": "crop_query", "cls_key": "crop_key"}
+_OF_TILES = {name: field.of_tiles for name, field in fields_of("tile").items()}
 """What it holds of the image, and by which name of each of its tiles."""
 
-_AT_VISION_LAYER: frozenset[Signal] = frozenset({"cls_attention", "cls_query", "keys"})
-_AT_LOW_LAYER: frozenset[Signal] = frozenset({"low_attention"})
+_AT_VISION_LAYER, _AT_LOW_LAYER = read_at("vision_layer"), read_at("low_layer")
 
 
 class _Split(Method):
