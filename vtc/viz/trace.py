@@ -136,9 +136,9 @@ def _recording(method: Method, record: _Record) -> Method:
         return chosen
 
     methods: dict[str, Any] = {}
-    if kind.select is not Method.select:
+    if kind.implements("select"):
         methods["select"] = select
-    if kind.prune is not Method.prune:
+    if kind.implements("prune"):
         methods["prune"] = prune
     # A subclass and not a wrapper, so that it acts where the method acts.
     recorder = type(kind.__name__, (kind,), methods)
