@@ -42,7 +42,8 @@ class VisionTokens:
 
     Attributes:
         features: (n, d) embeddings after the projector, in sequence order.
-        grid: (n, 3) whole numbers, the (frame, row, column) of each token.
+        grid: (n, 3) whole numbers, the (frame, row, column) of each token, or `None` where tokens
+            have no places, as those of a resampler; methods read it by `places`.
         image: ordinal of this image within its sample, from 0.
         text: (m, d) embeddings of the prompt's text after the first image. Only if asked for.
         cls_attention: (n,) attention of [CLS] to each token in the vision tower, averaged over
@@ -73,7 +74,7 @@ class VisionTokens:
     """
 
     features: Tensor
-    grid: Tensor
+    grid: Tensor | None
     image: int = 0
     text: Tensor | None = None
     cls_attention: Tensor | None = None
@@ -101,6 +102,22 @@ class VisionTokens:
     def original(self) -> int:
         """Tokens that the image had at first, before any method."""
         return len(self) if self.every_grid is None else self.every_grid.shape[0]
+
+    def places(self, method: str, reason: str) -> Tensor:
+        """(n, 3) `grid`, for a method that cannot do without.
+
+        Args:
+            method: its name.
+            reason: what it does with places, to follow "it".
+
+        Raises:
+            ValueError: the tokens have no places.
+        """
+        if self.grid is None:
+            raise ValueError(
+                f"{method}: it {reason}, and the vision tokens of this model have no places"
+            )
+        return self.grid
 
     def budget(self, keep: float | int) -> int:
         """Tokens that a method with this `keep` leaves: a fraction is one of `original`, a whole

@@ -76,4 +76,5 @@ class Downsample(Method):
         b = tokens.budget(self.keep)
         if b >= n:
             return Selection(torch.arange(n, device=tokens.features.device))
-        return Selection(*pool_grid(tokens.features, tokens.grid, b, "bilinear", tokens.crop))
+        grid = tokens.places(self.name, "resizes a grid of tokens")
+        return Selection(*pool_grid(tokens.features, grid, b, "bilinear", tokens.crop))

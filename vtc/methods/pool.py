@@ -53,4 +53,5 @@ class Pool(Method):
         b = tokens.budget(self.keep)
         if b >= n:
             return Selection(torch.arange(n, device=tokens.features.device))
-        return Selection(*pool_grid(tokens.features, tokens.grid, b, "mean", tokens.crop))
+        grid = tokens.places(self.name, "averages tokens that lie beside each other")
+        return Selection(*pool_grid(tokens.features, grid, b, "mean", tokens.crop))

@@ -343,7 +343,8 @@ class PerFrame(_Split):
 
     def select(self, tokens: VisionTokens) -> Selection:
         """(k,) ascending indices, and (k, d) contents where the method merges."""
-        frame, every = tokens.grid[:, 0], None
+        grid = tokens.places(self.name, "divides tokens by their frame")
+        frame, every = grid[:, 0], None
         if tokens.every_grid is not None:  # others may have left one frame of several
             every = tokens.every_grid[:, 0]
         whole = frame if every is None else every

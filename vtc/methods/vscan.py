@@ -96,7 +96,8 @@ class VScan(ScorerMethod):
             return Selection(torch.arange(n, device=tokens.features.device))
         if tokens.cls_attention is None or tokens.low_attention is None:
             raise ValueError("cls_attention, low_attention: needed, got tokens without")
-        stays = self._local(tokens.low_attention.float(), tokens.grid, k // 2)
+        grid = tokens.places(self.name, "divides the grid of tokens into windows")
+        stays = self._local(tokens.low_attention.float(), grid, k // 2)
         rest = tokens.cls_attention.float().masked_fill(stays, -torch.inf)
         stays[top_k(rest, k - int(stays.sum()))] = True
         kept = stays.nonzero().squeeze(1)

@@ -62,6 +62,10 @@ class Trace:
         return sum(len(view.cells) for view in self.views)
 
 
+def _grid(tokens: VisionTokens) -> Tensor:
+    return tokens.places("trace", "draws tokens where they lie")
+
+
 @dataclass
 class _Record:
     """The vision tokens of one prompt, numbered as they stand, and the survivors by stage."""
@@ -100,8 +104,8 @@ class _Record:
             return self.stages
         number: dict[int, int] = {}
         for first, own, whole in zip(every.first, self.shown, every.shown, strict=True):
-            at = {tuple(place): first + i for i, place in enumerate(whole.grid.tolist())}
-            for place in own.grid.tolist():
+            at = {tuple(place): first + i for i, place in enumerate(_grid(whole).tolist())}
+            for place in _grid(own).tolist():
                 number[len(number)] = at[tuple(place)]
         return {stage: [number[n] for n in left] for stage, left in self.stages.items()}
 
@@ -113,7 +117,7 @@ class _Record:
         return places_of(
             torch.cat([torch.full((len(t),), t.image) for t in self.shown]),
             torch.cat(crops).cpu() if len(crops) == every else None,
-            torch.cat([tokens.grid for tokens in self.shown]).cpu(),
+            torch.cat([_grid(tokens) for tokens in self.shown]).cpu(),
             torch.cat(patches).cpu() if len(patches) == every else None,
             pixels,
             patch_size,
