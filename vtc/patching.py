@@ -16,6 +16,7 @@ from vtc.models import find
 from vtc.report import Report, Stopwatch
 from vtc.runtime.hf.cross import CrossEngine
 from vtc.runtime.hf.engine import Engine
+from vtc.runtime.runners import check_stages
 
 
 class Patch:
@@ -127,6 +128,7 @@ def patch(model: nn.Module, method: str | Method | dict[str, Any], **settings: A
         >>> vtc.unpatch(model)
     """
     chosen = make(method, **settings)
+    check_stages(chosen)
     inner = _unwrapped(model)
     adapter = find(inner)
     # All checks are done by the time the engine is made.

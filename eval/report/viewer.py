@@ -31,7 +31,7 @@ from typing import Any
 
 from PIL import Image
 
-from vtc.core import Compose, Method
+from vtc.core import Method, make
 from vtc.core.spec import parse_method
 from vtc.viz.pictures import as_rgb
 from vtc.viz.views import View
@@ -288,7 +288,7 @@ def _requests(
 
 def _plain_pass(model: Any, requests: Sequence[_Request], samples: dict[str, Any]) -> None:
     """Note each sample's picture and grid, with all tokens kept."""
-    from vtc.viz.record import TokenRecord, Watch
+    from vtc.viz.record import TokenRecord
 
     for request in requests:
         sample: dict[str, Any] = {"question": request.question, "note": request.obstacle}
@@ -296,8 +296,8 @@ def _plain_pass(model: Any, requests: Sequence[_Request], samples: dict[str, Any
         picture = request.images[0] if request.images else None
         if sample["note"] is None:
             record = TokenRecord()
-            model.vtc_apply(Compose((Watch(record),)))
-            with _pixels(model) as seen:
+            model.vtc_apply(make("full"))
+            with _pixels(model) as seen, model.vtc_patch.listen(record.hear):
                 request.ask(model)
             try:
                 request.seen = seen, record
@@ -314,7 +314,7 @@ def _kept(
     model: Any, method: Method, requests: Sequence[_Request], samples: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What `method` keeps of each sample that can be drawn."""
-    from vtc.viz.record import TokenRecord, Watch, recording
+    from vtc.viz.record import TokenRecord
 
     kept = {}
     for request in requests:
@@ -322,11 +322,9 @@ def _kept(
         if grid is None:
             continue
         record = TokenRecord()
-        # What acts before there are tokens stands before the watcher.
-        early = [m for m in method.parts if {"encoder", "pixels"} & set(m.stages)]
-        late = [recording(m, record) for m in method.parts if m not in early]
-        model.vtc_apply(Compose((*early, Watch(record), *late)))
-        answer = request.ask(model)
+        model.vtc_apply(method)
+        with model.vtc_patch.listen(record.hear):
+            answer = request.ask(model)
         size = grid[0] * grid[1]
         left = _view(model, request, record).kept
         stages = {stage: bits(cells, size) for stage, cells in left.items()}

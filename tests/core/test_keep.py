@@ -230,6 +230,4 @@ def test_describe_says_what_is_left_of_a_composition() -> None:
     ids=str,
 )
 def test_arithmetic_and_report_agree(method: vtc.Method) -> None:
-    from vtc.presets.schedule import tokens_per_layer
-
-    assert counts(method) == tokens_per_layer(method, N, LAYERS, 1)
+    assert tuple(counts(method)) == method.token_schedule(N, LAYERS)

@@ -22,7 +22,7 @@ from torch.nn.functional import log_softmax
 from transformers import LlavaForConditionalGeneration
 
 from tests.reference.models import IMAGE, Sample
-from vtc.core import EncoderState, LayerState, Method, Selection, VisionTokens
+from vtc.core import SIGNALS, EncoderState, LayerState, Method, Selection, VisionTokens
 
 
 # ---- the vision side ----------------------------------------------------------------------------
@@ -235,6 +235,14 @@ class _Step:
     replaced: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
+def _check_shown(method: Method, shown: VisionTokens) -> None:
+    """A signal of the table that `method` did not ask for is not shown."""
+    asked = {own.name for need in method.needs for own in SIGNALS[need].fields}
+    for own in (own for spec in SIGNALS.values() for own in spec.fields):
+        plain = VisionTokens.__dataclass_fields__[own.name].default
+        assert own.name in asked or getattr(shown, own.name) == plain, own.name
+
+
 @dataclass
 class Seen:
     """What a method was shown and what it chose, in the order of the calls."""
@@ -358,6 +366,7 @@ class Truth:
                     project=self._project if "encoder" in part.needs else None,
                     segment=self._segment(i) if "segment" in part.needs else None,
                 )
+                _check_shown(part, shown)
                 chosen = part.select(shown)
                 self.seen.append(Seen(part, shown, chosen))
                 kept = candidates[chosen.indices]

@@ -16,8 +16,8 @@ import vtc
 from tests.reference.families import FAMILIES, FIRST_WORD, IMAGE
 from tests.reference.masked import images_of
 from tests.runtime.test_families import rows_of, shared
-from vtc.core import Compose
-from vtc.viz.record import TokenRecord, Watch
+from vtc.core.events import Shown
+from vtc.viz.record import TokenRecord
 from vtc.viz.trace import traced
 from vtc.viz.views import View, cropped, pixels_of
 
@@ -46,8 +46,8 @@ def row_of(name: str, which: int = SIZE) -> Any:
 
 def record_of(name: str, row: Any, method: vtc.Method | None = None) -> TokenRecord:
     family, record = FAMILIES[name], TokenRecord()
-    parts = (Watch(record),) if method is None else (Watch(record), method)
-    with vtc.patch(shared(name, family.attentions[-1]), Compose(parts)) as patch, torch.no_grad():
+    patch = vtc.patch(shared(name, family.attentions[-1]), method or vtc.Full())
+    with patch, patch.listen(record.hear), torch.no_grad():
         patch.model(**family.collate((row,)))
     return record
 
@@ -136,7 +136,7 @@ def test_tokens_without_places_are_not_drawn() -> None:
     """Latents of a perceiver have an order only: 64 of them are no row of the picture."""
     record, grid = TokenRecord(), torch.zeros(64, 3, dtype=torch.long)
     grid[:, 2] = torch.arange(64)
-    record.saw(vtc.VisionTokens(torch.zeros(64, 4), grid))
+    record.hear(Shown(0, vtc.VisionTokens(torch.zeros(64, 4), grid)))
     with pytest.raises(ValueError, match="no places in the picture"):
         record.places(torch.zeros(1, 3, 42, 42), 7)
 

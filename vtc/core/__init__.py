@@ -7,8 +7,11 @@ Nothing here knows a model, or imports transformers.
 from .errors import ArgumentError, ArgumentTypeError
 from .method import Compose, Method
 from .registry import methods
+from .scorer import ScorerMethod
 from .settings import budget, check_choice, check_keep, check_layer, scale_layers
+from .signals import SIGNALS, Signal, SignalSpec
 from .spec import make
+from .stages import STAGES, Stage, stage_of
 from .states import (
     EncoderState,
     LayerState,
@@ -17,11 +20,12 @@ from .states import (
     Record,
     Rows,
     Selection,
-    Signal,
     VisionTokens,
 )
 
 __all__ = [
+    "SIGNALS",
+    "STAGES",
     "ArgumentError",
     "ArgumentTypeError",
     "Compose",
@@ -32,8 +36,11 @@ __all__ = [
     "Positions",
     "Record",
     "Rows",
+    "ScorerMethod",
     "Selection",
     "Signal",
+    "SignalSpec",
+    "Stage",
     "VisionTokens",
     "budget",
     "check_choice",
@@ -42,4 +49,5 @@ __all__ = [
     "make",
     "methods",
     "scale_layers",
+    "stage_of",
 ]

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The contract of a compression method.
 
-A method is one dataclass in one file. Its fields are its settings; it overrides `select` to act
-on the vision tokens before the language model, `prune` to act between decoder layers, or both.
+A method is one dataclass in one file. Its fields are its settings; it overrides the hooks of the
+stages where it acts: `select` for the vision tokens before the language model, `prune` between
+decoder layers, or both; `vtc.core.stages` has them all.
 It sees tensors of one sample at a time, without padding, and never a model.
 """
 
@@ -14,6 +15,9 @@ from typing import Any, ClassVar
 
 from . import registry
 from .errors import ArgumentError
+from .settings import budget
+from .signals import Signal, check_needs
+from .stages import STAGES, refused
 from .states import (
     EncoderState,
     LayerState,
@@ -22,7 +26,6 @@ from .states import (
     Record,
     Rows,
     Selection,
-    Signal,
     VisionTokens,
 )
 
@@ -34,7 +37,8 @@ class Method:
         name: what `vtc.patch(model, name)` finds it by.
         title, paper, year: for `vtc methods`.
         trained: whether it needs trained weights.
-        needs: signals of `VisionTokens` that `select` reads, out of `Signal`.
+        needs: signals of `VisionTokens` that `select` reads, out of `SIGNALS`; checked when the
+            class is made.
         vision_layer: 0-based layer of the vision tower these are read from, negative from the
             last; a fraction is a share of the tower's depth.
         low_layer: layer of the vision tower that `low_attention` is read from.
@@ -42,6 +46,7 @@ class Method:
             only.
         each: of a wrapper, the part of an image that it applies another method to; in text it
             follows "@".
+        by_tile: whether each tile of an image has a budget of its own.
         weighs_sizes: whether, once tokens were merged in the tower, its attention counts a token
             as often as it stands for patches: the logarithm of its size is added to the logits.
 
@@ -59,6 +64,7 @@ class Method:
     needs: ClassVar[frozenset[Signal]] = frozenset()
     vision_layer: ClassVar[int | float] = -1
     low_layer: ClassVar[int | float] = 0.25
+    by_tile: ClassVar[bool] = False
     weighs_sizes: ClassVar[bool] = False
 
     positions: Positions = "original"
@@ -69,6 +75,9 @@ class Method:
             # In the class itself, where `dataclass` leaves it alone: its own lists every default.
             shown: Any = next(b.__repr__ for b in cls.__mro__[1:] if "__repr__" in b.__dict__)
             cls.__repr__ = shown  # type: ignore[method-assign]
+        needs = cls.__dict__.get("needs", ())
+        if not isinstance(needs, property):
+            check_needs(cls.__name__, needs)
         name = cls.__dict__.get("name")
         if name is not None:
             registry.register(cls, name)
@@ -81,17 +90,22 @@ class Method:
         shares = keep if isinstance(keep, tuple) and keep else (keep,)
         return all(isinstance(share, float) and share == 1.0 for share in shares)
 
+    def target_grid(self, rows: int, cols: int) -> tuple[int, int]:
+        """Pixels stage: rows and columns of tokens, none more than there are, that an image of
+        `rows` x `cols` tokens is resized to before the tower."""
+        raise refused(self, "target_grid")
+
     def merge(self, state: EncoderState) -> Merging | None:
         """Encoder stage: merge or drop patches in a tower layer, or `None` to leave them."""
-        raise TypeError(f"{type(self).__name__} does not act in the vision tower")
+        raise refused(self, "merge")
 
     def select(self, tokens: VisionTokens) -> Selection:
         """Sequence stage: choose among the vision tokens of one image."""
-        raise TypeError(f"{type(self).__name__} does not act in the sequence stage")
+        raise refused(self, "select")
 
     def prune(self, state: LayerState) -> Selection | None:
         """Layers stage: choose among the vision tokens of one sample, or `None` to keep all."""
-        raise TypeError(f"{type(self).__name__} does not act between layers")
+        raise refused(self, "prune")
 
     def prune_layers(self, num_layers: int) -> tuple[int, ...]:
         """0-based decoder layers before which `prune` is called, ascending."""
@@ -119,18 +133,78 @@ class Method:
         """0-based decoder layers of which `prune` reads more than attention, and what."""
         return {}
 
+    # ---- how many tokens it leaves -------------------------------------------------------------
+    def entering(self, n: int, tiles: int = 1) -> int | None:
+        """Vision tokens of an image of `n` that enter the language model.
+
+        By default the budget `keep`, of each tile if `by_tile`; all of a method that acts between
+        layers alone; `None` where there is no `keep` to tell.
+        """
+        if self.keeps_all or self.stages == ("layers",):
+            return n
+        keep = getattr(self, "keep", None)
+        if not isinstance(keep, (int, float)):
+            return None
+        return tiles * budget(keep, n // tiles) if self.by_tile else budget(keep, n)
+
+    def leaves(self, sizes: tuple[int, ...], held: int, cut: int, cuts: int) -> int | None:
+        """Vision tokens of a sample that one call of `prune` leaves, by default `keep` of each
+        image; `None` where the data decide.
+
+        Args:
+            sizes: tokens of each image before any compression.
+            held: vision tokens that the cut finds.
+            cut: its number out of `cuts`, from 0.
+        """
+        keep = getattr(self, "keep", None)
+        if not isinstance(keep, (int, float)):
+            return None
+        return sum(budget(keep, n) for n in sizes)
+
+    def token_schedule(self, n: int, num_layers: int, tiles: int = 1) -> tuple[int, ...] | None:
+        """Vision tokens that each decoder layer processes of an image, alone in its sample.
+
+        Args:
+            n: tokens of the image before compression.
+            num_layers: decoder layers.
+            tiles: tiles of equal size that the image is divided into.
+
+        Returns:
+            A number for each layer, or the largest it can come to (see `is_bound`); `None` where
+            the settings promise none, as the data decide.
+        """
+        held = self.entering(n, tiles)
+        cuts = self.prune_layers(num_layers)
+        seen: list[int] = []
+        for layer in range(num_layers):
+            if held is not None and layer in cuts and not self.keeps_all:
+                left = self.leaves((n,), held, cuts.index(layer), len(cuts))
+                held = None if left is None else min(left, held)
+            if held is None:
+                return None
+            seen.append(held)
+        return tuple(seen)
+
+    def is_bound(self, n: int, tiles: int = 1) -> bool:
+        """Whether `token_schedule` is an upper bound for such an image, and the data decide."""
+        return False
+
+    @property
+    def counts_found(self) -> bool:
+        """Whether what it leaves follows what it finds, and not only the image as it was at first:
+        then the schedule of a composition with it cannot be told from its parts'."""
+        return self.by_tile
+
     # ---- what every method has ----------------------------------------------------------------
     @property
     def stages(self) -> tuple[str, ...]:
-        """Where this method acts, out of "pixels", "encoder", "sequence" and "layers"."""
-        found = []
-        if type(self).merge is not Method.merge:
-            found.append("encoder")
-        if type(self).select is not Method.select:
-            found.append("sequence")
-        if type(self).prune is not Method.prune:
-            found.append("layers")
-        return tuple(found)
+        """Names of the stages where this method acts: those of `STAGES` whose hook it overrides."""
+        return tuple(stage.name for stage in STAGES if self.implements(stage.hook))
+
+    @classmethod
+    def implements(cls, hook: str) -> bool:
+        """Whether the class overrides the hook of a stage."""
+        return getattr(cls, hook, None) is not getattr(Method, hook, None)
 
     @property
     def parts(self) -> tuple[Method, ...]:
@@ -215,6 +289,31 @@ class Compose(Method):
 
     def to_dict(self) -> dict[str, Any]:
         return {"method": "compose", "methods": [m.to_dict() for m in self.methods]}
+
+    @property
+    def by_tile(self) -> bool:  # type: ignore[override]
+        """Never: parts whose tiles have budgets of their own have no schedule together."""
+        return False
+
+    def token_schedule(self, n: int, num_layers: int, tiles: int = 1) -> tuple[int, ...] | None:
+        """The smallest of the parts' in every layer, as their budgets count the image as it was;
+        `None` where one is not known or `counts_found`."""
+        rows = [part.token_schedule(n, num_layers, tiles) for part in self.methods]
+        if any(part.counts_found for part in self.methods):
+            return None
+        known = [row for row in rows if row is not None]
+        if len(known) < len(rows):
+            return None
+        return tuple(min(seen) for seen in zip(*known, strict=True))
+
+    def is_bound(self, n: int, tiles: int = 1) -> bool:
+        """Whether that of one of the parts is."""
+        return any(part.is_bound(n, tiles) for part in self.methods)
+
+    @property
+    def counts_found(self) -> bool:
+        """Whether one of the parts does."""
+        return any(part.counts_found for part in self.methods)
 
     @property
     def closes_gaps_by_choice(self) -> bool:

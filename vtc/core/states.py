@@ -35,11 +35,6 @@ the latter also through the decoder's final norm; what enters and leaves its att
 without the residual; its attention's keys, heads concatenated; and "rotary", a vector of ones as
 wide as a head. The last two are rotated to each token's position, as if the sample began at 0."""
 
-Signal = Literal[
-    "cls_attention", "low_attention", "cls_query", "keys", "encoder", "text", "segment", "patches"
-]
-"""What a method may ask for in `needs`; see `VisionTokens`."""
-
 
 @dataclass(frozen=True)
 class VisionTokens:
@@ -47,7 +42,8 @@ class VisionTokens:
 
     Attributes:
         features: (n, d) embeddings after the projector, in sequence order.
-        grid: (n, 3) whole numbers, the (frame, row, column) of each token.
+        grid: (n, 3) whole numbers, the (frame, row, column) of each token, or `None` where tokens
+            have no places, as those of a resampler; methods read it by `places`.
         image: ordinal of this image within its sample, from 0.
         text: (m, d) embeddings of the prompt's text after the first image. Only if asked for.
         cls_attention: (n,) attention of [CLS] to each token in the vision tower, averaged over
@@ -78,7 +74,7 @@ class VisionTokens:
     """
 
     features: Tensor
-    grid: Tensor
+    grid: Tensor | None
     image: int = 0
     text: Tensor | None = None
     cls_attention: Tensor | None = None
@@ -106,6 +102,22 @@ class VisionTokens:
     def original(self) -> int:
         """Tokens that the image had at first, before any method."""
         return len(self) if self.every_grid is None else self.every_grid.shape[0]
+
+    def places(self, method: str, reason: str) -> Tensor:
+        """(n, 3) `grid`, for a method that cannot do without.
+
+        Args:
+            method: its name.
+            reason: what it does with places, to follow "it".
+
+        Raises:
+            ValueError: the tokens have no places.
+        """
+        if self.grid is None:
+            raise ValueError(
+                f"{method}: it {reason}, and the vision tokens of this model have no places"
+            )
+        return self.grid
 
     def budget(self, keep: float | int) -> int:
         """Tokens that a method with this `keep` leaves: a fraction is one of `original`, a whole

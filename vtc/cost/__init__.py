@@ -18,7 +18,7 @@ of Gemma 4 that use another layer's keys count for all tokens, as they run in a 
 alone, transformers runs them in a prefill for those tokens only whose logits are asked for.
 
 Norms, activations, softmax and rotary embeddings are not counted: they are not matrix products.
-What a method's choice costs is `selector_flops`.
+What a method's choice costs is `selector_flops`; what it leaves to each layer, `token_schedule`.
 
 In a cross-attention layer (Mllama) a length is the number of vision states, [CLS] of each tile
 and what there is of padding included; the other layers' are of tokens. Keys of the states are made
@@ -37,6 +37,7 @@ from typing import Any
 
 from vtc.cost.configs import Unknown, get, text_of
 from vtc.cost.decoder import Decoder, decoder_of
+from vtc.cost.schedule import token_schedule
 from vtc.cost.selector import selector_flops
 from vtc.cost.vision import Grid, Images, Patches, projector_flops, tile_tokens, vision_flops
 
@@ -49,6 +50,7 @@ __all__ = [
     "kv_bytes_per_layer",
     "prefill_flops",
     "selector_flops",
+    "token_schedule",
     "visual_flops",
 ]
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from vtc.core import LayerState, Method, VisionTokens, make
+from vtc.core import SIGNALS, LayerState, Method, VisionTokens, make
+from vtc.core.signals import Field
 from vtc.ops.greedy import PLAINLY
 
 _PRODUCTS = {
@@ -20,9 +21,6 @@ _PRODUCTS = {
     torch.ops.aten.addmv: lambda bias, matrix, vector, **_: 2 * matrix[0] * matrix[1],
     torch.ops.aten.dot: lambda one, other, **_: 2 * one[0],
 }
-_TOWER = frozenset({"cls_attention", "cls_query", "keys"})
-"""Signals for which a layer of the tower is tapped."""
-_KNOWN = _TOWER | {"low_attention", "encoder", "text", "segment"}
 
 
 def selector_flops(
@@ -86,8 +84,9 @@ def selector_flops(
     made = make(method, **settings)
     if "encoder" in made.stages or any(part.peeks(layers) for part in made.parts):
         return math.nan
-    if any(part.needs - _KNOWN for part in made.parts):
-        return math.nan
+    specs = (SIGNALS[need] for part in made.parts for need in part.needs)
+    if any("m" in field.shape for spec in specs for field in spec.fields):
+        return math.nan  # how many patches make a token is not known
     generator = torch.Generator().manual_seed(seed)
     token = PLAINLY.set(True)
     try:
@@ -141,22 +140,13 @@ class _Run:
     # ---- before the language model ------------------------------------------------------------
     def _select(self, part: Method) -> int:
         n, d, wide = len(self.grid), self.sizes["d"], self.sizes["vision_d"]
-        text = self.sizes["text"]
-        state = self.random(wide) if self.cls else None
-        every: dict[str, dict[str, Any]] = {
-            "cls_attention": {"cls_attention": self.rows(n)},
-            "low_attention": {"low_attention": self.rows(n)},
-            "keys": {"keys": self.random(n, wide)},
-            "cls_query": {"cls_query": state, "cls_key": state},
-            "encoder": {
-                "encoder": self.random(n, wide),
-                "encoder_cls": state,
-                "project": lambda states: self.random(len(states), d),
-            },
-            "text": {"text": self.random(text, d)},
-            "segment": {"segment": self.random(text, d)},
+        specs = [SIGNALS[need] for need in sorted(part.needs)]
+        signals = {
+            field.name: self._signal(field, spec.rows)
+            for spec in specs
+            for field in spec.fields
+            if field.name != "heads"
         }
-        signals = {name: value for need in part.needs for name, value in every[need].items()}
         shown = VisionTokens(
             features=self.random(n, d),
             grid=self.grid,
@@ -165,10 +155,22 @@ class _Run:
             **signals,
         )
         found, flops = self._counted(part.select, shown)
-        taps = bool(part.needs & _TOWER) + ("low_attention" in part.needs)
+        taps = len({spec.layer for spec in specs if spec.rows})
         flops += taps * 2 * (1 if self.cls else self.original) * self.original * wide
         self.grid = self.grid[found.indices]
         return flops
+
+    def _signal(self, field: Field, rows: bool) -> Any:
+        """Random numbers for a field of `VisionTokens`: probabilities where a token has one of the
+        attention `rows` it was read from; `None` for what only towers with [CLS] have."""
+        sizes = {"n": len(self.grid), "v": self.sizes["vision_d"], "t": self.sizes["text"]}
+        sizes["d"] = d = self.sizes["d"]
+        if field.name == "project":
+            return lambda states: self.random(len(states), d)
+        if field.scope == "tile" and not self.cls:
+            return None
+        shape = [sizes[size] for size in field.shape]
+        return self.rows(*shape) if rows and field.shape == ("n",) else self.random(*shape)
 
     # ---- between layers -----------------------------------------------------------------------
     def _tap(self, part: Method, which: str) -> tuple[Tensor, int]:

@@ -384,6 +384,10 @@ class ATP(Method):
                 given = tuple(config["layers"])
         return atp_layers(given, num_layers)
 
+    def leaves(self, sizes: tuple[int, ...], held: int, cut: int, cuts: int) -> None:
+        """The thresholds decide, image by image."""
+        return None
+
     def taps(self, num_layers: int) -> dict[int, Rows]:
         """Rows of vision and text, of the layer before each cut."""
         return {layer - 1: "vision_text" for layer in self.prune_layers(num_layers)}

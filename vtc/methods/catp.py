@@ -101,6 +101,10 @@ class CATP(Method):
         """Tokens of an image of n that stage 1 leaves: floor(n (1 - R / 2)), from whole budgets."""
         return (n + budget(self.keep, n)) // 2
 
+    def entering(self, n: int, tiles: int = 1) -> int:
+        """Half of what is to go is gone."""
+        return self.halfway(n)
+
     def select(self, tokens: VisionTokens) -> Selection:
         """Ascending indices, (k,).
 
@@ -138,6 +142,13 @@ class CATP(Method):
                 f"got {k}"
             )
         return (k, k + 1)
+
+    def leaves(self, sizes: tuple[int, ...], held: int, cut: int, cuts: int) -> int:
+        """The first cut leaves `keep` of each example, the second also of the query."""
+        budgets = [budget(self.keep, n) for n in sizes]
+        if cut == 0:
+            return held if len(sizes) == 1 else sum(budgets[:-1]) + self.halfway(sizes[-1])
+        return sum(budgets)
 
     def taps(self, num_layers: int) -> dict[int, Rows]:
         """The prompt's last row of layers K - 1 and K (1-based)."""

@@ -50,6 +50,7 @@ class Correlation(Method):
     needs = frozenset({"cls_attention", "low_attention", "keys"})
     vision_layer = -1
     low_layer = 0.25
+    by_tile = True
 
     keep: float | int | None = None
     alpha: float = 0.95

@@ -87,6 +87,11 @@ class DART(Method):
         """Keys and normed output of layer K - 1."""
         return {self.layer - 1: frozenset({"keys", "normed"})}
 
+    def leaves(self, sizes: tuple[int, ...], held: int, cut: int, cuts: int) -> int:
+        """`keep` of each image, and the pivots beside it if they do not count."""
+        k = sum(budget(self.keep, n) for n in sizes)
+        return k if self.count_pivots else k + min(self.image_pivots, k)
+
     def prune(self, state: LayerState) -> Selection | None:
         """Ascending indices among the sample's vision tokens, or `None` if all fit the budget."""
         vision = state.vision

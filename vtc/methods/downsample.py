@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from vtc.core import Method, Positions, Selection, VisionTokens, budget, check_choice, check_keep
-from vtc.ops import cell_grid, pool_grid
+from vtc.ops import cell_grid, cells_of, pool_grid
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Downsample(Method):
 
     name = "downsample"
     title = "Down-sampling"
+    by_tile = True
 
     keep: float | int = 0.25
     how: Literal["grid", "pixels"] = "grid"
@@ -55,8 +57,16 @@ class Downsample(Method):
         return ("pixels",) if self.how == "pixels" else ("sequence",)
 
     def target_grid(self, rows: int, cols: int) -> tuple[int, int]:
-        """Rows and columns of tokens that an image of rows x cols tokens is to give."""
+        """The cells of `keep` tokens of an image of rows x cols."""
         return cell_grid(rows, cols, budget(self.keep, rows * cols))
+
+    def entering(self, n: int, tiles: int = 1) -> int:
+        """The cells of square tiles, or of a square image; `keep` of others."""
+        return cells_of(n, tiles, budget(self.keep, n))
+
+    def is_bound(self, n: int, tiles: int = 1) -> bool:
+        """A grid of another shape is rarely divided to the token."""
+        return math.isqrt(n // tiles) ** 2 * tiles != n
 
     def select(self, tokens: VisionTokens) -> Selection:
         """Ascending indices, (k,), and the features interpolated there, (k, d)."""
@@ -66,4 +76,5 @@ class Downsample(Method):
         b = tokens.budget(self.keep)
         if b >= n:
             return Selection(torch.arange(n, device=tokens.features.device))
-        return Selection(*pool_grid(tokens.features, tokens.grid, b, "bilinear", tokens.crop))
+        grid = tokens.places(self.name, "resizes a grid of tokens")
+        return Selection(*pool_grid(tokens.features, grid, b, "bilinear", tokens.crop))

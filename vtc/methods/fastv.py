@@ -5,22 +5,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vtc.core import (
-    LayerState,
-    Method,
-    Positions,
-    Rows,
-    Selection,
-    budget,
-    check_choice,
-    check_keep,
-    check_layer,
-)
-from vtc.ops import top_k
+from torch import Tensor
+
+from vtc.core import LayerState, Positions, Rows, ScorerMethod, check_layer
 
 
 @dataclass(frozen=True)
-class FastV(Method):
+class FastV(ScorerMethod):
     """Keep the vision tokens with the most attention from the prompt's last token.
 
     Before 0-based decoder layer K, vision tokens are ranked by the attention they get from the
@@ -53,11 +44,10 @@ class FastV(Method):
     positions: Positions = "original"
 
     def __post_init__(self) -> None:
-        check_keep(self.keep)
+        super().__post_init__()
         if self.layer is None:
             raise ValueError("layer: expected a whole number of at least 1, got None")
         check_layer("layer", self.layer, lowest=1)
-        check_choice("positions", self.positions, ("original", "contiguous"))
 
     def prune_layers(self, num_layers: int) -> tuple[int, ...]:
         """(K,).
@@ -76,11 +66,6 @@ class FastV(Method):
         """The prompt's last row of layer K - 1."""
         return {layer - 1: "last" for layer in self.prune_layers(num_layers)}
 
-    def prune(self, state: LayerState) -> Selection | None:
-        """Ascending indices among the sample's vision tokens, or `None` if all fit the budget."""
-        vision = state.vision
-        k = sum(budget(self.keep, n) for n in state.original)
-        if k >= vision.shape[0]:
-            return None
-        scores = state.attention[self.layer - 1][-1, vision]
-        return Selection(top_k(scores, k).sort().values)
+    def score_layer(self, state: LayerState) -> Tensor:
+        """(n,) the attention of the prompt's last token."""
+        return state.attention[self.layer - 1][-1, state.vision]

@@ -43,6 +43,7 @@ class FlowCut(Method):
     title = "FlowCut: pruning along the information flow in the tower"
     paper = "arXiv:2505.19536"
     year = 2025
+    by_tile = True
 
     keep: float | int = 0.25
     positions: Positions = "contiguous"

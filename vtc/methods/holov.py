@@ -117,7 +117,8 @@ class HoloV(Method):
         if self.variant == "code":
             part = _runs(n, count, device)
         else:
-            part = _crops(tokens.grid, tokens.crop, count)
+            grid = tokens.places(self.name, "divides the grid of tokens into crops")
+            part = _crops(grid, tokens.crop, count)
         sizes = torch.bincount(part)
         if self.variant == "paper":
             variance = _variance(tokens.features, part, sizes)

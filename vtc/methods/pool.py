@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
-from vtc.core import Method, Positions, Selection, VisionTokens, check_choice, check_keep
-from vtc.ops import pool_grid
+from vtc.core import Method, Positions, Selection, VisionTokens, budget, check_choice, check_keep
+from vtc.ops import cells_of, pool_grid
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Pool(Method):
 
     name = "pool"
     title = "Average pooling"
+    by_tile = True
 
     keep: float | int = 0.25
     positions: Positions = "original"
@@ -37,10 +39,19 @@ class Pool(Method):
         check_keep(self.keep)
         check_choice("positions", self.positions, ("original", "contiguous"))
 
+    def entering(self, n: int, tiles: int = 1) -> int:
+        """The cells of square tiles, or of a square image; `keep` of others."""
+        return cells_of(n, tiles, budget(self.keep, n))
+
+    def is_bound(self, n: int, tiles: int = 1) -> bool:
+        """A grid of another shape is rarely divided to the token."""
+        return math.isqrt(n // tiles) ** 2 * tiles != n
+
     def select(self, tokens: VisionTokens) -> Selection:
         """Ascending indices, (k,), and the means that stand there, (k, d)."""
         n = len(tokens)
         b = tokens.budget(self.keep)
         if b >= n:
             return Selection(torch.arange(n, device=tokens.features.device))
-        return Selection(*pool_grid(tokens.features, tokens.grid, b, "mean", tokens.crop))
+        grid = tokens.places(self.name, "averages tokens that lie beside each other")
+        return Selection(*pool_grid(tokens.features, grid, b, "mean", tokens.crop))

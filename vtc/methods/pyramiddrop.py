@@ -5,22 +5,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vtc.core import (
-    LayerState,
-    Method,
-    Positions,
-    Rows,
-    Selection,
-    check_choice,
-    check_keep,
-    check_layer,
-    scale_layers,
-)
-from vtc.ops import top_k
+from torch import Tensor
+
+from vtc.core import LayerState, Positions, Rows, ScorerMethod, check_layer, scale_layers
 
 
 @dataclass(frozen=True)
-class PyramidDrop(Method):
+class PyramidDrop(ScorerMethod):
     """Before three decoder layers, keep the tokens that the prompt's last token looks at most.
 
     The attention is that of the layer about to run (its norm, queries and keys on the hidden states
@@ -50,12 +41,11 @@ class PyramidDrop(Method):
     positions: Positions = "contiguous"
 
     def __post_init__(self) -> None:
-        check_keep(self.keep)
+        super().__post_init__()
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(self.layers))
             for layer in self.layers:
                 check_layer("layers", layer, lowest=1)
-        check_choice("positions", self.positions, ("original", "contiguous"))
 
     def prune_layers(self, num_layers: int) -> tuple[int, ...]:
         """The layers before which it cuts.
@@ -77,13 +67,12 @@ class PyramidDrop(Method):
             return max(1, round(n * share**stage))
         return max(1, int(n * share**stage))
 
-    def prune(self, state: LayerState) -> Selection | None:
-        """Ascending indices among the sample's vision tokens, or `None` if all fit the budget."""
-        layers = self.prune_layers(state.num_layers)
-        stage, vision = 1 + layers.index(state.layer), state.vision
-        k = sum(self.left(n, stage, len(layers)) for n in state.original)
-        if k >= vision.shape[0]:
-            return None
+    def leaves(self, sizes: tuple[int, ...], held: int, cut: int, cuts: int) -> int:
+        """What the stage leaves of each image."""
+        return sum(self.left(n, cut + 1, cuts) for n in sizes)
+
+    def score_layer(self, state: LayerState) -> Tensor:
+        """(n,) the attention that the prompt's last token is about to pay."""
         if state.ahead is None:
             raise ValueError("ahead: PyramidDrop needs it, got a state without")
-        return Selection(top_k(state.ahead[-1, vision], k).sort().values)
+        return state.ahead[-1, state.vision]

@@ -157,6 +157,18 @@ class SparseVLM(Method):
         most = held if isinstance(keep, float) and keep == 1.0 else max(1, held - 1)
         return min(most, sum(self.left(n, stage, stages) for n in original))
 
+    def leaves(self, sizes: tuple[int, ...], held: int, cut: int, cuts: int) -> int:
+        """What stays, and the means of what is recycled."""
+        kept = self.stays(held, sizes, cut, cuts)
+        if kept == held or not self.recycle:
+            return kept
+        return kept + _some(self.theta, _some(self.tau, held - kept))
+
+    @property
+    def counts_found(self) -> bool:
+        """As what it drops and recycles does."""
+        return True
+
     # ---- what it does -------------------------------------------------------------------------
     def prune(self, state: LayerState) -> Selection:
         """Ascending indices among the sample's vision tokens, and contents where it recycles."""
@@ -176,7 +188,7 @@ class SparseVLM(Method):
             return Selection(kept, memory=raters)
         hidden = state.of_vision(state.hidden)
         gone = ranked[k:]
-        recycled = gone[: min(int(self.tau * len(gone)) + 1, len(gone))].sort().values
+        recycled = gone[: _some(self.tau, len(gone))].sort().values
         centres, means = self._recycled(hidden[recycled])
         # With the positions of their own, means stand where their centres did; else all but order
         # is lost, and they take the last of the places that become free.
@@ -213,9 +225,13 @@ class SparseVLM(Method):
 
     def _recycled(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """(c,) centres among the (t, d) tokens to recycle, and (c, d) means of their clusters."""
-        t = hidden.shape[0]
-        clusters = min(int(self.theta * t) + 1, t)
+        clusters = _some(self.theta, hidden.shape[0])
         centres, joins = density_peaks(hidden, clusters, clusters)
         # A matrix product, not scattered additions, whose order is not fixed on a GPU.
         member = one_hot(joins, clusters).T.float()
         return centres, member @ hidden.float() / member.sum(1, keepdim=True)
+
+
+def _some(share: float, n: int) -> int:
+    """A share of n, and one more, but not more than there are."""
+    return min(int(share * n) + 1, n)

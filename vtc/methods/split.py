@@ -24,17 +24,15 @@ from vtc.core import (
     make,
 )
 from vtc.core.errors import within
+from vtc.core.signals import fields_of, read_at
 
-_OF_TOKENS = (
-    "features", "grid", "cls_attention", "keys", "low_attention", "encoder", "crop", "patches",
-)  # fmt: skip
+_OF_TOKENS = ("features", "grid", "crop", *fields_of("token"))
 """What `VisionTokens` holds one row of for each token."""
 
-_OF_TILES = {"encoder_cls": "crop_cls", "cls_query": "crop_query", "cls_key": "crop_key"}
+_OF_TILES = {name: field.of_tiles for name, field in fields_of("tile").items()}
 """What it holds of the image, and by which name of each of its tiles."""
 
-_AT_VISION_LAYER: frozenset[Signal] = frozenset({"cls_attention", "cls_query", "keys"})
-_AT_LOW_LAYER: frozenset[Signal] = frozenset({"low_attention"})
+_AT_VISION_LAYER, _AT_LOW_LAYER = read_at("vision_layer"), read_at("low_layer")
 
 
 class _Split(Method):
@@ -92,6 +90,29 @@ class _Split(Method):
     def prune_layers(self, num_layers: int) -> tuple[int, ...]:
         """Those of the inner method."""
         return self.inner.prune_layers(num_layers)
+
+    # ---- how many tokens it leaves: of an image, which is one frame ------------------------------
+    def entering(self, n: int, tiles: int = 1) -> int | None:
+        """As the inner method."""
+        return self.inner.entering(n, tiles)
+
+    def leaves(self, sizes: tuple[int, ...], held: int, cut: int, cuts: int) -> int | None:
+        """As the inner method."""
+        return self.inner.leaves(sizes, held, cut, cuts)
+
+    def is_bound(self, n: int, tiles: int = 1) -> bool:
+        """As for the inner method."""
+        return self.inner.is_bound(n, tiles)
+
+    @property
+    def by_tile(self) -> bool:  # type: ignore[override]
+        """As the inner method has it."""
+        return self.inner.by_tile
+
+    @property
+    def counts_found(self) -> bool:
+        """A part may have lost more than others."""
+        return True
 
     def taps(self, num_layers: int) -> dict[int, Rows]:
         """Those of the inner method."""
@@ -263,6 +284,19 @@ class PerTile(_Split):
     def _methods(self) -> tuple[Method, ...]:
         return (self.inner, self.of_thumbnail)
 
+    by_tile = True
+
+    def entering(self, n: int, tiles: int = 1) -> int | None:
+        """The sum over the tiles, the first of several a thumbnail."""
+        first = self.of_thumbnail if tiles > 1 else self.inner
+        own = [m.entering(n // tiles) for m in (first, *[self.inner] * (tiles - 1))]
+        known = [count for count in own if count is not None]
+        return sum(known) if len(known) == len(own) else None
+
+    def is_bound(self, n: int, tiles: int = 1) -> bool:
+        """Whether it is one of a tile."""
+        return any(method.is_bound(n // tiles) for method in self._methods)
+
     def select(self, tokens: VisionTokens) -> Selection:
         """(k,) ascending indices, and (k, d) contents where the method merges."""
         if tokens.crop is None:
@@ -310,7 +344,8 @@ class PerFrame(_Split):
 
     def select(self, tokens: VisionTokens) -> Selection:
         """(k,) ascending indices, and (k, d) contents where the method merges."""
-        frame, every = tokens.grid[:, 0], None
+        grid = tokens.places(self.name, "divides tokens by their frame")
+        frame, every = grid[:, 0], None
         if tokens.every_grid is not None:  # others may have left one frame of several
             every = tokens.every_grid[:, 0]
         whole = frame if every is None else every

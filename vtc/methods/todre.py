@@ -130,6 +130,10 @@ class ToDRE(Method):
             )
         return (self.layer,)
 
+    def is_bound(self, n: int, tiles: int = 1) -> bool:
+        """Stage 2 may drop all that are left."""
+        return self._drops
+
     def taps(self, num_layers: int) -> dict[int, Rows]:
         """The rows of text and vision, of the last layer that sees the vision tokens."""
         return {layer - 1: "vision_text" for layer in self.prune_layers(num_layers)}

@@ -37,6 +37,7 @@ class ToMe(Method):
     title = "ToMe: token merging in the vision tower"
     paper = "arXiv:2210.09461"
     year = 2023
+    by_tile = True
 
     keep: float | int = 0.25
     proportional_attention: bool = True

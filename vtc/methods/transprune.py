@@ -125,16 +125,24 @@ class TransPrune(Method):
         names = frozenset(name for part in _PARTS for name in part)
         return dict.fromkeys(self.watched(num_layers), names)
 
+    def leaves(self, sizes: tuple[int, ...], held: int, cut: int, cuts: int) -> int:
+        """What the schedule leaves of the images, or of what it finds."""
+        share = self.keep * self.shares[cut]
+        if self.counts_found:
+            # What entered the decoder is not known here; each cut takes its part of what it finds.
+            sizes = (held,)
+            share = share if cut == 0 else self.shares[cut] / self.shares[cut - 1]
+        return max(1, sum(int(n * share) for n in sizes))
+
+    @property
+    def counts_found(self) -> bool:
+        """As the schedule "after_selection" does."""
+        return self.schedule == "after_selection"
+
     def prune(self, state: LayerState) -> Selection:
         """Ascending indices among the sample's vision tokens."""
         cuts, vision = self.prune_layers(state.num_layers), state.vision
-        stage, shares = cuts.index(state.layer), self.shares
-        share, counted = self.keep * shares[stage], state.original
-        if self.schedule == "after_selection":
-            # What entered the decoder is not known here; each cut takes its part of what it finds.
-            counted = (len(vision),)
-            share = share if stage == 0 else shares[stage] / shares[stage - 1]
-        k = max(1, sum(int(n * share) for n in counted))
+        k = self.leaves(state.original, len(vision), cuts.index(state.layer), len(cuts))
         if state.ahead is None and k < len(vision):
             raise ValueError("ahead: TransPrune needs it, got a state without")
         variation, sums = self._measured(state)

@@ -6,25 +6,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from vtc.core import (
     LayerState,
-    Method,
     Positions,
     Record,
-    Selection,
+    ScorerMethod,
     check_choice,
     check_layer,
     scale_layers,
 )
-from vtc.ops import top_k
 
 _LAYERS = (0.09375, 0.53125, 0.6875)
 """Layers 3, 17 and 22 of 32, as shares of the depth."""
 
 
 @dataclass(frozen=True)
-class V2Drop(Method):
+class V2Drop(ScorerMethod):
     """Before three decoder layers, keep the tokens that the layer before changed most.
 
     The change is the L2 distance between the hidden states that enter layer l and layer l - 1,
@@ -90,18 +89,18 @@ class V2Drop(Method):
         """What enters the layers before its cuts."""
         return {layer - 1: frozenset({"input"}) for layer in self.prune_layers(num_layers)}
 
-    def prune(self, state: LayerState) -> Selection | None:
-        """Ascending indices among the sample's vision tokens, or `None` to keep all."""
-        if self.keep == 1.0:
-            return None
-        stage = self.prune_layers(state.num_layers).index(state.layer)
-        share, vision = (self.keep, *self.then)[stage], state.vision
+    def leaves(self, sizes: tuple[int, ...], held: int, cut: int, cuts: int) -> int:
+        """The first cut counts the images as they were, later ones what they find."""
+        share = (self.keep, *self.then)[cut]
         least = 0 if share == 0 and not self.one_stays else 1
-        # `keep` is a share of the image as it was, the shares of `then` are of what they find.
-        counted = sum(state.original) if stage == 0 else vision.shape[0]
-        k = max(least, int(counted * share))
-        if k >= vision.shape[0]:
-            return None
+        return max(least, int((held if cut else sum(sizes)) * share))
+
+    @property
+    def counts_found(self) -> bool:
+        """As its later cuts do."""
+        return True
+
+    def score_layer(self, state: LayerState) -> Tensor:
+        """(n,) how far the layer before moved each token."""
         before = state.of_vision(state.recorded[state.layer - 1, "input"]).float()
-        change = torch.linalg.vector_norm(state.of_vision(state.hidden).float() - before, dim=1)
-        return Selection(top_k(change, k).sort().values)
+        return torch.linalg.vector_norm(state.of_vision(state.hidden).float() - before, dim=1)

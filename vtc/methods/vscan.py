@@ -10,14 +10,12 @@ from torch import Tensor
 
 from vtc.core import (
     LayerState,
-    Method,
     Positions,
     Rows,
+    ScorerMethod,
     Selection,
     VisionTokens,
     budget,
-    check_choice,
-    check_keep,
     check_layer,
     scale_layers,
 )
@@ -25,7 +23,7 @@ from vtc.ops import merge_into_nearest, top_k
 
 
 @dataclass(frozen=True)
-class VScan(Method):
+class VScan(ScorerMethod):
     """Global and local scans before the language model, the prompt's attention inside it.
 
     Stage 1 keeps T tokens. Local: int(T / 2) by the attention of [CLS] in an early tower layer, an
@@ -64,7 +62,7 @@ class VScan(Method):
     positions: Positions = "contiguous"
 
     def __post_init__(self) -> None:
-        check_keep(self.keep)
+        super().__post_init__()
         if isinstance(self.then, bool) or not isinstance(self.then, (int, float)):
             raise TypeError(f"then: expected a share in (0, 1], got {self.then!r}")
         if not 0 < self.then <= 1:
@@ -74,7 +72,6 @@ class VScan(Method):
         if self.windows < 1:
             raise ValueError(f"windows: expected at least 1, got {self.windows}")
         check_layer("layer", self.layer, lowest=1)
-        check_choice("positions", self.positions, ("original", "contiguous"))
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -99,7 +96,8 @@ class VScan(Method):
             return Selection(torch.arange(n, device=tokens.features.device))
         if tokens.cls_attention is None or tokens.low_attention is None:
             raise ValueError("cls_attention, low_attention: needed, got tokens without")
-        stays = self._local(tokens.low_attention.float(), tokens.grid, k // 2)
+        grid = tokens.places(self.name, "divides the grid of tokens into windows")
+        stays = self._local(tokens.low_attention.float(), grid, k // 2)
         rest = tokens.cls_attention.float().masked_fill(stays, -torch.inf)
         stays[top_k(rest, k - int(stays.sum()))] = True
         kept = stays.nonzero().squeeze(1)
@@ -140,12 +138,12 @@ class VScan(Method):
         """The prompt's last row."""
         return dict.fromkeys(self.prune_layers(num_layers), "last")
 
-    def prune(self, state: LayerState) -> Selection | None:
-        """Ascending indices among the sample's vision tokens, or `None` if all fit the budget."""
-        vision = state.vision
-        k = sum(max(1, round(self.then * budget(self.keep, n))) for n in state.original)
-        if k >= vision.shape[0]:
-            return None
+    def leaves(self, sizes: tuple[int, ...], held: int, cut: int, cuts: int) -> int:
+        """`then` of what stage 1 left of each image."""
+        return sum(max(1, round(self.then * budget(self.keep, n))) for n in sizes)
+
+    def score_layer(self, state: LayerState) -> Tensor:
+        """(n,) the attention that the prompt's last token is about to pay."""
         if state.ahead is None:
             raise ValueError("ahead: VScan needs it, got a state without")
-        return Selection(top_k(state.ahead[-1, vision], k).sort().values)
+        return state.ahead[-1, state.vision]

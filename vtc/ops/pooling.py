@@ -12,7 +12,9 @@ not fixed on a GPU.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -58,6 +60,20 @@ def cell_grid(rows: int, cols: int, budget: int) -> tuple[int, int]:
         least = min(stretch(r, c) for r, c in sizes)
         fitting = [size for size in sizes if stretch(*size) == least]
     return min(fitting, key=lambda size: (-size[0] * size[1], stretch(*size), size[0]))
+
+
+def cells_of(n: int, tiles: int, budget: int) -> int:
+    """Cells that a budget of `budget` out of `n` tokens in `tiles` equal square tiles divides into;
+    the budget itself where the tiles are no squares.
+
+    As `pool_grid` shares it: a grid of cells is rarely met to the token, and a budget below one
+    token a tile pools neighbouring tiles together, a token each.
+    """
+    side = math.isqrt(n // tiles)
+    if budget >= n or side * side * tiles != n or budget < tiles:
+        return budget
+    ends = [i * budget // tiles for i in range(tiles + 1)]
+    return sum(math.prod(cell_grid(side, side, after - before)) for before, after in pairwise(ends))
 
 
 def pool_grid(

@@ -43,9 +43,9 @@ from typing import Any, Literal, get_args
 
 from vtc.core.errors import ArgumentError, ArgumentTypeError
 from vtc.core.names import meant
-from vtc.cost import equivalent_tokens
+from vtc.cost import equivalent_tokens, token_schedule
 from vtc.methods import Method, PerTile, make, methods
-from vtc.presets.schedule import Schedule, describe, scope_of, tokens_per_layer
+from vtc.presets.cost import Schedule, describe, scope_of
 from vtc.presets.table import (
     NEVER,
     SHARE,
@@ -296,7 +296,7 @@ def _solved(row: Row, tokens: int | float, settings: Mapping[str, Any]) -> int |
 
     def average(keep: Any, n: int, tiles: int = 1) -> float:
         method = _made(row.method, {**settings, "keep": keep}, row.each)
-        return equivalent_tokens(tokens_per_layer(method, n, model.layers, tiles)) / n
+        return equivalent_tokens(token_schedule(method, n, model.layers, tiles)) / n
 
     least = average((1, 1, 1) if row.method == "sparsevlm" else _LITTLE, model.tokens, model.tiles)
     if settings["keep"] is NEVER or wanted < least:

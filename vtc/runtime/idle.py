@@ -6,9 +6,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Sequence
 
-from vtc.core import Method
-
-_STAGES = ("pixels", "encoder", "sequence", "layers")
+from vtc.core import Method, stage_of
 
 
 def dropped_in_sequence(chains: Sequence[tuple[int, Sequence[int]]], parts: list[int]) -> set[int]:
@@ -57,6 +55,6 @@ def warn_of_idle(
 
 def _acts(part: Method, num_layers: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """The first and the last (stage, layer) at which `part` acts."""
-    places = [(_STAGES.index(stage), 0) for stage in part.stages if stage != "layers"]
-    places += [(_STAGES.index("layers"), layer) for layer in part.prune_layers(num_layers)]
+    places = [(stage_of(stage).order, 0) for stage in part.stages if stage != "layers"]
+    places += [(stage_of("layers").order, layer) for layer in part.prune_layers(num_layers)]
     return min(places), max(places)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.core import LayerState, Method, Rows, Selection, VisionTokens
+from vtc.core import SIGNALS, LayerState, Method, Rows, Selection, VisionTokens
 from vtc.core.events import Selected, Shown
 from vtc.runtime.forward import Forward
 from vtc.runtime.signals import Heard, ImageSpan, still_held
@@ -142,40 +142,38 @@ def _signals(
     project: Callable[[Tensor], Tensor],
 ) -> dict[str, Any]:
     """The signals of `VisionTokens` that `method` needs, for the tokens `alive` of an image."""
-    needs, signals, device, b = method.needs, span.signals, embeds.device, span.sample
+    signals, device, b = span.signals, embeds.device, span.sample
     found: dict[str, Any] = {}
-    if needs & {"cls_attention", "cls_query", "keys"}:
-        heard = signals.tower[tower_layer(method, method.vision_layer)]
-        found["heads"] = heard.heads
-        if "cls_attention" in needs:
-            found["cls_attention"] = heard.attention.to(device)[alive]
-        if "keys" in needs:
-            found["keys"] = heard.keys.to(device)[alive]
-        if "cls_query" in needs and heard.cls_query is not None and heard.cls_key is not None:
-            found["cls_query"] = heard.cls_query.to(device)
-            found["cls_key"] = heard.cls_key.to(device)
-            if heard.crop_query is not None and heard.crop_key is not None:
-                found["crop_query"] = heard.crop_query.to(device)
-                found["crop_key"] = heard.crop_key.to(device)
-    if "low_attention" in needs:
-        heard = signals.tower[tower_layer(method, method.low_layer)]
-        found["low_attention"] = heard.attention.to(device)[alive]
-    if "encoder" in needs:
-        assert signals.encoder is not None
-        found["encoder"] = signals.encoder.to(device)[alive]
-        found["encoder_cls"] = None if signals.cls is None else signals.cls.to(device)
-        found["crop_cls"] = None if signals.crop_cls is None else signals.crop_cls.to(device)
-        found["project"] = project
-    if "patches" in needs and (filled := signals.filled_patches) is not None:
-        found["patches"] = filled.to(device)[alive]
-    if "text" in needs:
-        found["text"] = embeds[b, forward.text[b]]
-    if "segment" in needs:
-        place = torch.arange(embeds.shape[1], device=device)
-        later = (forward.image[b] > span.ordinal) & (forward.image[b] >= 0)
-        end = int(later.nonzero()[0]) if bool(later.any()) else embeds.shape[1]
-        found["segment"] = embeds[b, forward.text[b] & (place > span.index[-1]) & (place < end)]
+    for need in method.needs:
+        spec = SIGNALS[need]
+        source: dict[str, Any] = {"project": project, "encoder_cls": signals.cls, **vars(signals)}
+        if spec.layer is not None:
+            heard = signals.tower[tower_layer(method, getattr(method, spec.layer))]
+            received = dict.fromkeys(("cls_attention", "low_attention"), heard.attention)
+            source = {**vars(heard), **received}
+        elif spec.source == "text":
+            source = {need: embeds[b, _text_of(forward, span, need == "segment")]}
+        elif spec.source == "grid":
+            source = {need: signals.filled_patches}
+        for part in spec.fields:
+            for name in filter(None, (part.name, part.of_tiles)):
+                value = source.get(name)
+                if isinstance(value, Tensor):
+                    value = value.to(device)
+                    value = value[alive] if part.scope == "token" else value
+                found[name] = value
     return found
+
+
+def _text_of(forward: Forward, span: ImageSpan, segment: bool) -> Tensor:
+    """(s,) bool, the prompt's text; of its `segment` alone up to the next image."""
+    text = forward.text[span.sample]
+    if not segment:
+        return text
+    place = torch.arange(len(text), device=text.device)
+    later = forward.image[span.sample] > span.ordinal
+    end = int(later.nonzero()[0]) if bool(later.any()) else len(text)
+    return text & (place > span.index[-1]) & (place < end)
 
 
 def prune_between_layers(

@@ -1,35 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which vision tokens of a prompt are left, stage by stage: a record, and the methods that fill it.
-
-A record is filled by a run of a patched model: `Watch` stands before the method and sees all
-tokens, and `recording` makes of the method one that tells what it chooses.
-"""
+"""Which vision tokens of a prompt are left, stage by stage, as a listener to a patch records it."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from vtc.core import LayerState, Method, Selection, VisionTokens
+from vtc.core import VisionTokens
+from vtc.core.events import Event, Shown
 from vtc.viz.views import Places, places_of
 
-__all__ = ["TokenRecord", "Watch", "recording"]
+__all__ = ["TokenRecord"]
 
 
 @dataclass
 class TokenRecord:
-    """The vision tokens of one prompt, numbered as they stand, and the survivors by stage."""
+    """The vision tokens of one prompt, numbered as they stand, and the survivors by stage.
+
+    Give `record.hear` to `Patch.listen`. The last prompt is kept, of a batch its first row.
+    """
 
     shown: list[VisionTokens] = field(default_factory=list)
     first: list[int] = field(default_factory=list)
     entered: list[list[int]] = field(default_factory=list)
     later: dict[str, list[int]] = field(default_factory=dict)
 
-    def saw(self, tokens: VisionTokens) -> None:
+    def hear(self, event: Event) -> None:
+        """Note what a patch tells."""
+        if event.sample != 0:
+            return
+        if isinstance(event, Shown):
+            self._saw(event.tokens)
+        elif event.layer is None:
+            self._selected(event.image or 0, event.selection.indices)
+        else:
+            self._pruned(event.layer, event.selection.indices)
+
+    def _saw(self, tokens: VisionTokens) -> None:
         """All tokens of an image, or of a tile that is one, before any method acts."""
         if tokens.image == 0:
             self.shown, self.first, self.entered, self.later = [], [], [], {}
@@ -37,11 +46,11 @@ class TokenRecord:
         self.shown.append(tokens)
         self.entered.append(list(range(self.first[-1], self.first[-1] + len(tokens))))
 
-    def selected(self, image: int, indices: Tensor) -> None:
+    def _selected(self, image: int, indices: Tensor) -> None:
         """Which of its tokens are left of an image before the language model."""
         self.entered[image] = [self.entered[image][i] for i in indices.tolist()]
 
-    def pruned(self, layer: int, indices: Tensor) -> None:
+    def _pruned(self, layer: int, indices: Tensor) -> None:
         """Which of the prompt's tokens are left before a decoder layer."""
         before = list(self.stages.values())[-1]
         self.later[f"before layer {layer}"] = [before[i] for i in indices.tolist()]
@@ -58,8 +67,8 @@ class TokenRecord:
             return self.stages
         number: dict[int, int] = {}
         for first, own, whole in zip(every.first, self.shown, every.shown, strict=True):
-            at = {tuple(place): first + i for i, place in enumerate(whole.grid.tolist())}
-            for place in own.grid.tolist():
+            at = {tuple(place): first + i for i, place in enumerate(_grid(whole).tolist())}
+            for place in _grid(own).tolist():
                 number[len(number)] = at[tuple(place)]
         return {stage: [number[n] for n in left] for stage, left in self.stages.items()}
 
@@ -71,58 +80,12 @@ class TokenRecord:
         return places_of(
             torch.cat([torch.full((len(t),), t.image) for t in self.shown]),
             torch.cat(crops).cpu() if len(crops) == every else None,
-            torch.cat([tokens.grid for tokens in self.shown]).cpu(),
+            torch.cat([_grid(tokens) for tokens in self.shown]).cpu(),
             torch.cat(patches).cpu() if len(patches) == every else None,
             pixels,
             patch_size,
         )
 
 
-def recording(method: Method, record: TokenRecord) -> Method:
-    """`method`, telling `record` what it chooses."""
-    kind = type(method)
-
-    def select(self: Method, tokens: VisionTokens) -> Selection:
-        chosen = kind.select(self, tokens)
-        record.selected(tokens.image, chosen.indices)
-        return chosen
-
-    def prune(self: Method, state: LayerState) -> Selection | None:
-        chosen = kind.prune(self, state)
-        if chosen is not None:
-            record.pruned(state.layer, chosen.indices)
-        return chosen
-
-    methods: dict[str, Any] = {}
-    if kind.select is not Method.select:
-        methods["select"] = select
-    if kind.prune is not Method.prune:
-        methods["prune"] = prune
-    # A subclass and not a wrapper, so that it acts where the method acts.
-    recorder = type(kind.__name__, (kind,), methods)
-    fields = dataclasses.fields(method)  # type: ignore[arg-type]
-    made: Method = recorder(**{f.name: getattr(method, f.name) for f in fields if f.init})
-    return made
-
-
-@dataclass(frozen=True)
-class Watch(Method):
-    """Keeps all and tells `record` what there is; only merging in the tower stands before it."""
-
-    needs = frozenset({"patches"})
-
-    record: TokenRecord
-
-    def select(self, tokens: VisionTokens) -> Selection:
-        self.record.saw(tokens)
-        return Selection(torch.arange(len(tokens), device=tokens.features.device))
-
-    def __str__(self) -> str:
-        """Nothing: it is no part of what the user composed."""
-        return ""
-
-    __repr__ = __str__
-
-
-# Named here and not in the class, where it would register.
-Watch.name = "watch"
+def _grid(tokens: VisionTokens) -> Tensor:
+    return tokens.places("trace", "draws tokens where they lie")

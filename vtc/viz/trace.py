@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from vtc.core import Compose, Method
+from vtc.core import Method
 from vtc.patching import patch
 from vtc.viz.pictures import as_rgb
-from vtc.viz.record import TokenRecord, Watch, recording
+from vtc.viz.record import TokenRecord
 from vtc.viz.views import View, as_pictures, cropped, pixels_of, views_of
 
 __all__ = ["Trace", "trace", "traced", "views"]
@@ -145,11 +145,9 @@ def traced(
     with torch.inference_mode():
         every, record = TokenRecord(), TokenRecord()
         # Nothing is dropped, which leaves the model as it is bit for bit.
-        with patch(network, Compose((Watch(every),))):
+        with patch(network, "full") as patched, patched.listen(every.hear):
             full = answer()
-        merging = [m for m in method.parts if "encoder" in m.stages]
-        rest = [recording(m, record) for m in method.parts if m not in merging]
-        with patch(network, Compose((*merging, Watch(record), *rest))):
+        with patch(network, method) as patched, patched.listen(record.hear):
             compressed = answer()
         shown = views(record, every, inputs, network, processor, picture)
     note = cropped(picture, processor.image_processor) if len(shown) == 1 else None

@@ -180,7 +180,7 @@ def vscan(tokens: VisionTokens, k: int) -> Tensor:
     goes is added to the kept token that is most like it, and divided by how many there are."""
     assert tokens.cls_attention is not None
     assert tokens.low_attention is not None
-    rows, columns = (int(x) + 1 for x in tokens.grid[-1, 1:])
+    rows, columns = (int(x) + 1 for x in tokens.places("vscan", "has windows")[-1, 1:])
     parts = rows // 4, columns // 4
     place = torch.arange(rows * columns).view(4, parts[0], 4, parts[1]).transpose(1, 2).flatten(2)
     place = place.reshape(16, -1)

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Methods that score tokens and keep the best: only the score is theirs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .method import Method
+from .settings import check_choice, check_keep
+from .states import LayerState, Selection, VisionTokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class ScorerMethod(Method):
+    """Base of methods that keep the tokens with the highest scores.
+
+    A subclass has a setting `keep` and implements `score`, for the sequence stage, or `score_layer`
+    with `prune_layers`, for the layers stage, or both. Budgets are those of `VisionTokens.budget`
+    and of `leaves`; between layers all vision tokens of a sample compete for the sum of the budgets
+    of its images. Ties go to the earlier token, and what stays is in ascending order. Where all fit
+    the budget nothing is scored.
+
+    Both settings are checked in `__post_init__`; a subclass with further ones calls it.
+    """
+
+    keep: float | int
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        check_choice("positions", self.positions, ("original", "contiguous"))
+
+    # ---- what a subclass implements -----------------------------------------------------------
+    def score(self, tokens: VisionTokens) -> Tensor:
+        """(n,) of the tokens of one image, higher for those that should stay."""
+        raise NotImplementedError
+
+    def score_layer(self, state: LayerState) -> Tensor:
+        """(n,) of the vision tokens `state.vision` of one sample, likewise."""
+        raise NotImplementedError
+
+    # ---- what it has --------------------------------------------------------------------------
+    @classmethod
+    def implements(cls, hook: str) -> bool:
+        """The hooks of its two stages are there if what they call is."""
+        scores = {"select": "score", "prune": "score_layer"}.get(hook)
+        if scores is None or getattr(cls, hook) is not getattr(ScorerMethod, hook):
+            return super().implements(hook)
+        return getattr(cls, scores) is not getattr(ScorerMethod, scores)
+
+    def select(self, tokens: VisionTokens) -> Selection:
+        """(k,) ascending indices of the best scores."""
+        if not self.implements("select"):
+            return super().select(tokens)
+        n, k = len(tokens), tokens.budget(self.keep)
+        if k >= n:
+            return _all(tokens.features)
+        return _best(self.score(tokens), k)
+
+    def prune(self, state: LayerState) -> Selection | None:
+        """(k,) ascending indices of the best scores, or `None` if all fit the budget."""
+        if not self.implements("prune"):
+            return super().prune(state)
+        cuts, held = self.prune_layers(state.num_layers), len(state.vision)
+        k = self.leaves(state.original, held, cuts.index(state.layer), len(cuts))
+        if k is None or k >= held or self.keeps_all:
+            return None
+        return _best(self.score_layer(state), k)
+
+
+# Imported in functions, as commands that need no PyTorch import `vtc.core`.
+def _all(features: Tensor) -> Selection:
+    """Every one of the (n, d) `features`."""
+    import torch
+
+    return Selection(torch.arange(len(features), device=features.device))
+
+
+def _best(scores: Tensor, k: int) -> Selection:
+    """The k highest of the (n,) `scores`."""
+    from vtc.ops import top_k
+
+    return Selection(top_k(scores, k).sort().values)

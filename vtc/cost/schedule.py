@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Vision tokens that a method leaves to every decoder layer, by arithmetic; nothing is run."""
+
+from __future__ import annotations
+
+from vtc.core import Compose, Method
+
+
+def token_schedule(method: Method, n: int, layers: int, tiles: int = 1) -> tuple[int, ...]:
+    """`method.token_schedule`, or an error that names what is not known in advance.
+
+    Args:
+        method: a finished method, of vtc or of one's own.
+        n: vision tokens of the image before compression.
+        layers: decoder layers.
+        tiles: tiles of equal size that the image is divided into.
+
+    Returns:
+        Vision tokens that each layer processes, for `prefill_flops` and the like once those of the
+        text are added.
+
+    Raises:
+        ValueError: the method's settings promise no numbers, as the image decides.
+    """
+    found = method.token_schedule(n, layers, tiles)
+    if found is not None:
+        return found
+    for part in _simple(method):
+        if part.token_schedule(n, layers, tiles) is not None:
+            continue
+        hint = "follow the image; give it a keep" if _lacks_keep(part) else "follow the image"
+        raise ValueError(
+            f"method: the tokens of {part} cannot be told by arithmetic, as they {hint}"
+        )
+    relative = next(part for part in method.parts if part.counts_found)
+    raise ValueError(
+        f"method: the tokens of {method} cannot be told by arithmetic, as what {relative.name} "
+        "leaves follows what it finds"
+    )
+
+
+def _lacks_keep(method: Method) -> bool:
+    return getattr(method, "keep", 0) is None
+
+
+def _simple(method: Method) -> list[Method]:
+    """What `method` is made of, down to those that hold no other."""
+    if isinstance(method, Compose):
+        return [simple for part in method.parts for simple in _simple(part)]
+    inner = [getattr(method, name, None) for name in ("inner", "of_thumbnail")]
+    held = [part for part in inner if isinstance(part, Method)]
+    return [simple for part in held for simple in _simple(part)] or [method]
