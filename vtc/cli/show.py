@@ -66,7 +66,7 @@ def show(
         picture = open_picture(image)
     except PictureError as error:
         raise fail("IMAGE", str(error)) from None
-    from vtc.eval.harness.quiet import hub_answers, offline
+    from vtc.eval.harness.quiet import hub_answers, offline, without_bars
     from vtc.viz.trace import trace
 
     if device is not None:
@@ -76,7 +76,7 @@ def show(
             raise fail("--device", f"{device}: {str(error).splitlines()[0]}") from None
     local = model is None or Path(model).is_dir()
     try:
-        with offline(local or not hub_answers()):
+        with offline(local or not hub_answers()), without_bars():
             found = trace(model, picture, question, chosen, device, max_new_tokens)
     except OSError as error:
         raise fail("--model", f"{model}: {str(error).splitlines()[0]}") from None
