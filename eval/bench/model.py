@@ -65,17 +65,18 @@ def config_of(settings: Settings) -> tuple[Any, tuple[int, int]]:
 
 def _look_up(auto: Any, name: str, **options: Any) -> Any:
     """`from_pretrained` of a folder or of an id from the hub or its cache."""
-    from ..harness.quiet import hub_answers, offline
+    from ..harness.quiet import hub_answers, offline, without_bars
 
     folder = Path(name).expanduser()
     try:
         if folder.is_dir():
-            return auto.from_pretrained(folder, **options)
+            with without_bars():
+                return auto.from_pretrained(folder, **options)
         if name.startswith((".", "/", "~")) or "/" not in name:
             raise BadInput(
                 "--config", f"no folder {name}, and no preset: those are {', '.join(PRESETS)}"
             )
-        with offline(not hub_answers()):
+        with offline(not hub_answers()), without_bars():
             return auto.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         if isinstance(error, BadInput):

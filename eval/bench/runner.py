@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import vtc
 
+from ..harness.folder import check_out
 from ..harness.machine import load_average, machine
 from ..harness.plan import BadInput, Observer
 from ..harness.results import write
@@ -46,10 +47,7 @@ def run(settings: Settings, observer: Observer | None = None) -> dict[str, Any]:
     wanted = plan(settings)
     device = device_of(settings.device)
     if settings.out is not None:
-        try:
-            settings.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BadInput("--out", f"{settings.out}: {error.strerror}") from error
+        check_out(settings.out)
     config, image = config_of(settings)
     before, threads = load_average(), torch.get_num_threads()
     rows: list[dict[str, Any]] = []
@@ -100,6 +98,7 @@ def run(settings: Settings, observer: Observer | None = None) -> dict[str, Any]:
 
 def _save(settings: Settings, found: Mapping[str, Any]) -> None:
     if settings.out is not None:
+        settings.out.mkdir(parents=True, exist_ok=True)
         write(settings.out / "bench.json", json.dumps(found, indent=1, ensure_ascii=False))
         write(settings.out / "bench.csv", csv_of(found["rows"]))
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
@@ -16,16 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from vtc.core.errors import ArgumentError
+from vtc.core.names import meant, unknown
 
 from ..tasks import OWN_TASKS
 from . import parallel
 from .identity import FileHashes, code_of_functions, digest, fingerprint, named_files
 from .plan import BadInput, Settings
 
-__all__ = ["Source", "Tasks", "find_source", "leaves", "load", "write_task"]
-
-REMEMBERED = "fingerprints.json"
-"""In a run's folder: hashes of large files, so that a checkpoint is not read for each run."""
+__all__ = ["Source", "Tasks", "check_source", "find_source", "leaves", "load", "write_task"]
 
 _LMMS_CLASS = {
     "llava": "llava_hf",
@@ -118,6 +115,53 @@ class Source:
         return {"id": self.id, "fingerprint": self.fingerprint, "lmms_eval": self.builtin}
 
 
+def _device(given: str | None) -> str:
+    """The device to run on; refuses one that is not here."""
+    import torch
+
+    device = given or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise BadInput("--device", f"expected cpu, cuda or cuda:0, got {device!r}") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--device", f"got {device!r}, but PyTorch sees no GPU here")
+    return device
+
+
+def _check_folder(model: str) -> None:
+    """Refuse what is meant as a folder and holds no model; ids of the hub pass."""
+    folder = Path(model).expanduser()
+    local = folder.is_dir()
+    if not local and (model.startswith((".", "/", "~")) or model.count("/") > 1):
+        raise BadInput("--model", f"no folder {model}")
+    if local and not (folder / "config.json").is_file():
+        raise BadInput("--model", f"the folder {model} has no config.json: not a saved model")
+
+
+def check_source(settings: Settings) -> None:
+    """What can be told of the device, the model and the tasks without lmms-eval, whose import takes
+    ten seconds and more.
+
+    Raises:
+        BadInput: no such device or folder, a task that can only be one of the suite here and is
+            none, or one whose photos are not here.
+    """
+    from ..tasks import photos
+
+    _device(settings.device)
+    if settings.model is not None:
+        _check_folder(settings.model)
+    for name in settings.tasks:
+        if name in SUITE and name != "vtc_scenes":
+            try:
+                photos.require_data_folder()
+            except FileNotFoundError as error:
+                raise BadInput("--tasks", f"{name}: {error}") from error
+        elif name.startswith("vtc_") and name not in SUITE and not settings.include_paths:
+            raise BadInput("--tasks", unknown(name, SUITE, "task"))
+
+
 def find_source(settings: Settings, hashes: FileHashes | None = None) -> Source:
     """Find the model's configuration, and with it lmms-eval's class.
 
@@ -128,28 +172,18 @@ def find_source(settings: Settings, hashes: FileHashes | None = None) -> Source:
     Raises:
         BadInput: no such folder, or not in the hub or its cache; no class of lmms-eval known.
     """
-    import torch
     from transformers import AutoConfig
 
     from ..embedded.vlm import embedded_path
 
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise BadInput("--device", f"expected cpu, cuda or cuda:0, got {device!r}") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device", f"got {device!r}, but PyTorch sees no GPU here")
+    device = _device(settings.device)
+    kind = device.partition(":")[0]
     if device == "cuda" and parallel.world() > 1:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    embedded = settings.model is None
     model = str(embedded_path()) if settings.model is None else settings.model
+    _check_folder(model)
     folder = Path(model).expanduser()
     local = folder.is_dir()
-    if not local and (embedded or model.startswith((".", "/", "~")) or model.count("/") > 1):
-        raise BadInput("--model", f"no folder {model}")
-    if local and not (folder / "config.json").is_file():
-        raise BadInput("--model", f"the folder {model} has no config.json: not a saved model")
     arguments = dict(settings.model_args)
     names = ("revision", "trust_remote_code")
     options = {name: arguments[name] for name in names if name in arguments}
@@ -287,8 +321,11 @@ class Tasks:
         for name in names:
             if name not in self.manager.all_tasks:
                 known = [*OWN_TASKS, *self.manager.all_tasks]
-                close = difflib.get_close_matches(name, known, 3) or OWN_TASKS
-                raise BadInput("--tasks", f"no task {name!r}; did you mean {', '.join(close)}?")
+                raise BadInput(
+                    "--tasks",
+                    f"no task {name!r}{meant(name, known)}; known are {', '.join(OWN_TASKS)} and those "
+                    "of lmms-eval, which `python -m lmms_eval --tasks list` lists",
+                )
             try:
                 loaded = get_task_dict([name], self.manager)
             except Exception as error:

@@ -63,6 +63,26 @@ def hub_answers(timeout: float = 3.0) -> bool:
 
 
 @contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Keep transformers from drawing bars, as of the weights that it loads, while it lasts.
+
+    Those of downloads, which may take minutes, are drawn.
+    """
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # the hub's as well
+    if shown:
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
 def offline(wanted: bool) -> Iterator[None]:
     """Keep transformers, datasets and the hub's client from the network while it lasts.
 

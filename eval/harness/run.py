@@ -27,6 +27,8 @@ results.json:
 
     {"format": 1, "vtc": version,
      "settings": {...}, "model": {"id", "fingerprint", "lmms_eval"},     of the latest run
+     "ran": {"device", "dtype", "processes"},     where the settings leave it open as well; "dtype"
+                                     is null where nothing was left to run on the checkpoint's own
      "run": [...],                   keys of the cells that it asked for
      "superseded": number,           older cells of the same names, by other code or versions, that
                                      are still in cells/ and not in this list:
@@ -77,8 +79,9 @@ import vtc
 from ..tasks import OWN_TASKS
 from . import parallel
 from .cell import run_cell
+from .folder import REMEMBERED, check_out, prepared
 from .identity import FileHashes, code_of_method, installed_versions, named_files, shared_code
-from .loading import REMEMBERED, Source, Tasks, find_source, load, write_task
+from .loading import Source, Tasks, check_source, find_source, load, write_task
 from .plan import (
     BASELINES,
     DTYPES,
@@ -102,10 +105,24 @@ __all__ = [
     "Cell",
     "Observer",
     "Settings",
+    "check",
     "plan",
     "run",
     "write_task",
 ]
+
+
+def check(settings: Settings) -> list[Cell]:
+    """The cells of a run, if all that can be told of it without lmms-eval is well.
+
+    Raises:
+        BadInput: something given does not work; nothing was written.
+    """
+    settings = with_task_files(settings)
+    cells = plan(settings)
+    check_out(settings.out)
+    check_source(settings)
+    return cells
 
 
 def run(settings: Settings, observer: Observer | None = None) -> dict[str, Any]:
@@ -121,68 +138,67 @@ def run(settings: Settings, observer: Observer | None = None) -> dict[str, Any]:
 
     observer = observer or Observer()
     settings = with_task_files(settings)
-    cells = plan(settings)
-    try:
-        settings.out.mkdir(parents=True, exist_ok=True)
-        (settings.out / "cells").mkdir(exist_ok=True)
-    except OSError as error:
-        raise BadInput("--out", f"{settings.out}: {error.strerror}") from error
+    cells = check(settings)
     local = settings.model is None or Path(settings.model).expanduser().is_dir()
     all_local = local and all(task in OWN_TASKS for task in settings.tasks)
     number = parallel.rank()
     log = settings.out / ("log.txt" if number == 0 else f"log.{number}.txt")
-    with quiet(log):
-        if "lmms_eval.evaluator" not in sys.modules:
-            observer.stage("importing lmms-eval")
-        import_lmms_eval()
-    with quiet(log), offline(all_local or not hub_answers()):
-        parallel.start(settings.device)
-        observer.stage("looking at the model")
-        hashes = FileHashes(settings.out / REMEMBERED)
-        source = find_source(settings, hashes)
-        observer.stage("preparing the data")
-        tasks = Tasks(settings, source, hashes)
-        versions = installed_versions(source.arguments)
-        setups = {task: setup_of(task, settings, source, tasks) for task in tasks.data}
-        context = {
-            "versions": {k: v for k, v in versions.items() if k != "vtc"},  # its code is hashed
-            "code": shared_code(),
-        }
-        keys = parallel.from_first(
-            lambda: [_key(cell, {**setups[cell.task], **context}, hashes) for cell in cells]
-        )
-        # Asked of one process, as they must agree on what is to be done.
-        rows: list[dict[str, Any] | None] = parallel.from_first(
-            lambda: [
-                _finished(settings.out, cell, key) for cell, key in zip(cells, keys, strict=True)
-            ]
-        )
-        todo = [i for i, row in enumerate(rows) if row is None]
-        # `advanced` hears of this process's share only.
-        shares = [math.ceil(n / parallel.world()) for n in tasks.samples.values()]
-        share = dict(zip(tasks.samples, shares, strict=True))
-        total = sum(share[cells[i].task] for i in todo)
-        observer.planned(total, len(cells), len(cells) - len(todo))
-        model = None
-        if todo:
-            observer.stage("loading the model")
-            model = load(source, settings, simple=not tasks.generation_only)
-            model.vtc_progress = observer.advanced
-        head = {
-            "format": 1,
-            "vtc": vtc.__version__,
-            "settings": as_json({**vars(settings), "model": source.id}),
-            "model": source.summary,
-            "machine": machine(source.device),
-        }
-        for i in todo:
-            cell = cells[i]
-            observer.stage(_title(cell))
-            setup = setups[cell.task]
-            rows[i] = run_cell(cell, keys[i], model, tasks, settings, versions, setup)
-            observer.finished(rows[i] or {})
-            with contextlib.suppress(OSError):  # a full disk; the last time it counts
-                write_results(settings.out, {**head, "cells": [r for r in rows if r is not None]})
+    with prepared(settings.out, log):
+        with quiet(log):
+            if "lmms_eval.evaluator" not in sys.modules:
+                observer.stage("importing lmms-eval")
+            import_lmms_eval()
+        with quiet(log), offline(all_local or not hub_answers()):
+            parallel.start(settings.device)
+            observer.stage("looking at the model")
+            hashes = FileHashes(settings.out / REMEMBERED)
+            source = find_source(settings, hashes)
+            observer.stage("preparing the data")
+            tasks = Tasks(settings, source, hashes)
+            versions = installed_versions(source.arguments)
+            setups = {task: setup_of(task, settings, source, tasks) for task in tasks.data}
+            context = {
+                "versions": {k: v for k, v in versions.items() if k != "vtc"},  # its code is hashed
+                "code": shared_code(),
+            }
+            keys = parallel.from_first(
+                lambda: [_key(cell, {**setups[cell.task], **context}, hashes) for cell in cells]
+            )
+            # Asked of one process, as they must agree on what is to be done.
+            rows: list[dict[str, Any] | None] = parallel.from_first(
+                lambda: [
+                    _finished(settings.out, cell, key)
+                    for cell, key in zip(cells, keys, strict=True)
+                ]
+            )
+            todo = [i for i, row in enumerate(rows) if row is None]
+            # `advanced` hears of this process's share only.
+            shares = [math.ceil(n / parallel.world()) for n in tasks.samples.values()]
+            share = dict(zip(tasks.samples, shares, strict=True))
+            total = sum(share[cells[i].task] for i in todo)
+            observer.planned(total, len(cells), len(cells) - len(todo))
+            model = None
+            if todo:
+                observer.stage("loading the model")
+                model = load(source, settings, simple=not tasks.generation_only)
+                model.vtc_progress = observer.advanced
+            head = {
+                "format": 1,
+                "vtc": vtc.__version__,
+                "settings": as_json({**vars(settings), "model": source.id}),
+                "model": source.summary,
+                "ran": _ran(source, model),
+                "machine": machine(source.device),
+            }
+            for i in todo:
+                cell = cells[i]
+                observer.stage(_title(cell))
+                setup = setups[cell.task]
+                rows[i] = run_cell(cell, keys[i], model, tasks, settings, versions, setup)
+                observer.finished(rows[i] or {})
+                with contextlib.suppress(OSError):  # a full disk; the last time it counts
+                    so_far = [row for row in rows if row is not None]
+                    write_results(settings.out, {**head, "cells": so_far})
     results = {**head, "cells": [r for r in rows if r is not None]}
     try:
         results = write_results(settings.out, results)
@@ -198,6 +214,14 @@ def run(settings: Settings, observer: Observer | None = None) -> dict[str, Any]:
         ) from error
     parallel.everyone(None)  # who leaves while the first still writes is missed by the launcher
     return results
+
+
+def _ran(source: Source, model: Any) -> dict[str, Any]:
+    """What the settings leave open: where the model was, and in which precision."""
+    dtype = source.dtype
+    if dtype is None and model is not None:  # the checkpoint's own
+        dtype = str(getattr(model.model, "dtype", None) or "").removeprefix("torch.") or None
+    return {"device": source.device, "dtype": dtype, "processes": parallel.world()}
 
 
 def _title(cell: Cell) -> str:

@@ -306,7 +306,17 @@ def _sample(
 
 def _facts(results: Mapping[str, Any], model: str) -> list[tuple[str, list[tuple[str, str]]]]:
     settings = results["settings"]
-    keys = ("methods", "keeps", "tasks", "limit", "batch_size", "device", "dtype", "seed")
+    keys = (
+        "methods",
+        "keeps",
+        "tasks",
+        "limit",
+        "batch_size",
+        "device",
+        "dtype",
+        "processes",
+        "seed",
+    )
     versions: dict[str, str] = {}
     for cell in results["cells"]:
         for name, version in (cell.get("versions") or {}).items():
@@ -315,9 +325,10 @@ def _facts(results: Mapping[str, Any], model: str) -> list[tuple[str, list[tuple
                 versions[name] = f"{seen}, {version}"
     run = [("model", model), ("fingerprint", results["model"]["fingerprint"])]
     run += [("lmms-eval's class", results["model"]["lmms_eval"])]
-    run += [(key.replace("_", " "), _plain(settings[key])) for key in keys if key in settings]
+    given = {**settings, **_where(results)}
+    run += [(key.replace("_", " "), _plain(given[key])) for key in keys if key in given]
     seconds = sum(c.get("seconds") or 0 for c in results["cells"])
-    run.append(("time of all cells", f"{seconds:.0f} s"))
+    run.append(("time of all cells", f"{seconds:.0f} s, without start, imports and this page"))
     where = results.get("machine")
     name = "Machine"
     if where is None:
@@ -330,6 +341,17 @@ def _facts(results: Mapping[str, Any], model: str) -> list[tuple[str, list[tuple
         ("Versions", list(versions.items())),
         (name, [(key, _plain(value)) for key, value in where.items()]),
     ]
+
+
+def _where(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Device, precision and processes, where the settings leave them open as well."""
+    known: dict[str, Any] = {}
+    for name in ("device", "dtype"):  # of results that say it of their cells only
+        found = [(c.get("setup") or {}).get(name) for c in results["cells"]]
+        if values := list(dict.fromkeys(value for value in found if value is not None)):
+            known[name] = values
+    ran = results.get("ran") or {}
+    return known | {name: value for name, value in ran.items() if value is not None}
 
 
 def _plain(value: Any) -> str:

@@ -37,8 +37,9 @@ from vtc.viz.pictures import as_rgb
 from vtc.viz.views import View
 
 from ..harness import run as runner
+from ..harness.folder import REMEMBERED
 from ..harness.identity import FileHashes
-from ..harness.loading import REMEMBERED, Tasks, find_source, leaves, load
+from ..harness.loading import Tasks, find_source, leaves, load
 from ..harness.plan import bring_in
 from ..harness.quiet import hub_answers, offline, quiet
 from ..harness.results import group_of, write

@@ -60,7 +60,48 @@ def test_eval_refuses_bad_input_by_name(cli, tmp_path, arguments, option, messag
     assert result.exit_code == 2
     assert f"Invalid value for {option}" in result.output
     assert message in result.output
-    assert not (tmp_path / "results.json").exists()
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "/nosuch/folder"), "no folder /nosuch/folder"),
+        (("--device", "tpu9"), "expected cpu, cuda"),
+        (("--tasks", "vtc_scene"), "did you mean vtc_scenes"),
+        (("--tasks", "vtc_photo"), "set VTC_DATA"),
+        (("--out", __file__), "is no folder"),
+    ],
+)
+@pytest.mark.parametrize("command", ["eval", "autotune"])
+def test_what_can_be_told_at_once_is_told_before_lmms_eval_is_imported(
+    cli, tmp_path, monkeypatch, command, arguments, message
+):
+    monkeypatch.setenv("VTC_DATA", str(tmp_path))
+    monkeypatch.setattr(
+        "vtc.eval.harness.run.import_lmms_eval", lambda: pytest.fail("it was imported")
+    )
+    result = cli(command, "--out", tmp_path / "new" / "out", *arguments)
+    assert result.exit_code == 2, result.output
+    assert message in result.output
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_command_that_is_refused_late_leaves_nothing(cli, folder, tmp_path):
+    pytest.importorskip("lmms_eval")
+    out = tmp_path / "new" / "out"
+    arguments = ("eval", "--model", folder, "--model-args", "nosuch=1", "--limit", "1")
+    result = cli(*arguments, "--out", out)
+    assert result.exit_code == 2
+    assert "has no nosuch" in result.output
+    assert not any(tmp_path.iterdir())
+    # What was there stays.
+    (out / "cells").mkdir(parents=True)
+    (out / "cells" / "x.json").write_text("{}")
+    (out / "mine").write_text("mine")
+    assert cli(*arguments, "--out", out).exit_code == 2
+    assert (out / "cells" / "x.json").exists()
+    assert (out / "mine").exists()
 
 
 def test_ctrl_c_says_what_is_kept_and_the_same_command_goes_on(cli, folder, tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ def test_show_draws_and_answers(cli, folder, tmp_path):
     assert result.exit_code == 0, result.output
     assert f"into the language model: {TOKENS // 2} of {TOKENS} tokens" in result.output
     assert f"before layer 2: 4 of {TOKENS} tokens" in result.output
+    assert "Loading" not in result.output  # a bar of transformers
     assert Image.open(out).width > 500
 
 

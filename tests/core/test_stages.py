@@ -12,7 +12,7 @@ import pytest
 import vtc
 from tests.reference.models import shared_model
 from vtc.core import STAGES, Method, stage_of
-from vtc.runtime.stages import RUN
+from vtc.runtime.runners import RUN
 
 
 class Own(Method):

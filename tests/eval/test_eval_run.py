@@ -161,6 +161,7 @@ def test_scores_tokens_and_loyalty(done):
     assert fastv["kv_bytes"] < full["kv_bytes"]
     assert all(ms > 0 for ms in fastv["ms"].values())
     assert _cell(results, "blind")["loyalty"] < 1.0
+    assert results["ran"] == {"device": "cpu", "dtype": "float32", "processes": 1}
     assert done["log"].plans == [(6 * ROWS, 6, 0)]
     assert done["log"].samples == 6 * ROWS
 
@@ -331,6 +332,12 @@ def test_an_unknown_task_is_named(folder, tmp_path):
     with pytest.raises(BadInput, match="did you mean pope") as error:
         run(Settings(out=tmp_path, model=str(folder), tasks=("popee",)))
     assert error.value.option == "--tasks"
+
+
+@pytest.mark.usefixtures("_indexed_once")
+def test_a_task_like_no_other_gets_what_is_known(folder, tmp_path):
+    with pytest.raises(BadInput, match=r"no task 'qqqqq'; known are vtc_scenes, .* lmms-eval"):
+        run(Settings(out=tmp_path, model=str(folder), tasks=("qqqqq",)))
 
 
 @pytest.mark.usefixtures("_indexed_once")

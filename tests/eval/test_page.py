@@ -414,6 +414,8 @@ def test_settings_versions_and_machine(out):
     facts = dict(zip(page.texts("dt"), page.texts("dd"), strict=True))
     assert facts["seed"] == "7"
     assert facts["cpu"] == "an abacus"
+    assert (facts["device"], facts["dtype"]) == (SETUP["device"], SETUP["dtype"])  # of the cells
+    assert "without start" in facts["time of all cells"]
     assert facts["torch"] == "2.13.0, 2.14.1"
     assert "Machine" in page.texts("h3")
 

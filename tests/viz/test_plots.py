@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -38,6 +41,22 @@ def test_the_tradeoff_has_a_line_for_each_method():
     assert len(colours) == 2
     with pytest.raises(ValueError, match="no finished cell"):
         plots.tradeoff({"cells": cells[-1:]})
+
+
+@pytest.mark.parametrize(
+    "tokens", [[56, 56, 58, 58, 144, 144], [10, 300], [100] * 12, [10, 20, 20.5, 21, 400], []]
+)
+def test_neighbours_stand_side_by_side(tokens):
+    """Bars of neighbours are apart, near their place and in their order; others stay."""
+    found = plots.side_by_side(tokens, 576)
+    assert found == sorted(found)
+    assert found == pytest.approx(tokens, rel=0.12)
+    steps = [math.log2(b / a) for a, b in itertools.pairwise(found)]
+    span = math.log2(576 / min(tokens, default=1)) + 0.5
+    least = 0.024 * span if len(tokens) < 5 else 0.3 / 11
+    assert all(step >= min(least, 0.3 / max(len(tokens) - 1, 1)) - 1e-9 for step in steps)
+    if tokens == [10, 300]:
+        assert found == pytest.approx(tokens)
 
 
 def test_kept_cells_are_drawn_as_they_are_and_others_darkened():

@@ -89,7 +89,7 @@ def evaluate(
     """
     from vtc.eval.harness import parallel
     from vtc.eval.harness.plan import parse_arguments, parse_limit
-    from vtc.eval.harness.run import BadInput, Settings, plan, run
+    from vtc.eval.harness.run import BadInput, Settings, check, run
 
     keeps, names = budgets(keep), listed("--methods", methods)
     try:
@@ -116,7 +116,7 @@ def evaluate(
     )
     started = time.perf_counter()
     try:
-        plan(settings)
+        check(settings)
         if processes > 1 and not parallel.launched():
             _shared(settings, processes, page, wide)
             return
@@ -192,6 +192,7 @@ def _present(
         except KeyboardInterrupt:
             stopped(f"stopped: no page; `python -m vtc.eval.report.page {out}` writes it")
     seconds = time.perf_counter() - started
-    console.print(f"\n{out}: {', '.join(written)} ({seconds:.0f} s)", soft_wrap=True)
+    rest = " with start, imports and the page" if page else " with start and imports"
+    console.print(f"\n{out}: {', '.join(written)} ({seconds:.0f} s{rest})", soft_wrap=True)
     if any(c["status"] != "done" for c in of_this_run(results)):
         raise typer.Exit(1)

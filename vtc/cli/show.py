@@ -67,7 +67,7 @@ def show(
     except PictureError as error:
         raise fail("IMAGE", str(error)) from None
     from vtc.eval.embedded.vlm import embedded_path
-    from vtc.eval.harness.quiet import hub_answers, offline
+    from vtc.eval.harness.quiet import hub_answers, offline, without_bars
     from vtc.viz.trace import trace
 
     if device is not None:
@@ -77,7 +77,7 @@ def show(
             raise fail("--device", f"{device}: {str(error).splitlines()[0]}") from None
     local = model is None or Path(model).is_dir()
     try:
-        with offline(local or not hub_answers()):
+        with offline(local or not hub_answers()), without_bars():
             folder = str(embedded_path()) if model is None else model
             found = trace(folder, picture, question, chosen, device, max_new_tokens)
     except OSError as error:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -122,15 +123,16 @@ def _panel(
             xytext=(-4, 3 if where == "bottom" else -3), textcoords="offset points",
             ha="right", va=where, fontsize=8.5, color="#404040",
         )  # fmt: skip
+    drawn = [c for c in cells if c["label"] in styles and c["score"] is not None]
     order = {label: i for i, label in enumerate(styles)}
+    drawn.sort(key=lambda c: (c["tokens"]["equivalent"], order[c["label"]]))
+    tokens_of = [c["tokens"]["equivalent"] for c in drawn]
+    place = {id(c): x for c, x in zip(drawn, side_by_side(tokens_of, right), strict=True)}
     for label, style in styles.items():
-        line = [c for c in cells if c["label"] == label and c["score"] is not None]
-        line.sort(key=lambda c: c["tokens"]["equivalent"])
+        line = [c for c in drawn if c["label"] == label]
         if not line:
             continue
-        # Nudged by up to a tenth of a halving, so that bars at the same tokens can be told apart.
-        nudge = 2 ** (0.2 * (order[label] / max(len(order) - 1, 1) - 0.5))
-        x = [nudge * c["tokens"]["equivalent"] for c in line]
+        x = [place[id(c)] for c in line]
         y = [percent * c["score"] for c in line]
         bars = None
         if all(c["interval"] is not None for c in line):
@@ -143,12 +145,48 @@ def _panel(
             capsize=2.5, **style,
         )  # fmt: skip
     token_axis(axes, [c["tokens"]["equivalent"] for c in cells if c["label"] in styles], right)
-    axes.set_xlabel("vision tokens of an image, mean over the layers")
+    moved = any(abs(place[id(c)] / c["tokens"]["equivalent"] - 1) > 0.001 for c in drawn)
+    note = "\n(points that would lie on one another stand side by side)" if moved else ""
+    axes.set_xlabel(f"vision tokens of an image, mean over the layers{note}", fontsize=9.5)
     metric = next((c["metric"] for c in cells), "score")
     axes.set_ylabel("accuracy, %" if percent == 100.0 else metric)
     axes.set_title(task, loc="left", fontsize=10.5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=9)
+
+
+_APART = 0.024
+"""Of an axis' width, between the bars of neighbours: what a marker takes."""
+_MOST = 0.3
+"""Halvings that a group of neighbours may take; in a larger one they stand closer."""
+
+
+def side_by_side(tokens: Sequence[float], right: float) -> list[float]:
+    """Where to draw points so that the bars of those at nearly the same tokens can be told apart:
+    evenly spaced around their mean on the logarithmic axis of `token_axis`, in their order.
+
+    Args:
+        tokens: ascending.
+        right: the end of the axis.
+    """
+    if not tokens:
+        return []
+    logs = [math.log2(n) for n in tokens]
+    apart = _APART * (math.log2(right) - logs[0] + 0.5)
+
+    def spread(group: Sequence[float]) -> list[float]:
+        step = min(apart, _MOST / max(len(group) - 1, 1))
+        middle = sum(group) / len(group)
+        return [middle + (i - (len(group) - 1) / 2) * step for i in range(len(group))]
+
+    groups: list[list[float]] = []
+    for log in logs:
+        groups.append([log])
+        # A group that has grown may have come too near to the one before it.
+        while len(groups) > 1 and spread(groups[-1])[0] - spread(groups[-2])[-1] < apart - 1e-9:
+            last = groups.pop()
+            groups[-1] += last
+    return [2.0**log for group in groups for log in spread(group)]
 
 
 def token_axis(axes: Axes, tokens: Sequence[float], right: float) -> None:
