@@ -153,13 +153,13 @@ def check_source(settings: Settings) -> None:
     if settings.model is not None:
         _check_folder(settings.model)
     for name in settings.tasks:
-        if name in SUITE and name != "vtc_scenes":
+        if name in OWN_TASKS and name != "vtc_scenes":
             try:
                 photos.require_data_folder()
             except FileNotFoundError as error:
                 raise BadInput("--tasks", f"{name}: {error}") from error
-        elif name.startswith("vtc_") and name not in SUITE and not settings.include_paths:
-            raise BadInput("--tasks", unknown(name, SUITE, "task"))
+        elif name.startswith("vtc_") and name not in OWN_TASKS and not settings.include_paths:
+            raise BadInput("--tasks", unknown(name, OWN_TASKS, "task"))
 
 
 def find_source(settings: Settings, hashes: FileHashes | None = None) -> Source:

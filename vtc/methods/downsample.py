@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 
 from vtc.core import Method, Positions, Selection, VisionTokens, budget, check_choice, check_keep
-from vtc.ops import cell_grid, cells_of, pool_grid
+from vtc.ops import cell_grid, pool_grid
+from vtc.ops.pooling import cells_of
 
 
 @dataclass(frozen=True)

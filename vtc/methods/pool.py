@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from vtc.core import Method, Positions, Selection, VisionTokens, budget, check_choice, check_keep
-from vtc.ops import cells_of, pool_grid
+from vtc.ops import pool_grid
+from vtc.ops.pooling import cells_of
 
 
 @dataclass(frozen=True)

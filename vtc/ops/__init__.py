@@ -9,7 +9,7 @@ from vtc.ops.density import density_peaks
 from vtc.ops.dpp import dpp_greedy
 from vtc.ops.greedy import farthest_first, max_min, max_sum, most_isolated
 from vtc.ops.merging import merge_into_nearest
-from vtc.ops.pooling import Kernel, cell_grid, cells_of, pool_grid
+from vtc.ops.pooling import Kernel, cell_grid, pool_grid
 from vtc.ops.ranking import top_k
 from vtc.ops.similarity import unit_rows
 
@@ -17,7 +17,6 @@ __all__ = [
     "Kernel",
     "bipartite_match",
     "cell_grid",
-    "cells_of",
     "coverage_greedy",
     "density_peaks",
     "dpp_greedy",
