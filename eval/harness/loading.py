@@ -323,8 +323,8 @@ class Tasks:
                 known = [*OWN_TASKS, *self.manager.all_tasks]
                 raise BadInput(
                     "--tasks",
-                    f"no task {name!r}{meant(name, known)}; known are {', '.join(OWN_TASKS)} and those "
-                    "of lmms-eval, which `python -m lmms_eval --tasks list` lists",
+                    f"no task {name!r}{meant(name, known)}; known are {', '.join(OWN_TASKS)} and "
+                    "those of lmms-eval, which `python -m lmms_eval --tasks list` lists",
                 )
             try:
                 loaded = get_task_dict([name], self.manager)
