@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contracts: what a method is, what it sees and answers, and how it is found by name.
+"""The contracts: what a method is, what it receives and returns, and how it is found by name.
 
-Nothing here knows a model, or imports transformers.
+Nothing here depends on a model or imports transformers.
 """
 
 from .errors import ArgumentError, ArgumentTypeError

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors that name the argument at fault, for programs that have to say which option that was."""
+"""Errors that name the argument at fault, so that programs can name the option it came from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class _OfArgument(Exception):
     """An argument and what is wrong with it."""
 
     def __init__(self, argument: str, message: str) -> None:
-        # Both go to `args`, so that the error passes from process to process as it is.
+        # Both go to `args`, so that the error survives pickling between processes.
         super().__init__(argument, message)
         self.argument, self.message = argument, message
 
@@ -19,19 +19,19 @@ class _OfArgument(Exception):
 
 
 class ArgumentError(_OfArgument, ValueError):
-    """An argument has a value that it cannot have.
+    """An argument has an invalid value.
 
     Attributes:
-        argument: its name, as the function or the method that refuses it has it.
+        argument: its name in the function or the method that refuses it.
         message: what is wrong with it, without the name.
     """
 
 
 class ArgumentTypeError(_OfArgument, TypeError):
-    """An argument is of a kind that it cannot be, or has no place here.
+    """An argument has the wrong type, or is not accepted here.
 
     Attributes:
-        argument, message: as of `ArgumentError`.
+        argument, message: as in `ArgumentError`.
     """
 
 
@@ -41,13 +41,13 @@ def argument_of(error: BaseException) -> str | None:
 
 
 def message_of(error: BaseException, *said: str) -> str:
-    """What `error` says, without the name of its argument where that is one of `said` already."""
+    """The text of `error`, without the name of its argument if that is one of `said`."""
     if isinstance(error, _OfArgument) and error.argument in said:
         return error.message
     return str(error)
 
 
 def within(argument: str, error: ValueError | TypeError) -> ArgumentError | ArgumentTypeError:
-    """`error` as one of `argument`, in whose value it arose: a `TypeError` stays one."""
+    """`error` as an error of `argument`, whose value caused it; a `TypeError` stays one."""
     kind = ArgumentTypeError if isinstance(error, TypeError) else ArgumentError
     return kind(argument, str(error))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens to vision tokens under a patch, for whoever listens: `Patch.listen`.
+"""Events that a patch reports to listeners (`Patch.listen`).
 
-Events come from the thread that runs the model, in the order in which things happen: for each image
-of each sample one `Shown`, then one `Selected` for every method of the sequence stage; then, before
-each decoder layer at which a method acts, one `Selected` for every sample. What `generate` repeats
-without a cache is told once.
+Events come in order, from the thread that runs the model: for each image of each sample one
+`Shown`, then one `Selected` for every method of the sequence stage; then, before each decoder layer
+at which a method acts, one `Selected` for every sample. Steps that `generate` repeats without a
+cache are reported once.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ __all__ = ["Event", "Listener", "Selected", "Shown"]
 
 @dataclass(frozen=True)
 class Shown:
-    """An image as the tower and the projector left it, before any method of the sequence stage.
+    """An image after the tower and the projector, before any method of the sequence stage.
 
     Attributes:
         sample: row of the batch.
-        tokens: features, places and patches; of the signals none.
+        tokens: features, places and patches, without signals.
     """
 
     sample: int
@@ -33,16 +33,16 @@ class Shown:
 
 @dataclass(frozen=True)
 class Selected:
-    """What a method chose.
+    """The selection of a method.
 
     Attributes:
-        method: which of the composed methods.
+        method: the one of the composed methods that chose.
         sample: row of the batch.
         image: ordinal of the image in the sequence stage; `None` between layers, where a method
             chooses among all vision tokens of the sample.
         layer: 0-based decoder layer before which it chose; `None` in the sequence stage.
-        among: how many tokens there were.
-        selection: which of them stay.
+        among: number of tokens it chose from.
+        selection: the tokens that stay.
     """
 
     method: Method

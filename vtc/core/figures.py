@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers for reading."""
+"""Numbers formatted for reading."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["counted", "three_digits"]
 
 
 def three_digits(value: float) -> str:
-    """`value` to three digits, more where it has more before the point: 0.500, 12.3, 1234."""
+    """`value` to three digits, or all digits before the point if more: 0.500, 12.3, 1234."""
     if not math.isfinite(value) or value == 0:
         return f"{value:.0f}"
     rounded = float(f"{value:.2e}")  # 9.996 is 10.0 and not 10.00

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where an image's vision tokens stand: what adapters of models tell the runtime."""
+"""Where an image's vision tokens lie: what model adapters tell the runtime."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ Modality = Literal["image", "video"]
 
 @dataclass(frozen=True)
 class ImageMap:
-    """What the placeholders of one image (or clip) stand for, in their order.
+    """What the placeholders of one image (or clip) stand for, in order.
 
     Attributes:
-        grid: (n, 3) whole numbers (frame, row, column). In a tiled image they count over the plane
-            that its tiles make up, and from 0 in the thumbnail. A separator has the frame and the
-            row that it ends, or row -1 if it belongs to the frame, -2 to all of the image.
+        grid: (n, 3) integers (frame, row, column). In a tiled image they count over the plane
+            of its tiles, and from 0 in the thumbnail. A separator has the frame and the
+            row that it ends, or row -1 if it belongs to the frame, -2 to the whole image.
         crop: (n,) the tile of each token, 0 for the thumbnail, or `None` without tiles.
-        separator: (n,) bool, features that are no vision tokens (ends of rows), or `None`.
-        patches: (n, m) the tower's patches that each token is made of, numbered through all that
-            `base` encoded in one call, -1 at separators; `None` where they are not known.
-        states: (n, m) the rows of what the projector receives that each token is made of, numbered
-            likewise; `None` where these are its patches.
-        group: tells apart images that stand side by side, for families that join tiles.
-        tiles: tiles (or frames) that the tower ran on for it, those that are cut off included.
-        padded: patches of each of them, where the processor pads images to a number of patches.
+        separator: (n,) bool, features that are not vision tokens (ends of rows), or `None`.
+        patches: (n, m) the tower patches that make up each token, numbered through everything
+            `base` encoded in one call, -1 at separators; `None` if unknown.
+        states: (n, m) the rows of the projector's input that make up each token, numbered
+            likewise; `None` if these are its patches.
+        group: separates adjacent images, for families that join tiles.
+        tiles: tiles (or frames) that the tower ran on for this image, including discarded ones.
+        padded: patches of each tile, if the processor pads images to a fixed number of patches.
     """
 
     grid: Tensor
@@ -45,7 +45,7 @@ class ImageMap:
 
     @property
     def extent(self) -> tuple[int, int, int] | None:
-        """Frames, rows and columns of its vision tokens, if they fill such a block."""
+        """(frames, rows, columns) of its vision tokens, or `None` if they do not fill a block."""
         grid = self.grid if self.separator is None else self.grid[~self.separator]
         if not len(grid):
             return None
@@ -54,28 +54,29 @@ class ImageMap:
 
     @property
     def tile_patches(self) -> int | None:
-        """Patches of each tile, if they are known; those of several are the tower's fixed size."""
+        """Patches of each tile, or `None` if unknown; several tiles have the tower's fixed size."""
         if self.padded is not None or self.tiles > 1 or self.patches is None:
             return self.padded
         return int((self.patches >= 0).sum())
 
 
 def shift_patches(found: ImageMap, by: int) -> ImageMap:
-    """The same image, its patches numbered from `by` on."""
+    """The same image with its patches numbered from `by`."""
     if found.patches is None:
         return found
     return replace(found, patches=torch.where(found.patches < 0, -1, found.patches + by))
 
 
 def grid_positions(rows: int, columns: int) -> Tensor:
-    """(rows * columns, 3) whole numbers (0, row, column) in raster order."""
+    """(rows * columns, 3) integers (0, row, column) in raster order."""
     place = torch.arange(rows * columns)
     return torch.stack([torch.zeros_like(place), place // columns, place % columns], dim=1)
 
 
 def merged_patches(rows: int, columns: int, by: int, first: int = 0) -> Tensor:
-    """(rows // by * columns // by, by ** 2) the patches of a raster that by x by cells join; those
-    at the end of rows and columns that fill no cell are in none."""
+    """(rows // by * columns // by, by ** 2) the patches that each by x by cell of a raster merges,
+    numbered from `first`. Patches at the ends of rows and columns that fill no cell are left
+    out."""
     index = torch.arange(first, first + rows * columns).view(rows, columns)
     index = index[: rows // by * by, : columns // by * by]
     index = index.reshape(rows // by, by, columns // by, by)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The contract of a compression method.
 
-A method is one dataclass in one file. Its fields are its settings; it overrides the hooks of the
+A method is one dataclass in one file. Its fields are its settings. It overrides the hooks of the
 stages where it acts: `select` for the vision tokens before the language model, `prune` between
-decoder layers, or both; `vtc.core.stages` has them all.
+decoder layers, or both; `vtc.core.stages` lists all hooks.
 It sees tensors of one sample at a time, without padding, and never a model.
 """
 
@@ -34,24 +34,24 @@ class Method:
     """Base of all methods: a dataclass whose fields are its settings.
 
     Class attributes:
-        name: what `vtc.patch(model, name)` finds it by.
-        title, paper, year: for `vtc methods`.
+        name: its name for `vtc.patch(model, name)`.
+        title, paper, year: shown by `vtc methods`.
         trained: whether it needs trained weights.
         needs: signals of `VisionTokens` that `select` reads, out of `SIGNALS`; checked when the
-            class is made.
-        vision_layer: 0-based layer of the vision tower these are read from, negative from the
-            last; a fraction is a share of the tower's depth.
-        low_layer: layer of the vision tower that `low_attention` is read from.
-        listed: whether `methods()` has it; wrappers, which need another method, are found by `make`
-            only.
-        each: of a wrapper, the part of an image that it applies another method to; in text it
+            class is defined.
+        vision_layer: 0-based vision tower layer from which these are read; negative counts from
+            the last; a fraction is a fraction of the tower's depth.
+        low_layer: vision tower layer from which `low_attention` is read.
+        listed: whether `methods()` lists it; wrappers around another method are found only by
+            `make`.
+        each: for a wrapper, the part of an image to which it applies another method; in text it
             follows "@".
-        by_tile: whether each tile of an image has a budget of its own.
-        weighs_sizes: whether, once tokens were merged in the tower, its attention counts a token
-            as often as it stands for patches: the logarithm of its size is added to the logits.
+        by_tile: whether each tile of an image has its own budget.
+        weighs_sizes: whether, after merging in the tower, attention weighs a token by the number of
+            patches it stands for: the logarithm of its size is added to the logits.
 
-    A subclass sets `positions`, its default position convention: "original" keeps the rotary
-    position each surviving token had in the full sequence; "contiguous" closes the gaps.
+    A subclass sets `positions`, its default position convention: "original" keeps each surviving
+    token's rotary position in the full sequence; "contiguous" closes the gaps.
     """
 
     name: ClassVar[str]
@@ -72,7 +72,7 @@ class Method:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "__repr__" not in cls.__dict__:
-            # In the class itself, where `dataclass` leaves it alone: its own lists every default.
+            # Set on the class itself, so that `dataclass` does not add one that lists all defaults.
             shown: Any = next(b.__repr__ for b in cls.__mro__[1:] if "__repr__" in b.__dict__)
             cls.__repr__ = shown  # type: ignore[method-assign]
         needs = cls.__dict__.get("needs", ())
@@ -85,60 +85,80 @@ class Method:
     # ---- what a method implements -------------------------------------------------------------
     @property
     def keeps_all(self) -> bool:
-        """Whether no token of any image ever leaves: then the model may run as it is."""
+        """Whether it never drops a token of any image, so that the plain model may run."""
         keep = getattr(self, "keep", None)
         shares = keep if isinstance(keep, tuple) and keep else (keep,)
         return all(isinstance(share, float) and share == 1.0 for share in shares)
 
     def target_grid(self, rows: int, cols: int) -> tuple[int, int]:
-        """Pixels stage: rows and columns of tokens, none more than there are, that an image of
-        `rows` x `cols` tokens is resized to before the tower."""
+        """Pixels stage: the (rows, columns) of tokens, at most `rows` and `cols`, to which an image
+        of `rows` x `cols` tokens is resized before the tower.
+
+        Raises:
+            TypeError: the method does not implement this stage.
+        """
         raise refused(self, "target_grid")
 
     def merge(self, state: EncoderState) -> Merging | None:
-        """Encoder stage: merge or drop patches in a tower layer, or `None` to leave them."""
+        """Encoder stage: merge or drop patches in a tower layer; `None` leaves them.
+
+        Raises:
+            TypeError: the method does not implement this stage.
+        """
         raise refused(self, "merge")
 
     def select(self, tokens: VisionTokens) -> Selection:
-        """Sequence stage: choose among the vision tokens of one image."""
+        """Sequence stage: choose among the vision tokens of one image.
+
+        Raises:
+            TypeError: the method does not implement this stage.
+        """
         raise refused(self, "select")
 
     def prune(self, state: LayerState) -> Selection | None:
-        """Layers stage: choose among the vision tokens of one sample, or `None` to keep all."""
+        """Layers stage: choose among the vision tokens of one sample; `None` keeps all.
+
+        Raises:
+            TypeError: the method does not implement this stage.
+        """
         raise refused(self, "prune")
 
     def prune_layers(self, num_layers: int) -> tuple[int, ...]:
-        """0-based decoder layers before which `prune` is called, ascending."""
+        """Ascending 0-based decoder layers before which `prune` is called."""
         return ()
 
     @property
     def prune_positions(self) -> Positions:
-        """Position convention of the layers stage, by default that of the sequence stage."""
+        """Position convention of the layers stage; by default that of the sequence stage."""
         return self.positions
 
     def taps(self, num_layers: int) -> dict[int, Rows]:
-        """0-based decoder layers whose attention `prune` reads, and which query rows of it."""
+        """0-based decoder layers whose attention `prune` captures, and which query rows of it."""
         return {}
 
     @property
     def by_head(self) -> bool:
-        """Whether attention of `taps` and `peeks` is read head by head, not averaged."""
+        """Whether attention of `taps` and `peeks` comes per head instead of averaged."""
         return False
 
     def peeks(self, num_layers: int) -> dict[int, Rows]:
-        """Layers out of `prune_layers` whose own attention `prune` reads ahead, and which rows."""
+        """Layers of `prune_layers` whose look-ahead attention `prune` reads, and which rows."""
         return {}
 
     def records(self, num_layers: int) -> dict[int, frozenset[Record]]:
-        """0-based decoder layers of which `prune` reads more than attention, and what."""
+        """0-based decoder layers of which `prune` captures states, and which."""
         return {}
 
     # ---- how many tokens it leaves -------------------------------------------------------------
     def entering(self, n: int, tiles: int = 1) -> int | None:
-        """Vision tokens of an image of `n` that enter the language model.
+        """Vision tokens that enter the language model, of an image of `n`.
 
-        By default the budget `keep`, of each tile if `by_tile`; all of a method that acts between
-        layers alone; `None` where there is no `keep` to tell.
+        By default the budget `keep`, per tile if `by_tile`; all tokens for a method that acts only
+        between layers; `None` without a numeric `keep`.
+
+        Args:
+            n: tokens of the image before compression.
+            tiles: tiles of equal size that the image is divided into.
         """
         if self.keeps_all or self.stages == ("layers",):
             return n
@@ -148,13 +168,13 @@ class Method:
         return tiles * budget(keep, n // tiles) if self.by_tile else budget(keep, n)
 
     def leaves(self, sizes: tuple[int, ...], held: int, cut: int, cuts: int) -> int | None:
-        """Vision tokens of a sample that one call of `prune` leaves, by default `keep` of each
-        image; `None` where the data decide.
+        """Vision tokens of a sample that one call of `prune` leaves; by default `keep` of each
+        image; `None` if it depends on the data.
 
         Args:
             sizes: tokens of each image before any compression.
-            held: vision tokens that the cut finds.
-            cut: its number out of `cuts`, from 0.
+            held: vision tokens left before the cut.
+            cut: 0-based number of the cut, out of `cuts`.
         """
         keep = getattr(self, "keep", None)
         if not isinstance(keep, (int, float)):
@@ -162,7 +182,7 @@ class Method:
         return sum(budget(keep, n) for n in sizes)
 
     def token_schedule(self, n: int, num_layers: int, tiles: int = 1) -> tuple[int, ...] | None:
-        """Vision tokens that each decoder layer processes of an image, alone in its sample.
+        """Vision tokens that each decoder layer processes, for a single image in its sample.
 
         Args:
             n: tokens of the image before compression.
@@ -170,8 +190,8 @@ class Method:
             tiles: tiles of equal size that the image is divided into.
 
         Returns:
-            A number for each layer, or the largest it can come to (see `is_bound`); `None` where
-            the settings promise none, as the data decide.
+            The number for each layer, or an upper bound (see `is_bound`); `None` if it depends on
+            the data.
         """
         held = self.entering(n, tiles)
         cuts = self.prune_layers(num_layers)
@@ -186,19 +206,20 @@ class Method:
         return tuple(seen)
 
     def is_bound(self, n: int, tiles: int = 1) -> bool:
-        """Whether `token_schedule` is an upper bound for such an image, and the data decide."""
+        """Whether `token_schedule` is an upper bound for such an image, as the data decide."""
         return False
 
     @property
     def counts_found(self) -> bool:
-        """Whether what it leaves follows what it finds, and not only the image as it was at first:
-        then the schedule of a composition with it cannot be told from its parts'."""
+        """Whether its number of tokens depends on what earlier methods left, not only on the
+        original image: then its composition's schedule does not follow from the parts' schedules.
+        """
         return self.by_tile
 
     # ---- what every method has ----------------------------------------------------------------
     @property
     def stages(self) -> tuple[str, ...]:
-        """Names of the stages where this method acts: those of `STAGES` whose hook it overrides."""
+        """Names of the stages it implements: those of `STAGES` whose hook it overrides."""
         return tuple(stage.name for stage in STAGES if self.implements(stage.hook))
 
     @classmethod
@@ -208,7 +229,7 @@ class Method:
 
     @property
     def parts(self) -> tuple[Method, ...]:
-        """The methods that this one is composed of, itself if it is simple."""
+        """The composed methods, or the method itself if it is not a composition."""
         return (self,)
 
     def __or__(self, other: Method) -> Compose:
@@ -217,12 +238,12 @@ class Method:
         return Compose(self.parts + other.parts)
 
     def to_dict(self) -> dict[str, Any]:
-        """Name and settings, ready for JSON; `from_dict` is the inverse."""
+        """Name and settings, ready for JSON; `make` is the inverse."""
         return {"method": self.name, **dataclasses.asdict(self)}  # type: ignore[call-overload]
 
     @property
     def closes_gaps_by_choice(self) -> bool:
-        """Whether `positions` is "contiguous" because it was asked for, and not by default."""
+        """Whether `positions` is "contiguous" because the user set it, not by default."""
         fields = {f.name: f for f in dataclasses.fields(self)}  # type: ignore[arg-type]
         if self.positions != "contiguous" or "positions" not in fields:
             return False
@@ -230,7 +251,7 @@ class Method:
         return bool(plain.positions != "contiguous")
 
     def _own_settings(self) -> str:
-        """`keep` and what differs from the defaults, as they are written in a call."""
+        """`keep` and the settings that differ from the defaults, as written in a call."""
         fields: tuple[Any, ...] = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
         shown = {f.name: getattr(self, f.name) for f in fields if f.init}
         for field in fields:
@@ -243,12 +264,12 @@ class Method:
     def _is_default(self, field: dataclasses.Field[Any], value: Any) -> bool:
         if value == field.default:
             return True
-        # Some defaults follow other settings, as SparseVLM's do its version.
+        # Some defaults depend on other settings, as SparseVLM's on its version.
         if field.default is not None:
             return False
         try:
             return bool(dataclasses.replace(self, **{field.name: None}) == self)  # type: ignore[type-var]
-        except (TypeError, ValueError):  # not to be left open in the company of the others
+        except (TypeError, ValueError):  # required together with the other settings
             return False
 
     def __str__(self) -> str:
@@ -260,17 +281,23 @@ class Method:
 
 @dataclass(frozen=True)
 class Compose(Method):
-    """Methods applied one after the other: each acts on what the one before it left.
+    """Methods applied in turn: each acts on what the one before it left.
 
-    What `keep` says does not depend on the company: a fraction is a share of the tokens that the
-    image (or tile, or frame) had at first, and a whole number is a number, in every stage. So
+    `keep` means the same as in a single method, at every stage: a fraction refers to the original
+    tokens of the image (or tile, or frame), and a whole number is a number of tokens. So
     `Random(0.5) | DivPrune(0.25)` leaves a quarter, as does `DivPrune(0.5) | FastV(0.25)`. A part
-    whose budget the parts before it have met already has nothing left to do; the first time that
-    happens a warning names it.
+    whose budget the parts before it have already met drops nothing; the first time this happens, a
+    warning names it.
 
-    What a method's settings say of its own stages stays as published: `then` of VScan is a share of
-    its own first budget, later cuts of V2Drop and the schedule "after_selection" of TransPrune are
-    shares of what they find.
+    Other settings keep their published meaning: `then` of VScan is a fraction of its own first
+    budget; the later cuts of V2Drop and the schedule "after_selection" of TransPrune are fractions
+    of what they find.
+
+    Args:
+        methods: the methods in the order in which they act, at least one.
+
+    Raises:
+        ArgumentError: no methods.
     """
 
     methods: tuple[Method, ...] = ()
@@ -292,12 +319,12 @@ class Compose(Method):
 
     @property
     def by_tile(self) -> bool:  # type: ignore[override]
-        """Never: parts whose tiles have budgets of their own have no schedule together."""
+        """Always `False`: parts with budgets per tile have no joint schedule."""
         return False
 
     def token_schedule(self, n: int, num_layers: int, tiles: int = 1) -> tuple[int, ...] | None:
-        """The smallest of the parts' in every layer, as their budgets count the image as it was;
-        `None` where one is not known or `counts_found`."""
+        """The minimum of the parts' schedules in every layer, as budgets refer to the original
+        image; `None` if one is unknown or `counts_found`."""
         rows = [part.token_schedule(n, num_layers, tiles) for part in self.methods]
         if any(part.counts_found for part in self.methods):
             return None
@@ -307,17 +334,17 @@ class Compose(Method):
         return tuple(min(seen) for seen in zip(*known, strict=True))
 
     def is_bound(self, n: int, tiles: int = 1) -> bool:
-        """Whether that of one of the parts is."""
+        """Whether a part's schedule is an upper bound."""
         return any(part.is_bound(n, tiles) for part in self.methods)
 
     @property
     def counts_found(self) -> bool:
-        """Whether one of the parts does."""
+        """Whether a part counts what it finds."""
         return any(part.counts_found for part in self.methods)
 
     @property
     def closes_gaps_by_choice(self) -> bool:
-        """Whether one of them does."""
+        """Whether a part closes gaps because the user asked for it."""
         return any(m.closes_gaps_by_choice for m in self.methods)
 
     def __str__(self) -> str:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Methods of one's own for programs that take methods as text.
+"""User-defined methods for programs that take methods as text.
 
-A subclass of `vtc.Method` is known by its name as soon as its module is imported; here is how a
-command comes to import it.
+A subclass of `vtc.Method` is registered as soon as its module is imported; commands import it
+here.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ __all__ = ["import_modules"]
 def import_modules(names: Iterable[str]) -> None:
     """Import modules, each a dotted name or the path of a .py file.
 
-    Names are also looked for in the working directory, as `python -m` does. A module that is
-    imported already is left as it is.
+    The working directory is searched too, as by `python -m`. Modules already imported are left as
+    they are.
 
     Raises:
-        ArgumentError: no such module or file, or it fails at import; says which and why.
+        ArgumentError: no such module or file, or its import fails; names it and the reason.
     """
     for name in names:
         try:
@@ -34,7 +34,7 @@ def import_modules(names: Iterable[str]) -> None:
                 _import_file(Path(name).expanduser().resolve())
             else:
                 _import_name(name)
-        except Exception as error:  # whatever a module of others may raise
+        except Exception as error:  # a user's module may raise anything
             raise ArgumentError("import", f"{name}: {type(error).__name__}: {error}") from error
 
 
@@ -45,13 +45,13 @@ def _import_name(name: str) -> None:
     if here in sys.path or "" in sys.path:
         importlib.import_module(name)
         return
-    # Kept, as the module may import its neighbours later; last, so that it hides nothing.
+    # Kept, as the module may later import modules next to it; last, so that it shadows nothing.
     sys.path.append(here)
     importlib.import_module(name)
 
 
 def _import_file(file: Path) -> None:
-    # Files of one name in two folders are two modules.
+    # Files of the same name in two folders are two modules.
     name = f"{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return
@@ -59,7 +59,7 @@ def _import_file(file: Path) -> None:
         raise FileNotFoundError(f"no file {file}")
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
-        raise ImportError(f"{file} is no module of Python")
+        raise ImportError(f"{file} is not a Python module")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     if str(file.parent) not in sys.path:

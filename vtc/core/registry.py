@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which methods there are, by name: those of vtc, and of packages that offer theirs.
+"""The registered methods by name: those of vtc and of other packages.
 
-A package offers methods by an entry point of the group `vtc.methods` that names a module; importing
-it registers the methods defined there, as importing any module does.
+A package provides methods through an entry point of the group `vtc.methods` that names a module;
+importing the module registers the methods it defines.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _WRAPPERS: dict[str, type[Method]] = {}
 
 
 def register(cls: type[Method], name: str) -> None:
-    """Have `cls` found by its `name`; wrappers, which need another method, in a list of their own.
+    """Register `cls` under `name`; wrappers around another method go in a separate list.
 
     Raises:
-        ValueError: not a name, or that of another method.
+        ValueError: an invalid name, or one that another method has.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ValueError(f"{cls.__name__}.name must be lower-case letters and digits, got {name!r}")
@@ -36,7 +36,7 @@ def register(cls: type[Method], name: str) -> None:
 
 
 def find(name: str) -> type[Method] | None:
-    """The method or wrapper of this name, if there is one."""
+    """The method or wrapper of this name, or `None`."""
     _load()
     return _REGISTRY.get(name) or _WRAPPERS.get(name)
 
@@ -48,7 +48,7 @@ def methods() -> dict[str, type[Method]]:
 
 
 def wrappers() -> dict[str, type[Method]]:
-    """Those that apply another method to each part of an image, by what follows "@" in text."""
+    """Wrappers that apply a method to each part of an image, by what follows "@" in text."""
     _load()
     return {cls.each: cls for cls in _WRAPPERS.values() if cls.each}
 
@@ -59,7 +59,7 @@ def _load() -> None:
     for point in entry_points(group="vtc.methods"):
         try:
             point.load()
-        except Exception as error:  # of a package that is not ours; the other methods are there
+        except Exception as error:  # from another package; the other methods still work
             warnings.warn(
                 f"vtc.methods: {point.name} of {point.value} cannot be loaded: "
                 f"{type(error).__name__}: {error}",

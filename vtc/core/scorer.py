@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Methods that score tokens and keep the best: only the score is theirs."""
+"""Base of methods that score tokens and keep the best."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class ScorerMethod(Method):
     """Base of methods that keep the tokens with the highest scores.
 
     A subclass has a setting `keep` and implements `score`, for the sequence stage, or `score_layer`
-    with `prune_layers`, for the layers stage, or both. Budgets are those of `VisionTokens.budget`
-    and of `leaves`; between layers all vision tokens of a sample compete for the sum of the budgets
-    of its images. Ties go to the earlier token, and what stays is in ascending order. Where all fit
-    the budget nothing is scored.
+    with `prune_layers`, for the layers stage, or both. Budgets come from `VisionTokens.budget`
+    and `leaves`; between layers all vision tokens of a sample compete for the sum of its images'
+    budgets. Ties go to the earlier token; kept tokens are in ascending order. If all tokens fit the
+    budget, nothing is scored.
 
-    Both settings are checked in `__post_init__`; a subclass with further ones calls it.
+    `__post_init__` checks `keep` and `positions`; a subclass with more settings calls it.
     """
 
     keep: float | int
@@ -33,24 +33,28 @@ class ScorerMethod(Method):
 
     # ---- what a subclass implements -----------------------------------------------------------
     def score(self, tokens: VisionTokens) -> Tensor:
-        """(n,) of the tokens of one image, higher for those that should stay."""
+        """(n,) scores of the tokens of one image, higher for those that should stay."""
         raise NotImplementedError
 
     def score_layer(self, state: LayerState) -> Tensor:
-        """(n,) of the vision tokens `state.vision` of one sample, likewise."""
+        """(n,) scores of the vision tokens `state.vision` of one sample."""
         raise NotImplementedError
 
-    # ---- what it has --------------------------------------------------------------------------
+    # ---- what it provides ---------------------------------------------------------------------
     @classmethod
     def implements(cls, hook: str) -> bool:
-        """The hooks of its two stages are there if what they call is."""
+        """Whether the hook is overridden, or the score that it calls."""
         scores = {"select": "score", "prune": "score_layer"}.get(hook)
         if scores is None or getattr(cls, hook) is not getattr(ScorerMethod, hook):
             return super().implements(hook)
         return getattr(cls, scores) is not getattr(ScorerMethod, scores)
 
     def select(self, tokens: VisionTokens) -> Selection:
-        """(k,) ascending indices of the best scores."""
+        """(k,) ascending indices of the highest scores.
+
+        Raises:
+            TypeError: the method has no `score`.
+        """
         if not self.implements("select"):
             return super().select(tokens)
         n, k = len(tokens), tokens.budget(self.keep)
@@ -59,7 +63,11 @@ class ScorerMethod(Method):
         return _best(self.score(tokens), k)
 
     def prune(self, state: LayerState) -> Selection | None:
-        """(k,) ascending indices of the best scores, or `None` if all fit the budget."""
+        """(k,) ascending indices of the highest scores, or `None` if all fit the budget.
+
+        Raises:
+            TypeError: the method has no `score_layer`.
+        """
         if not self.implements("prune"):
             return super().prune(state)
         cuts, held = self.prune_layers(state.num_layers), len(state.vision)
@@ -69,9 +77,9 @@ class ScorerMethod(Method):
         return _best(self.score_layer(state), k)
 
 
-# Imported in functions, as commands that need no PyTorch import `vtc.core`.
+# PyTorch is imported in functions, as commands that do not need it import `vtc.core`.
 def _all(features: Tensor) -> Selection:
-    """Every one of the (n, d) `features`."""
+    """All of the (n, d) `features`."""
     import torch
 
     return Selection(torch.arange(len(features), device=features.device))

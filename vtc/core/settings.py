@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many tokens stay, and before which layers: settings that methods share, and their checks."""
+"""Settings that methods share, budgets and layers, and their checks."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def check_keep(keep: float | int) -> None:
     `1.0` means all tokens; `1` means one token.
 
     Raises:
-        ArgumentTypeError: no number.
-        ArgumentError: a number out of these ranges.
+        ArgumentTypeError: not a number.
+        ArgumentError: a number outside these ranges.
     """
     if isinstance(keep, bool) or not isinstance(keep, (int, float)):
         raise ArgumentTypeError(
@@ -34,10 +34,10 @@ def check_keep(keep: float | int) -> None:
 
 
 def check_choice(name: str, value: Any, accepted: tuple[Any, ...]) -> None:
-    """Refuse a `value` outside `accepted`, naming the setting.
+    """Refuse a `value` that is not in `accepted`.
 
     Raises:
-        ArgumentError: of the setting `name`.
+        ArgumentError: for the setting `name`.
     """
     if value not in accepted:
         raise ArgumentError(
@@ -46,10 +46,10 @@ def check_choice(name: str, value: Any, accepted: tuple[Any, ...]) -> None:
 
 
 def check_layer(name: str, value: int | None, lowest: int = 0) -> None:
-    """Refuse a layer that is not a whole number of at least `lowest` (or `None`).
+    """Refuse a layer that is neither `None` nor a whole number of at least `lowest`.
 
     Raises:
-        ArgumentError: of the setting `name`.
+        ArgumentError: for the setting `name`.
     """
     if value is None:
         return
@@ -70,17 +70,16 @@ def scale_layers(
     *,
     after: bool = False,
 ) -> tuple[int, ...]:
-    """The layers before which a method acts in a decoder of `num_layers`.
+    """The 0-based layers before which a method acts in a decoder of `num_layers`.
 
     Args:
-        given: the user's `layers`, or one `layer`, which must fit; `None` for those that were
-            published.
-        published: shares of the depth; rounded half up to layers, and kept apart. A decoder too
-            shallow for all of them gets as many as it has room for.
-        after: whether the given layers are those after which the method acts, not before.
+        given: the user's `layers`, or one `layer`; `None` for the published ones.
+        published: fractions of the depth, rounded half up to distinct layers. A decoder too
+            shallow for all of them gets as many as fit.
+        after: whether the method acts after the given layers, not before.
 
     Raises:
-        ArgumentError: given layers that do not ascend, or that the decoder has not.
+        ArgumentError: given layers that do not ascend, or that the decoder does not have.
     """
     if given is not None:
         layers = (given,) if isinstance(given, int) else given

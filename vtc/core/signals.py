@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a method may ask for in `needs`: one table of signals, from which all that fills, splits and
-counts them reads."""
+"""The signals that a method may request in `needs`: one table for all code that fills, splits or
+counts them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Signal = Literal[
 """Names of the signals; see `SIGNALS` and `VisionTokens`."""
 
 Scope = Literal["token", "tile", "image"]
-"""Whether there is one row for each token, one value for each tile ([CLS]), or one of the image."""
+"""One row per token, one value per tile ([CLS]), or one value per image."""
 
 Source = Literal["tower attention", "tower state", "text", "grid"]
 
 Size = Literal["n", "m", "v", "t", "d"]
-"""Vision tokens, patches of a token, width of the tower, tokens of text, width of the decoder."""
+"""Vision tokens, patches per token, tower width, text tokens, decoder width."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Field:
     """A field of `VisionTokens` that comes with a signal.
 
     Attributes:
-        name: of the field.
-        scope: what it has a value of.
-        shape: its sizes; () for what is no tensor.
-        of_tiles: of the scope "tile", the field with the values of all tiles of a tiled image;
-            `name` is of the thumbnail then.
+        name: name of the field.
+        scope: what it holds a value for.
+        shape: its sizes; () if it is not a tensor.
+        of_tiles: for the scope "tile", the field with the values of all tiles of a tiled image;
+            `name` then holds the thumbnail's.
     """
 
     name: str
@@ -48,12 +48,12 @@ class SignalSpec:
     """A signal: where it comes from, which fields it fills, and what it costs.
 
     Attributes:
-        name: what `needs` calls it.
-        source: where it is read.
-        fields: the one of its name, and those that come with it.
-        layer: the class attribute of a method that says which tower layer it is read at, or `None`.
-        rows: whether reading it costs attention rows of that layer beside the layer's own: that of
-            [CLS], or in towers without [CLS] those of all patches.
+        name: its name in `needs`.
+        source: where it is captured.
+        fields: the field of its name, and those that come with it.
+        layer: the class attribute of a method that gives the tower layer to capture, or `None`.
+        rows: whether capturing it costs extra attention rows in that layer: the row of [CLS], or
+            all rows in towers without [CLS].
     """
 
     name: Signal
@@ -125,15 +125,15 @@ def fields_of(scope: Scope) -> dict[str, Field]:
 
 
 def read_at(layer: str) -> frozenset[Signal]:
-    """The signals that are read at the tower layer that `layer` names."""
+    """The signals captured at the tower layer that the class attribute `layer` gives."""
     return frozenset(name for name, spec in SIGNALS.items() if spec.layer == layer)
 
 
 def check_needs(method: str, needs: Iterable[str]) -> None:
-    """Refuse signals that there are not.
+    """Refuse unknown signals.
 
     Raises:
-        ValueError: names the method, the signal and those that there are.
+        ValueError: names the method, the unknown signal and the known ones.
     """
     for name in sorted(needs):
         if name not in SIGNALS:

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Methods by name, from a dictionary, and as text, as the command line has them.
+"""Methods by name, from a dictionary, and as text on the command line.
 
     todre                       a method with its default settings
     fastv:layer=3:rank=last     with settings, each after a colon
-    "todre|fastv:keep=9"        composed: the first acts first; quoted, as shells have their own |
-    divprune@tile               for each tile of an image by itself, `vtc.PerTile`
-    divprune@tile:thumbnail=64  the same, its thumbnail with another keep or method
-    divprune@frame              for each frame of a clip by itself, `vtc.PerFrame`
+    "todre|fastv:keep=9"        composed, the first acts first; quote the | in a shell
+    divprune@tile               on each tile of an image separately, `vtc.PerTile`
+    divprune@tile:thumbnail=64  the same, with another keep or method for the thumbnail
+    divprune@frame              on each frame of a clip separately, `vtc.PerFrame`
 
-`keep` is usually swept on its own, so it is given beside the text. In a composition it goes to the
-first method that has such a setting and was not given one of its own. After `@` it counts for each
-tile or frame. What a share means after other methods is said at `vtc.methods.Compose`.
+`keep` is usually swept, so it is given separately from the text. In a composition it goes to the
+first method that has a `keep` and does not set it. After `@` it counts per tile or frame.
+`vtc.methods.Compose` says what a fraction means after other methods.
 
 Values are Python literals or bare words: `layers=(3,9)`, `version=v2`. Separators inside brackets
-and quotes are part of the value.
+and quotes belong to the value.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ __all__ = [
 
 Keep = int | float
 Part = tuple[str, str, dict[str, Any]]
-"""A method's name, what it is applied to each of ("" for whole images), and settings."""
+"""A method's name, the part of an image it is applied to ("" for whole images), its settings."""
 
 _BRACKETS = {"(": ")", "[": "]", "{": "}"}
 _WORD = re.compile(r"[\w.+~/\\-]+")
@@ -55,13 +55,17 @@ def _accepted_fields(cls: type[Method]) -> Iterator[str]:
 
 
 def make(method: str | Method | Mapping[str, Any], **settings: Any) -> Method:
-    """Turn a name with settings, a dictionary from `to_dict`, or a method into a method.
+    """Make a method from a name with settings, text, a dictionary from `to_dict`, or a method.
+
+    Args:
+        method: a name, text such as `"fastv:layer=3"`, a dictionary, or a method.
+        settings: the method's settings, with a name only; with other text only `keep`.
 
     Raises:
         ArgumentError: unknown name.
-        ArgumentTypeError: a setting the method does not have, or what is no method.
-        ValueError: a setting the method refuses; most name it as an `ArgumentError` does.
-        TypeError: settings beside a finished method, or one without a default left out.
+        ArgumentTypeError: a setting the method does not have, or not a method.
+        ValueError: a value that the method refuses; most are an `ArgumentError`.
+        TypeError: settings next to a method object, or a required setting is missing.
     """
     if isinstance(method, Mapping):
         spec = dict(method)
@@ -88,8 +92,8 @@ def make(method: str | Method | Mapping[str, Any], **settings: Any) -> Method:
         if settings:
             given = ", ".join(settings)
             raise TypeError(
-                f"settings ({given}) go with a method's name; {method} is a finished method: "
-                "give them to its constructor"
+                f"settings ({given}) go with a method's name; {method} is a method already: "
+                "pass them to its constructor"
             )
         return method
     if isinstance(method, type) and issubclass(method, Method):
@@ -97,7 +101,7 @@ def make(method: str | Method | Mapping[str, Any], **settings: Any) -> Method:
             "method", f"got the class {method.__name__}; give {method.__name__}(...)"
         )
     if isinstance(method, str) and set(method) & set("|+:@"):
-        # The command line's way of writing settings and compositions.
+        # Settings and compositions as text, as on the command line.
         if set(settings) - {"keep"}:
             raise ArgumentTypeError(
                 "settings", f"write them in {method!r}, or name a single method"
@@ -118,10 +122,10 @@ def make(method: str | Method | Mapping[str, Any], **settings: Any) -> Method:
 
 
 def split_list(text: str, separator: str = ",") -> list[str]:
-    """Split at `separator` outside of brackets, without surrounding spaces; nothing has no parts.
+    """Split at `separator` outside brackets and quotes and strip the parts; "" gives [].
 
     Raises:
-        ValueError: brackets or quotes that do not match, or an empty part.
+        ValueError: unmatched brackets or quotes, or an empty part.
     """
     parts = _split(text, separator)
     if parts == [""]:
@@ -132,7 +136,7 @@ def split_list(text: str, separator: str = ",") -> list[str]:
 
 
 def _split(text: str, separator: str) -> list[str]:
-    """The parts between separators outside of brackets and quotes, stripped, also empty ones."""
+    """The stripped parts between separators outside brackets and quotes, including empty ones."""
     parts, start, quote = [], 0, ""
     closers: list[str] = []
     for i, char in enumerate(text):
@@ -154,7 +158,7 @@ def _split(text: str, separator: str) -> list[str]:
 
 
 def compact(text: str) -> str:
-    """`text` without the blanks around separators and brackets; those in quotes stay."""
+    """`text` without spaces around separators and brackets; those in quotes stay."""
     return re.sub(
         r"""('[^']*'|"[^"]*")|\s*([|:=,@()\[\]])\s*""",
         lambda found: found[1] or found[2],
@@ -185,7 +189,7 @@ def parse_keep(text: str) -> Keep:
 
 
 def _value(key: str, text: str) -> Any:
-    """A Python literal, or else the bare word itself."""
+    """The value of a Python literal, or the bare word itself."""
     if text.lower() in ("true", "false", "none"):
         return {"true": True, "false": False, "none": None}[text.lower()]
     if "+" in text and text.rpartition("+")[2].partition("@")[0].strip().lower() in methods():
@@ -207,12 +211,12 @@ def _value(key: str, text: str) -> Any:
 
 
 def _comments(text: str) -> bool:
-    """Whether Python would take the rest of `text` for a comment, and leave it out."""
+    """Whether Python would ignore the rest of `text` as a comment."""
     return any(len(part) < len(text) for part in _split(text, "#"))
 
 
 def _parts(text: str) -> list[Part]:
-    """Each method in `text`, names checked."""
+    """The methods in `text`, with checked names."""
     parts = []
     for part in _split(text, "|"):
         if not part:
@@ -261,20 +265,20 @@ def takes_keep(text: str) -> bool:
 
 
 def parse_method(text: str, keep: Keep | None = None, seed: int | None = None) -> Method:
-    """The method that `text` names.
+    """The method described by `text`.
 
     Args:
-        text: see the module's head.
-        keep: for the first method that has such a setting and is not given one in `text`.
-        seed: for every method that samples and is not given one in `text`.
+        text: see the module's docstring.
+        keep: for the first method that has a `keep` which `text` does not set.
+        seed: for every method that has a `seed` which `text` does not set.
 
     Raises:
-        ArgumentError: unknown name, malformed settings or one that is given twice, or `@` after a
-            method that cannot act on a tile by itself.
-        ArgumentTypeError: a setting the method does not have, or `keep` where no method has one
-            left open.
-        ValueError: a value the method refuses; most name it as an `ArgumentError` does.
-        TypeError: a setting without a default left out.
+        ArgumentError: unknown name, malformed or repeated settings, or `@` after a method that
+            cannot act on single tiles.
+        ArgumentTypeError: a setting the method does not have, or `keep` although no method has one
+            left to set.
+        ValueError: a value that the method refuses; most are an `ArgumentError`.
+        TypeError: a required setting is missing.
     """
     parts = _parts(text)
     if keep is not None:
@@ -295,25 +299,25 @@ def parse_method(text: str, keep: Keep | None = None, seed: int | None = None) -
 
 
 def keep_is_at_fault(error: Exception, text: str) -> bool:
-    """Whether it was the `keep` given beside `text`, and not `text`, that `parse_method` refused.
+    """Whether `parse_method` refused the separate `keep`, not `text`.
 
     Args:
         error: what `parse_method(text, keep)` raised.
-        text: a method.
+        text: a method as text.
     """
     if argument_of(error) != "keep":
         return False
     try:
         parse_method(text)
     except (ValueError, TypeError) as own:
-        return argument_of(own) != "keep"  # or a `keep` within `text` is no better
+        return argument_of(own) != "keep"  # else a `keep` in `text` is at fault too
     return True
 
 
 def _made(name: str, each: str, settings: dict[str, Any]) -> Method:
     if not each:
         return make(name, **settings)
-    # The wrapper's own settings stand among those of the method, whose names are others.
+    # The wrapper's settings are given among those of the method; their names do not overlap.
     wrapper: Any = wrappers()[each]
     own = {f.name for f in dataclasses.fields(wrapper)} - {"inner"}
     inner = make(name, **{k: v for k, v in settings.items() if k not in own})

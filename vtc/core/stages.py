@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stages at which a method can act: one table, from which methods, runners and errors read."""
+"""The stages at which a method can act: one table for methods, runners and errors."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from .states import EncoderState, LayerState, VisionTokens
 
 @dataclass(frozen=True)
 class Stage:
-    """A place on the way of an image through the model.
+    """A point on an image's way through the model.
 
     Attributes:
-        name: what `Method.stages` calls it.
+        name: its name in `Method.stages`.
         hook: the function of a method that acts there.
-        state: what the hook is shown; `None` where that is numbers alone, or not settled yet.
-        place: where a method of it acts, in words that follow "acts".
+        state: what the hook receives; `None` for plain numbers or a hook not yet defined.
+        place: where a method acts, in words that follow "acts".
     """
 
     name: str
@@ -39,7 +39,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("decoder", "decode_step", None, "while decoding"),
     Stage("cache", "evict", None, "on the cache"),
 )
-"""All stages in the order in which an image passes them."""
+"""All stages in the order in which an image passes through them."""
 
 _BY_NAME = {stage.name: stage for stage in STAGES}
 _BY_HOOK = {stage.hook: stage for stage in STAGES}
@@ -49,11 +49,11 @@ def stage_of(name: str) -> Stage:
     """The stage of this name.
 
     Raises:
-        KeyError: there is none.
+        KeyError: there is no such stage.
     """
     return _BY_NAME[name]
 
 
 def refused(method: object, hook: str) -> TypeError:
-    """The error of a hook that the class of `method` does not override."""
+    """The error for a hook that the class of `method` does not override."""
     return TypeError(f"{type(method).__name__} does not act {_BY_HOOK[hook].place}")

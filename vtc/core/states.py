@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What methods see and what they answer: tensors of one sample, without padding."""
+"""What methods receive and return: tensors of one sample, without padding."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 Positions = Literal["original", "contiguous"]
 
 Rows = Literal["last", "text", "vision", "vision_text"]
-"""Query rows whose attention a method may ask for: the prompt's last token, all of its text after
-the first vision token, all vision tokens held now, or both of these in sequence order."""
+"""Query rows whose attention a method may request: the prompt's last token, all of its text after
+the first vision token, all vision tokens still held, or both of the latter in sequence order."""
 
 Record = Literal[
     "input",
@@ -30,9 +30,9 @@ Record = Literal[
     "keys",
     "rotary",
 ]
-"""What a method may have recorded of a decoder layer: the hidden states that enter and leave it,
-the latter also through the decoder's final norm; what enters and leaves its attention and its MLP,
-without the residual; its attention's keys, heads concatenated; and "rotary", a vector of ones as
+"""What a method may capture of a decoder layer: its input and output hidden states, the output also
+after the decoder's final norm ("normed"); the inputs and outputs of its attention and its MLP,
+without the residual; its attention keys, heads concatenated; and "rotary", a vector of ones as
 wide as a head. The last two are rotated to each token's position, as if the sample began at 0."""
 
 
@@ -42,35 +42,35 @@ class VisionTokens:
 
     Attributes:
         features: (n, d) embeddings after the projector, in sequence order.
-        grid: (n, 3) whole numbers, the (frame, row, column) of each token, or `None` where tokens
-            have no places, as those of a resampler; methods read it by `places`.
-        image: ordinal of this image within its sample, from 0.
-        text: (m, d) embeddings of the prompt's text after the first image. Only if asked for.
+        grid: (n, 3) integers, the (frame, row, column) of each token, or `None` if tokens
+            have no places, as after a resampler; methods read it with `places`.
+        image: 0-based ordinal of this image in its sample.
+        text: (m, d) embeddings of the prompt's text after the first image. Only on request.
         cls_attention: (n,) attention of [CLS] to each token in the vision tower, averaged over
             heads; for towers without [CLS], the attention each token receives, averaged over
-            heads and queries. Only if asked for.
-        keys: (n, d_k) keys of the vision tower's attention, heads concatenated. Only if asked for.
-        heads: attention heads that `keys` and `cls_query` hold.
-        low_attention: like `cls_attention`, of the method's `low_layer`. Only if asked for.
+            heads and queries. Only on request.
+        keys: (n, d_k) keys of the vision tower's attention, heads concatenated. Only on request.
+        heads: number of attention heads in `keys` and `cls_query`.
+        low_attention: like `cls_attention`, at the method's `low_layer`. Only on request.
         cls_query: (d_k,) query of [CLS], heads concatenated, or `None` in towers without [CLS].
-            Only if asked for.
-        cls_key: (d_k,) its key. Comes with `cls_query`.
-        encoder: (n, d_v) patch states that the projector receives. Only if asked for.
+            Only on request.
+        cls_key: (d_k,) key of [CLS]. Comes with `cls_query`.
+        encoder: (n, d_v) patch states that the projector receives. Only on request.
         encoder_cls: (d_v,) state of [CLS] in the same layer, or `None` in towers without. Comes
             with `encoder`.
-        project: the projector, (k, d_v) to (k, d), to turn merged patch states into embeddings.
+        project: the projector, (k, d_v) to (k, d), which turns merged patch states into embeddings.
             Comes with `encoder`.
         segment: (m, d) embeddings of the text between this image and the next, or the prompt's
-            end. Only if asked for.
-        patches: (n, m) the tower's patches that each token is made of, numbered through all tiles
-            that it encoded in one call, or `None` where they are not known. Only if asked for.
-        crop: (n,) whole numbers, the tile each token belongs to (0 is the thumbnail), or `None`
-            where an image is not tiled.
-        every_grid, every_crop: (N, 3) and (N,), `grid` and `crop` of all tokens that the image had
-            at first, before any method acted; `None` if these are all.
-        crop_cls, crop_query, crop_key: (c, ...) what `encoder_cls`, `cls_query` and `cls_key` are,
-            of each of the tiles 0 to c - 1 (these are the thumbnail's), or `None` where an image is
-            not tiled or the tower has no [CLS]. Come with them.
+            end. Only on request.
+        patches: (n, m) the tower patches that make up each token, numbered through all tiles
+            encoded in one call, or `None` if unknown. Only on request.
+        crop: (n,) integers, the tile of each token (0 is the thumbnail), or `None`
+            if the image is not tiled.
+        every_grid, every_crop: (N, 3) and (N,), `grid` and `crop` of all original tokens of the
+            image, before any method acted; `None` if none was dropped.
+        crop_cls, crop_query, crop_key: (c, ...) `encoder_cls`, `cls_query` and `cls_key` of each of
+            the tiles 0 to c - 1 (the plain fields hold the thumbnail's), or `None` if the image is
+            not tiled or the tower has no [CLS]. Come with the plain fields.
     """
 
     features: Tensor
@@ -100,15 +100,15 @@ class VisionTokens:
 
     @property
     def original(self) -> int:
-        """Tokens that the image had at first, before any method."""
+        """Tokens of the image before any method acted."""
         return len(self) if self.every_grid is None else self.every_grid.shape[0]
 
     def places(self, method: str, reason: str) -> Tensor:
-        """(n, 3) `grid`, for a method that cannot do without.
+        """(n, 3) `grid`, for a method that requires it.
 
         Args:
-            method: its name.
-            reason: what it does with places, to follow "it".
+            method: name of the method.
+            reason: what the method does with places, to follow "it".
 
         Raises:
             ValueError: the tokens have no places.
@@ -120,16 +120,16 @@ class VisionTokens:
         return self.grid
 
     def budget(self, keep: float | int) -> int:
-        """Tokens that a method with this `keep` leaves: a fraction is one of `original`, a whole
-        number is a number, and neither is more than there are."""
+        """Tokens that a method with this `keep` leaves, at most those there are: a fraction refers
+        to `original`, a whole number is a number of tokens."""
         return min(budget(keep, self.original), len(self))
 
 
 @dataclass(frozen=True)
 class LayerState:
-    """One sample on its way between two decoder layers, without padding.
+    """One sample between two decoder layers, without padding.
 
-    Tensors may be the model's own: they are read, never written to.
+    Tensors may be the model's own: never write to them.
 
     Attributes:
         layer: 0-based index of the decoder layer about to run.
@@ -137,18 +137,18 @@ class LayerState:
         hidden: (s, d) hidden states entering the layer.
         image: (s,) ordinal of the image each token belongs to, -1 for text.
         text: (s,) bool, the prompt's text after the first vision token.
-        grid: (s, 3) whole numbers, the (frame, row, column) of each vision token, -1 for text.
+        grid: (s, 3) integers, the (frame, row, column) of each vision token, -1 for text.
         prompt_length: tokens of the prompt; any after them are an answer being scored.
         original: vision tokens of each image before any compression.
-        attention: for each layer asked for by `taps` that has run, (r, s) attention probabilities
-            of the rows asked for, softmax over all keys in fp32, averaged over heads, or (h, r, s)
-            if the method reads them `by_head`. Columns are the tokens held now; what layers before
-            dropped is left out.
-        ahead: (r, s) the same of the layer about to run, as it would be if nothing were dropped
-            now. Only if asked for by `peeks`.
-        recorded: (s, d) what was asked for by `records`, by layer and name, for the tokens held
-            now.
-        memory: what the method handed on when it last chose in this sample, or `None`.
+        attention: for each layer in `taps` that has run, (r, s) attention probabilities
+            of the requested rows, softmax over all keys in fp32, averaged over heads, or (h, r, s)
+            if the method is `by_head`. Columns are the tokens still held; tokens dropped before
+            are left out.
+        ahead: (r, s) look-ahead attention of the layer about to run, as if nothing were dropped
+            now. Only if requested by `peeks`.
+        recorded: (s, d) the states requested by `records`, by layer and name, of the tokens still
+            held.
+        memory: what the method returned as memory in its last selection for this sample, or `None`.
     """
 
     layer: int
@@ -170,8 +170,7 @@ class LayerState:
         return (self.image >= 0).nonzero().squeeze(1)
 
     def of_vision(self, rows: Tensor) -> Tensor:
-        """(n, ...) those of the `rows` (s, ...) that belong to vision tokens; where these follow
-        one another, a view."""
+        """(n, ...) the `rows` (s, ...) of vision tokens; a view if these are consecutive."""
         vision = self.vision
         if not len(vision):
             return rows[:0]
@@ -183,19 +182,20 @@ class LayerState:
 class EncoderState:
     """The patches of one image inside the vision tower, between a layer's attention and its MLP.
 
-    [CLS], where there is one, is not among them: it is never merged nor dropped.
+    They do not include [CLS], which is never merged or dropped.
 
     Attributes:
         layer: 0-based index of the tower layer.
         num_layers: tower layers whose output is used.
         original: patches before anything was merged or dropped.
-        has_cls: whether a [CLS] token stands before the patches.
-        attention: (n,) attention from [CLS] in this layer, or received from all, mean over heads.
+        has_cls: whether a [CLS] token precedes the patches.
+        attention: (n,) attention from [CLS] in this layer, or received from all queries in towers
+            without [CLS], averaged over heads.
         keys: (n, h, d) keys of this layer's attention.
         values: (n, h, d) its values.
         cls_value: (h, d) the value of [CLS], or `None`.
         size: (n,) patches that each token stands for.
-        memory: (n,) what the method handed on from the layer before, or `None`.
+        memory: (n,) what the method returned as memory in the layer before, or `None`.
     """
 
     layer: int
@@ -215,12 +215,12 @@ class EncoderState:
 
 @dataclass(frozen=True)
 class Merging:
-    """Which tokens of a tower layer become one.
+    """Which tokens of a tower layer are merged.
 
     Attributes:
-        target: (n,) for each token the index, out of 0 to m - 1, of the token it becomes part of,
-            -1 for those that are dropped. Contents are averaged by size.
-        memory: (m,) numbers that the method wants to see again in the next layer.
+        target: (n,) for each token the index, from 0 to m - 1, of the token it is merged into,
+            -1 for dropped tokens. Contents are averaged, weighted by size.
+        memory: (m,) numbers that the method receives again in the next layer.
     """
 
     target: Tensor
@@ -229,13 +229,13 @@ class Merging:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which tokens stay, in ascending order, and what they hold.
+    """Which tokens stay, in ascending order, and their contents.
 
     Attributes:
-        indices: (k,) ascending whole numbers into the tokens that the method was given: the
+        indices: (k,) ascending integers into the tokens that the method received: the
             image's tokens in `select`, the sample's vision tokens (all images) in `prune`.
-        features: (k, d) new contents where tokens were merged or replaced, else `None`.
-        memory: layers stage: what the method wants to see again when it next chooses here.
+        features: (k, d) new contents if tokens were merged or replaced, else `None`.
+        memory: layers stage only: what the method receives in its next selection for this sample.
     """
 
     indices: Tensor
