@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line, one file a command: `vtc eval | bench | autotune | reproduce | show | ...`."""
+"""The command line, one file per command: `vtc eval`, `bench`, `autotune`, `show`, ..."""
 
 from .app import app
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m vtc.cli` is `vtc`."""
+"""`python -m vtc.cli` runs `vtc`."""
 
 from vtc.cli import app
 

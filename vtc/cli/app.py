@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The program `vtc`: its commands, and what they have in common.
+"""The program `vtc`: its commands and what they share.
 
-Commands import PyTorch, transformers and lmms-eval once they need them, so that `--help` and bad
-input answer at once.
+Commands import PyTorch, transformers and lmms-eval only when they need them, so that `--help` and
+invalid input answer at once.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _FOLDERS_OR_IDS = ("model", "config")
 
 
 class _Command(TyperCommand):
-    """A command in which `~` is the home folder in every path, also after `--option=`, where shells
-    leave it as it is. Warnings are lines of their own."""
+    """A command that expands `~` in every path, also after `--option=`, where shells do not.
+    Each warning is printed on its own line."""
 
     def invoke(self, ctx: Any) -> Any:
         for parameter in self.params:
             name = str(parameter.name)
             value = ctx.params.get(name)
-            # Some releases of typer have paths as text until the function is called.
+            # Some releases of typer keep paths as text until they call the function.
             kind = getattr(getattr(parameter, "type", None), "name", None)
             if isinstance(value, Path):
                 ctx.params[name] = value.expanduser()
@@ -54,7 +54,7 @@ class _Command(TyperCommand):
 
 
 def _tell(message: Any, category: type, *where: Any) -> None:
-    """A warning in a line of its own, without the place in the code that gave it."""
+    """Print a warning on its own line, without its place in the code."""
     sys.stderr.write(f"warning: {message}\n")
 
 
@@ -83,14 +83,14 @@ def main(
     ] = False,
 ) -> None:
     """Compress the vision tokens of Hugging Face vision-language models."""
-    # Threads that wait actively starve one another once another program takes a core: an evaluation
-    # beside one took four times as long. Benchmarks are for idle machines.
+    # Busy-waiting threads starve one another when another program takes a core: an evaluation took
+    # four times as long. Benchmarks are for idle machines.
     if ctx.invoked_subcommand != "bench":
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def _add(command: Callable[..., None], name: str | None = None) -> None:
-    """`command`, whose docstring is its help: paragraphs, which the terminal breaks into lines."""
+    """Add `command` with its docstring as help; the terminal wraps each paragraph."""
     paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
     help_text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
     app.command(name, cls=_Command, help=help_text)(command)

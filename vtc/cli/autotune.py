@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vtc autotune`: the cheapest method that loses little."""
+"""`vtc autotune`: the cheapest method within an allowed loss."""
 
 from __future__ import annotations
 
@@ -16,31 +16,33 @@ from .progress import bar, kept, observer, stopped
 def autotune(
     model: Annotated[
         str | None,
-        typer.Option(help="Folder, or id on the hub. Without it, the model that comes with vtc."),
+        typer.Option(help="Folder or hub id. Default: the model that comes with vtc."),
     ] = None,
-    methods: Annotated[str, typer.Option(help="Candidates, with commas between.")] = (
+    methods: Annotated[str, typer.Option(help="Candidate methods, comma-separated.")] = (
         "todre,divprune,visionzip,fastv"
     ),
-    keep: Annotated[str, typer.Option(help="For each method.")] = "0.5,0.25,0.1",
+    keep: Annotated[str, typer.Option(help="Budgets for each method.")] = "0.5,0.25,0.1",
     tasks: Annotated[
-        str, typer.Option(help="Of vtc or lmms-eval; the loss is a mean over them.")
+        str, typer.Option(help="Tasks of vtc or lmms-eval; the loss is the mean over them.")
     ] = "vtc_scenes",
     loss: Annotated[float, typer.Option(help="Allowed loss of accuracy, in points.")] = 1.0,
-    start: Annotated[int, typer.Option(help="Samples of each task in the first round.")] = 32,
-    most: Annotated[int, typer.Option(help="Samples of each task in the last round.")] = 512,
-    confidence: Annotated[float, typer.Option(help="Of what is dropped and of a winner.")] = 0.95,
+    start: Annotated[int, typer.Option(help="Samples per task in the first round.")] = 32,
+    most: Annotated[int, typer.Option(help="Samples per task in the last round.")] = 512,
+    confidence: Annotated[
+        float, typer.Option(help="Confidence for dropping a candidate and for a winner.")
+    ] = 0.95,
     out: Annotated[
         Path, typer.Option(help="Folder for results; finished cells are reused.")
     ] = Path("results"),
-    batch_size: Annotated[int, typer.Option(help="For lmms-eval's class of the model.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Batch size of lmms-eval's model class.")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.")] = None,
-    seed: Annotated[int, typer.Option(help="Of sampling methods and generated tasks.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling methods and generated tasks.")] = 0,
     imports: Import = [],  # noqa: B006
     wide: WideTable = False,
 ) -> None:
-    """Find the cheapest method and keep that loses at most so much against the full model.
+    """Find the cheapest method and keep within an allowed loss against the full model.
 
-    Writes autotune.json. Exit code 1 if a candidate failed, 2 if something given does not work.
+    Writes autotune.json. Exit code 1 if a candidate failed, 2 if an argument is invalid.
     """
     from vtc.eval.harness import autotune as tuner
     from vtc.eval.harness.run import BadInput, Settings
@@ -59,7 +61,7 @@ def autotune(
             )
     except BadInput as error:
         raise fail(error.option, error.message) from None
-    except RuntimeError as error:  # the full model failed: there is nothing to compare with
+    except RuntimeError as error:  # the full model failed, so nothing can be compared
         raise fail("vtc autotune", str(error)) from None
     except KeyboardInterrupt:
         stopped(kept(out))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vtc bench`: what methods cost and save, in milliseconds."""
+"""`vtc bench`: the time methods cost and save."""
 
 from __future__ import annotations
 
@@ -17,45 +17,45 @@ from .progress import bar, observer, stopped
 
 def bench(
     config: Annotated[
-        str, typer.Option(help="speed-bar, llava-1.5-7b, ..., a folder, or an id on the hub.")
+        str, typer.Option(help="speed-bar, llava-1.5-7b, ..., a folder or a hub id.")
     ] = "speed-bar",
-    layers: Annotated[int | None, typer.Option(help="Decoder layers, if not all.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Decoder layers. Default: all.")] = None,
     pretrained: Annotated[
-        bool, typer.Option("--pretrained", help="The checkpoint's weights, not random ones.")
+        bool, typer.Option("--pretrained", help="Use the checkpoint's weights, not random ones.")
     ] = False,
     methods: Annotated[
-        str, typer.Option(help="Methods, with commas between: todre,fastv:layer=3.")
+        str, typer.Option(help="Methods, comma-separated: todre,fastv:layer=3.")
     ] = "todre,divprune,visionzip,fastv",
     keep: Annotated[
-        str, typer.Option(help="Fractions or numbers of tokens per image, with commas between.")
+        str, typer.Option(help="Fractions or numbers of tokens per image, comma-separated.")
     ] = "0.1",
-    batch: Annotated[str, typer.Option(help="Batch sizes, with commas between: 1,4,8.")] = "1",
+    batch: Annotated[str, typer.Option(help="Batch sizes, comma-separated: 1,4,8.")] = "1",
     dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16, float16, with commas between.")
+        str, typer.Option(help="float32, bfloat16, float16, comma-separated.")
     ] = "float32",
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1. Without it, a GPU if there is one.")
+        str | None, typer.Option(help="cpu, cuda, cuda:1. Default: a GPU if there is one.")
     ] = None,
-    image: Annotated[str | None, typer.Option(help="Height x width in pixels, 672x840.")] = None,
-    text: Annotated[int, typer.Option(help="Tokens of text in the prompt.")] = 64,
+    image: Annotated[str | None, typer.Option(help="Height x width in pixels: 672x840.")] = None,
+    text: Annotated[int, typer.Option(help="Text tokens in the prompt.")] = 64,
     decode: Annotated[int, typer.Option(help="New tokens after each prefill.")] = 8,
     unpatched: Annotated[
-        bool, typer.Option(help="Run the plain model on all tokens, which takes longest.")
+        bool, typer.Option(help="Also run the plain model on all tokens, the slowest part.")
     ] = True,
-    warmup: Annotated[int, typer.Option(help="Turns that do not count.")] = 1,
-    repeats: Annotated[int, typer.Option(help="Turns that count.")] = 7,
-    threads: Annotated[int | None, typer.Option(help="Threads of PyTorch on a CPU.")] = None,
-    seed: Annotated[int, typer.Option(help="Of weights, inputs and sampling methods.")] = 0,
+    warmup: Annotated[int, typer.Option(help="Warm-up rounds, which do not count.")] = 1,
+    repeats: Annotated[int, typer.Option(help="Measured rounds.")] = 7,
+    threads: Annotated[int | None, typer.Option(help="PyTorch threads on a CPU.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of weights, inputs and sampling methods.")] = 0,
     imports: Import = [],  # noqa: B006
     wide: WideTable = False,
     out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.csv.")] = Path(
         "results/bench"
     ),
 ) -> None:
-    """Time prefill, selection and decoding, and the memory they take, beside the plain model.
+    """Measure prefill, selection, decoding and peak memory against the plain model.
 
-    Every method also beside the plain model that was given the short sequence outright. Exit code
-    1 if something failed, 2 if something given does not work.
+    Also compares every method with the plain model given the short sequence directly. Exit code 1
+    if a measurement failed, 2 if an argument is invalid.
     """
     from vtc.eval import bench as timing
     from vtc.eval.harness.run import BadInput
@@ -69,7 +69,7 @@ def bench(
     if image is not None:
         height, cross, width = image.partition("x")
         if not (cross and height.isdecimal() and width.isdecimal()):
-            raise fail("--image", f"expected height x width, as 672x840, got {image!r}")
+            raise fail("--image", f"expected height x width such as 672x840, got {image!r}")
         size = int(height), int(width)
     settings = timing.Settings(
         config=config, layers=layers, pretrained=pretrained, methods=names, keeps=keeps,

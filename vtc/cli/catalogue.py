@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What there is to say of each method, known without importing PyTorch.
+"""The description of each method, available without importing PyTorch.
 
 `vtc methods` answers in well under a second because `catalogue.json` holds what the classes say. It
-also holds a digest of the files that define them: after an edit the classes are asked instead, and
-`python -m vtc.cli.catalogue` (`make catalogue`) writes the file anew.
+also holds a digest of the files that define them: after an edit the classes are read instead, until
+`python -m vtc.cli.catalogue` (`make catalogue`) rewrites the file.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Entry:
 
     Attributes:
         name, title, paper, year, trained: as in `vtc.Method`.
-        stages: where it acts.
-        reads: signals of the tower and of the decoder that it asks for.
-        settings: `name=default`, or the name alone where there is no default.
+        stages: the stages it implements.
+        reads: signals of the tower and of the decoder that it requests.
+        settings: `name=default`, or only the name if there is no default.
     """
 
     name: str
@@ -47,7 +47,7 @@ def catalogue(live: bool = False) -> list[Entry]:
     """All registered methods in alphabetical order.
 
     Args:
-        live: ask the classes, whatever the file says; it does not know those of other packages.
+        live: read the classes instead of the file, which lacks those of other packages.
     """
     if not live:
         try:
@@ -66,7 +66,7 @@ def _entry(row: dict[str, Any]) -> Entry:
 
 
 def _digest() -> str:
-    """Of the files that define methods, line ends apart."""
+    """Digest of the files that define methods, regardless of line endings."""
     found = hashlib.sha256()
     for path in sorted((_PACKAGE / "methods").rglob("*.py")):
         found.update(path.relative_to(_PACKAGE).as_posix().encode())
@@ -87,13 +87,13 @@ def _described(name: str, cls: type[Method]) -> Entry:
     try:
         method = cls()
         stages = method.stages
-    except (TypeError, ValueError):  # settings without which there is no method
+    except (TypeError, ValueError):  # it has required settings
         method = None
         names = {"select": "sequence", "prune": "layers"}
         stages = tuple(stage for hook, stage in names.items() if hook in vars(cls))
     reads: list[str] = [*sorted(cls.needs)]
     for hook, what in _OF_THE_DECODER.items():
-        # A method that cannot be made without settings is asked what it overrides.
+        # For a method with required settings, see which hooks it overrides.
         asks = (
             hook in vars(cls) if method is None else bool(getattr(method, hook)(_DEPTH_ASKED_FOR))
         )
@@ -109,7 +109,7 @@ def _described(name: str, cls: type[Method]) -> Entry:
 
 
 def short(value: Any) -> str:
-    """A setting for reading: shares to four digits. All is 1.0, for 1 would be one token."""
+    """A setting for display: fractions to four digits. All is 1.0, as 1 would be one token."""
     if isinstance(value, tuple):
         return "(" + ", ".join(map(short, value)) + ")"
     if not isinstance(value, float):
@@ -119,7 +119,7 @@ def short(value: Any) -> str:
 
 
 def write() -> None:
-    """Bring the file up to date."""
+    """Rewrite the file."""
     rows = [dataclasses.asdict(entry) for entry in catalogue(live=True)]
     text = json.dumps({"digest": _digest(), "methods": rows}, indent=1, ensure_ascii=False)
     _FILE.write_text(text + "\n", "utf-8", newline="\n")

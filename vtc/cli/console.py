@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What commands print on: the terminal, tables that are wide and lists that are narrow."""
+"""Output of commands: consoles, wide tables and narrow lists."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _WIDE = 160
 
 
 def output(wide: bool = False) -> Console:
-    """Standard output, as it is now; where that is not a terminal and COLUMNS is not set, 120
-    columns wide. `wide` has lines as long as they need be."""
+    """Console on the current standard output; 120 columns if it is not a terminal and COLUMNS is
+    not set. `wide` allows long lines."""
     console = Console(highlight=False)
     if wide:
         return Console(highlight=False, width=max(console.width, _WIDE))
@@ -29,13 +29,13 @@ def output(wide: bool = False) -> Console:
 
 
 def error_console() -> Console:
-    """The error stream, for progress and for what is not a result."""
+    """Console on the error stream, for progress and everything that is not a result."""
     return Console(file=sys.stderr, highlight=False)
 
 
 def wide_table(headers: Sequence[str], rows: Iterable[Sequence[str]], right: int = 0) -> None:
-    """A table as wide as it gets, for wide terminals and pipes; `right` columns after the third are
-    numbers."""
+    """Print a table at full width, for wide terminals and pipes; `right` columns from the fourth on
+    are right-aligned."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for i, header in enumerate(headers):
         table.add_column(header, no_wrap=True, justify="right" if 3 <= i < 3 + right else "left")
@@ -47,7 +47,7 @@ def wide_table(headers: Sequence[str], rows: Iterable[Sequence[str]], right: int
 
 
 def explain(*notes: str) -> None:
-    """How to read what was printed: a line for each note below it, at most 100 wide."""
+    """Print notes on how to read the output above, wrapped at 100 columns."""
     console = output()
     console.print()
     for note in notes:
@@ -58,7 +58,7 @@ def explain(*notes: str) -> None:
 
 
 def stacked(console: Console, name: str, facts: Iterable[str]) -> None:
-    """A name and what is to be said of it, stacked: lines break between words only."""
+    """Print a name and facts about it below; lines break only between words."""
     width = min(console.width, 100)
     console.print(name, style="bold", markup=False, soft_wrap=True)
     for fact in facts:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vtc doctor`: whether what is installed goes together."""
+"""`vtc doctor`: whether the installed versions work together."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .console import output
 def doctor() -> None:
     """Print versions, extras and devices, and what is missing, too old or too new.
 
-    Exit code 1 if something keeps vtc, or an extra that is installed, from working.
+    Exit code 1 if something prevents vtc, or an installed extra, from working.
     """
     from vtc import __version__
     from vtc.cli import environment as look
@@ -26,9 +26,9 @@ def doctor() -> None:
         groups.setdefault(finding.extra, []).append(finding)
     for extra, found in groups.items():
         installed = [f"{f.name} {f.installed}" for f in found if f.installed]
-        # A package or two of an extra may be there for another's sake.
+        # Some packages of an extra may be installed for another reason.
         asked = 2 * len(installed) >= len(found)
-        some = f"not installed, but for {', '.join(installed)}" if installed else "not installed"
+        some = f"not installed, except {', '.join(installed)}" if installed else "not installed"
         listed = ", ".join(installed) if asked else some
         console.print(f"{extra}: {listed}", markup=False)
         for finding in found:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `vtc doctor` prints: versions, extras, devices, and what is missing, too old or too new.
 
-Reads the metadata of what is installed; imports a package only to see whether it can be imported.
+Reads the metadata of installed packages; imports a package only to check that it can be imported.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ TESTED = {
     "transformers": ("5.20.0", "5.24.0"),
     "lmms-eval": ("0.7.3", "0.7.3"),
 }
-"""The oldest and the newest release on which the tests are run: those of the two locks."""
+"""The oldest and the newest release that the tests run on: those of the two locks."""
 
 EXTRAS = ("eval", "training", "notebooks", "test", "dev")
 _IMPORTS = {"core": "transformers", "eval": "lmms_eval.evaluator"}
-"""What is imported for real: where the parts of a stack do not fit, it shows only then."""
+"""Modules to import: some conflicts between packages show only on import."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One requirement, as it is installed.
+    """One requirement and what is installed of it.
 
     Attributes:
-        extra: "core" or the extra that asks for it.
-        name: of the distribution.
+        extra: "core" or the extra that requires it.
+        name: name of the distribution.
         installed: its version, or `None`.
         state: "ok", "missing", "too old", "too new" or "untested".
-        remedy: what to do, "" where nothing is wrong.
+        remedy: what to do, "" if nothing is wrong.
     """
 
     extra: str
@@ -51,14 +51,14 @@ class Finding:
 
     @property
     def bad(self) -> bool:
-        """Whether it keeps vtc, or an extra that is in use, from working."""
+        """Whether it prevents vtc, or an extra in use, from working."""
         return self.state in ("too old", "too new") or (
             self.state == "missing" and self.extra == "core"
         )
 
 
 def findings() -> list[Finding]:
-    """Every requirement of vtc and of its extras."""
+    """Every requirement of vtc and its extras."""
     found = []
     for line in metadata.requires(DISTRIBUTION) or ():
         requirement = Requirement(line)
@@ -99,9 +99,9 @@ def _judge(extra: str, requirement: Requirement) -> Finding:
 
 
 def broken_imports() -> Iterator[tuple[str, str]]:
-    """(module, reason) of each of the big packages that is installed and cannot be imported.
+    """(module, reason) of each large installed package that cannot be imported.
 
-    Each is tried in a process of its own: a library that aborts must not take the doctor along.
+    Each import runs in its own process, as a library may abort.
     """
     for extra, module in _IMPORTS.items():
         name = {"core": "transformers", "eval": "lmms-eval"}[extra]
@@ -121,7 +121,7 @@ def devices() -> list[str]:
     """A line for each device that PyTorch can use."""
     try:
         import torch
-    except Exception as error:  # whatever a broken build raises
+    except Exception as error:  # a broken build may raise anything
         return [f"PyTorch cannot be imported: {error}"]
     found = [f"cpu: {os.cpu_count()} cores, PyTorch uses {torch.get_num_threads()} threads"]
     for i in range(torch.cuda.device_count()):
@@ -136,5 +136,5 @@ def devices() -> list[str]:
 
 
 def system() -> str:
-    """Python and the machine, in a line."""
+    """Python and the machine, in one line."""
     return f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vtc eval`: methods on tasks, and what came out."""
+"""`vtc eval`: evaluate methods on tasks."""
 
 from __future__ import annotations
 
@@ -22,70 +22,68 @@ if TYPE_CHECKING:
 def evaluate(
     model: Annotated[
         str | None,
-        typer.Option(help="Folder, or id on the hub. Without it, the model that comes with vtc."),
+        typer.Option(help="Folder or hub id. Default: the model that comes with vtc."),
     ] = None,
     methods: Annotated[
         str,
-        typer.Option(help="Methods, with commas between: todre,fastv:layer=3,divprune@tile,blind."),
+        typer.Option(help="Methods, comma-separated: todre,fastv:layer=3,divprune@tile,blind."),
     ] = "todre,fastv",
     keep: Annotated[
-        str, typer.Option(help="Fractions or numbers of tokens per image, with commas between.")
+        str, typer.Option(help="Fractions or numbers of tokens per image, comma-separated.")
     ] = "0.25,0.1",
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="vtc_scenes, vtc_photo, vtc_mosaic, lmms-eval's (pope,mme,gqa), or a task file."
+            help="vtc_scenes, vtc_photo, vtc_mosaic, lmms-eval tasks (pope,mme,gqa), task files."
         ),
     ] = None,
     suite: Annotated[
-        str | None, typer.Option(help="Tasks by name: embedded, image, doc, video, reasoning.")
+        str | None, typer.Option(help="Named task list: embedded, image, doc, video, reasoning.")
     ] = None,
     include_path: Annotated[
-        list[str], typer.Option(help="A folder with task files of your own; repeatable.")
+        list[str], typer.Option(help="Folder with your own task files; repeatable.")
     ] = [],  # noqa: B006
     limit: Annotated[
-        str | None, typer.Option(help="Samples of each task: a number, or a share such as 0.5.")
+        str | None, typer.Option(help="Samples per task: a number, or a fraction such as 0.5.")
     ] = None,
     out: Annotated[
         Path, typer.Option(help="Folder for results; finished cells are reused.")
     ] = Path("results"),
-    batch_size: Annotated[int, typer.Option(help="For lmms-eval's class of the model.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Batch size of lmms-eval's model class.")] = 1,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1. Without it, a GPU if there is one.")
+        str | None, typer.Option(help="cpu, cuda, cuda:1. Default: a GPU if there is one.")
     ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="float32, bfloat16 or float16. Without it, float32 on a CPU, else the model's own."
+            help="float32, bfloat16 or float16. Default: float32 on a CPU, else the model's own."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of sampling methods and generated tasks.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling methods and generated tasks.")] = 0,
     baselines: Annotated[
         bool,
         typer.Option(help="Add full, blind, random, pool and downsample for comparison."),
     ] = True,
     lmms_model: Annotated[
-        str | None, typer.Option(help="lmms-eval's class, if the model's type does not tell.")
+        str | None, typer.Option(help="lmms-eval's model class, if the model's type is ambiguous.")
     ] = None,
     model_args: Annotated[
         str,
-        typer.Option(
-            help="Of that class, with commas between: attn_implementation=eager,quantization=4bit."
-        ),
+        typer.Option(help="Options of that class: attn_implementation=eager,quantization=4bit."),
     ] = "",
     imports: Import = [],  # noqa: B006
     page: Annotated[
-        bool, typer.Option(help="Write report.html, with samples and the tokens kept of them.")
+        bool, typer.Option(help="Write report.html, with samples and their kept tokens.")
     ] = True,
     processes: Annotated[
         int, typer.Option(min=1, help="Processes that share each task's samples.")
     ] = 1,
     wide: WideTable = False,
 ) -> None:
-    """Run methods on tasks through lmms-eval; print a table, write results.json and a picture.
+    """Evaluate methods on tasks with lmms-eval; print a table, write results.json and a plot.
 
-    Finished (method, keep, task) cells in --out are not run again. Exit code 1 if a cell failed,
-    2 if something given does not work.
+    Finished (method, keep, task) cells in --out do not run again. Exit code 1 if a cell failed,
+    2 if an argument is invalid.
     """
     from vtc.eval.harness import parallel
     from vtc.eval.harness.plan import parse_arguments, parse_limit
@@ -128,7 +126,7 @@ def evaluate(
     except BadInput as error:
         raise fail(error.option, error.message) from None
     except KeyboardInterrupt:
-        if parallel.launched() or parallel.rank() != 0:  # who started the processes says it
+        if parallel.launched() or parallel.rank() != 0:  # the launching process reports it
             raise
         stopped(kept(out))
     if parallel.rank() == 0 and not parallel.launched():
@@ -136,7 +134,7 @@ def evaluate(
 
 
 def _tasks(tasks: str | None, suite: str | None) -> tuple[str, ...]:
-    """The tasks that --tasks or --suite names; the generated scenes without either."""
+    """The tasks of --tasks or --suite; by default the generated scenes."""
     from vtc.core.errors import ArgumentError
     from vtc.eval.harness.suites import expand
 
@@ -151,14 +149,14 @@ def _tasks(tasks: str | None, suite: str | None) -> tuple[str, ...]:
 
 
 def _shared(settings: Settings, processes: int, page: bool, wide: bool) -> None:
-    """This very command in several processes; prints what they have written."""
+    """Run this command in several processes and print their results."""
     import json
 
     from vtc.eval.harness import parallel
 
     started = time.perf_counter()
     code = parallel.launch(sys.argv[1:], processes)
-    if code != 0:  # they have said why
+    if code != 0:  # the processes have reported why
         raise typer.Exit(code)
     results = json.loads((settings.out / "results.json").read_text("utf-8"))
     _present(results, settings.out, started, page, wide)
@@ -167,7 +165,7 @@ def _shared(settings: Settings, processes: int, page: bool, wide: bool) -> None:
 def _present(
     results: Mapping[str, Any], out: Path, started: float, page: bool, wide: bool = False
 ) -> None:
-    """Print the table, draw the picture, write the page; exit code 1 if a cell failed."""
+    """Print the table, draw the plot, write the page; exit code 1 if a cell failed."""
     from vtc.eval.harness.results import grouped, of_this_run
     from vtc.eval.report.page import write_page
     from vtc.eval.report.table import table
@@ -177,7 +175,7 @@ def _present(
     console.print(table(results, None if wide else console.width))
     written = ["results.json", "results.csv"]
     if any(c["status"] == "done" and c["tokens"] for c in results["cells"]):
-        # Cells that must not be compared are not drawn into one panel.
+        # Cells that are not comparable go into separate panels.
         drawn = [{**c, "task": title} for title, rows in grouped(results["cells"]) for c in rows]
         try:
             tradeoff({**results, "cells": drawn}).savefig(out / "tradeoff.png")
@@ -187,7 +185,7 @@ def _present(
     if page:
         try:
             written.append(write_page(out).name)
-        except (OSError, ValueError) as error:  # the figures stand without it
+        except (OSError, ValueError) as error:  # the results are valid without it
             console.print(f"no page: {error}", style="red", markup=False)
         except KeyboardInterrupt:
             stopped(f"stopped: no page; `python -m vtc.eval.report.page {out}` writes it")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vtc methods`: the compression methods, known without importing PyTorch."""
+"""`vtc methods`: the compression methods, listed without importing PyTorch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .options import Import, Wide
 
 
 def methods(wide: Wide = False, imports: Import = []) -> None:  # noqa: B006
-    """List the compression methods: stage, settings with their defaults, paper."""
+    """List the compression methods: stages, settings with defaults, papers."""
     from vtc.cli.catalogue import catalogue
 
     console, rows = output(), []
@@ -25,7 +25,7 @@ def methods(wide: Wide = False, imports: Import = []) -> None:  # noqa: B006
             facts += [f"reads: {reads}" if reads else "", f"settings: {settings}" * bool(settings)]
             stacked(console, name, filter(None, facts))
     explain(
-        "In text: name, name:setting=value:setting=value, and 'first|second' to compose.",
+        "As text: name, name:setting=value:setting=value, and 'first|second' to compose.",
         "keep is a fraction in (0, 1] of an image's tokens, or a whole number of tokens per image: "
         "1.0 keeps all, 1 keeps one.",
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vtc models`: the model families that are patched."""
+"""`vtc models`: the supported model families."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .options import Wide
 
 
 def models(
-    markdown: Annotated[bool, typer.Option(help="Print the page MODELS.md.")] = False,
+    markdown: Annotated[bool, typer.Option(help="Print MODELS.md.")] = False,
     wide: Wide = False,
 ) -> None:
-    """List the model families that vtc patches."""
+    """List the supported model families."""
     import vtc
     from vtc.models.page import COLUMNS, page, row
 

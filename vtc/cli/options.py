@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options that several commands have, and how a value that does not work is refused."""
+"""Options shared by several commands, and errors for invalid values."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ __all__ = ["Import", "Wide", "WideTable", "budgets", "fail", "fail_of", "listed"
 
 
 def fail(option: str, message: str) -> typer.BadParameter:
-    """What to raise where `option` does not work."""
+    """The exception to raise for an invalid `option`."""
     return typer.BadParameter(message, param_hint=option)
 
 
 def fail_of(option: str, error: Exception, *said: str) -> typer.BadParameter:
-    """What to raise where `error` is one of `option`.
+    """The exception to raise for an `error` caused by `option`.
 
     Args:
         option: as the user writes it.
-        error: what refused its value.
-        said: arguments that the option's name stands for, which are not named once more.
+        error: the error that its value caused.
+        said: arguments that the option stands for; the message does not repeat their names.
     """
     from vtc.core.errors import message_of
 
@@ -32,7 +32,7 @@ def fail_of(option: str, error: Exception, *said: str) -> typer.BadParameter:
 
 
 def listed(option: str, text: str) -> tuple[str, ...]:
-    """The parts of a list with commas."""
+    """The parts of a comma-separated list."""
     from vtc.core.spec import split_list
 
     try:
@@ -69,14 +69,14 @@ Import = Annotated[
         metavar="MODULE",
         callback=_imported,
         is_eager=True,
-        help="A module with methods of your own, by its name or as a .py file; repeatable.",
+        help="Module with your own methods, a name or a .py file; repeatable.",
     ),
 ]
 
-Wide = Annotated[bool, typer.Option("--wide", help="A table with one line a row.")]
-"""Of commands that list something."""
+Wide = Annotated[bool, typer.Option("--wide", help="Print a table with one line per row.")]
+"""For commands that print a list."""
 
 WideTable = Annotated[
     bool, typer.Option("--wide", help="Print all columns, however long the lines.")
 ]
-"""Of commands that print a table anyway."""
+"""For commands that print a table."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vtc presets`: published token targets, and what meeting them costs."""
+"""`vtc presets`: published token targets and their cost."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _LEGEND = (
     "which is: what the target counts, of an image's vision tokens",
     "  exact: those that enter the language model",
     "  average: those that a decoder layer processes, mean over the layers",
-    "  kept: those left after a cut between layers; the layers before it see more",
-    "  counted: what the authors' own counter says, which is less than is processed",
-    "enter, mean, last: tokens of the first decoder layer, averaged over the layers, of the last",
+    "  kept: those left after a cut between layers; the layers before it process more",
+    "  counted: what the authors' own counter reports, less than is processed",
+    "enter, mean, last: tokens of the first decoder layer, mean over the layers, of the last layer",
     "KV MiB, TFLOPs: of the language model's prefill with one image and no text",
 )
 
@@ -27,17 +27,17 @@ def presets(
     target: Annotated[str | None, typer.Option(help="llava-1.5, llava-next, qwen2.5-vl.")] = None,
     wide: Wide = False,
 ) -> None:
-    """List published token targets, and what meeting them really costs the language model.
+    """List published token targets and their actual cost in the language model.
 
-    What a target counts is said in the column "which is". exact: vision tokens that enter the
+    The column "which is" says what a target counts. exact: vision tokens that enter the
     language model. average: those that a decoder layer processes, mean over the layers. kept:
-    those left after a cut between layers; the layers before it see more. counted: what the
-    authors' own counter says, which is less than is processed. On Qwen2.5-VL, where images differ
-    in size, a target is a share.
+    those left after a cut between layers; the layers before it process more. counted: what the
+    authors' own counter reports, less than is processed. On Qwen2.5-VL, where image sizes
+    differ, a target is a fraction.
 
-    enter, mean and last are vision tokens of the first decoder layer, averaged over the layers,
-    and of the last one. KV MiB and TFLOPs are those of its prefill with one image and no text, 2
-    bytes a value and 2 FLOPs a multiply-add.
+    enter, mean and last are the vision tokens of the first decoder layer, their mean over the
+    layers, and those of the last layer. KV MiB and TFLOPs are for the prefill with one image and no
+    text, 2 bytes per value and 2 FLOPs per multiply-add.
     """
     import vtc
     from vtc.cli.catalogue import short

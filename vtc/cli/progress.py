@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bar that moves while a run goes on, and what is said of one that was stopped."""
+"""The progress bar, and the message of an interrupted run."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ __all__ = ["bar", "kept", "observer", "stopped"]
 
 
 def bar() -> Progress:
-    """A bar on the error stream, so that what is printed in the end can be piped alone; on the
-    stream itself, as `sys.stderr` is redirected while lmms-eval talks."""
+    """A progress bar on the error stream, so that results can be piped; on the stream itself, as
+    `sys.stderr` is redirected while lmms-eval runs."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.progress import TimeRemainingColumn as TimeRemaining
 
-    # lmms-eval's own output is redirected meanwhile; rich must not redirect it once more.
+    # lmms-eval's own output is redirected already; rich must not redirect it again.
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -42,7 +42,7 @@ def bar() -> Progress:
 def observer(
     progress: Progress, measured: Callable[[Mapping[str, Any]], None] | None = None
 ) -> Observer:
-    """Who moves the bar of `progress`; `measured` is called with rows of `vtc bench`."""
+    """The observer that moves the bar of `progress`; `measured` receives rows of `vtc bench`."""
     from vtc.eval.harness.run import Observer
 
     class Bar(Observer):
@@ -61,7 +61,7 @@ def observer(
             progress.advance(self.bar, samples)
 
         def finished(self, cell: Mapping[str, Any]) -> None:
-            if not progress.console.is_terminal:  # no bar moves there
+            if not progress.console.is_terminal:  # it shows no bar
                 progress.console.print(f"{cell['label']}: {cell['status']}", markup=False)
             for warning in cell.get("warnings", ()):
                 progress.console.print(f"{cell['label']}: {warning}", style="yellow")
@@ -71,7 +71,7 @@ def observer(
         def measured(self, results: Mapping[str, Any]) -> None:
             if measured is None:
                 return
-            # What is printed must not begin in the line that the bar is in.
+            # The output must not start on the bar's line.
             progress.stop()
             try:
                 measured(results)
@@ -82,13 +82,13 @@ def observer(
 
 
 def stopped(message: str) -> NoReturn:
-    """Say what Ctrl-C left behind, and end as shells expect it."""
+    """Print what an interrupted run keeps, and exit with code 130."""
     error_console().print(message, markup=False, soft_wrap=True)
     raise typer.Exit(130)
 
 
 def kept(out: Path) -> str:
-    """How far a run of `vtc eval` came that was stopped."""
+    """What an interrupted run of `vtc eval` keeps."""
     from vtc.eval.harness.journal import answers_in
 
     cells = sum(

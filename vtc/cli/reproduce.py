@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vtc reproduce`: published tables, run again."""
+"""`vtc reproduce`: rerun published tables."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ from .progress import bar, kept, observer, stopped
 def reproduce(
     name: Annotated[str, typer.Argument(help="A model with published tables: llava-1.5-7b.")],
     model: Annotated[
-        str | None, typer.Option(help="Folder or id of the checkpoint, if not the usual one.")
+        str | None, typer.Option(help="Folder or hub id of the checkpoint, if not the usual one.")
     ] = None,
     limit: Annotated[
-        str | None, typer.Option(help="Samples of each task: a number, or a share such as 0.5.")
+        str | None, typer.Option(help="Samples per task: a number, or a fraction such as 0.5.")
     ] = None,
     out: Annotated[
         Path, typer.Option(help="Folder for results; finished cells are reused.")
     ] = Path("results"),
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would run.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would run.")] = False,
 ) -> None:
-    """Run the published tables of a model, and print how far off each published figure is.
+    """Rerun a model's published tables and print the difference to each published figure.
 
-    Exit code 1 if a cell failed or something it needs is not here, 2 if something given does not
-    work.
+    Exit code 1 if a cell failed or something it needs is missing, 2 if an argument is invalid.
     """
     import json
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vtc show`: which tokens of an image survive."""
+"""`vtc show`: draw which tokens of an image survive."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .options import Import, fail, fail_of
 
 
 def _check_picture(out: Path) -> None:
-    """Refuse a file in which no picture can be written, before a model runs."""
+    """Refuse a file that no picture can be written to, before a model runs."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     accepted = FigureCanvasAgg.get_supported_filetypes()
@@ -22,7 +22,7 @@ def _check_picture(out: Path) -> None:
         kinds = ", ".join(f".{kind}" for kind in sorted(accepted))
         raise fail("--out", f"expected a file with one of the suffixes {kinds}, got {out}")
     if out.is_dir():
-        raise fail("--out", f"{out} is a folder; give a file in it")
+        raise fail("--out", f"{out} is a folder; name a file in it")
     if not out.parent.is_dir():
         raise fail("--out", f"no folder {out.parent}")
     if not os.access(out if out.exists() else out.parent, os.W_OK):
@@ -31,21 +31,21 @@ def _check_picture(out: Path) -> None:
 
 def show(
     image: Annotated[Path, typer.Argument(help="The image.")],
-    question: Annotated[str, typer.Option(help="What the model is asked.")],
-    method: Annotated[str, typer.Option(help="A method, with settings if need be.")] = "todre",
+    question: Annotated[str, typer.Option(help="The question for the model.")],
+    method: Annotated[str, typer.Option(help="A method, optionally with settings.")] = "todre",
     keep: Annotated[
-        str | None, typer.Option(help="Fraction or number of tokens; the method's own without it.")
+        str | None, typer.Option(help="Fraction or number of tokens. Default: the method's own.")
     ] = None,
     out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("kept.png"),
     model: Annotated[
         str | None,
-        typer.Option(help="Folder, or id on the hub. Without it, the model that comes with vtc."),
+        typer.Option(help="Folder or hub id. Default: the model that comes with vtc."),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 24,
     imports: Import = [],  # noqa: B006
 ) -> None:
-    """Draw which tokens of an image survive, and print the answers with all and with those."""
+    """Draw which tokens of an image survive, and print the answers with all and with these."""
     from importlib.util import find_spec
 
     import torch
@@ -53,7 +53,7 @@ def show(
     from vtc.core.spec import keep_is_at_fault, parse_keep, parse_method
     from vtc.viz.pictures import PictureError, open_picture
 
-    if find_spec("matplotlib") is None:  # said now, not after the model has run twice
+    if find_spec("matplotlib") is None:  # refused now, not after the model has run twice
         raise fail("vtc show", "needs pip install vision-token-compression[eval]")
     try:
         amount = None if keep is None else parse_keep(keep)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vtc suite`: a generated task as files."""
+"""`vtc suite`: write a generated task as files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def suite(
     limit: Annotated[int | None, typer.Option(min=1, help="Number of samples.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
-    """Generate a task of vtc's own suite: parquet and task file, for lmms-eval's --include_path."""
+    """Write a task of vtc's own suite: parquet and task file, for lmms-eval's --include_path."""
     from vtc.eval.harness.run import OWN_TASKS, write_task
 
     if name not in OWN_TASKS:
