@@ -46,8 +46,8 @@ def test_methods_that_read_no_place_do_as_with_places(method: Method) -> None:
     [
         (vtc.Downsample(0.25), "downsample: it resizes a grid"),
         (vtc.HoloV(0.25, variant="paper"), "holov: it divides the grid of tokens into crops"),
-        (vtc.PerFrame(vtc.Random(0.25)), "per_frame: it divides tokens by their frame"),
-        (vtc.Pool(0.25), "pool: it averages tokens that lie beside"),
+        (vtc.PerFrame(vtc.Random(0.25)), "per_frame: it divides tokens by frame"),
+        (vtc.Pool(0.25), "pool: it averages neighbouring tokens"),
         (vtc.VScan(0.25), "vscan: it divides the grid of tokens into windows"),
     ],
     ids=str,

@@ -107,7 +107,11 @@ def test_labels_keep_it_and_lists_do_not_split_it() -> None:
         ("random@tile:64", ValueError, "setting=value after 'random@tile' and a colon, got '64'"),
         ("fastv@tile", ValueError, r"method: fastv@tile: inner: expected .* \(layers\)"),
         ("tome@frame", ValueError, r"method: tome@frame: inner: expected .* \(encoder\)"),
-        ("vscan@tile:keep=64", ValueError, "method: vscan@tile: inner: expected a share as keep"),
+        (
+            "vscan@tile:keep=64",
+            ValueError,
+            "method: vscan@tile: inner: expected a fraction as keep",
+        ),
         ("random@tile:thumbnail=0", ValueError, "method: random@tile: thumbnail: keep: .* got 0"),
         ("random@tile:thumbnail=true", TypeError, "method: random@tile: thumbnail: .* got True"),
         ("random@tile:thumbnail=no", ValueError, "random@tile: thumbnail: .* unknown name 'no'"),

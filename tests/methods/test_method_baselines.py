@@ -273,17 +273,17 @@ def test_v2drop_drops_what_a_layer_left_as_it_was() -> None:
 
 @pytest.mark.parametrize("name", ["v2drop", "transprune"])
 def test_shares_are_no_numbers_of_tokens(name: str) -> None:
-    with pytest.raises(TypeError, match=r"^keep: a share such as 0.25; got 1$"):
+    with pytest.raises(TypeError, match=r"^keep: expected a fraction such as 0.25, got 1$"):
         vtc.make(name, keep=1)
     for wrong in (0.0, -0.1, 1.01, float("nan")):
-        with pytest.raises(ValueError, match=r"^keep: a share must lie in \(0, 1\], got "):
+        with pytest.raises(ValueError, match=r"^keep: expected a fraction in \(0, 1\], got "):
             vtc.make(name, keep=wrong)
 
 
 def test_v2drop_later_shares() -> None:
-    with pytest.raises(TypeError, match=r"then: a share such as 0.25; got 1"):
+    with pytest.raises(TypeError, match=r"then: expected a fraction such as 0.25, got 1"):
         vtc.V2Drop(then=(1, 0.0))
-    with pytest.raises(ValueError, match=r"then: a share must lie in \[0, 1\], got 1.5"):
+    with pytest.raises(ValueError, match=r"then: expected a fraction in \[0, 1\], got 1.5"):
         vtc.V2Drop(then=(1.5, 0.0))
 
 

@@ -288,7 +288,7 @@ def test_they_survive_json(method: Method) -> None:
         (
             {"inner": vtc.VScan(keep=64)},
             ValueError,
-            "inner: expected a share as keep of vscan, .*, got 64",
+            "inner: expected a fraction as keep of vscan, .*, got 64",
         ),
         ({"inner": vtc.FlowCut()}, ValueError, r"inner: .* \(encoder\)"),
         (
@@ -311,7 +311,7 @@ def test_they_survive_json(method: Method) -> None:
         (
             {"inner": vtc.PerFrame(vtc.Random()), "thumbnail": 3},
             ValueError,
-            "thumbnail: per_frame has no keep; give a method, got 3",
+            "thumbnail: per_frame has no keep; expected a method, got 3",
         ),
         (
             {"inner": vtc.Random(), "thumbnail": vtc.Random(positions="contiguous")},

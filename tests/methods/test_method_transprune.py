@@ -251,7 +251,7 @@ def test_a_schedule_of_ones_own() -> None:
     assert vtc.TransPrune(schedule=(1, 1, 1)) == vtc.TransPrune(schedule=(1.0, 1.0, 1.0))
     wrong: Any
     for wrong in ((0.5, 0.25), (0.5, 0.6, 0.1), (0.5, 0.25, 0.0), (1.5, 0.5, 0.1), (True, 1, 1)):
-        with pytest.raises(ValueError, match=r"schedule: .* or three shares in \(0, 1\]"):
+        with pytest.raises(ValueError, match=r"schedule: .* or three fractions in \(0, 1\]"):
             vtc.TransPrune(schedule=wrong)
     wrong = 0.5
     with pytest.raises(TypeError, match="schedule"):

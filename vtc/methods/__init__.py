@@ -90,7 +90,7 @@ __all__ = [
 
 
 class _Package(ModuleType):
-    """`vtc.methods` is this package, and a function that lists what is registered."""
+    """`vtc.methods` is this package and also a function that lists the registered methods."""
 
     def __call__(self) -> dict[str, type[Method]]:
         return methods()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ATP-LLaVA: thresholds that a small trained network sets anew for every image and prompt."""
+"""ATP-LLaVA: a small trained network predicts thresholds for every image and prompt."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ NORMALISE: tuple[Normalise, ...] = ("minmax", "log", "rank")
 
 _QUANTILES = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
 STATISTICS = 2 * (4 + len(_QUANTILES)) + 2 + len(_QUANTILES) + 1
-"""How many numbers `statistics` returns."""
+"""Number of values that `statistics` returns."""
 
 _BITS = 12
-"""Rows and columns below 4096 are told apart by `grid_rate`, exactly in fp32."""
+"""`grid_rate` distinguishes rows and columns below 4096, exactly in fp32."""
 
 _CONFIG, _TENSORS = "config.json", "model.safetensors"
 
@@ -44,7 +44,8 @@ _CONFIG, _TENSORS = "config.json", "model.safetensors"
 def image_scores(
     rows: Tensor, queries: Tensor, text: Tensor, keys: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What the tokens of one image receive from each other (eq. 3) and from the text (eq. 4).
+    """Attention that the tokens of one image receive from each other (eq. 3) and from the text
+    (eq. 4).
 
     Args:
         rows: (r, s) attention probabilities, softmax over all keys, averaged over heads.
@@ -61,15 +62,17 @@ def image_scores(
 
 
 def redundant_score(own: Tensor, cross: Tensor, held: Tensor, normalise: Normalise) -> Tensor:
-    """(n,) the mean of both scores, brought to [0, 1] within the image.
+    """(n,) mean of both scores, normalised to [0, 1] within the image.
 
-    Probabilities are about 1 / s, thresholds are in (0, 1): without this every token is dropped at
-    the start of training, and no gradient brings it back. "minmax" is linear, "log" the same of the
-    logarithm (attention is so skewed that most tokens lie below 0.05 otherwise), "rank" the share
-    of held tokens with a lower score. Equal scores all become 0.
+    Probabilities are about 1 / s, thresholds are in (0, 1): without normalisation training starts
+    by dropping every token, and no gradient brings it back. "minmax" is linear, "log" the same on
+    the logarithm (attention is so skewed that most tokens otherwise lie below 0.05), "rank" the
+    fraction of held tokens with a lower score. If all scores are equal, all become 0.
 
     Args:
+        own, cross: (n,) scores from `image_scores`.
         held: (n,) bool, tokens that set the range; others are clamped to it.
+        normalise: "minmax", "log" or "rank".
     """
     score = (own + cross) / 2
     inside = score[held]
@@ -85,19 +88,19 @@ def redundant_score(own: Tensor, cross: Tensor, held: Tensor, normalise: Normali
 
 
 def grid_rate(grid: Tensor) -> Tensor:
-    """(n,) the smallest sampling rate, out of [0, 1), from which on a token is on the grid.
+    """(n,) the smallest sampling rate, in [0, 1), at which a token is on the grid.
 
-    The k-th bits of row and column are the k-th digit of the rate in base 4, so that rates up to
-    1/4, 1/16, ... take every second, fourth, ... row and column, the first included, and sparser
-    grids are parts of denser ones. Only a token's own place counts: neither the size of the grid
-    nor what else is held. Frames are sampled alike.
+    The k-th bits of row and column are the k-th digit of the rate in base 4. Rates up to
+    1/4, 1/16, ... take every second, fourth, ... row and column, starting with the first, and
+    sparser grids are subsets of denser ones. Only a token's own place counts, not the size of the
+    grid or which tokens are held. All frames are sampled alike.
 
     Args:
-        grid: (n, 3) whole numbers (frame, row, column).
+        grid: (n, 3) integers (frame, row, column).
     """
     bit = torch.arange(_BITS, device=grid.device)
     row, column = ((grid[:, axis, None] >> bit) & 1 for axis in (1, 2))
-    # Diagonal neighbours come second: two of four places are then as far apart as can be.
+    # Diagonal neighbours come second, so that two of four places are as far apart as possible.
     digit = 2 * (row ^ column) + row
     return (digit * 4 ** (_BITS - 1 - bit)).sum(1).float() / 4**_BITS
 
@@ -109,14 +112,14 @@ def spatial_score(grid: Tensor, sampling: float) -> Tensor:
 
 
 def statistics(own: Tensor, cross: Tensor, redundant: Tensor, original: int) -> Tensor:
-    """(STATISTICS,) what the thresholds are computed from; no order and no size in it.
+    """(STATISTICS,) the inputs of the heads, independent of the tokens' order and number.
 
-    Of each raw score times its number of tokens, on a logarithmic scale: mean, deviation, maximum,
-    quantiles, and the share of tokens among which it is effectively spread. Of the normalised
-    score: mean, deviation and quantiles. Last, the share of the image's tokens that is left.
+    For each raw score times the number of tokens, on a logarithmic scale: mean, deviation, maximum,
+    quantiles, and the effective fraction of tokens that it is spread over. For the normalised
+    score: mean, deviation and quantiles. Last, the logarithm of the fraction of tokens left.
 
     Args:
-        own, cross, redundant: (n,) of the tokens held.
+        own, cross, redundant: (n,) scores of the tokens still held.
         original: tokens of the image before any compression.
     """
     n = own.shape[0]
@@ -148,7 +151,8 @@ def hard_mask(
     theta_r: Tensor | float,
     theta_s: Tensor | float,
 ) -> Tensor:
-    """(n,) bool, strictly above either threshold; at least the token with the best score."""
+    """(n,) bool, whether a token is strictly above either threshold; if none is, the token with the
+    highest `redundant` score."""
     keep = (redundant > theta_r) | (spatial > theta_s)
     best = torch.zeros_like(keep)
     best[top_k(redundant, 1)] = True
@@ -156,14 +160,14 @@ def hard_mask(
 
 
 class ATPHeads(nn.Module):
-    """The trained part: for each cut a hidden layer and two heads (eqs. 6-8).
+    """The trained part: a hidden layer and two heads for each cut (eqs. 6-8).
 
-    The paper's input width is not known; `statistics` of the scores are used, so that any number
-    of tokens will do. They are standardised by buffers that training sets once.
+    The paper does not give the input width; `statistics` of the scores allow any number of
+    tokens. Buffers that training sets once standardise them.
 
     Args:
-        cuts: how often tokens are dropped.
-        width: of the hidden layer.
+        cuts: number of cuts.
+        width: width of the hidden layer.
     """
 
     centre: Tensor
@@ -181,17 +185,22 @@ class ATPHeads(nn.Module):
     def forward(self, cut: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """theta_r and theta_s in (0, 1), (...,), from `statistics` (..., STATISTICS)."""
         x = (numbers - self.centre[cut]) / self.spread[cut]
-        # What training has not seen must not throw the thresholds out of all bounds.
+        # Inputs unlike those of training must not drive the thresholds out of range.
         z = self.hidden[cut](x.clamp(-5, 5)).relu()
         theta_r, theta_s = self.head_r[cut](z), self.head_s[cut](z)
         return theta_r.sigmoid().squeeze(-1), theta_s.sigmoid().squeeze(-1)
 
 
 def save_heads(heads: ATPHeads, folder: Path | str, settings: Mapping[str, Any]) -> Path:
-    """Write `config.json` and `model.safetensors`, each whole or not at all.
+    """Write `config.json` and `model.safetensors`, each completely or not at all.
 
     Args:
+        heads: the trained heads.
+        folder: where to write; created if missing.
         settings: "normalise", "sampling" and "layers" that the heads were trained with.
+
+    Returns:
+        The folder.
     """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
@@ -208,22 +217,22 @@ def save_heads(heads: ATPHeads, folder: Path | str, settings: Mapping[str, Any])
 
 
 def _files(weights: str) -> tuple[Path, Path]:
-    """The tensors and the config that `weights` means."""
+    """The paths of the tensors and the config that `weights` refers to."""
     path = Path(weights).expanduser()
     tensors = path / _TENSORS if path.is_dir() else path
     config = tensors.with_name(_CONFIG)
     for file in (tensors, config):
         if not file.is_file():
             raise ValueError(
-                f"weights: expected a folder with {_CONFIG} and {_TENSORS}, or the latter itself, "
-                f"got {weights!r}, where {file.name} is missing"
+                f"weights: expected a folder with {_CONFIG} and {_TENSORS}, or the path of the "
+                f"latter, got {weights!r}, where {file.name} is missing"
             )
     return tensors, config
 
 
 @lru_cache(maxsize=16)
 def _read_config(tensors: Path, config: Path, stamp: tuple[int, int]) -> dict[str, Any]:
-    """The checked config; `stamp` makes a file that was written anew be read anew."""
+    """The checked config; `stamp` invalidates the cache when a file changes."""
     try:
         found = json.loads(config.read_text())
         heads = ATPHeads(int(found["cuts"]), int(found["width"]))
@@ -231,7 +240,7 @@ def _read_config(tensors: Path, config: Path, stamp: tuple[int, int]) -> dict[st
         float(found["sampling"])
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(
-            f"weights: {config.name} beside {tensors.name} is not that of ATP heads: {error!r}"
+            f"weights: {config.name} next to {tensors.name} is not a config of ATP heads: {error!r}"
         ) from None
     wanted = {name: list(tensor.shape) for name, tensor in heads.state_dict().items()}
     try:
@@ -256,10 +265,14 @@ def _read_heads(tensors: Path, cuts: int, width: int, device: str, stamp: int) -
 
 
 def load_heads(weights: str, device: torch.device | str = "cpu") -> tuple[ATPHeads, dict[str, Any]]:
-    """The heads in a folder, shared and not to be changed, and their config.
+    """The heads in a folder, shared between calls (do not modify), and their config.
+
+    Args:
+        weights: folder with `config.json` and `model.safetensors`, or the path of the latter.
+        device: where the heads go.
 
     Raises:
-        ValueError: missing or ill-formed files.
+        ValueError: missing or malformed files.
     """
     tensors, config = _files(weights)
     stamp = tensors.stat().st_mtime_ns
@@ -271,34 +284,39 @@ def load_heads(weights: str, device: torch.device | str = "cpu") -> tuple[ATPHea
 # ---- the method ----------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class ATP(Method):
-    """Keep what the attention is on, or what lies on a sparse grid, by learned thresholds.
+    """Keep tokens with high attention, or on a sparse grid, by learned thresholds.
 
-    Before each cut, S_self is what a vision token receives from the image's tokens held now in the
-    layer that just ran, mean over queries and heads (eq. 3), S_cross what it receives from the
-    prompt's text after the image (eq. 4); both are probabilities over all keys. Their mean is
-    normalised to [0, 1] within the image. A token is kept if that is above theta_r or if its
-    S_spatial = 1 - sampling * rate is above theta_s (eq. 5), where rate is the smallest at which
-    nested uniform grids contain it: theta_s asks for a grid of (1 - theta_s) / sampling of all
+    Before each cut, S_self is the attention that a vision token receives from the image's remaining
+    tokens in the layer that just ran, mean over queries and heads (eq. 3); S_cross is what it
+    receives from the prompt's text after the image (eq. 4). Both are probabilities over all keys.
+    Their mean is normalised to [0, 1] within the image. A token is kept if this is above theta_r or
+    if S_spatial = 1 - sampling * rate is above theta_s (eq. 5), where rate is the smallest at which
+    nested uniform grids contain it: theta_s selects a grid of (1 - theta_s) / sampling of all
     tokens. Small trained heads compute both thresholds from statistics of the scores (eqs. 6-8),
     for each image and cut. An image keeps at least one token.
 
-    Cuts come after layers 4, 14 and 24 of 32, here taken as counted from 1 (the paper does not
-    say), so before 0-based layers 4, 14 and 24; other depths by their shares, 12.5, 43.75 and 75 %.
+    Cuts come after layers 4, 14 and 24 of 32, here counted from 1 (the paper does not
+    say), so before 0-based layers 4, 14 and 24; in other depths at 12.5, 43.75 and 75 %.
 
-    There is no official code. Where the paper leaves a choice or its re-implementations differ:
-    probabilities and the query axis in S_self, statistics as the heads' input, normalisation,
-    nested grids, and at least one token. The heads belong to the model that they were trained on;
-    `vtc.training.atp` trains them. The budget is theirs too: there is no `keep`.
+    There is no official code. Choices that the paper leaves open, or on which re-implementations
+    differ: probabilities and the query axis in S_self, statistics as the heads' input,
+    normalisation, nested grids, and at least one token. Heads are specific to the model they were
+    trained on; `vtc.training.atp` trains them. They also set the budget: there is no `keep`.
 
     Args:
-        weights: folder with `config.json` and `model.safetensors`, or the latter itself.
+        weights: folder with `config.json` and `model.safetensors`, or the path of the latter.
         theta_r: a fixed threshold in [0, 1] instead of trained heads; needs `theta_s`.
-        theta_s: likewise; 1 keeps nothing for its place, 0 a third of the grid.
+        theta_s: likewise; 1 keeps no token for its place, 0 a third of the grid.
         layers: 0-based layers before which tokens are dropped, at least 1; `None` for those of the
-            weights if the model has as many layers as theirs, else for the published shares.
+            weights if the model has the same depth, else for the published fractions.
         normalise: "minmax", "log" or "rank"; `None` for that of the weights, else "minmax".
         sampling: the lambda_sample of eq. 5; `None` for that of the weights, else 3.
         positions: "original" (as published) or "contiguous".
+
+    Raises:
+        ValueError: neither heads nor both thresholds, a value out of range, malformed weights, or
+            settings that contradict them.
+        TypeError: a setting of the wrong type.
     """
 
     name = "atp"
@@ -323,7 +341,7 @@ class ATP(Method):
                 "weights=folder, or fixed thresholds theta_r and theta_s"
             )
         if self.weights is not None and fixed != (None, None):
-            raise ValueError("theta_r, theta_s: trained heads set them; give these or weights")
+            raise ValueError("theta_r, theta_s: trained heads set them; give thresholds or weights")
         for name in ("theta_r", "theta_s", "sampling"):
             value = getattr(self, name)
             if value is None and (self.weights is not None or name == "sampling"):
@@ -361,10 +379,10 @@ class ATP(Method):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **settings: Any) -> ATP:
-        """The method with the heads that `vtc.training.atp.train` left in `folder`.
+        """The method with the heads that `vtc.training.atp.train` wrote to `folder`.
 
         Raises:
-            ValueError: missing or ill-formed files, or settings that do not go with them.
+            ValueError: missing or malformed files, or settings that contradict them.
         """
         return cls(weights=str(folder), **settings)
 
@@ -376,7 +394,11 @@ class ATP(Method):
         return defaults[name] if value is None else value
 
     def prune_layers(self, num_layers: int) -> tuple[int, ...]:
-        """By default after 12.5, 43.75 and 75 % of the layers, halves rounded up."""
+        """By default after 12.5, 43.75 and 75 % of the layers, rounded half up.
+
+        Raises:
+            ArgumentError: layers that do not ascend, or that the model does not have.
+        """
         given = self.layers
         if given is None and self.weights is not None:
             config = load_heads(self.weights)[1]
@@ -385,11 +407,11 @@ class ATP(Method):
         return atp_layers(given, num_layers)
 
     def leaves(self, sizes: tuple[int, ...], held: int, cut: int, cuts: int) -> None:
-        """The thresholds decide, image by image."""
+        """`None`: the thresholds decide for each image."""
         return None
 
     def taps(self, num_layers: int) -> dict[int, Rows]:
-        """Rows of vision and text, of the layer before each cut."""
+        """Vision and text rows of the layer before each cut."""
         return {layer - 1: "vision_text" for layer in self.prune_layers(num_layers)}
 
     def prune(self, state: LayerState) -> Selection | None:
@@ -427,5 +449,13 @@ class ATP(Method):
 
 
 def atp_layers(given: tuple[int, ...] | None, num_layers: int) -> tuple[int, ...]:
-    """The 0-based layers before which ATP drops tokens in a decoder of `num_layers`."""
+    """The 0-based layers before which ATP drops tokens in a decoder of `num_layers`.
+
+    Args:
+        given: the user's layers, or `None` for the published fractions of the depth.
+        num_layers: decoder layers.
+
+    Raises:
+        ArgumentError: layers that do not ascend, or that the decoder does not have.
+    """
     return scale_layers(given, (0.125, 0.4375, 0.75), num_layers)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CATP: pruning for prompts that show examples before they ask."""
+"""CATP: pruning for in-context prompts."""
 
 from __future__ import annotations
 
@@ -25,42 +25,41 @@ from vtc.core import (
 from vtc.ops import coverage_greedy, top_k, unit_rows
 
 _USUAL_DEPTH: int = 32
-"""Layers of the deepest of the published models whose K is 6."""
+"""Layers of the deepest published model with K = 6."""
 
 
 @dataclass(frozen=True)
 class CATP(Method):
     """Contextually adaptive pruning for in-context prompts: examples, then the query.
 
-    Half of what is to go leaves before the language model, half in two of its layers. With R the
-    share that goes, similarities rescaled to (1 + cosine) / 2:
+    Half of the dropped tokens go before the language model, half in two of its layers. Let R be the
+    fraction dropped; similarities are rescaled to (1 + cosine) / 2:
 
-    Stage 1, each image alone: keep floor(n (1 - R / 2)) tokens by greedy facility location plus
-    `align` times each token's similarity to the mean embedding of the text that belongs to the
-    image: all that follows it up to the next image, with what a chat template adds, which the paper
-    strips and a method cannot tell apart.
+    Stage 1, per image: keep floor(n (1 - R / 2)) tokens by greedy facility location plus
+    `align` times each token's similarity to the mean embedding of the image's text: everything
+    up to the next image, including what a chat template adds, which the paper strips and a method
+    cannot detect.
 
     Stage 2, after decoder layer K (1-based): the tokens of all example images compete for the sum
     of their final budgets by max(0, A_K - A_{K-1}) + `guide` * cos(h, v_q). A is the attention of
     the prompt's last token, v_q the mean hidden state of the query: its image and all text after
     it. After layer K + 1, the query's tokens are ranked by the cosine to the mean hidden state of
-    what is left of the examples, by `context_pool`. Final budgets are those of `keep` for each
-    image.
+    the remaining examples, by `context_pool`. `keep` sets the final budget of each image.
 
-    The attention term is near 0.001 and the cosine near 0.5, so the ranking as published is nearly
-    by cosine alone; `normalize` divides the term by its largest value. A prompt with one image has
-    no examples: its query is ranked by the cosine to v_q, which the paper leaves open. The paper
+    The attention term is near 0.001 and the cosine near 0.5, so the published ranking is nearly
+    by cosine alone; `normalize` divides the term by its maximum. A prompt with one image has
+    no examples: its tokens are ranked by the cosine to v_q, which the paper leaves open. The paper
     rescales similarity, without which the sum is not monotone.
 
     Args:
         keep: 1 - R, as a fraction of an image's tokens or a whole number of tokens per image;
             published are 192, 128 and 64 of 576.
         layer: K, at least 2; by default 6 of 28 and of 32, 10 of 40, scaled to other depths.
-        align: weight of the text in stage 1 (lambda 1).
-        guide: weight of the query in stage 2 (lambda 2).
-        context_pool: whose hidden states are the examples' mean: "image", or "image+text".
-        normalize: whether to scale the attention term to 1.
-        positions: of stage 1, "contiguous" or "original"; stage 2 keeps what stage 1 left.
+        align: weight of the text in stage 1 (lambda 1), at least 0.
+        guide: weight of the query in stage 2 (lambda 2), at least 0.
+        context_pool: hidden states averaged for the examples: "image", or "image+text".
+        normalize: whether to scale the attention term to a maximum of 1.
+        positions: of stage 1, "contiguous" or "original"; stage 2 keeps them.
     """
 
     name = "catp"
@@ -93,16 +92,16 @@ class CATP(Method):
 
     @property
     def prune_positions(self) -> Positions:
-        """Stage 2 never numbers anew."""
+        """ "original": stage 2 keeps positions."""
         return "original"
 
     # ---- stage 1 ------------------------------------------------------------------------------
     def halfway(self, n: int) -> int:
-        """Tokens of an image of n that stage 1 leaves: floor(n (1 - R / 2)), from whole budgets."""
+        """Tokens that stage 1 leaves of an image of n: floor(n (1 - R / 2)), from whole budgets."""
         return (n + budget(self.keep, n)) // 2
 
     def entering(self, n: int, tiles: int = 1) -> int:
-        """Half of what is to go is gone."""
+        """What stage 1 leaves."""
         return self.halfway(n)
 
     def select(self, tokens: VisionTokens) -> Selection:
@@ -116,7 +115,7 @@ class CATP(Method):
         if k >= n:
             return Selection(torch.arange(n, device=tokens.features.device))
         if tokens.segment is None:
-            raise ValueError("segment: CATP reads the text beside an image, got tokens without")
+            raise ValueError("segment: CATP reads an image's text, got tokens without")
         rows = unit_rows(tokens.features)
         similarity = (1 + rows @ rows.T) / 2
         bonus = None
@@ -188,7 +187,7 @@ class CATP(Method):
         return Selection(stays.nonzero().squeeze(1))
 
     def _rise(self, state: LayerState, k: int) -> Tensor:
-        """(n,) by how much the last token's attention rose from layer K - 1 to layer K."""
+        """(n,) increase of the last token's attention from layer K - 1 to layer K, at least 0."""
         rows = (state.attention[layer][-1, state.vision] for layer in (k - 1, k - 2))
         now, before = rows
         rise = (now - before).clamp_min(0)

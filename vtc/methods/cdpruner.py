@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CDPruner: tokens that matter to the question and differ from one another."""
+"""CDPruner: tokens relevant to the question and dissimilar to one another."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class CDPruner(Method):
     """Greedy MAP of a determinantal point process whose kernel is diag(r) S diag(r).
 
     S holds the cosines of the embeddings after the projector, r each token's relevance to the text,
-    scaled to (0, 1] over the image. A large determinant wants tokens that are relevant and unlike.
+    scaled to (0, 1] over the image. Relevant, dissimilar tokens have a large determinant.
 
-    The paper's relevance comes from CLIP's text tower, which a vision-language model does not hold;
+    The paper takes relevance from CLIP's text tower, which a vision-language model does not have;
     its code negates the cosine, as CLIP's patches point away from what they show. Here relevance is
     the mean cosine to the embeddings of the text after the image, in the language model's space and
-    with its own sign, as its authors' answers suggest for models without CLIP. The results on LLaVA
-    are therefore not those of the paper. The code scales relevance over a whole batch; here each
+    without negation, as the authors suggest for models without CLIP. Results on LLaVA
+    therefore differ from the paper's. The code scales relevance over a whole batch; here each
     image has its own scale.
 
     Args:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token-level correlation-guided compression: as many tokens as a crop has to say."""
+"""Token-level correlation-guided compression: a budget by each crop's information."""
 
 from __future__ import annotations
 
@@ -15,31 +15,32 @@ from vtc.ops import merge_into_nearest, top_k, unit_rows
 
 @dataclass(frozen=True)
 class Correlation(Method):
-    """Compress each crop of a document by how much of it repeats itself.
+    """Compress each crop of a document by its redundancy.
 
     Density: a patch is redundant if its key is more similar than `alpha` (cosine) to more than
-    `beta` of the crop's other patches; D is the share that is not redundant, at least `least`, and
-    round(D n) tokens are sampled. Global branch: patches that [CLS] looks at far more than at
-    others in the last layer, above Q3 + 1.5 (Q3 - Q1), are kept whatever D is. Local branch:
-    round(D n) patches by the attention of [CLS] in an early layer. The rest joins the kept patch
-    with the most similar key, by means weighted with the attention of the last layer. With a fixed
-    `keep` the global branch is part of the budget: its strongest first, then the local branch.
+    `beta` of the crop's other patches; D is the fraction of non-redundant ones, at least `least`,
+    and round(D n) tokens are sampled. Global branch: outliers of [CLS] attention in the last layer,
+    above Q3 + 1.5 (Q3 - Q1), are kept whatever D is. Local branch:
+    round(D n) patches by the attention of [CLS] in an early layer. The rest is merged into the kept
+    patch with the most similar key, by means weighted with the attention of the last layer. With a
+    fixed `keep` the global branch is part of the budget: its strongest first, then the local
+    branch.
 
     The code was never released and the paper's layers and thresholds are not known: `alpha`,
     `beta`, `least` and the layers (keys and global attention: the last; local: a quarter of the
     depth) are choices of this library, the first three by a sweep over generated documents
     (`eval/analysis/sweeps/correlation.md`). The paper samples the local branch at random;
-    `sampler="topk"` is repeatable, `"multinomial"` draws from a generator with `seed`. Crops are
-    compressed one by one; an image without crops is one crop. Towers without [CLS] use the
+    `sampler="topk"` is deterministic, `"multinomial"` draws from a generator with `seed`. Crops are
+    compressed separately; an image without crops is one crop. Towers without [CLS] use the
     attention a patch receives.
 
     Args:
-        keep: a fixed budget a crop instead of D: a fraction or a whole number; `None` adapts.
-        alpha: similarity above which two patches say the same, in [-1, 1].
-        beta: share of the crop's patches, in [0, 1].
+        keep: a fixed budget per crop instead of D: a fraction or a whole number; `None` adapts.
+        alpha: cosine above which two patches are redundant, in [-1, 1].
+        beta: fraction of the crop's patches, in [0, 1].
         least: least density, in (0, 1].
         sampler: "topk" or "multinomial".
-        seed: of the multinomial sampler.
+        seed: seed of the multinomial sampler.
         positions: "contiguous" or "original".
     """
 
@@ -76,7 +77,7 @@ class Correlation(Method):
         check_choice("positions", self.positions, ("original", "contiguous"))
 
     def density(self, keys: Tensor) -> float:
-        """The share of a crop's (n, d_k) patches that are not redundant, at least `least`."""
+        """The fraction of non-redundant patches of a crop with (n, d_k) keys, at least `least`."""
         rows = unit_rows(keys)
         alike = (rows @ rows.T > self.alpha).sum(1) - 1  # itself
         redundant = (alike > self.beta * keys.shape[0]).float().mean()
@@ -107,7 +108,7 @@ class Correlation(Method):
             else:
                 whole = tokens.original if at_first is None else int((at_first == crop).sum())
                 k = min(budget(self.keep, whole), len(places))
-            # Generators tell seeds apart by their lower half.
+            # Generators distinguish seeds by their lower half.
             seed = (self.seed * 1_000_003 + tokens.image * 1_009 + int(crop)) & 0xFFFFFFFF
             kept = self._kept(attention, low, k, seed)
             features = tokens.features[places]
@@ -136,7 +137,7 @@ class Correlation(Method):
         if self.sampler == "topk":
             stays[top_k(low, k)] = True
         else:
-            # On the CPU, so that a seed means the same on every device.
+            # On the CPU, so that a seed gives the same draw on every device.
             generator = torch.Generator().manual_seed(seed)
             if k:
                 chosen = torch.multinomial(low.cpu(), k, generator=generator)

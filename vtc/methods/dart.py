@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DART: vision tokens that differ most from a few pivots."""
+"""DART: vision tokens least similar to a few pivots."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from vtc.ops import top_k, unit_rows
 
 @dataclass(frozen=True)
 class DART(Method):
-    """Before decoder layer K, keep pivots and what is least like them.
+    """Before decoder layer K, keep pivots and the tokens least similar to them.
 
     Pivots are the vision tokens and the text tokens after the image with the largest keys (L1 norm
-    over all heads, after rotation) in layer K - 1. For one pivot after the other, vision pivots
+    over all heads, after rotation) in layer K - 1. For each pivot in turn, vision pivots
     first, by descending norm, the tokens not yet kept with the lowest cosine to it are kept, by the
-    layer's output after the model's final norm. Text pivots guide and are not counted.
+    layer's output after the model's final norm. Text pivots are not part of the budget.
 
-    The paper drops what is more like a pivot than a threshold; its code keeps a fixed number for
-    each pivot, beside the pivots themselves, and so 4 tokens more than its tables say. Here exactly
-    the budget is kept, pivots included: shares for the pivots differ by one where it does not
-    divide. The code's order of pivots is that of a Python set; here it is defined. All vision
-    tokens of a sample compete for the sum of the budgets of its images.
+    The paper drops tokens more similar to a pivot than a threshold; its code keeps a fixed number
+    per pivot, in addition to the pivots, and so 4 tokens more than its tables say. Here exactly
+    the budget is kept, pivots included; if it does not divide evenly, the numbers per pivot differ
+    by one. The code's order of pivots is that of a Python set; here it is defined. All vision
+    tokens of a sample compete for the sum of its images' budgets.
 
     Args:
         keep: fraction of an image's tokens, or a whole number of tokens per image, after layer
             K - 1 (published: 192, 128 and 64 of 576).
         layer: K, at least 1.
-        image_pivots: vision tokens that are pivots, at least 1.
-        text_pivots: text tokens that are pivots.
-        count_pivots: whether vision pivots count in `keep`; `False` is the code.
+        image_pivots: number of vision pivots, at least 1.
+        text_pivots: number of text pivots, at least 0.
+        count_pivots: whether vision pivots count towards `keep`; `False` is the code.
         positions: "original" (as in the code) or "contiguous".
     """
 
@@ -88,7 +88,7 @@ class DART(Method):
         return {self.layer - 1: frozenset({"keys", "normed"})}
 
     def leaves(self, sizes: tuple[int, ...], held: int, cut: int, cuts: int) -> int:
-        """`keep` of each image, and the pivots beside it if they do not count."""
+        """`keep` of each image, plus the vision pivots if they do not count."""
         k = sum(budget(self.keep, n) for n in sizes)
         return k if self.count_pivots else k + min(self.image_pivots, k)
 
@@ -110,7 +110,7 @@ class DART(Method):
 
 
 def _least_alike(cosines: Tensor, pivots: Tensor, k: int) -> Tensor:
-    """(k,) the `pivots` and, row by row of (p, n) `cosines`, the lowest that are not yet kept."""
+    """(k,) the `pivots` and, for each row of the (p, n) `cosines`, the lowest not yet kept."""
     kept = torch.zeros(cosines.shape[1], dtype=torch.bool, device=cosines.device)
     kept[pivots] = True
     rest = k - pivots.shape[0]

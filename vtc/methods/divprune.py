@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DivPrune: the vision tokens that are least like one another."""
+"""DivPrune: the most diverse vision tokens."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from vtc.ops import max_min
 class DivPrune(Method):
     """Greedy max-min diversity of the embeddings that would enter the language model.
 
-    Starts with the token whose nearest other token is farthest (cosine distance), then adds, again
-    and again, the token that is farthest from all chosen ones (Algorithm 1 of the paper). Neither
-    the question nor the vision tower's attention is looked at. The official code does not exclude
-    chosen tokens, and so returns fewer than asked for where tokens repeat; here k are k.
+    Starts with the token whose nearest other token is farthest (cosine distance), then repeatedly
+    adds the token farthest from all chosen ones (Algorithm 1 of the paper). It uses neither
+    the question nor the vision tower's attention. The official code does not exclude
+    chosen tokens, and so returns fewer than k if tokens repeat; here k are always kept.
 
     The published setting keeps 9.8 % of the tokens.
 
     Args:
         keep: fraction of an image's tokens, or a whole number of tokens per image.
-        positions: "contiguous" (as in LLaVA, whose sequence is numbered anew) or "original".
+        positions: "contiguous" (as in LLaVA, which renumbers the sequence) or "original".
     """
 
     name = "divprune"

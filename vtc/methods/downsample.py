@@ -16,22 +16,22 @@ from vtc.ops.pooling import cells_of
 
 @dataclass(frozen=True)
 class Downsample(Method):
-    """Look at a smaller image instead of choosing among the tokens of a large one.
+    """Use a smaller image instead of a selection of the large image's tokens.
 
-    VTC-Bench found this to beat token-pruning methods on most general benchmarks at equal numbers
-    of tokens on a model of dynamic resolution, which is why it stands beside every method here.
-    There are two ways, and they are different baselines:
+    VTC-Bench found that it beats token-pruning methods on most general benchmarks at equal numbers
+    of tokens on a model with dynamic resolution, so it is a baseline for every method here.
+    There are two variants, which are different baselines:
 
     - `how="pixels"` resizes the image before the vision tower, so the tower computes less too.
       This is the baseline of VTC-Bench. The engine resizes `pixel_values` and lets the tower
-      interpolate its position embeddings, which CLIP and SigLIP towers can, but which a tower
-      trained at one size may read badly; the method names the size (`target_grid`).
-    - `how="grid"`, the default, because it works with every model: the tower sees the full image,
+      interpolate its position embeddings. CLIP and SigLIP towers can, but a tower
+      trained at one size may do badly; the method gives the size (`target_grid`).
+    - `how="grid"`, the default, works with every model: the tower sees the full image,
       and its grid of projected features is resized, bilinearly and antialiased. The tower saves
-      nothing, and each token has seen the whole image in detail.
+      nothing, and each token has attended to the full-resolution image.
 
-    Budgets become grids as for `Pool`: the largest r x c <= b that keeps the aspect up to a
-    factor of 2. Grids with holes, frames and tiles are treated as there too.
+    Budgets become grids as in `Pool`: the largest r x c <= b that keeps the aspect up to a
+    factor of 2. Grids with holes, frames and tiles are handled as in `Pool`, too.
 
     Args:
         keep: fraction of an image's (or clip's) tokens, or a whole number of tokens for each.
@@ -54,23 +54,28 @@ class Downsample(Method):
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """("pixels",) or ("sequence",), as `how` says."""
+        """("pixels",) or ("sequence",), by `how`."""
         return ("pixels",) if self.how == "pixels" else ("sequence",)
 
     def target_grid(self, rows: int, cols: int) -> tuple[int, int]:
-        """The cells of `keep` tokens of an image of rows x cols."""
+        """(rows, columns) of the cells for `keep` tokens of an image of `rows` x `cols`."""
         return cell_grid(rows, cols, budget(self.keep, rows * cols))
 
     def entering(self, n: int, tiles: int = 1) -> int:
-        """The cells of square tiles, or of a square image; `keep` of others."""
+        """The number of cells for square images or tiles; `keep` for others."""
         return cells_of(n, tiles, budget(self.keep, n))
 
     def is_bound(self, n: int, tiles: int = 1) -> bool:
-        """A grid of another shape is rarely divided to the token."""
+        """Whether the image (or its tiles) is not square, so that the cells may be fewer."""
         return math.isqrt(n // tiles) ** 2 * tiles != n
 
     def select(self, tokens: VisionTokens) -> Selection:
-        """Ascending indices, (k,), and the features interpolated there, (k, d)."""
+        """(k,) ascending indices and (k, d) interpolated features.
+
+        Raises:
+            TypeError: `how` is "pixels".
+            ValueError: the tokens have no places.
+        """
         if self.how == "pixels":
             raise TypeError("how: 'pixels' acts before the vision tower, not on its tokens")
         n = len(tokens)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FastV: after a few layers, drop what the prompt's last token hardly looks at."""
+"""FastV: after a few layers, drop tokens with little attention from the prompt's last token."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ class FastV(ScorerMethod):
     over the vision tokens. Ties go to the earlier token. The first K layers see every token.
 
     The paper's text describes the attention a token receives on average from all others; its code
-    reads the last row only, and so does this. All vision tokens of a sample compete with one
-    another, as in the code, for the sum of the budgets of its images; an image may lose more than
-    its neighbour. Budgets count an image's tokens before any other method acted.
+    reads only the last row, and so does this. As in the code, all vision tokens of a sample compete
+    for the sum of its images' budgets; an image may lose more than another. Budgets refer to an
+    image's original tokens.
 
     The paper's main setting drops half of the tokens at K = 2, the default here; its ablations
     drop 25, 50, 75 and 87.5 %, and the authors' Hugging Face demo 75 % at K = 3. `keep` is the
-    share kept, one minus their ratio R, and counts tokens after the pruned layer; the mean over
+    fraction kept, one minus their ratio R, and counts tokens after the cut; the mean over
     all layers is higher.
 
     Args:
         keep: fraction of an image's tokens, or a whole number of tokens per image.
-        layer: K, from 1 to the number of decoder layers less one.
+        layer: K, from 1 to the number of decoder layers minus one.
         positions: "original" (as in the code) or "contiguous".
     """
 

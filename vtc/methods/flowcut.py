@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FlowCut: patches leave the vision tower step by step, as its attention settles."""
+"""FlowCut: drop patches in the vision tower as its attention concentrates."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from vtc.ops import top_k
 
 @dataclass(frozen=True)
 class FlowCut(Method):
-    """Drop patches in every second tower layer by a score that is averaged over the layers.
+    """Drop patches in every second tower layer by a score averaged over the layers.
 
     A patch's score is (relation + semantic) * density. Relation is the attention from [CLS];
-    semantic the softmax of the unscaled products of the value of [CLS] with all values, mean over
+    semantic is the softmax of the unscaled products of [CLS]'s value with all values, mean over
     heads; both are divided by their sum over the patches. Density is the L1 norm of the patch's
     value, mean over heads. Scores accumulate as 0.5 old + 0.5 new.
 
-    With `rem` layers to go to the last layer but one whose output is used, and `rem` even, about
+    With `rem` layers left before the last but one layer whose output is used, and `rem` even, about
     (n - T) / sqrt(rem) * (1 - H^2) of n patches are dropped, where H in [0, 1] is the normalised
     entropy of the attention from [CLS]: concentrated attention drops more. At `rem` = 0 exactly T
-    are left. All as in the official code for LLaVA-1.5, which takes the largest drop of a batch
-    for all of it; here each image has its own. The stage between decoder layers that the code adds
-    for LLaVA-NeXT is left out: `FlowCut(...) | FastV(...)` also cuts there, but by attention alone,
-    softmax over all keys, where the code takes the softmax over the vision tokens only and weighs
-    values in, as in the tower.
+    are left. This follows the official code for LLaVA-1.5, which applies the largest drop of a
+    batch to all of it; here each image has its own. The stage between decoder layers that the code
+    adds for LLaVA-NeXT is left out: `FlowCut(...) | FastV(...)` also cuts there, but by attention
+    alone, softmax over all keys, while the code takes the softmax over the vision tokens only and
+    weighs values in, as in the tower.
 
-    Towers without [CLS] have no semantic term, and the attention that a patch receives is its
-    relation (the code averages the queries instead).
+    Towers without [CLS] have no semantic term; relation is the attention a patch receives
+    (the code averages the queries instead).
 
     Args:
         keep: T, as a fraction of an image's patches or a whole number.
@@ -53,7 +53,8 @@ class FlowCut(Method):
         check_choice("positions", self.positions, ("original", "contiguous"))
 
     def merge(self, state: EncoderState) -> Merging | None:
-        """Targets of the n tokens, -1 for those that leave, and the scores of the others."""
+        """Targets of the n tokens, -1 for dropped ones, and the scores of the others; `None` if
+        nothing is dropped."""
         n, wanted = len(state), budget(self.keep, state.original)
         last = max(state.num_layers - 2, 0)
         if n <= wanted or state.layer > last:
@@ -68,7 +69,7 @@ class FlowCut(Method):
         return Merging(target, score[stays])
 
     def leaving(self, attention: Tensor, wanted: int, rem: int) -> int:
-        """Patches to drop of the n that (n,) `attention` falls on, `rem` layers before the last."""
+        """Number of patches to drop, given their (n,) `attention`, `rem` layers before the last."""
         n = attention.shape[0]
         if rem == 0:
             return n - wanted

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The uncompressed model, as a method like any other."""
+"""The uncompressed model as a method."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from vtc.core import Method, Selection, VisionTokens
 
 @dataclass(frozen=True)
 class Full(Method):
-    """Keep every vision token: the upper line of every table.
+    """Keep every vision token: the reference of every table.
 
-    The result is bit for bit that of the plain model. What it adds is the report, measured the
-    same way as for the methods it is compared with.
+    The result is bitwise that of the plain model; the report is measured as for other methods.
     """
 
     name = "full"
@@ -23,7 +22,7 @@ class Full(Method):
 
     @property
     def keeps_all(self) -> bool:
-        """Always."""
+        """Always `True`."""
         return True
 
     def select(self, tokens: VisionTokens) -> Selection:

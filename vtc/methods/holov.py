@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HoloV: a budget for every part of the image, so that no hot spot takes it all."""
+"""HoloV: a budget for every part of the image, so that no hot spot takes all tokens."""
 
 from __future__ import annotations
 
@@ -22,48 +22,48 @@ from vtc.core import (
 from vtc.ops import cell_grid, top_k, unit_rows
 
 CHUNK_RATE = (16, 9)
-"""Published number of chunks at the published reduction: 16 where one token of 9 is kept."""
+"""Published number of chunks at the published reduction: 16 if one token of 9 is kept."""
 
 _LEAST_VARIANCE = 1e-6
 
 
 @dataclass(frozen=True)
 class HoloV(Method):
-    """Split the image into C parts, share T tokens out among them, keep the best of each.
+    """Split the image into C parts, divide T tokens among them, keep the best of each.
 
     A is the attention from [CLS] in the tower layer whose output is used; V_i is the variance of
     token i's cosines to the other tokens of its part, by the embeddings after the projector. A part
-    gets floor(w_c * T) tokens, w_c its share of the sum of (mean score)^tau; what the floor leaves
-    goes, one each, to the highest w_c.
+    gets floor(w_c * T) tokens, w_c its fraction of the sum of (mean score)^tau; the remainder of
+    the rounding goes, one each, to the highest w_c.
 
     "code" is the selection of the released code. Parts are runs of the sequence, tiles and frames
-    one after the other, the first N mod C one token longer. Its score is A + alpha * V, but V is
+    in turn, the first N mod C one token longer. Its score is A + alpha * V, but V is
     rescaled to the mean A of each part. The mean score then is (1 + alpha) * mean A: V and alpha
-    cancel from w_c, and tokens are ranked by A alone. V is therefore not computed. Defects that are
-    mended: a part with a quota above its size lost tokens, and zero vectors took their place; here
+    cancel from w_c, and tokens are ranked by A alone. V is therefore not computed. Fixed defects:
+    a part with a quota above its size lost tokens to zero vectors; here
     the overflow goes to the parts with room. Parts of one token were scored 1000 times too low. The
-    kept tokens came part by part, by falling A; here they ascend.
+    kept tokens came part by part, by descending A; here they ascend.
 
-    "paper" is the text's form. Parts are crops of a grid as near to square as it allows, at most C
+    "paper" follows the text. Parts are crops of a grid, as square as possible, at most C
     of them, or one per frame and tile if these are more; none spans two frames or tiles. Tokens are
-    ranked, and parts weighed, by H = A + alpha * gamma * V, gamma = E|A| / (E|V| + 1e-6). The
+    ranked, and parts weighted, by H = A + alpha * gamma * V, gamma = E|A| / (E|V| + 1e-6). The
     expectations are over the image: over a part, as in the code, V would cancel from w_c again.
-    The paper's fetching of context in the decoder, which the code lacks too, is left out.
+    The paper's context fetching in the decoder, which the code lacks too, is left out.
 
-    In both, overflow is shared in proportion to w_c * (M_c - q_c), sizes less quotas, until less
+    In both, overflow is divided in proportion to w_c * (M_c - q_c), sizes minus quotas, until less
     than one token is due to each part; the rest goes, one each, to the highest w_c with room.
 
     Published for LLaVA-1.5: 64 of 576 with C = 16. The Qwen code's rule, C = int(16 / 9 * N / T),
-    gives as much there, and 8 and 5 for 128 and 192. Towers without [CLS] use the attention a
+    gives the same there, and 8 and 5 for 128 and 192. Towers without [CLS] use the attention a
     patch receives.
 
     Args:
         keep: T, as a fraction of an image's tokens or a whole number of tokens per image.
         variant: "code" or "paper".
-        chunks: C, at most N of them; `None` for the rule.
-        alpha: weight of V in the paper's score, at least 0 (1 in the paper, where the code has
-            0.09). Of no effect in "code", as in the released code.
-        tau: exponent of a part's mean score, at least 0; 0 gives all parts the same (1 in the code,
+        chunks: C, at most N; `None` for the rule.
+        alpha: weight of V in the paper's score, at least 0 (1 in the paper, 0.09 in the code).
+            No effect in "code", as in the released code.
+        tau: exponent of a part's mean score, at least 0; 0 weighs all parts equally (1 in the code,
             the paper's value is not known).
         positions: "contiguous" (as in LLaVA) or "original".
     """
@@ -95,7 +95,7 @@ class HoloV(Method):
         check_choice("positions", self.positions, ("original", "contiguous"))
 
     def chunk_count(self, n: int, total: int) -> int:
-        """C for `total` out of `n` tokens."""
+        """C if `total` of `n` tokens are kept."""
         chunks, reduction = CHUNK_RATE
         wanted = chunks * n // (reduction * total) if self.chunks is None else self.chunks
         return min(max(1, wanted), n)
@@ -104,7 +104,8 @@ class HoloV(Method):
         """(T,) ascending indices.
 
         Raises:
-            ValueError: `tokens` comes without `cls_attention`, or that holds NaN.
+            ValueError: `tokens` comes without `cls_attention` or (in "paper") places, or attention
+                holds NaN.
         """
         n, device = len(tokens), tokens.features.device
         total = tokens.budget(self.keep)
@@ -127,7 +128,7 @@ class HoloV(Method):
         ranked = top_k(scores, n)
         ranked = ranked[part[ranked].argsort(stable=True)]
         places, filled = _padded(ranked, sizes)
-        # In fp64 the sums of equal scores are exact, so that equal parts tie whatever their sizes.
+        # In fp64 the sums of equal scores are exact, so that equal parts tie at any size.
         means = (scores.double()[places] * filled).sum(1) / sizes
         weights = (means / means.max().clamp_min(torch.finfo(means.dtype).tiny)) ** self.tau
         quota = quotas(weights.cpu(), sizes.cpu(), total).to(device)
@@ -136,21 +137,21 @@ class HoloV(Method):
 
 
 def quotas(weights: Tensor, sizes: Tensor, total: int) -> Tensor:
-    """Share `total` tokens out by weight among parts that cannot give more than they have.
+    """Divide `total` tokens among parts by weight, none above its size.
 
-    First floor(w * total) with w the weights over their sum, and what is left one each to the
-    highest weights. What a part cannot give goes to the others in proportion to w times their room,
-    rounded down and repeated; when that is less than a token for each, one each to the highest
-    weights with room. Ties go to the lowest index. Without any weight, parts count alike, and where
-    only such parts have room, by it.
+    First floor(w * total) with w the weights over their sum; the remainder goes, one each, to the
+    highest weights. What exceeds a part's size goes to the others in proportion to w times their
+    room, rounded down and repeated; once this is less than a token for each, one each to the
+    highest weights with room. Ties go to the lowest index. If all weights are 0, parts count
+    equally; if only parts with weight 0 have room, their room decides.
 
     Args:
         weights: (c,) finite numbers of at least 0, on the CPU.
-        sizes: (c,) whole numbers, on the CPU.
+        sizes: (c,) integers, on the CPU.
         total: tokens, from 0 to the sum of `sizes`.
 
     Returns:
-        (c,) whole numbers up to `sizes` whose sum is `total`.
+        (c,) integers up to `sizes` whose sum is `total`.
 
     Raises:
         ValueError: `total` out of range, or weights that are negative or not finite.
@@ -180,7 +181,7 @@ def quotas(weights: Tensor, sizes: Tensor, total: int) -> Tensor:
 
 
 def _runs(n: int, count: int, device: torch.device) -> Tensor:
-    """(n,) for each token its run out of `count`, the first n mod `count` one token longer."""
+    """(n,) the run of each token, out of `count`, the first n mod `count` one token longer."""
     short, longer = divmod(n, count)
     place = torch.arange(n, device=device)
     ahead = longer * (short + 1)
@@ -188,9 +189,9 @@ def _runs(n: int, count: int, device: torch.device) -> Tensor:
 
 
 def _crops(grid: Tensor, crop: Tensor | None, count: int) -> Tensor:
-    """(n,) for each token its crop, out of about `count`, numbered without gaps.
+    """(n,) the crop of each token, out of about `count`, numbered without gaps.
 
-    Frames and tiles are planes of their own; each has crops in proportion to its tokens.
+    Frames and tiles are separate planes; each has crops in proportion to its tokens.
     """
     n, device = grid.shape[0], grid.device
     frame, place = grid[:, :1].long(), grid[:, 1:].long()
@@ -202,7 +203,7 @@ def _crops(grid: Tensor, crop: Tensor | None, count: int) -> Tensor:
     low = ends.scatter_reduce(0, pairs, place, "amin", include_self=False)
     high = ends.scatter_reduce(0, pairs, place, "amax", include_self=False)
     extent = high - low + 1
-    # Numbers of all planes cross to the host at once; the division is cached there.
+    # The sizes of all planes go to the host in one transfer; the division is cached there.
     divisions = torch.tensor(
         [
             cell_grid(rows, cols, max(1, count * held // n))
@@ -210,7 +211,7 @@ def _crops(grid: Tensor, crop: Tensor | None, count: int) -> Tensor:
         ],
         device=device,
     )
-    # Twice the tokens' centres in whole numbers, as in `pool_grid`.
+    # Twice the tokens' centres as integers, as in `pool_grid`.
     cell = (2 * (place - low[plane]) + 1) * divisions[plane] // (2 * extent[plane])
     held = divisions.prod(1)
     number = (held.cumsum(0) - held)[plane] + cell[:, 0] * divisions[plane, 1] + cell[:, 1]
@@ -218,7 +219,7 @@ def _crops(grid: Tensor, crop: Tensor | None, count: int) -> Tensor:
 
 
 def _padded(grouped: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """(c, m) tokens of each part, given (n,) of them part by part, and which of these are real."""
+    """(c, m) tokens of each part, from (n,) tokens ordered by part, and a mask without padding."""
     slot = torch.arange(int(sizes.max()), device=sizes.device)
     starts = sizes.cumsum(0) - sizes
     places = grouped[(starts[:, None] + slot).clamp_max(len(grouped) - 1)]
@@ -226,7 +227,7 @@ def _padded(grouped: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _variance(features: Tensor, part: Tensor, sizes: Tensor) -> Tensor:
-    """(n,) variance of each token's cosines to the others of its part, 0 where it is alone."""
+    """(n,) variance of each token's cosines to the others of its part, 0 for a single token."""
     places, filled = _padded(part.argsort(stable=True), sizes)
     rows = unit_rows(features)
     blocks = rows[places]

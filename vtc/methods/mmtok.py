@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MMTok: tokens that cover both the question and the image."""
+"""MMTok: tokens that cover both the text and the image."""
 
 from __future__ import annotations
 
@@ -13,23 +13,22 @@ from vtc.ops import coverage_greedy, unit_rows
 
 @dataclass(frozen=True)
 class MMTok(Method):
-    """Greedy coverage of the prompt's text and of all vision tokens at once.
+    """Joint greedy coverage of the prompt's text and of all vision tokens.
 
     For each of m text tokens, the softmax over the n vision tokens of cosine / text_temperature,
     divided by m; for each vision token, the softmax of cosine / vision_temperature, divided by n
     and multiplied by alpha. Text rows use the embeddings after the projector, vision rows the
-    states before it. A token's gain is by how much it raises the largest value of each row among
-    the chosen.
+    states before it. A token's gain is the increase of each row's maximum over the chosen tokens.
 
     The code takes the question's words, without two standard endings and some stop words; here the
-    text is all that follows the first image. It also leaves out patches inside padding, which it
+    text is everything after the first image. It also leaves out patches inside padding, which it
     finds in the picture's border; a method here sees no pixels.
 
     Args:
         keep: fraction of an image's tokens, or a whole number of tokens per image.
         alpha: weight of covering the image, at least 0.
-        text_temperature: 0.02 for LLaVA, 0.01 for Qwen in the code.
-        vision_temperature: 0.2.
+        text_temperature: above 0; 0.02 for LLaVA, 0.01 for Qwen in the code.
+        vision_temperature: above 0, by default 0.2.
         positions: "contiguous" (as in LLaVA) or "original".
     """
 

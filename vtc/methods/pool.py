@@ -18,11 +18,11 @@ class Pool(Method):
     """Average the projected tokens within the cells of a coarser grid.
 
     A budget of b tokens becomes the largest r x c <= b cells that keep the grid's aspect up to a
-    factor of 2 (`vtc.ops.cell_grid`), so a little less than b may be kept: 56 (7 x 8) for 58 on a
-    24 x 24 grid. Each token belongs to the cell its centre lies in; a cell's mean takes the place
-    of the token nearest to the cell's centre. Cells without tokens, on grids with holes, are left
-    out. The budget of a clip or of a tiled image is shared among its frames or tiles, and each is
-    pooled by itself; a budget below one token per frame averages neighbouring frames.
+    factor of 2 (`vtc.ops.cell_grid`), so slightly fewer than b may be kept: 56 (7 x 8) for 58 on a
+    24 x 24 grid. Each token belongs to the cell that contains its centre; a cell's mean replaces
+    the token nearest to the cell's centre. Cells without tokens, on grids with holes, are left
+    out. The budget of a clip or of a tiled image is divided among its frames or tiles, and each is
+    pooled separately; a budget below one token per frame averages neighbouring frames.
 
     Args:
         keep: fraction of an image's (or clip's) tokens, or a whole number of tokens for each.
@@ -41,18 +41,22 @@ class Pool(Method):
         check_choice("positions", self.positions, ("original", "contiguous"))
 
     def entering(self, n: int, tiles: int = 1) -> int:
-        """The cells of square tiles, or of a square image; `keep` of others."""
+        """The number of cells for square images or tiles; `keep` for others."""
         return cells_of(n, tiles, budget(self.keep, n))
 
     def is_bound(self, n: int, tiles: int = 1) -> bool:
-        """A grid of another shape is rarely divided to the token."""
+        """Whether the image (or its tiles) is not square, so that the cells may be fewer."""
         return math.isqrt(n // tiles) ** 2 * tiles != n
 
     def select(self, tokens: VisionTokens) -> Selection:
-        """Ascending indices, (k,), and the means that stand there, (k, d)."""
+        """(k,) ascending indices and (k, d) means.
+
+        Raises:
+            ValueError: the tokens have no places.
+        """
         n = len(tokens)
         b = tokens.budget(self.keep)
         if b >= n:
             return Selection(torch.arange(n, device=tokens.features.device))
-        grid = tokens.places(self.name, "averages tokens that lie beside each other")
+        grid = tokens.places(self.name, "averages neighbouring tokens")
         return Selection(*pool_grid(tokens.features, grid, b, "mean", tokens.crop))

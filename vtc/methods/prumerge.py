@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaVA-PruMerge: patches that stand out for [CLS], each enriched by those most like it."""
+"""LLaVA-PruMerge: outliers of [CLS] attention, each merged with the most similar patches."""
 
 from __future__ import annotations
 
@@ -24,30 +24,29 @@ from vtc.ops import top_k, unit_rows
 
 @dataclass(frozen=True)
 class PruMerge(Method):
-    """Keep the outliers of [CLS]'s attention; add to each its nearest neighbours; sum up the rest.
+    """Keep the outliers of [CLS] attention, add its nearest neighbours to each, sum up the rest.
 
-    Attention a is a softmax over the patches and [CLS] itself in the tower's last layer, all heads
-    taken as one.
-    Kept are the patches with a > Q3 + 1.5 (Q3 - Q1), at least one. With `plus` an even grid joins
-    them: every s-th patch, s a third of n / outliers. Then x_i <- x_i + sum_j a_j x_j over the
-    patches j with the most similar keys (kept ones included, i itself not), and one more token
-    sum_j a_j x_j over all that are not kept. As in the code, weights are not normalised; the paper
-    does not mention the last token. All of this is on states before the projector.
+    Attention a is a softmax over the patches and [CLS] itself in the tower's last layer, with all
+    heads as one. Patches with a > Q3 + 1.5 (Q3 - Q1) are kept, at least one. With `plus` an even
+    grid joins them: every s-th patch, s a third of n / outliers. Then x_i <- x_i + sum_j a_j x_j
+    over the patches j with the most similar keys (including kept ones, excluding i), and one more
+    token sum_j a_j x_j over all patches not kept. As in the code, weights are not normalised; the
+    paper does not mention the last token. All of this uses states before the projector.
 
-    The number kept follows the image, and so `keep` is `None` by default. A given `keep` counts all
-    tokens, the last one too. Of the others, all go by attention, or with `plus` one half does and
-    the rest lie evenly, as in the code's training mode; where two would meet, the nearest free
-    patch is taken, which the code lacks. Nor does its grid reach the last patch. Towers without
-    [CLS] use the attention a patch receives.
+    The number kept depends on the image, so `keep` is `None` by default. A given `keep` counts all
+    tokens, including the last one. The others are chosen by attention, or with `plus` one half by
+    attention and the rest on an even grid, as in the code's training mode; if a grid patch is
+    taken, the nearest free one replaces it, which the code lacks. The code's grid also does not
+    reach the last patch. Towers without [CLS] use the attention a patch receives.
 
     Args:
         keep: `None`, a fraction of an image's tokens, or a whole number of tokens per image.
-        plus: whether the even grid is added (PruMerge+).
-        neighbours: how many patches are added to each kept one, at most all others.
-        aggregate: whether the last token is appended; not where one token is all there may be.
+        plus: whether to add the even grid (PruMerge+).
+        neighbours: number of patches added to each kept one, at least 1, at most all others.
+        aggregate: whether to append the last token; not if the budget is a single token.
         order: with contiguous positions "published" (by attention, the grid, the last token) or
-            "raster". Original positions always are in raster order, the last token at the last
-            patch that is not kept.
+            "raster". Original positions are always in raster order, the last token at the last
+            patch not kept.
         positions: "contiguous" (as in LLaVA) or "original".
     """
 
@@ -110,7 +109,7 @@ class PruMerge(Method):
         return Selection(slots[order], contents)
 
     def _adaptive(self, attention: Tensor) -> Tensor:
-        """Indices of the outliers, the highest attention first, then of the grid."""
+        """Indices of the outliers by descending attention, then of the grid."""
         n = len(attention)
         low, high = attention.quantile(attention.new_tensor([0.25, 0.75])).unbind()
         count = max(1, int((attention > high + 1.5 * (high - low)).sum()))
@@ -121,7 +120,7 @@ class PruMerge(Method):
         return torch.cat([kept, grid[~torch.isin(grid, kept)]])
 
     def _fixed(self, attention: Tensor, count: int) -> Tensor:
-        """`count` indices, the highest attention first, then those of the grid."""
+        """`count` indices by descending attention, then of the grid."""
         n, device = len(attention), attention.device
         even = count // 2 if self.plus else 0
         kept = top_k(attention, count - even)
@@ -131,7 +130,7 @@ class PruMerge(Method):
         place = torch.arange(n, device=device)
         barred = torch.zeros(n, dtype=torch.bool, device=device)
         barred[kept] = True
-        # Patches of the grid that are free stay where they are, so they choose first.
+        # Free grid patches keep their places, so they choose first.
         grid = grid[barred[grid].to(torch.uint8).argsort(stable=True)]
         for step in range(even):
             distance = (place - grid[step]).abs().masked_fill(barred, n)
@@ -141,27 +140,27 @@ class PruMerge(Method):
         return torch.cat([kept, grid.sort().values])
 
     def _merged(self, states: Tensor, keys: Tensor, attention: Tensor, kept: Tensor) -> Tensor:
-        """(m, d_v) states of the kept patches, their neighbours added."""
+        """(m, d_v) states of the kept patches with their neighbours added."""
         rows = unit_rows(keys)
         alike = rows[kept] @ rows.T
         alike.scatter_(1, kept[:, None], -torch.inf)
         count = min(self.neighbours, len(attention) - 1)
         nearest = _highest(alike, count)
         wide = states.to(torch.promote_types(states.dtype, torch.float32))
-        # Of a few neighbours each; a product of all weights and all states is mostly of zeros.
+        # Only a few neighbours each: a product of all weights and states would be mostly zeros.
         share = attention.to(wide.dtype)[nearest]
         return wide[kept] + embedding_bag(nearest, wide, mode="sum", per_sample_weights=share)
 
 
 @dataclass(frozen=True)
 class PruMergePlus(PruMerge):
-    """PruMerge+: `PruMerge` with an even grid of patches beside those that [CLS] looks at.
+    """PruMerge+: `PruMerge` with an even grid of patches added to the attention outliers.
 
     Args:
-        keep: as in `PruMerge`, and so are all others.
-        plus: whether the even grid is added, by default yes.
+        keep: as in `PruMerge`, like all other settings.
+        plus: whether to add the even grid; by default yes.
         neighbours: patches added to each kept one.
-        aggregate: whether a sum of what is not kept is appended.
+        aggregate: whether to append a sum of the patches not kept.
         order: "published" or "raster".
         positions: "contiguous" or "original".
     """
@@ -173,10 +172,10 @@ class PruMergePlus(PruMerge):
 
 
 def _highest(values: Tensor, count: int) -> Tensor:
-    """(m, count) columns of the highest of each of the (m, n) rows, ascending, with count below n.
+    """(m, count) ascending columns of the highest values of each (m, n) row, count below n.
 
-    Ties go to the lowest column, which `topk` does not promise; sorting takes ten times as long,
-    and is for rows that tie at the limit.
+    Ties go to the lowest column, which `topk` does not guarantee; sorting takes ten times as long,
+    and is only for rows that tie at the limit.
     """
     best, columns = values.topk(count + 1)
     columns = columns[:, :count]
@@ -188,10 +187,10 @@ def _highest(values: Tensor, count: int) -> Tensor:
 
 
 def _attention(tokens: VisionTokens, keys: Tensor) -> Tensor:
-    """(n,) attention to each patch: of [CLS] with its heads taken as one, or what it receives."""
+    """(n,) attention to each patch: of [CLS] with all heads as one, or what it receives."""
     if tokens.cls_query is not None:
         if tokens.cls_key is None:
-            raise ValueError("cls_key: PruMerge needs it beside cls_query, got tokens without")
+            raise ValueError("cls_key: PruMerge needs it with cls_query, got tokens without")
         query = tokens.cls_query.to(torch.promote_types(keys.dtype, torch.float32))
         every = torch.cat([tokens.cls_key[None], keys]).to(query.dtype)
         return (every @ query / keys.shape[1] ** 0.5).softmax(0)[1:]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens drawn at random: the baseline that a method has to beat."""
+"""Random tokens: the baseline to beat."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from vtc.core import Method, Positions, Selection, VisionTokens, check_choice, c
 class Random(Method):
     """Keep tokens drawn uniformly without replacement; surprisingly strong.
 
-    The draw depends on the seed, the image's ordinal in its sample and its number of tokens, on
-    nothing else: never on what shares the batch or what ran before. All images of one size in the
-    same place of their samples hence keep the *same* places under one seed. One run is one draw
+    The draw depends only on the seed, the image's ordinal in its sample and its number of tokens,
+    never on the rest of the batch or on earlier runs. So all images of one size with the same
+    ordinal keep the *same* places under one seed. One run is one draw
     of places for the whole test set, so error bars come from several seeds, not from the samples.
     Under one seed, a smaller `keep` keeps a subset of what a larger one keeps.
 
@@ -43,7 +43,7 @@ class Random(Method):
     def select(self, tokens: VisionTokens) -> Selection:
         """Ascending indices, (k,)."""
         n = len(tokens)
-        # Hashed, because generators with neighbouring seeds can give related streams.
+        # Hashed, as generators with neighbouring seeds can give correlated streams.
         digest = hashlib.sha256(f"{self.seed},{tokens.image},{n}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         # Drawn on the CPU, so that every device keeps the same tokens.

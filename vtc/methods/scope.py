@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SCOPE: tokens that are looked at and cover what is not covered yet."""
+"""SCOPE: salient tokens that cover what is not covered yet."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from vtc.ops import coverage_greedy, unit_rows
 class SCOPE(Method):
     """Greedy coverage of all patches, each candidate's gain weighted by its saliency.
 
-    Token j adds to the coverage of token i what its cosine with it exceeds the best cosine of a
-    chosen one, from 0 on; the sum over i is multiplied by a_j ** alpha, where a_j is the attention
-    that [CLS] pays to j in the tower layer whose output is used. Cosines are of the states before
+    Token j raises the coverage of token i by how much its cosine with i exceeds that of the best
+    chosen token, at least 0; the sum over i is multiplied by a_j ** alpha, where a_j is the
+    attention from [CLS] to j in the tower layer whose output is used. Cosines use the states before
     the projector. [CLS] is not kept. Towers without [CLS] use the attention a patch receives.
 
     Args:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SparseVLM: the words that the image concerns say which of its tokens go."""
+"""SparseVLM: text tokens relevant to the image rate its tokens."""
 
 from __future__ import annotations
 
@@ -28,40 +28,40 @@ from vtc.ops import density_peaks, top_k
 
 @dataclass(frozen=True)
 class SparseVLM(Method):
-    """After three decoder layers, keep the vision tokens that the prompt's raters look at most.
+    """After three decoder layers, keep the vision tokens with the most attention from the raters.
 
-    Raters are chosen once, at the embeddings that enter the decoder: each vision token spreads a
+    Raters are chosen once, from the embeddings that enter the decoder: each vision token spreads a
     softmax of inner products over the text after the image, and a text token is a rater if its mean
-    share is above the average one (the paper has "at least"). If none is, all text rates. A vision
-    token's score is the mean attention it gets from the raters in the layer that has just run.
+    weight is above average (the paper has "at least"). If none is, all text tokens rate. A vision
+    token's score is its mean attention from the raters in the layer that just ran.
 
-    "v1.5": of the q tokens that go, the int(tau q) + 1 with the best scores are recycled: clustered
+    "v1.5": of the q dropped tokens, the int(tau q) + 1 with the best scores are recycled: clustered
     by density peaks on the hidden states into int(theta t) + 1 means, which follow the kept tokens,
-    the densest peak first. The paper sums clusters and assigns by cosine; this is the code, less
-    the random noise on its densities. "v2" (SparseVLM+) recycles nothing, divides attention by what
-    rotary positions alone would give two vectors of ones, so that distant tokens count more, and
-    averages the half of the heads that look at the image most. Its factor changes sign on long
-    prompts where the rotary base is small; `floor` bounds it.
+    the densest peak first. The paper sums clusters and assigns by cosine; this follows the code,
+    without the random noise on its densities. "v2" (SparseVLM+) recycles nothing, divides attention
+    by what rotary positions alone give two vectors of ones, so that distant tokens count more, and
+    averages the half of the heads with the most attention to the image. Its factor changes sign on
+    long prompts if the rotary base is small; `floor` bounds it.
 
-    The paper's count of deletions by the rank of the attention matrix was tuned to targets by the
-    authors, whose code has lists of tokens; so has this: (300, 200, 110) of 576 for their 192,
-    (303, 110, 36) for 128, (66, 30, 17) for 64, recycled tokens not counted. Layers really process
+    The authors tuned the paper's number of deletions (by the rank of the attention matrix) to
+    targets, and their code has lists of tokens, as has this: (300, 200, 110) of 576 for their 192,
+    (303, 110, 36) for 128, (66, 30, 17) for 64, without recycled tokens. Layers actually process
     206.5, 145.4 and 82.2 tokens on average. All vision tokens of a sample compete for the sum of
-    the budgets of its images. A list that asks for as many as there are, or more, drops one, as in
+    its images' budgets. A list that keeps at least as many tokens as there are drops one, as in
     the code ("v1.5" recycles it, as the last token). Without text after the image, evenly spaced
     tokens stay.
 
     Args:
-        keep: what each layer leaves: a share of an image's original tokens or a number per image,
-            for each; or one for the last, before which shares fall by equal factors. Only a share
-            of 1.0 leaves all.
-        layers: 0-based layers after which tokens go, ascending; by default after 2, 6 and 15 of
-            32, scaled to the depth.
+        keep: what each cut leaves: a fraction of an image's original tokens or a number per image,
+            one for each cut; or one for the last cut, to which fractions fall by equal factors.
+            Only a fraction of 1.0 keeps all.
+        layers: ascending 0-based layers after which tokens are dropped; by default after 2, 6 and
+            15 of 32, scaled to the depth.
         version: "v1.5" (also the paper's 1.0) or "v2".
-        tau: share of the tokens that go which is recycled, in [0, 1]. "v1.5" only.
-        theta: clusters for each recycled token, in [0, 1]. "v1.5" only.
-        recycle: whether anything is recycled; by default in "v1.5" and not in "v2".
-        floor: least rotary factor. "v2" only.
+        tau: fraction of the dropped tokens that is recycled, in [0, 1]. "v1.5" only.
+        theta: clusters per recycled token, in [0, 1]. "v1.5" only.
+        recycle: whether tokens are recycled; by default in "v1.5" and not in "v2".
+        floor: lower bound of the rotary factor, above 0. "v2" only.
         positions: by default "contiguous" in "v1.5" and "original" in "v2", as in the code. With
             "original" a mean stands at its cluster's centre.
     """
@@ -82,7 +82,7 @@ class SparseVLM(Method):
 
     def __post_init__(self) -> None:
         check_choice("version", self.version, ("v1.5", "v2"))
-        # Lists come from JSON; what is left open depends on the version.
+        # Lists come from JSON; some defaults depend on the version.
         if isinstance(self.keep, (list, tuple)):
             object.__setattr__(self, "keep", tuple(self.keep))
         if self.layers is not None:
@@ -111,8 +111,8 @@ class SparseVLM(Method):
         """The layers after those of `layers`.
 
         Raises:
-            ValueError: layers that do not ascend, or after which there is none; or as many numbers
-                in `keep` as there are not layers.
+            ArgumentError: layers that do not ascend, or without a layer after them.
+            ValueError: `keep` has another number of entries than `layers`.
         """
         found = scale_layers(self.layers, (0.09375, 0.21875, 0.5), num_layers, after=True)
         if (
@@ -127,12 +127,12 @@ class SparseVLM(Method):
         return found
 
     def taps(self, num_layers: int) -> dict[int, Rows]:
-        """The text rows of the layers after which tokens go."""
+        """The text rows of the layers after which tokens are dropped."""
         return {layer - 1: "text" for layer in self.prune_layers(num_layers)}
 
     @property
     def by_head(self) -> bool:
-        """Only "v2" chooses among heads."""
+        """Whether the version is "v2", which selects heads."""
         return self.version == "v2"
 
     def records(self, num_layers: int) -> dict[int, frozenset[Record]]:
@@ -144,21 +144,27 @@ class SparseVLM(Method):
         return {layer: frozenset(names) for layer, names in wanted.items()}
 
     def left(self, n: int, stage: int, stages: int) -> int:
-        """Tokens of an image of n that stage 0, 1, ... of `stages` keeps, recycled ones apart."""
+        """Tokens of an image of n that stage 0, 1, ... of `stages` keeps, without recycled ones."""
         if isinstance(self.keep, tuple):
             return budget(self.keep[stage], n)
         share = budget(self.keep, n) / n
         return max(1, round(n * share ** ((stage + 1) / stages)))
 
     def stays(self, held: int, original: tuple[int, ...], stage: int, stages: int) -> int:
-        """Tokens, out of those held, that a stage keeps of images of so many, recycled ones apart:
-        all but one at most, unless it is told to keep a share of 1.0."""
+        """Tokens that a stage keeps, without recycled ones: at most all but one of the `held`,
+        unless `keep` is a fraction of 1.0.
+
+        Args:
+            held: vision tokens left before the stage.
+            original: original tokens of each image.
+            stage: 0-based stage, out of `stages`.
+        """
         keep = self.keep[stage] if isinstance(self.keep, tuple) else self.keep
         most = held if isinstance(keep, float) and keep == 1.0 else max(1, held - 1)
         return min(most, sum(self.left(n, stage, stages) for n in original))
 
     def leaves(self, sizes: tuple[int, ...], held: int, cut: int, cuts: int) -> int:
-        """What stays, and the means of what is recycled."""
+        """The kept tokens and the means of recycled ones."""
         kept = self.stays(held, sizes, cut, cuts)
         if kept == held or not self.recycle:
             return kept
@@ -166,12 +172,12 @@ class SparseVLM(Method):
 
     @property
     def counts_found(self) -> bool:
-        """As what it drops and recycles does."""
+        """Always `True`: what it recycles depends on what it finds."""
         return True
 
     # ---- what it does -------------------------------------------------------------------------
     def prune(self, state: LayerState) -> Selection:
-        """Ascending indices among the sample's vision tokens, and contents where it recycles."""
+        """Ascending indices among the sample's vision tokens, and contents if it recycles."""
         layers = self.prune_layers(state.num_layers)
         stage, vision = layers.index(state.layer), state.vision
         raters = self._raters(state) if state.memory is None else state.memory
@@ -190,8 +196,8 @@ class SparseVLM(Method):
         gone = ranked[k:]
         recycled = gone[: _some(self.tau, len(gone))].sort().values
         centres, means = self._recycled(hidden[recycled])
-        # With the positions of their own, means stand where their centres did; else all but order
-        # is lost, and they take the last of the places that become free.
+        # With original positions a mean stands at its centre; otherwise only the order matters, and
+        # means take the last free places.
         slots = recycled[centres]
         if self.positions == "contiguous":
             slots = gone.sort().values[-len(centres) :]
@@ -202,7 +208,7 @@ class SparseVLM(Method):
         return Selection(torch.cat([kept, slots])[order], contents, raters)
 
     def _raters(self, state: LayerState) -> Tensor:
-        """(m,) bool, which rows of the text after the image rate it."""
+        """(m,) bool, which text tokens after the image are raters."""
         entered = state.recorded[0, "input"].float()
         text = entered[state.text]
         if not text.shape[0]:
@@ -212,7 +218,7 @@ class SparseVLM(Method):
         return raters | ~raters.any()
 
     def _scores(self, state: LayerState, raters: Tensor) -> Tensor:
-        """(n,) mean attention of the raters to each vision token."""
+        """(n,) mean attention from the raters to each vision token."""
         vision, layer = state.vision, state.layer - 1
         rows = state.attention[layer][..., raters, :][..., vision]
         if self.version == "v1.5":
@@ -227,11 +233,11 @@ class SparseVLM(Method):
         """(c,) centres among the (t, d) tokens to recycle, and (c, d) means of their clusters."""
         clusters = _some(self.theta, hidden.shape[0])
         centres, joins = density_peaks(hidden, clusters, clusters)
-        # A matrix product, not scattered additions, whose order is not fixed on a GPU.
+        # A matrix product, as the order of scattered additions is not fixed on a GPU.
         member = one_hot(joins, clusters).T.float()
         return centres, member @ hidden.float() / member.sum(1, keepdim=True)
 
 
 def _some(share: float, n: int) -> int:
-    """A share of n, and one more, but not more than there are."""
+    """int(share * n) + 1, at most n."""
     return min(int(share * n) + 1, n)

@@ -27,48 +27,48 @@ from vtc.core.errors import within
 from vtc.core.signals import fields_of, read_at
 
 _OF_TOKENS = ("features", "grid", "crop", *fields_of("token"))
-"""What `VisionTokens` holds one row of for each token."""
+"""Fields of `VisionTokens` with one row per token."""
 
 _OF_TILES = {name: field.of_tiles for name, field in fields_of("tile").items()}
-"""What it holds of the image, and by which name of each of its tiles."""
+"""Its fields for the whole image, and the names of the same for each tile."""
 
 _AT_VISION_LAYER, _AT_LOW_LAYER = read_at("vision_layer"), read_at("low_layer")
 
 
 class _Split(Method):
-    """What `PerTile` and `PerFrame` share: only what comes before the language model is split."""
+    """Base of `PerTile` and `PerFrame`: only the sequence stage is split."""
 
     listed = False
     inner: Method
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """Those of the inner method."""
+        """Stages of the inner method."""
         return self.inner.stages
 
     @property
     def closes_gaps_by_choice(self) -> bool:
-        """As the inner method has it."""
+        """As in the inner method."""
         return self.inner.closes_gaps_by_choice
 
     @property
     def keeps_all(self) -> bool:
-        """Whether each of the methods does."""
+        """Whether all of the methods keep all tokens."""
         return all(method.keeps_all for method in self._methods)
 
     @property
     def needs(self) -> frozenset[Signal]:  # type: ignore[override]
-        """What any of the methods needs."""
+        """The signals that any of the methods needs."""
         return frozenset().union(*(method.needs for method in self._methods))
 
     @property
     def vision_layer(self) -> int | float:  # type: ignore[override]
-        """Of the method that reads it."""
+        """That of the method that reads it."""
         return self._reader(_AT_VISION_LAYER).vision_layer
 
     @property
     def low_layer(self) -> int | float:  # type: ignore[override]
-        """Of the method that reads it."""
+        """That of the method that reads it."""
         return self._reader(_AT_LOW_LAYER).low_layer
 
     @property
@@ -79,12 +79,12 @@ class _Split(Method):
     # ---- between layers: the inner method, on all that is left -----------------------------------
     @property
     def prune_positions(self) -> Positions:
-        """Those of the inner method."""
+        """That of the inner method."""
         return self.inner.prune_positions
 
     @property
     def by_head(self) -> bool:
-        """As the inner method reads it."""
+        """As in the inner method."""
         return self.inner.by_head
 
     def prune_layers(self, num_layers: int) -> tuple[int, ...]:
@@ -93,25 +93,25 @@ class _Split(Method):
 
     # ---- how many tokens it leaves: of an image, which is one frame ------------------------------
     def entering(self, n: int, tiles: int = 1) -> int | None:
-        """As the inner method."""
+        """As in the inner method."""
         return self.inner.entering(n, tiles)
 
     def leaves(self, sizes: tuple[int, ...], held: int, cut: int, cuts: int) -> int | None:
-        """As the inner method."""
+        """As in the inner method."""
         return self.inner.leaves(sizes, held, cut, cuts)
 
     def is_bound(self, n: int, tiles: int = 1) -> bool:
-        """As for the inner method."""
+        """As in the inner method."""
         return self.inner.is_bound(n, tiles)
 
     @property
     def by_tile(self) -> bool:  # type: ignore[override]
-        """As the inner method has it."""
+        """As in the inner method."""
         return self.inner.by_tile
 
     @property
     def counts_found(self) -> bool:
-        """A part may have lost more than others."""
+        """Always `True`: earlier methods may have taken more from some parts than from others."""
         return True
 
     def taps(self, num_layers: int) -> dict[int, Rows]:
@@ -127,7 +127,7 @@ class _Split(Method):
         return self.inner.records(num_layers)
 
     def prune(self, state: LayerState) -> Selection | None:
-        """What the inner method chooses among all tokens of the sample."""
+        """The inner method's choice among all vision tokens of the sample."""
         return self.inner.prune(state)
 
     # ---- before the language model --------------------------------------------------------------
@@ -146,13 +146,13 @@ class _Split(Method):
         first: Method,
         tiles: bool = False,
     ) -> Selection:
-        """Ascending indices, (k,), and (k, d) contents where a part was merged.
+        """(k,) ascending indices, and (k, d) contents if a part was merged.
 
         Args:
             part: (n,) the part each token belongs to.
-            every: (N,) the same of all tokens that there were at first, or `None` if these are all.
-            first: acts on the part 0, the inner method on all others.
-            tiles: whether the parts are tiles, which have a [CLS] of their own.
+            every: (N,) the same for all original tokens, or `None` if none was dropped.
+            first: method for part 0; the inner method acts on all others.
+            tiles: whether the parts are tiles, each with its own [CLS].
         """
         indices, contents, merged = [], [], False
         for number, name in enumerate(part.unique().tolist()):
@@ -168,7 +168,7 @@ class _Split(Method):
             for field, of_tiles in _OF_TILES.items() if tiles else ():
                 if (rows := getattr(tokens, of_tiles)) is not None:
                     signals |= {field: rows[name], of_tiles: None}
-            # Methods that draw by the image's ordinal must not draw alike in all parts.
+            # Methods seeded by the image's ordinal must not draw alike in all parts.
             image = tokens.image + (number << 16)
             method = first if name == 0 else self.inner
             found = method.select(dataclasses.replace(tokens, image=image, **signals))
@@ -186,7 +186,9 @@ def _checked(name: str, method: Any, layers: bool = True) -> Method:
     """A simple method of the sequence stage, from a method, its name or its dictionary.
 
     Args:
-        layers: whether it may act between layers as well.
+        name: the argument, for errors.
+        method: what was given.
+        layers: whether it may also act between layers.
     """
     try:
         found = make(method)
@@ -203,31 +205,32 @@ def _checked(name: str, method: Any, layers: bool = True) -> Method:
     keep = getattr(found, "keep", 1.0)
     if "layers" in found.stages and not isinstance(keep, float):
         raise ValueError(
-            f"{name}: expected a share as keep of {found.name}, whose stage between layers counts "
-            f"all tokens of an image, got {keep!r}"
+            f"{name}: expected a fraction as keep of {found.name}, whose stage between layers "
+            f"counts all tokens of an image, got {keep!r}"
         )
     return found
 
 
 @dataclass(frozen=True)
 class PerTile(_Split):
-    """Apply a method to each tile of a tiled image by itself, so that `inner.keep` is per tile.
+    """Apply a method to each tile of a tiled image separately, so that `inner.keep` is per tile.
 
-    What the text says comes as for the whole image; all else is the tile's own. An image that is
-    not tiled, or has one tile only, is one tile. In a clip whose frames are not tiled nothing is
-    split; see `PerFrame`. What the inner method does between layers it does with all tiles
-    together, and its `keep` must be a share then, of a tile as of all.
+    Text signals are those of the whole image; everything else is the tile's own. An image that is
+    not tiled, or has a single tile, counts as one tile. A clip whose frames are not tiled is not
+    split; see `PerFrame`. Between layers the inner method acts on all tiles together; its `keep`
+    must then be a fraction, which applies to each tile and to all.
 
     Args:
-        inner: a method of the sequence stage, which may act between layers as well, its name, or
+        inner: a method of the sequence stage, which may also act between layers, its name, or
             its dictionary.
-        thumbnail: what acts on the thumbnail (crop 0 of several) instead: a method of the sequence
-            stage alone, or another `keep` for an inner method that is one; `None` treats it as any
+        thumbnail: what acts on the thumbnail (crop 0 of several) instead: a method of only the
+            sequence stage, or another `keep` if the inner method is one; `None` treats it as any
             tile.
 
     Raises:
-        ValueError: methods of other stages, or that need what the other one does not.
-        TypeError: not a method, nor a `keep`.
+        ValueError: methods of other stages, or a thumbnail method whose positions or tower layers
+            differ from those of `inner`.
+        TypeError: neither a method nor a `keep`.
     """
 
     name = "per_tile"
@@ -256,7 +259,7 @@ class PerTile(_Split):
                 raise within("thumbnail", error) from None
             if "keep" not in {f.name for f in dataclasses.fields(self.inner)}:  # type: ignore[arg-type]
                 raise ValueError(
-                    f"thumbnail: {self.inner.name} has no keep; give a method, got {given!r}"
+                    f"thumbnail: {self.inner.name} has no keep; expected a method, got {given!r}"
                 )
         other = self.of_thumbnail
         shared = self.inner.needs & other.needs
@@ -273,7 +276,7 @@ class PerTile(_Split):
 
     @property
     def of_thumbnail(self) -> Method:
-        """What acts on the thumbnail."""
+        """The method that acts on the thumbnail."""
         if self.thumbnail is None:
             return self.inner
         if isinstance(self.thumbnail, Method):
@@ -287,21 +290,21 @@ class PerTile(_Split):
     by_tile = True
 
     def entering(self, n: int, tiles: int = 1) -> int | None:
-        """The sum over the tiles, the first of several a thumbnail."""
+        """The sum over the tiles; the first of several is the thumbnail."""
         first = self.of_thumbnail if tiles > 1 else self.inner
         own = [m.entering(n // tiles) for m in (first, *[self.inner] * (tiles - 1))]
         known = [count for count in own if count is not None]
         return sum(known) if len(known) == len(own) else None
 
     def is_bound(self, n: int, tiles: int = 1) -> bool:
-        """Whether it is one of a tile."""
+        """Whether the schedule of a tile is an upper bound."""
         return any(method.is_bound(n // tiles) for method in self._methods)
 
     def select(self, tokens: VisionTokens) -> Selection:
-        """(k,) ascending indices, and (k, d) contents where the method merges."""
+        """(k,) ascending indices, and (k, d) contents if the method merges."""
         if tokens.crop is None:
             return self.inner.select(tokens)
-        # One tile alone, be it the only one or what others left, is no thumbnail beside tiles.
+        # A single tile, the only one or the only one left, is not a thumbnail.
         several = bool((tokens.crop != tokens.crop[0]).any())
         first = self.of_thumbnail if several else self.inner
         return self._apply(tokens, tokens.crop, tokens.every_crop, first, tiles=True)
@@ -318,14 +321,14 @@ class PerTile(_Split):
 
 @dataclass(frozen=True)
 class PerFrame(_Split):
-    """Apply a method to each frame of a clip by itself, so that `inner.keep` is per frame.
+    """Apply a method to each frame of a clip separately, so that `inner.keep` is per frame.
 
-    Without it, a clip is one image to a method, and `keep` its budget. What [CLS] and the text say
-    comes as for the whole clip; all else is the frame's own. An image is one frame. What the inner
-    method does between layers it does with all frames together; its `keep` must be a share then.
+    Without it, a clip is one image to a method, and `keep` its budget. [CLS] and text signals are
+    those of the whole clip; everything else is the frame's own. An image is one frame. Between
+    layers the inner method acts on all frames together; its `keep` must then be a fraction.
 
     Args:
-        inner: a method of the sequence stage, which may act between layers as well, its name, or
+        inner: a method of the sequence stage, which may also act between layers, its name, or
             its dictionary.
 
     Raises:
@@ -343,10 +346,14 @@ class PerFrame(_Split):
         object.__setattr__(self, "inner", _checked("inner", self.inner))
 
     def select(self, tokens: VisionTokens) -> Selection:
-        """(k,) ascending indices, and (k, d) contents where the method merges."""
-        grid = tokens.places(self.name, "divides tokens by their frame")
+        """(k,) ascending indices, and (k, d) contents if the method merges.
+
+        Raises:
+            ValueError: the tokens have no places.
+        """
+        grid = tokens.places(self.name, "divides tokens by frame")
         frame, every = grid[:, 0], None
-        if tokens.every_grid is not None:  # others may have left one frame of several
+        if tokens.every_grid is not None:  # earlier methods may have left one frame of several
             every = tokens.every_grid[:, 0]
         whole = frame if every is None else every
         if not bool((whole != whole[:1]).any()):

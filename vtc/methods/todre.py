@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ToDRE: a diverse few before the language model, none of them in its last layers."""
+"""ToDRE: a diverse set before the language model, no vision tokens in its last layers."""
 
 from __future__ import annotations
 
@@ -29,37 +29,37 @@ class ToDRE(Method):
     """Token diversity first, then task relevance.
 
     Stage 1, before the language model: start from the pivot, the token with the most attention
-    from [CLS], and greedily add tokens that are unlike those chosen (eqs. 4-7, Algorithm 1).
+    from [CLS], and greedily add tokens dissimilar to those chosen (eqs. 4-7, Algorithm 1).
     `mode="maxsum"` (version 2 of the paper) adds the token with the smallest sum of cosines to all
     chosen ones; `mode="kcenter"` (what version 1 names) the one whose largest cosine is smallest.
     Max-sum may pick a duplicate of a chosen token while others remain; k-center never does. For a
-    tiled image the pivot is sought in the thumbnail only; for a clip over all frames. Towers
-    without [CLS] give the attention each token receives instead, where the paper draws the pivot
-    at random and finds it to matter little.
+    tiled image the pivot comes from the thumbnail; for a clip from all frames. Towers
+    without [CLS] use the attention each token receives; the paper draws the pivot
+    at random there and finds that it matters little.
 
-    Stage 2, after l* decoder layers have run: if in layer l* (1-based; softmax over all keys, mean
+    Stage 2, after l* decoder layers: if in layer l* (1-based; softmax over all keys, mean
     over heads) the text gives less than `tau` of its attention to the vision tokens, and these less
-    than `tau` of theirs to the text, all vision tokens are dropped for the layers after it. One
-    check; all or none. The quotients of the paper are means over the rows of all text and of all
-    vision tokens of the sample. "Text" is the prompt's text after the first vision token; what
-    precedes it counts as the system prompt. Under a causal mask, vision tokens hence see text only
-    where a prompt goes on to a further image: with all text after the image their attention to it
+    than `tau` of theirs to the text, the layers after it get no vision tokens. There is one
+    check, and all tokens go or none. The paper's quotients are means over the rows of all text and
+    of all vision tokens of the sample. "Text" is the prompt's text after the first vision token;
+    text before it counts as the system prompt. So under a causal mask, vision tokens see text only
+    if another image follows it: with all text after the image their attention to it
     is 0, and the first condition decides.
 
-    Evaluated in the paper at 25 % and 10 % of the tokens. `keep=1.0` switches off both stages; a
+    The paper evaluates 25 % and 10 % of the tokens. `keep=1.0` switches off both stages; a
     whole number beyond any image's size keeps all in stage 1 and leaves stage 2 on.
 
     Args:
         keep: fraction of an image's tokens, or a whole number of tokens per image, in stage 1.
         mode: "maxsum" or "kcenter".
         second_stage: whether stage 2 acts.
-        layer: l*, decoder layers that still see vision tokens, from 1 to the number of layers less
+        layer: l*, decoder layers that still see vision tokens, from 1 to the number of layers minus
             one; by default 7/8 of them, rounded down. The paper counts layers from 1 and checks
             *after* layer l*, which is *before* 0-based layer l*.
         tau: threshold of stage 2, at least 0; 0 never drops, above 1 always drops.
-        positions: of stage 1, "contiguous" (in the paper's host the shortened sequence is numbered
-            anew) or "original". Stage 2 keeps the positions that stage 1 left; the paper is silent,
-            and so the text is rotated alike in all layers.
+        positions: of stage 1, "contiguous" (the paper's model renumbers the shortened sequence)
+            or "original". Stage 2 keeps positions, which the paper does not specify, so the text
+            has the same rotation in all layers.
     """
 
     name = "todre"
@@ -67,7 +67,7 @@ class ToDRE(Method):
     paper = "arXiv:2505.18757"
     year = 2025
     needs = frozenset({"cls_attention"})
-    vision_layer = -1  # eq. 3 reads the last one
+    vision_layer = -1  # eq. 3 uses the last layer
 
     keep: float | int = 0.25
     mode: Literal["maxsum", "kcenter"] = "maxsum"
@@ -90,7 +90,7 @@ class ToDRE(Method):
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """("sequence", "layers"), without the latter if stage 2 is off."""
+        """("sequence", "layers"), or only the former if stage 2 is off."""
         return ("sequence", "layers") if self._drops else ("sequence",)
 
     @property
@@ -114,10 +114,10 @@ class ToDRE(Method):
 
     # ---- stage 2 ------------------------------------------------------------------------------
     def prune_layers(self, num_layers: int) -> tuple[int, ...]:
-        """(l*,), or none if stage 2 is off or the model has one layer only.
+        """(l*,), or () if stage 2 is off or the model has only one layer.
 
         Raises:
-            ValueError: `layer` leaves no layer to drop tokens for.
+            ValueError: the model has no layer after `layer`.
         """
         if not self._drops:
             return ()
@@ -131,22 +131,22 @@ class ToDRE(Method):
         return (self.layer,)
 
     def is_bound(self, n: int, tiles: int = 1) -> bool:
-        """Stage 2 may drop all that are left."""
+        """Whether stage 2 is on, which may drop all tokens."""
         return self._drops
 
     def taps(self, num_layers: int) -> dict[int, Rows]:
-        """The rows of text and vision, of the last layer that sees the vision tokens."""
+        """Vision and text rows of the last layer that sees vision tokens."""
         return {layer - 1: "vision_text" for layer in self.prune_layers(num_layers)}
 
     @property
     def prune_positions(self) -> Positions:
-        """Stage 2 never numbers anew."""
+        """ "original": stage 2 keeps positions."""
         return "original"
 
     def prune(self, state: LayerState) -> Selection | None:
-        """No index at all if text and vision no longer look at each other, else `None`.
+        """No indices if text and vision no longer attend to each other, else `None`.
 
-        A prompt without text after its image gives no evidence, and keeps its tokens.
+        A prompt without text after its image gives no evidence and keeps its tokens.
         """
         rows, is_vision = state.attention[state.layer - 1], state.image >= 0
         # The rows are those of vision and text, in sequence order.
@@ -162,7 +162,7 @@ class ToDRE(Method):
 
 
 def _pivot(tokens: VisionTokens) -> Tensor:
-    """0-d index of the token with the most attention from [CLS], ties to the lowest."""
+    """0-d index of the token with the most [CLS] attention, ties to the lowest."""
     attention = tokens.cls_attention
     if attention is None:
         raise ValueError("cls_attention: ToDRE's pivot needs it, got tokens without")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ToMe: in every layer of the vision tower, the most similar patches become one."""
+"""ToMe: merge the most similar patches in every layer of the vision tower."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from vtc.ops import bipartite_match
 class ToMe(Method):
     """Merge r pairs of patches between the attention and the MLP of each tower layer.
 
-    Tokens are dealt out alternately to two sets A and B, [CLS] first and never merged. Each token
-    of A looks for the token of B with the most similar keys (cosine, mean over heads); the r best
-    pairs are merged, their contents averaged by the patches they stand for (section 3 of the
+    Tokens are assigned alternately to two sets A and B, [CLS] first and never merged. Each token
+    of A is paired with the token of B with the most similar keys (cosine, mean over heads); the r
+    best pairs are merged, their contents averaged by the patches they stand for (section 3 of the
     paper). With `proportional_attention` a token counts in later attention as often as it stands
-    for patches, as for the paper's models used without training.
+    for patches, as in the paper's models used without training.
 
-    The paper removes a constant r in every layer. Here r follows from the budget, as for VLMs the
-    tokens left are what counts: an even share of what is still too much, larger shares first, more
-    where halving in the layers left would not be enough. Only layers whose output the projector
-    gets take part (23 of CLIP's 24 in LLaVA). Ties go to the earlier token; the official code
-    sorts without stability. At the end tokens stand in the order of their first patches.
+    The paper removes a constant r in every layer. Here r follows from the budget, as the number of
+    tokens left matters in VLMs: the excess is divided evenly among the layers left, rounded up, and
+    more is merged if halving in the layers left would not suffice. Only layers whose output the
+    projector gets take part (23 of CLIP's 24 in LLaVA). Ties go to the earlier token; the official
+    code's sort is not stable. At the end tokens are in the order of their first patches.
 
     Args:
         keep: fraction of an image's patches, or a whole number of tokens per image.
-        proportional_attention: whether sizes weigh in attention.
-        order: of what A keeps in towers without [CLS], "sequence" or "similarity".
+        proportional_attention: whether attention counts sizes.
+        order: order of what A keeps in towers without [CLS], "sequence" or "similarity".
         positions: "contiguous" (the language model sees a shorter image) or "original".
     """
 
@@ -56,26 +56,35 @@ class ToMe(Method):
 
     @property
     def weighs_sizes(self) -> bool:  # type: ignore[override]
-        """As `proportional_attention` says."""
+        """`proportional_attention`."""
         return self.proportional_attention
 
     def merge(self, state: EncoderState) -> Merging | None:
-        """Targets of the n tokens: first what A keeps, then B, in the order they came.
+        """Targets of the n tokens: first what A keeps, then B, in sequence order.
 
         Raises:
-            ValueError: halving in every layer would not be enough.
+            ValueError: halving in every layer would not suffice.
         """
         n, wanted = len(state), budget(self.keep, state.original)
         r = self.pairs(n, wanted, state.num_layers - state.layer)
         if r == 0:
             return None
-        # [CLS] takes the first place of A, so that with it the patches begin with B.
+        # [CLS] takes the first place of A, so that patches after it begin with B.
         keys = state.keys.float().mean(1)
         ranked = self.order == "similarity" and not state.has_cls
         return Merging(bipartite_match(keys, r, begins_with_a=not state.has_cls, ranked=ranked))
 
     def pairs(self, n: int, wanted: int, layers_left: int) -> int:
-        """Pairs to merge in a layer that n tokens enter, with `layers_left` layers, itself one."""
+        """Pairs to merge in a layer that n tokens enter.
+
+        Args:
+            n: tokens that enter the layer.
+            wanted: tokens to leave in the end.
+            layers_left: layers left, including this one.
+
+        Raises:
+            ValueError: halving in every layer would not suffice.
+        """
         if n <= wanted:
             return 0
         # The layers after this one can halve at best; an odd token stays.
@@ -88,7 +97,7 @@ class ToMe(Method):
             for _ in range(layers_left):
                 least -= least // 2
             raise ValueError(
-                f"keep: {layers_left} tower layers, each of which halves at best, cannot leave "
+                f"keep: {layers_left} tower layers, each of which at best halves, cannot leave "
                 f"{wanted} of {n} tokens; at least {least}"
             )
         return r

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TransPrune: how decoder layers turn and stretch a token tells what it is worth."""
+"""TransPrune: rank tokens by how decoder layers rotate and scale them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SCHEDULES: dict[str, tuple[float, float, float]] = {
     "low": (0.5, 0.25, 0.0625),
     "after_selection": (0.5, 0.25, 0.125),
 }
-"""Shares left after the published layers 7, 9 and 12."""
+"""Fractions left after the published layers 7, 9 and 12."""
 
 _PARTS: tuple[tuple[Record, Record], ...] = (
     ("attention_in", "attention_out"),
@@ -40,27 +40,27 @@ _PARTS: tuple[tuple[Record, Record], ...] = (
 class TransPrune(Method):
     """Token transition variation, summed over layers, and instruction-guided attention.
 
-    For the attention and the MLP of a layer, T_in is what enters (after the norm) and T_out what
-    leaves (before the residual): m = |T_out| / |T_in|, c = cos(T_out, T_in), and the variation of
-    token i is softmax_i(1 - |c_i|) * m_i (eqs. 1-2), added up over both parts and over the layers
-    7 to 12 that have run (eqs. 3-4). A layer's softmax is over the tokens that it held, and a cut
-    changes no weight: of the layers before it, survivors keep theirs, as in the code. (What another
-    method drops since the last cut is missing in it.) The attention term is what the text after the
-    image pays, in
-    the layer about to run, to each token, mean over rows and heads (eq. 5). Each is divided by its
-    sum over the vision tokens, as the code does and the paper leaves out, and the two are mixed by
-    `alpha` (eq. 6). After layers 7, 9 and 12 int(N * share) tokens of an image of N are left.
+    For the attention and the MLP of a layer, T_in is the input (after the norm) and T_out the
+    output (before the residual): m = |T_out| / |T_in|, c = cos(T_out, T_in), and the variation of
+    token i is softmax_i(1 - |c_i|) * m_i (eqs. 1-2), summed over both parts and over the layers
+    7 to 12 that have run (eqs. 3-4). A layer's softmax is over the tokens it held, and a cut does
+    not change weights: survivors keep those of earlier layers, as in the code. (Tokens that another
+    method dropped since the last cut are missing from it.) The attention term is the look-ahead
+    attention from the text after the image to each token in the layer about to run, mean over rows
+    and heads (eq. 5). Each term is divided by its sum over the vision tokens, as in the code but
+    not the paper, and `alpha` mixes the two (eq. 6). After layers 7, 9 and 12 int(N * fraction)
+    tokens of an image of N are left.
 
-    The code takes 1 - c without the absolute value, and its softmax over the whole sequence;
-    `direction="signed"` and `softmax_scope="sequence"` do as much. All vision tokens of a sample
-    compete for the sum of the budgets of its images. "after_selection" is meant for tokens that
+    The code uses 1 - c without the absolute value, and a softmax over the whole sequence;
+    `direction="signed"` and `softmax_scope="sequence"` do the same. All vision tokens of a sample
+    compete for the sum of its images' budgets. "after_selection" is meant for tokens that
     another method has left: each cut halves what it finds.
 
     Args:
         schedule: "high" (1.557 of 3.817 TFLOPs on LLaVA-1.5-7B), "low", "after_selection", or the
-            shares of an image's tokens that the three cuts leave, in (0, 1], none above the one
-            before; (1, 1, 1) drops nothing.
-        keep: multiplies all shares of the schedule, a fraction in (0, 1].
+            fractions of an image's tokens that the three cuts leave, in (0, 1], not ascending;
+            (1, 1, 1) drops nothing.
+        keep: factor of all fractions of the schedule, in (0, 1].
         alpha: weight of the variation, in [0, 1].
         direction: "abs" or "signed".
         softmax_scope: "image" (all vision tokens held) or "sequence".
@@ -84,11 +84,11 @@ class TransPrune(Method):
             check_choice("schedule", self.schedule, tuple(SCHEDULES))
         else:
             object.__setattr__(self, "schedule", _three_shares(self.schedule))
-        # A whole number would be one of tokens: 1 is not all of them.
+        # A whole number would be a number of tokens: 1 does not mean all.
         if not isinstance(self.keep, float):
-            raise ArgumentTypeError("keep", f"a share such as 0.25; got {self.keep!r}")
+            raise ArgumentTypeError("keep", f"expected a fraction such as 0.25, got {self.keep!r}")
         if not 0 < self.keep <= 1:
-            raise ArgumentError("keep", f"a share must lie in (0, 1], got {self.keep!r}")
+            raise ArgumentError("keep", f"expected a fraction in (0, 1], got {self.keep!r}")
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)):
             raise TypeError(f"alpha: expected a number in [0, 1], got {self.alpha!r}")
         if not 0 <= self.alpha <= 1:
@@ -99,12 +99,12 @@ class TransPrune(Method):
 
     @property
     def shares(self) -> tuple[float, float, float]:
-        """What the three cuts leave, before `keep`."""
+        """Fractions that the three cuts leave, before `keep` scales them."""
         return SCHEDULES[self.schedule] if isinstance(self.schedule, str) else self.schedule
 
     @property
     def keeps_all(self) -> bool:
-        """Only where the schedule does, which `keep` scales."""
+        """Whether the schedule, scaled by `keep`, drops nothing."""
         return self.keep == 1.0 and self.shares == (1.0, 1.0, 1.0)
 
     def prune_layers(self, num_layers: int) -> tuple[int, ...]:
@@ -121,26 +121,30 @@ class TransPrune(Method):
         return dict.fromkeys(self.prune_layers(num_layers), "text")
 
     def records(self, num_layers: int) -> dict[int, frozenset[Record]]:
-        """What enters and leaves attention and MLP of the watched layers."""
+        """Inputs and outputs of attention and MLP in the watched layers."""
         names = frozenset(name for part in _PARTS for name in part)
         return dict.fromkeys(self.watched(num_layers), names)
 
     def leaves(self, sizes: tuple[int, ...], held: int, cut: int, cuts: int) -> int:
-        """What the schedule leaves of the images, or of what it finds."""
+        """What the schedule leaves of the images, or of the tokens held."""
         share = self.keep * self.shares[cut]
         if self.counts_found:
-            # What entered the decoder is not known here; each cut takes its part of what it finds.
+            # What entered the decoder is unknown here; each cut takes a fraction of what it finds.
             sizes = (held,)
             share = share if cut == 0 else self.shares[cut] / self.shares[cut - 1]
         return max(1, sum(int(n * share) for n in sizes))
 
     @property
     def counts_found(self) -> bool:
-        """As the schedule "after_selection" does."""
+        """Whether the schedule is "after_selection"."""
         return self.schedule == "after_selection"
 
     def prune(self, state: LayerState) -> Selection:
-        """Ascending indices among the sample's vision tokens."""
+        """Ascending indices among the sample's vision tokens.
+
+        Raises:
+            ValueError: `state` comes without `ahead`.
+        """
         cuts, vision = self.prune_layers(state.num_layers), state.vision
         k = self.leaves(state.original, len(vision), cuts.index(state.layer), len(cuts))
         if state.ahead is None and k < len(vision):
@@ -156,15 +160,15 @@ class TransPrune(Method):
         return Selection(best, memory=torch.cat([sums, variation[best]]))
 
     def variation(self, state: LayerState) -> Tensor:
-        """(n,) the accumulated variation of the vision tokens held now."""
+        """(n,) the accumulated variation of the vision tokens still held."""
         return self._measured(state)[0]
 
     def _measured(self, state: LayerState) -> tuple[Tensor, Tensor]:
-        """The variation, and (p,) the logarithms of what its p softmaxes divide by, in the order of
-        layers and parts. Both are handed on from cut to cut: tokens that are gone count in the
-        logarithms, and where no other method dropped any, what was added up is gone on from."""
+        """The variation, and (p,) the logarithms of its p softmax denominators, in the order of
+        layers and parts. Both pass from cut to cut: dropped tokens count in the logarithms, and
+        unless another method dropped tokens, the sum continues from the last cut."""
         vision, total = state.vision, state.hidden.new_zeros(len(state.vision)).float()
-        # An answer that is being scored is no part of the prompt.
+        # An answer being scored is not part of the prompt.
         scope = vision if self.softmax_scope == "image" else slice(state.prompt_length)
         parts = self._parts(state, state.layer)
         sums: list[Tensor] = []
@@ -174,7 +178,7 @@ class TransPrune(Method):
             known = len(self._parts(state, max(cut for cut in cuts if cut < state.layer)))
             memory = state.memory.to(total)
             sums = [*memory[:known]]
-            if len(memory) == known + len(vision):  # tokens only leave, so these are the same
+            if len(memory) == known + len(vision):  # tokens are only dropped, so these are the same
                 total, done = memory[known:], known
         for at, (layer, (into, out)) in enumerate(parts[done:], done):
             turned, stretched = self._transition(
@@ -186,15 +190,15 @@ class TransPrune(Method):
         return total, torch.stack(sums)
 
     def _parts(self, state: LayerState, end: int) -> list[tuple[int, tuple[Record, Record]]]:
-        """What counts of the layers before `end`, in order."""
+        """The (layer, part) pairs that count before layer `end`, in order."""
         layers = [layer for layer in self.watched(state.num_layers) if layer < end]
         return [(layer, part) for layer in layers for part in _PARTS]
 
     def _transition(self, entered: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
-        """(s,) 1 - c and m of what entered (s, d) a part and left it."""
+        """(s,) 1 - c and m, from the (s, d) input and output of a part."""
         before = torch.linalg.vector_norm(entered, dim=1)
         after = torch.linalg.vector_norm(left, dim=1)
-        # As `torch.cosine_similarity`, which makes two copies of unit length.
+        # Like `torch.cosine_similarity`, without its two normalised copies.
         lengths = before.clamp_min(1e-8) * after.clamp_min(1e-8)
         cosine = torch.linalg.vecdot(entered, left) / lengths
         turned = 1 - (cosine.abs() if self.direction == "abs" else cosine)
@@ -202,15 +206,15 @@ class TransPrune(Method):
 
 
 def _three_shares(given: Any) -> tuple[float, float, float]:
-    """The shares of a schedule of one's own, checked."""
+    """The checked fractions of a user-defined schedule."""
     wanted = (
-        f"schedule: expected one of {', '.join(map(repr, SCHEDULES))}, or three shares in (0, 1]"
+        f"schedule: expected one of {', '.join(map(repr, SCHEDULES))}, or three fractions in (0, 1]"
     )
     if not isinstance(given, (tuple, list)):
         raise TypeError(f"{wanted}, got {given!r}")
     numbers = [v for v in given if isinstance(v, (int, float)) and not isinstance(v, bool)]
     if len(given) != 3 or len(numbers) != 3 or not 1 >= numbers[0] >= numbers[1] >= numbers[2] > 0:
-        raise ValueError(f"{wanted}, none above the one before, got {given!r}")
+        raise ValueError(f"{wanted}, not ascending, got {given!r}")
     first, second, third = map(float, numbers)
     return (first, second, third)
 

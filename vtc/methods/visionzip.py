@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VisionZip: the patches [CLS] looks at, and a few that stand for all the others."""
+"""VisionZip: patches with the most [CLS] attention, and a few that represent the others."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ class VisionZip(Method):
     tower layer whose output is used. Of the other patches, C at even steps are targets; each
     remaining patch joins the target with the most similar key (cosine, keys averaged over heads),
     and a target becomes its own state plus the mean state of those that joined it. The code adds,
-    which lengthens the states; `merge_by="mean"` halves the sum instead. Merged states and [CLS] go
+    which increases the norms; `merge_by="mean"` halves the sum instead. Merged states and [CLS] go
     through the projector.
 
-    Published splits of 192, 128 and 64: 162 + 30, 108 + 20 and 54 + 10, [CLS] counted among the
-    first; `contextual` is the second's share. The language model sees [CLS], the dominant patches
-    in raster order, then the contextual tokens, as in the code; with original positions every token
-    stands at its patch instead, [CLS] at the first patch that is not kept. Towers without [CLS]
-    rank by the attention a patch receives (appendix A.2), and all D are patches.
+    Published splits of 192, 128 and 64: 162 + 30, 108 + 20 and 54 + 10, [CLS] counted as dominant;
+    `contextual` is the fraction of the second part. The language model sees [CLS], the dominant
+    patches in raster order, then the contextual tokens, as in the code; with original positions
+    every token keeps its patch's place, [CLS] takes that of the first patch not kept. Towers
+    without [CLS] rank by the attention a patch receives (appendix A.2), and all D are patches.
 
     Args:
         keep: T, as a fraction of an image's tokens or a whole number of tokens per image.
-        contextual: C / T, in [0, 1); C is at least 1 where it is not 0 and T above 1.
+        contextual: C / T, in [0, 1); unless it is 0 or T is 1, C is at least 1.
         merge_by: "sum" (as in the code) or "mean".
         positions: "contiguous" (as in LLaVA) or "original".
     """
@@ -54,9 +54,9 @@ class VisionZip(Method):
     def __post_init__(self) -> None:
         check_keep(self.keep)
         if isinstance(self.contextual, bool) or not isinstance(self.contextual, (int, float)):
-            raise TypeError(f"contextual: expected a share in [0, 1), got {self.contextual!r}")
+            raise TypeError(f"contextual: expected a fraction in [0, 1), got {self.contextual!r}")
         if not 0 <= self.contextual < 1:
-            raise ValueError(f"contextual: expected a share in [0, 1), got {self.contextual!r}")
+            raise ValueError(f"contextual: expected a fraction in [0, 1), got {self.contextual!r}")
         check_choice("merge_by", self.merge_by, ("sum", "mean"))
         check_choice("positions", self.positions, ("original", "contiguous"))
 
@@ -87,7 +87,7 @@ class VisionZip(Method):
         patches = dominant_count - (cls is not None)
         dominant = top_k(attention, patches).sort().values
         rest = _others(dominant, n)
-        # Evenly spaced; there are enough, as fewer tokens are kept than there are.
+        # Evenly spaced; `rest` is long enough, as fewer tokens are kept than exist.
         step = max(1, len(rest) // max(contextual_count, 1))
         targets = rest[::step][:contextual_count]
         merged = self._merged(states, keys.view(n, tokens.heads, -1).mean(1), rest, targets)
@@ -107,14 +107,14 @@ class VisionZip(Method):
         return Selection(slots[order], contents)
 
     def _merged(self, states: Tensor, keys: Tensor, rest: Tensor, targets: Tensor) -> Tensor:
-        """(C, d_v) states of the targets after the other patches of `rest` have joined them."""
+        """(C, d_v) states of the targets after merging the other patches of `rest`."""
         joining = rest[~torch.isin(rest, targets)]
         held = states[targets].float()
         if not len(joining) or not len(targets):
             return held
         metric = normalize(keys.float(), dim=1)
         nearest = (metric[joining] @ metric[targets].T).argmax(1)
-        # Those that join no target are summed apart: a copy of all others would take longer.
+        # Patches that join no target get their own group: copying all others would take longer.
         group = rest.new_full((len(states),), len(targets)).index_copy_(0, joining, nearest)
         count = torch.bincount(nearest, minlength=len(targets)).to(held.dtype)
         total = sums(states.float(), group, len(targets) + 1)[:-1]
@@ -125,7 +125,7 @@ class VisionZip(Method):
 
 
 def _others(chosen: Tensor, n: int) -> Tensor:
-    """(n - k,) ascending indices that are not among the (k,) `chosen`."""
+    """(n - k,) ascending indices not in the (k,) `chosen`."""
     free = torch.ones(n, dtype=torch.bool, device=chosen.device)
     free[chosen] = False
     return free.nonzero().squeeze(1)

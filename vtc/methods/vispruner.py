@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VisPruner: patches that [CLS] looks at, and of the others those without a double."""
+"""VisPruner: patches with the most [CLS] attention, and non-duplicates among the others."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from vtc.core import Method, Positions, Selection, VisionTokens, check_choice, c
 from vtc.ops import top_k, unit_rows
 
 _NEAREST: int = 32
-"""Most similar tokens that are remembered of each. The choice is the same for any number."""
+"""Number of most similar tokens stored for each. The selection does not depend on it."""
 
 
 @dataclass(frozen=True)
 class VisPruner(Method):
     """Important tokens by attention from [CLS], diverse ones by removing near-duplicates.
 
-    Of T tokens int(T * important) are those with the most attention from [CLS] in the tower layer
-    whose output is used. The others, by descending attention, are dealt out alternately to two
+    Of T tokens, int(T * important) are those with the most attention from [CLS] in the tower layer
+    whose output is used. The others, by descending attention, are assigned alternately to two
     sets; the up to 8 of the first set that are most similar to any of the second (cosine of the
-    states before the projector) are removed, the rest of the first by falling similarity and the
-    second are joined, and so on until T are left. The code fails where the number of others is odd;
-    here the first set is then one larger. Which tokens are left hangs on the last bits of the
-    similarities, which are therefore taken in fp64.
+    states before the projector) are removed, the rest of the first by descending similarity and the
+    second are joined, and so on until T are left. The code fails if the number of others is odd;
+    here the first set is then one larger. The result depends on the last bits of the
+    similarities, so they are computed in fp64.
 
     Towers without [CLS] use the attention a patch receives, in the same layer (the code takes the
     last one for SigLIP).
 
     Args:
         keep: T, as a fraction of an image's tokens or a whole number of tokens per image.
-        important: share of T by attention, in [0, 1]; 1 is FasterVLM.
-        at_once: duplicates removed in a step, at least 1.
+        important: fraction of T chosen by attention, in [0, 1]; 1 is FasterVLM.
+        at_once: duplicates removed per step, at least 1.
         positions: "contiguous" (as in LLaVA) or "original".
     """
 
@@ -52,9 +52,9 @@ class VisPruner(Method):
     def __post_init__(self) -> None:
         check_keep(self.keep)
         if isinstance(self.important, bool) or not isinstance(self.important, (int, float)):
-            raise TypeError(f"important: expected a share in [0, 1], got {self.important!r}")
+            raise TypeError(f"important: expected a fraction in [0, 1], got {self.important!r}")
         if not 0 <= self.important <= 1:
-            raise ValueError(f"important: expected a share in [0, 1], got {self.important!r}")
+            raise ValueError(f"important: expected a fraction in [0, 1], got {self.important!r}")
         if isinstance(self.at_once, bool) or not isinstance(self.at_once, int):
             raise TypeError(f"at_once: expected a whole number, got {self.at_once!r}")
         if self.at_once < 1:
@@ -80,11 +80,17 @@ class VisPruner(Method):
         return Selection(torch.cat([ranked[:first], others]).sort().values)
 
     def without_doubles(self, cosines: Tensor, left: Tensor, wanted: int) -> Tensor:
-        """(wanted,) of the indices `left` into the (n, n) `cosines`."""
+        """(wanted,) indices that remain after removing near-duplicates.
+
+        Args:
+            cosines: (n, n) similarities of all tokens.
+            left: (m,) candidate indices, by descending attention.
+            wanted: number of indices to keep, at most m.
+        """
         if wanted == 0:
             return left[:0]
-        # A token's most similar one of a set is the first of its nearest that is in the set; only
-        # where none of them is, all similarities have to be looked at.
+        # A token's most similar one in a set is the first of its nearest in the set; only
+        # if none of them is, all similarities are searched.
         near = cosines.topk(min(_NEAREST, len(cosines)), dim=1)
         inside = torch.zeros(len(cosines), dtype=torch.bool, device=cosines.device)
         while len(left) > wanted:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VScan: two scans of the vision tower, then a cut in the middle of the decoder."""
+"""VScan: local and global scans of the vision tower, then a cut in the middle of the decoder."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from vtc.ops import merge_into_nearest, top_k
 class VScan(ScorerMethod):
     """Global and local scans before the language model, the prompt's attention inside it.
 
-    Stage 1 keeps T tokens. Local: int(T / 2) by the attention of [CLS] in an early tower layer, an
-    equal share from each of `windows` x `windows` windows of the grid; what does not divide, or
-    what a small window cannot give, goes to the best tokens wherever they are (the code keeps fewer
-    than T then). Global: the rest by the attention in the layer whose output is used. Tokens that
-    go join the kept one with the most similar embedding, a plain mean over all of them.
+    Stage 1 keeps T tokens. Local: int(T / 2) by the attention of [CLS] in an early tower layer, the
+    same number from each of `windows` x `windows` windows of the grid; the remainder, and what
+    small windows cannot supply, goes to the best tokens anywhere (the code keeps fewer
+    than T then). Global: the rest by the attention in the layer whose output is used. Dropped
+    tokens are merged into the kept one with the most similar embedding, by a plain mean.
 
-    Stage 2, before the layer at half of the depth: of the tokens that are left those that the
-    prompt's last token looks at most, in the layer about to run.
+    Stage 2, before the layer at half of the depth: of the remaining tokens, those with the most
+    look-ahead attention from the prompt's last token in the layer about to run.
 
     Published for LLaVA-1.5: 96 tokens, of which 32 in the second half, for 64 on average; the early
     layer is 5 of 24, the cut before layer 16 of 32. Towers without [CLS] use the attention a patch
@@ -41,10 +41,10 @@ class VScan(ScorerMethod):
 
     Args:
         keep: T, as a fraction of an image's tokens or a whole number of tokens per image.
-        then: share of T left by stage 2, in (0, 1]; 1 switches it off.
-        windows: windows along each side of the grid.
-        layer: 0-based layer before which stage 2 cuts; by default half of the depth.
-        positions: "contiguous" (as in LLaVA) or "original", of both stages.
+        then: fraction of T left by stage 2, in (0, 1]; 1 switches it off.
+        windows: windows along each side of the grid, at least 1.
+        layer: 0-based layer before which stage 2 cuts; by default at half of the depth.
+        positions: "contiguous" (as in LLaVA) or "original", for both stages.
     """
 
     name = "vscan"
@@ -64,9 +64,9 @@ class VScan(ScorerMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.then, bool) or not isinstance(self.then, (int, float)):
-            raise TypeError(f"then: expected a share in (0, 1], got {self.then!r}")
+            raise TypeError(f"then: expected a fraction in (0, 1], got {self.then!r}")
         if not 0 < self.then <= 1:
-            raise ValueError(f"then: expected a share in (0, 1], got {self.then!r}")
+            raise ValueError(f"then: expected a fraction in (0, 1], got {self.then!r}")
         if isinstance(self.windows, bool) or not isinstance(self.windows, int):
             raise TypeError(f"windows: expected a whole number, got {self.windows!r}")
         if self.windows < 1:
@@ -75,7 +75,7 @@ class VScan(ScorerMethod):
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """("sequence", "layers"), without the latter if stage 2 is off."""
+        """("sequence", "layers"), or only the former if stage 2 is off."""
         return ("sequence", "layers") if self._cuts else ("sequence",)
 
     @property
@@ -88,7 +88,7 @@ class VScan(ScorerMethod):
         """(k,) ascending indices and (k, d) merged contents.
 
         Raises:
-            ValueError: `tokens` comes without `cls_attention` or `low_attention`.
+            ValueError: `tokens` comes without `cls_attention`, `low_attention` or places.
         """
         n = len(tokens)
         k = tokens.budget(self.keep)
@@ -128,7 +128,7 @@ class VScan(ScorerMethod):
         """The layer before which stage 2 cuts, if it is on.
 
         Raises:
-            ValueError: the model has no such layer.
+            ArgumentError: the model has no such layer.
         """
         if not self._cuts:
             return ()
@@ -143,7 +143,11 @@ class VScan(ScorerMethod):
         return sum(max(1, round(self.then * budget(self.keep, n))) for n in sizes)
 
     def score_layer(self, state: LayerState) -> Tensor:
-        """(n,) the attention that the prompt's last token is about to pay."""
+        """(n,) look-ahead attention from the prompt's last token.
+
+        Raises:
+            ValueError: `state` comes without `ahead`.
+        """
         if state.ahead is None:
             raise ValueError("ahead: VScan needs it, got a state without")
         return state.ahead[-1, state.vision]
