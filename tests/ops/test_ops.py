@@ -556,7 +556,7 @@ def test_nothing_leaves_the_device(name, shape, monkeypatch):
 
 def test_batches_refuse():
     x = torch.randn(2, 5, 3)
-    shapes = r"expected shape \(n, d\) or, of b images, \(b, n, d\), b at least 1, got "
+    shapes = r"expected shape \(n, d\) or, for b images, \(b, n, d\), b at least 1, got "
     for wrong, given_shape in ((x[None], r"\(1, 2, 5, 3\)"), (x[:0], r"\(0, 5, 3\)")):
         for function in (max_sum, farthest_first, max_min):
             with pytest.raises(ValueError, match="features: " + shapes + given_shape):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pure tensor functions that methods share. `naive` holds the readable slow twin of each."""
+"""Pure tensor functions shared by methods. `naive` has a slow, readable version of each."""
 
 from __future__ import annotations
 

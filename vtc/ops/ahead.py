@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy choice among many tokens on a CPU, without most of the similarities.
+"""Greedy selection among many tokens on a CPU, without most of the similarities.
 
 A product of one row and all tokens reads all features for little arithmetic; the product of all
-pairs does n / k times too much. In between, similarities are made in blocks: of tokens that are
-likely to be chosen next (`smallest_sum`), or of those that still can be (`farthest`,
-`most_isolated`). What is chosen is the same up to rounding; looking at a result costs nothing on a
-CPU, unlike on a GPU.
+pairs does n / k times too much work. Here similarities are computed in blocks: of the tokens likely
+to be chosen next (`smallest_sum`), or of those that still can be (`farthest`, `most_isolated`). The
+selection is the same up to rounding. Reading a result costs nothing on a CPU, unlike on a GPU.
 """
 
 from __future__ import annotations
@@ -15,28 +14,28 @@ import torch
 from torch import Tensor
 
 AHEAD = 2 * 16
-"""Rows of similarities that are made at a time: a multiple of what BLAS makes at once."""
+"""Rows of similarities per block: a multiple of BLAS's block size."""
 
 ROOM = 16 * 2**20
-"""Similarities made and not used yet, at most about: 64 MiB."""
+"""Approximate limit of similarities computed and not used yet: 64 MiB."""
 
 FRONT = 128
-"""Tokens, at least, that are compared with one another to choose the farthest among."""
+"""Minimum number of tokens compared pairwise to choose the farthest from."""
 
 SLACK = 1e-5
-"""What rounding may add to a cosine in fp32, generously."""
+"""Generous bound of the rounding error of a cosine in fp32."""
 
 
 def smallest_sum(rows: Tensor, k: int, pivot: int) -> Tensor:
-    """(k,) greedy choice among the unit `rows` (n, d) from `pivot` on, in order, of the token whose
-    similarities to all chosen ones have the smallest sum.
+    """(k,) greedy selection among the unit `rows` (n, d) from `pivot` on, in order: each step adds
+    the token whose similarities to all chosen ones have the smallest sum.
 
-    When a row of similarities is missing, it is made together with those of the tokens that are
-    next in line, most of which are chosen soon after.
+    A missing row of similarities is computed together with those of the next candidates, most of
+    which are chosen soon after.
     """
     n, made = rows.shape[0], dict[int, np.ndarray]()
     chosen = [pivot]
-    # NumPy's calls cost less than PyTorch's, and here each is for one row.
+    # NumPy's calls have less overhead than PyTorch's, and each handles only one row.
     running = rows.mv(rows[pivot]).numpy()
     running[pivot] = np.inf
     while len(chosen) < k:
@@ -48,35 +47,35 @@ def smallest_sum(rows: Tensor, k: int, pivot: int) -> Tensor:
             ahead = np.argpartition(running, reach - 1)[:reach]
             ahead = ahead[running[ahead].argsort(kind="stable")].tolist()
             missing = [index, *(i for i in ahead if i != index and i not in made)][:AHEAD]
-            # As columns, which takes two thirds of the time that rows take.
+            # As columns, which takes two thirds of the time.
             block = np.ascontiguousarray((rows @ rows[missing].T).numpy().T)
             made.update(zip(missing, block, strict=True))
         chosen.append(index)
         running += made.pop(index)
-        running[index] = np.inf  # and so it stays: a chosen token never returns
+        running[index] = np.inf  # stays infinite, so a chosen token never returns
     return torch.tensor(chosen)
 
 
 def farthest(rows: Tensor, k: int, pivot: int) -> Tensor:
-    """(k,) greedy choice among the unit `rows` (n, d) from `pivot` on, in order, of the token whose
-    largest similarity to a chosen one is smallest.
+    """(k,) greedy selection among the unit `rows` (n, d) from `pivot` on, in order: each step adds
+    the token whose largest similarity to a chosen one is smallest.
 
-    That largest similarity only grows, so what it was some choices ago bounds it from below. The
-    tokens in front are brought up to date and compared with one another, and chosen among until a
-    token behind them might be farther. Most tokens fall behind early and are not looked at again.
+    This largest similarity only grows, so an earlier value is a lower bound. The
+    front tokens are updated, compared pairwise and chosen from until a
+    token behind them might be farther. Most tokens fall behind early and are not read again.
     """
     n, d = rows.shape
     front = min(max(FRONT, k // 3), n)
     wide = min(2 * front, n)
-    # Memory that is taken once: new memory is slow to touch for the first time.
+    # Allocated once: the first access to new memory is slow.
     room, taken = rows.new_empty(wide, d), rows.new_empty(k, d)
     chosen, taken[0] = [pivot], rows[pivot]
     low = rows.mv(rows[pivot]).numpy()
-    low[pivot] = np.inf  # and so it stays: a chosen token never returns
+    low[pivot] = np.inf  # stays infinite, so a chosen token never returns
     seen = np.ones(n, dtype=np.int64)  # chosen tokens that `low` covers
 
     def rows_at(tokens: np.ndarray) -> Tensor:
-        # Copies whole rows, where indexing with [] copies number by number.
+        # Copies whole rows, while indexing with [] copies single values.
         return torch.index_select(rows, 0, torch.from_numpy(tokens), out=room[: len(tokens)])
 
     def bring_up_to_date(tokens: np.ndarray) -> int:
@@ -89,10 +88,10 @@ def farthest(rows: Tensor, k: int, pivot: int) -> Tensor:
 
     while len(chosen) < k:
         while 2 * bring_up_to_date(np.argpartition(low, wide - 1)[:wide]) > wide:
-            pass  # others may have come to the front
+            pass  # others may have moved to the front
         order = np.argpartition(low, min(front, n - 1))
         near, behind = np.sort(order[:front]), low[order[front:]].min(initial=np.inf)
-        bring_up_to_date(near)  # of ties, others than those of `wide` may have come
+        bring_up_to_date(near)  # with ties, these may differ from the first `wide`
         held = rows_at(near)
         pairs, running = (held @ held.T).numpy(), low[near]
         places: list[int] = []
@@ -112,9 +111,9 @@ def farthest(rows: Tensor, k: int, pivot: int) -> Tensor:
 def most_isolated(rows: Tensor) -> int:
     """The token among the unit `rows` (n, d) whose most similar other token is least similar to it.
 
-    Similarities to some tokens bound the nearest one from below; where the bound is above what an
-    other token has in truth, the token is out. The bounds of those that are left are raised by
-    ever more tokens, and the lowest are replaced by the truth.
+    Similarities to some tokens bound the nearest one from below; a token whose bound exceeds
+    another token's exact value is out. More and more tokens raise the bounds of the remaining ones,
+    and the lowest bounds are replaced by exact values.
     """
     n = rows.shape[0]
     apart = max(1, n // AHEAD)
@@ -127,11 +126,11 @@ def most_isolated(rows: Tensor) -> int:
         block[torch.arange(len(tokens)), tokens] = -torch.inf  # itself
         nearest[tokens] = block.amax(1)
         torch.maximum(bound, block.amax(0), out=bound)
-        bound[tokens] = torch.inf  # nothing is left to find
+        bound[tokens] = torch.inf  # their exact values are known
 
     while True:
-        # As much work each time: fewer tokens meet more others. Where few fall out, as among
-        # copies, small steps only cost time.
+        # Equal work per step: fewer tokens are compared with more others. If few drop out, as
+        # among copies, small steps only cost time.
         count = AHEAD * (n // len(left))
         others = order[done : done + (count if 8 * done < n else max(count, 512))]
         done += len(others)
@@ -143,7 +142,7 @@ def most_isolated(rows: Tensor) -> int:
         alive = (bound[left] <= nearest.min() + SLACK) & (nearest[left] == torch.inf)
         some = left[alive]
         if done >= n:
-            nearest[some] = bound[some]  # of all others
+            nearest[some] = bound[some]  # now over all others
             return int(nearest.argmin())
         if len(some) <= AHEAD:
             if len(some):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bipartite soft matching: merge the most similar pairs between every other token and the rest."""
+"""Bipartite soft matching: merge the most similar pairs between two alternating sets."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ def bipartite_match(
 ) -> Tensor:
     """ToMe's matching (arXiv 2210.09461, section 3).
 
-    Tokens are dealt out alternately to two sets. Each of A has one candidate, the token of B that
-    is most similar by cosine; the r most similar pairs merge.
+    Tokens are assigned alternately to two sets. Each token of A has one candidate, the token of B
+    most similar by cosine; the r most similar pairs merge.
 
     Args:
-        metric: (n, d) what tokens are compared by, or (b, n, d) of b images.
-        r: pairs to merge, from 0 to the size of A; of B there must be one if r is above 0.
+        metric: (n, d) rows to compare tokens by, or (b, n, d) for b images.
+        r: pairs to merge, from 0 to the size of A; 0 if B is empty.
         begins_with_a: whether the first token belongs to A.
-        ranked: whether what A keeps is ordered by similarity to its candidate, the most similar
-            first, and not as it came.
+        ranked: whether the tokens that A keeps are ordered by descending similarity to their
+            candidates instead of in sequence order.
 
     Returns:
-        (n,) or (b, n), for each token, which of the n - r after merging it belongs to: first what
-        A keeps, then B, in the order they came. Ties go to the first token, of A and of B.
+        (n,) or (b, n), for each token, the index of its token among the n - r after merging: first
+        what A keeps, then B, in sequence order. Ties go to the first token, of A and of B.
 
     Raises:
         ValueError: `r` out of range, or a metric of another shape or not finite.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy choice of tokens that cover others, as in facility location."""
+"""Greedy selection of tokens that cover others, as in facility location."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ from vtc.ops.batch import check_fits, check_shape, rows_at, together
 _ROWS_AT_ONCE = 512
 
 _TOGETHER_UP_TO = 2**16
-"""Similarities, of all images, that a CPU works on in lockstep, which takes all rows each time."""
+"""Limit of similarities, over all images, that a CPU processes in lockstep, always on all rows."""
 
 EQUAL = 1e-6
-"""Gains this close to the best, as a share of it, count as equal: rounding must not choose between
+"""Gains within this fraction of the best count as equal: rounding must not choose between
 two tokens that cover each other best, whose gains are the same in exact arithmetic."""
 
 SPENT = 1e-9
-"""As a share of a candidate's first gain, what rounding leaves of a gain that is 0."""
+"""A gain below this fraction of the candidate's first gain counts as 0."""
 
 
 def coverage_greedy(
     similarity: Tensor, k: int, factor: Tensor | None = None, bonus: Tensor | None = None
 ) -> Tensor:
-    """Choose columns, one by one, by how much they add to what each row is covered by.
+    """Choose columns one by one by how much they add to the coverage of the rows.
 
-    A row r is covered by c_r, the largest of its similarities with the chosen columns, from 0 on.
+    The coverage c_r of row r is its largest similarity with a chosen column, at least 0.
     The gain of column j is factor_j * sum_r max(0, S_rj - c_r) + bonus_j. Without factor and bonus
-    this is greedy facility location, within 1 - 1/e of the best choice.
+    this is greedy facility location, within 1 - 1/e of the optimum.
 
     Args:
-        similarity: (m, n), row r's similarity with candidate j, or (b, m, n) of b images. Negative
-            ones never count.
+        similarity: (m, n) similarity of row r with candidate j, or (b, m, n) for b images. Negative
+            values never count.
         k: how many of the n to choose, 0 <= k <= n.
-        factor: (n,) or (b, n), multiplies gains.
-        bonus: (n,) or (b, n), is added to them.
+        factor: (n,) or (b, n) factors of the gains.
+        bonus: (n,) or (b, n) terms added to the gains.
 
     Returns:
-        (k,) or (b, k) indices in order of choice; ties, up to rounding (`EQUAL`), to the lowest
-        index.
+        (k,) or (b, k) indices in order of selection; ties, up to rounding (`EQUAL`), go to the
+        lowest index.
 
     Raises:
-        ValueError: `k` out of range, or shapes that are not these.
+        ValueError: `k` out of range, or other shapes.
     """
     check_shape("similarity", similarity, "m", "n")
     *images, m, n = similarity.shape
@@ -61,9 +61,9 @@ def coverage_greedy(
         return torch.stack([coverage_greedy(one, k, *more) for one, *more in each])
     wide = similarity if similarity.dtype == torch.float64 else similarity.float()
     covered = wide.new_zeros(*images, m)
-    # What each candidate would add, kept up to date in fp64: only rows that the last choice covers
-    # better change it, which are few after the first choices. They are looked for where a look at
-    # the values costs nothing.
+    # What each candidate would add, updated in fp64: only rows that the last choice covers
+    # better change it, few after the first choices. They are searched for only where reading
+    # values is free.
     few = wide.ndim == 2 and wide.device.type == "cpu"
     added = wide.clamp_min(0).sum(-2, dtype=torch.float64)
     taken, spent = torch.zeros_like(added), SPENT * added

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Clustering by density peaks: centres are dense and far from anything denser.
 
-All n x n distances are needed, of which half are products and half are mirrored. 2880 points of
-width 1024 take, on one core, 0.83 to 0.96 times as long as `torch.cdist` and `topk` alone, which
+All n x n distances are needed: half are computed as products and mirrored. 2880 points of
+width 1024 take, on one core, 0.83 to 0.96 times as long as only `torch.cdist` and `topk`, which
 stop at the nearest points (`vtc.eval.bench.ops`).
 """
 
@@ -14,12 +14,12 @@ from torch import Tensor
 from vtc.ops.batch import check_shape, rows_at, together
 
 TIED = 5e-7
-"""Densities, products and distances that differ by no more than this share are equal. Rounding can
+"""Densities, products and distances within this fraction of each other count as equal. Rounding can
 differ by as much; the published code adds more noise to its densities."""
 
 _SPARE = 4
-"""By how many units of rounding the squares of points are made smaller, so that the distance of a
-point to its copy is 0, and not the square root of what rounding leaves."""
+"""Rounding units by which the squares of points are reduced, so that the distance of a
+point to its copy is 0, not the square root of a rounding error."""
 
 _ROWS_AT_ONCE = 128
 
@@ -30,24 +30,25 @@ def density_peaks(points: Tensor, clusters: int, neighbours: int) -> tuple[Tenso
     """DPC-KNN (Rodriguez and Laio, 2014; Du et al., 2016).
 
     The distance of two points is Euclidean, divided by the root of their width. A point's density
-    is exp(-m), m the mean squared distance to its nearest points, itself among them. Its separation
-    is the distance to the nearest denser point, the largest distance of all if there is none.
+    is exp(-m), m the mean squared distance to its nearest points, including itself. Its separation
+    is the distance to the nearest denser point, or the largest distance of all if there is none.
     Centres have the largest products of the two; every point joins the nearest centre.
 
     Two points that are each other's nearest are equally dense in exact arithmetic, and rounding
-    must not choose between them. Densities within a share `TIED` count as equal, and of these the
-    point with the lower index as the denser one; so do products within that share of the largest
-    and distances within that of the smallest, of which the first is taken.
+    must not choose between them. Densities within the fraction `TIED` count as equal, and then the
+    point with the lower index as denser. Products within `TIED` of the largest and distances within
+    `TIED` of the smallest also count as equal; the first is taken.
 
     Args:
-        points: (n, d), or (b, n, d) of b images.
+        points: (n, d), or (b, n, d) for b images.
         clusters: centres to find, 1 <= clusters <= n.
-        neighbours: nearest points that a density is taken from, the point itself among them,
+        neighbours: nearest points that define a density, including the point itself,
             1 <= neighbours <= n.
 
     Returns:
         (clusters,) or (b, clusters) indices of the centres, the largest product first, ties to the
-        lowest index; and (n,) or (b, n), for each point which of these it joins, ties to the first.
+        lowest index; and (n,) or (b, n), for each point the number of its centre, ties to the
+        first.
 
     Raises:
         ValueError: `clusters` or `neighbours` out of range, or points of another shape.
@@ -64,7 +65,7 @@ def density_peaks(points: Tensor, clusters: int, neighbours: int) -> tuple[Tenso
         return torch.stack([c for c, _ in each]), torch.stack([j for _, j in each])
     wide = points if points.dtype == torch.float64 else points.float()
     distance = _distances(wide)
-    # Some rows at a time, which stay in a CPU's cache.
+    # Blocks of rows that fit a CPU's cache.
     blocks = distance.split(_ROWS_AT_ONCE, -2)
     near = [rows.topk(neighbours, largest=False).values.square_().mean(-1) for rows in blocks]
     density = (-torch.cat(near, -1)).exp()
@@ -97,11 +98,11 @@ def density_peaks(points: Tensor, clusters: int, neighbours: int) -> tuple[Tenso
 def _distances(points: Tensor) -> Tensor:
     """(..., n, n) Euclidean distances of the (..., n, d) points, divided by the root of d.
 
-    Made in blocks of rows, each from the diagonal on, and mirrored: half the products. The two
-    distances of a pair are the same to the last bit.
+    Computed in blocks of rows, each from the diagonal on, and mirrored: half the products. The two
+    distances of a pair are bitwise equal.
     """
     *_, n, width = points.shape
-    # Centred, so that less is lost where squares are subtracted.
+    # Centred, so that subtracting squares loses less precision.
     points = points - points.mean(-2, keepdim=True)
     squares = points.square().sum(-1) * (1 - _SPARE * torch.finfo(points.dtype).eps)
     distance = points.new_empty(*squares.shape, n)

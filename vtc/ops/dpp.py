@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy choice of a set with a large determinant: relevant tokens that differ."""
+"""Greedy selection of a set with a large determinant: relevant, dissimilar tokens."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ from vtc.ops.batch import check_shape, rows_at, times, together
 from vtc.ops.greedy import PLAINLY
 
 SAME = 1e-9
-"""Gains this close to the best, as a share of it, are equal, and differ by rounding only."""
+"""Gains within this fraction of the best count as equal: they differ only by rounding."""
 
 _ROUNDING = 1e-13
-"""What rounding may leave of a gain or take from it, as a share of what it was at first."""
+"""Bound of the rounding error of a gain, as a fraction of its first value."""
 
 SPANNED = 1e-10
-"""As a share of a token's first gain, what is left of it once others span it."""
+"""A gain below this fraction of the token's first gain is 0: the chosen tokens span it."""
 
 _FRONT = 192
-"""Tokens next in line of which all pairs are known, so that choosing among them is cheap."""
+"""Number of next candidates with all pairs computed, so that choosing among them is cheap."""
 
 _AT_ONCE = 1024
-"""Tokens that are brought up to date at a time: products of few rows take nearly as long."""
+"""Tokens updated at a time: products of fewer rows take nearly as long."""
 
 _IN_BLOCKS_FROM = 250
-"""Tokens from which on a CPU looks at those next in line first."""
+"""Number of tokens from which a CPU works in blocks (`_Blocks`)."""
 
 
 def dpp_greedy(rows: Tensor, k: int) -> Tensor:
     """Greedy MAP of a determinantal point process (Chen et al., 2018).
 
-    Adds, again and again, the token that most enlarges the determinant of the kernel of those
-    chosen: the one of whose row most is left once those chosen are projected out. Once the rank is
-    used up, what is left are ties, which go to the lowest index; no token is chosen twice. The
-    kernel, rows @ rows.T, is never made. All is computed in fp64: rounding then is far below any
-    difference of tokens in half or single precision, so that only what is equal ties.
+    Repeatedly adds the token that most increases the determinant of the chosen tokens' kernel: the
+    one with the largest remainder of its row after projecting out the chosen rows. Once the rank is
+    exhausted, all remaining tokens tie and the lowest index wins; no token is chosen twice. The
+    kernel, rows @ rows.T, is never computed. Everything is in fp64: rounding is then far below any
+    difference of tokens in half or single precision, so that only equal tokens tie.
 
     Args:
-        rows: (n, d) whose inner products are the kernel, or (b, n, d) of b images: unit rows give
-            cosines, times each token's weight a weighted kernel.
+        rows: (n, d) rows whose inner products are the kernel, or (b, n, d) for b images: unit rows
+            give cosines, unit rows times weights a weighted kernel.
         k: how many of the n to choose, 0 <= k <= n.
 
     Returns:
-        (k,) or (b, k) indices in order of choice, ties to the lowest index.
+        (k,) or (b, k) indices in order of selection, ties to the lowest index.
 
     Raises:
         ValueError: `k` out of range, or rows of another shape.
@@ -61,7 +61,7 @@ def dpp_greedy(rows: Tensor, k: int) -> Tensor:
 
 
 def _in_steps(rows: Tensor, k: int) -> Tensor:
-    """One step of a Cholesky factorisation for each choice, which never waits for the device."""
+    """One step of a Cholesky factorisation per choice, without waiting for the device."""
     first = rows.square().sum(-1)
     left = first.clone()
     chosen = torch.empty(*left.shape[:-1], k, dtype=torch.long, device=rows.device)
@@ -70,7 +70,7 @@ def _in_steps(rows: Tensor, k: int) -> Tensor:
         left = torch.where(left <= SPANNED * first, 0.0, left)
         left.scatter_(-1, chosen[..., :step], -torch.inf)
         least = left.amax(-1, keepdim=True) * (1 - SAME)
-        # argmax of truth values is the first that is true: the tie rule.
+        # argmax of booleans is the first true one: the tie rule.
         index = (left + _ROUNDING * first >= least).to(torch.uint8).argmax(-1, keepdim=True)
         chosen[..., step : step + 1] = index
         before = columns[..., :step]
@@ -84,25 +84,25 @@ def _in_steps(rows: Tensor, k: int) -> Tensor:
 
 
 def _times(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Their product, by PyTorch: the threads of NumPy's BLAS wait actively, and beside PyTorch's
+    """Matrix product by PyTorch: the threads of NumPy's BLAS busy-wait, and with PyTorch's threads
     each product would take several times as long."""
     return (torch.from_numpy(a) @ torch.from_numpy(b)).numpy()
 
 
 class _Blocks:
-    """The same on a CPU, for many tokens: gains only fall as tokens are chosen, so that an old one
-    bounds the present one, and only what may be the best is looked at again.
+    """The same on a CPU for many tokens: gains only fall as tokens are chosen, so an old gain
+    bounds the current one, and only candidates for the best are updated.
 
-    What is next in line (the front) is brought up to date, and all pairs of it are made: its share
-    of the kernel with those chosen projected out. Tokens are chosen by that alone, until one
-    outside the front could be as good. All else is products of matrices, few of which are for all
+    The next candidates (the front) are updated with all their pairs: their part
+    of the kernel with the chosen tokens projected out. Tokens are chosen from it alone until one
+    outside the front could be as good. Everything else is matrix products, few of them over all
     tokens.
 
     Attributes:
-        left: (n,) gains, of those not up to date as they were; -inf once chosen.
-        known: (n,) for how many of those chosen `columns` is filled.
+        left: (n,) gains, possibly outdated; -inf for chosen tokens.
+        known: (n,) number of chosen tokens for which `columns` is filled.
         columns: (n, k) rows of the Cholesky factor.
-        chosen: in order.
+        chosen: indices in order of selection.
     """
 
     def __init__(self, rows: np.ndarray) -> None:
@@ -113,7 +113,7 @@ class _Blocks:
         self.chosen: list[int] = []
 
     def choose(self, k: int) -> np.ndarray:
-        """(k,) indices in order of choice."""
+        """(k,) indices in order of selection."""
         self.columns = np.empty((len(self.rows), k))
         while len(self.chosen) < k:
             front = self._front()
@@ -125,12 +125,12 @@ class _Blocks:
         return np.array(self.chosen, dtype=np.int64)
 
     def _front(self) -> np.ndarray:
-        """Tokens with the largest gains, all up to date; the first is the next choice."""
+        """Tokens with the largest gains, all current; the first is the next choice."""
         size = min(_FRONT, len(self.left) - len(self.chosen))
         while True:
             near = np.argpartition(-self.left, size - 1)[:size]
             best = self.left[near].max()
-            # Whatever may be the best, or tie with it, has to be up to date.
+            # Every candidate for the best, or for a tie with it, must be current.
             tied = np.flatnonzero(self._reaches(self.left, best))
             either = np.union1d(near, tied)
             old = either[self.known[either] < len(self.chosen)]
@@ -145,17 +145,17 @@ class _Blocks:
     def _reaches(
         self, left: np.ndarray, best: float, index: np.ndarray | None = None
     ) -> np.ndarray:
-        """Whether gains are as large as the best, but for rounding."""
+        """Whether gains equal the best up to rounding."""
         first = self.first if index is None else self.first[index]
         return left + _ROUNDING * first >= best * (1 - SAME)
 
     def _update(self, old: np.ndarray) -> None:
-        """Bring the tokens `old` up to date with those chosen."""
+        """Update the tokens `old` with all chosen ones."""
         now = len(self.chosen)
         for since in np.unique(self.known[old]):
             some = old[self.known[old] == since]
             new = np.array(self.chosen[since:now])
-            if 2 * len(some) > len(self.rows):  # gathering most rows takes longer than the product
+            if 2 * len(some) > len(self.rows):  # gathering most rows is slower than the product
                 inner = _times(self.rows, self.rows[new].T)[some]
             else:
                 inner = _times(self.rows[some], self.rows[new].T)
@@ -170,13 +170,13 @@ class _Blocks:
             self.known[some] = now
 
     def _choose_in(self, front: np.ndarray, k: int) -> None:
-        """Choose in the `front`, its first token first, while no other may be as good."""
+        """Choose from the `front`, starting with its first token, while no other may be as good."""
         now = len(self.chosen)
         mine, rows = self.columns[front, :now], self.rows[front]
         pairs = _times(rows, rows.T) - _times(mine, mine.T)
         outside = self.left.copy()
         outside[front] = -np.inf
-        # Those outside may be older, and then their gains are bounds.
+        # Gains outside the front may be outdated, and are then upper bounds.
         limit = outside.max() + _ROUNDING * self.first[outside.argmax()]
         left, found = self.left[front], np.empty((len(front), k - now))
         place, step = 0, 0
@@ -195,7 +195,7 @@ class _Blocks:
                 break
             tied = np.flatnonzero(self._reaches(left, best, front))
             place = int(tied[front[tied].argmin()])
-        # What is known of the front by now need not be computed again.
+        # Keep what was computed for the front.
         stays = left > -np.inf
         self.columns[front[stays], now : now + step] = found[stays, :step]
         self.left[front[stays]] = left[stays]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merging tokens that go into the most similar ones that stay."""
+"""Merging dropped tokens into the most similar kept ones."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from vtc.ops.similarity import unit_rows
 def merge_into_nearest(
     contents: Tensor, metric: Tensor, kept: Tensor, weights: Tensor | None = None
 ) -> Tensor:
-    """Weighted means of each kept token and those that are most similar to it.
+    """Weighted means of each kept token and the dropped tokens most similar to it.
 
     Args:
-        contents: (n, d) what is averaged, or (b, n, d) of b images, and so on for the others.
-        metric: (n, d_m) rows whose cosines say who joins whom; ties to the first kept token.
+        contents: (n, d) values to average, or (b, n, d) for b images, likewise for the others.
+        metric: (n, d_m) rows whose cosines assign dropped tokens; ties go to the first kept token.
         kept: (k,) indices of the tokens that stay, k at least 1.
-        weights: (n,) weights, not negative; all equal if `None`. A group whose weights are all 0
-            counts evenly.
+        weights: (n,) non-negative weights; all equal if `None`. A group whose weights are all 0
+            is averaged evenly.
 
     Returns:
-        (k, d) or (b, k, d), in the order of `kept`, in the dtype of `contents`.
+        (k, d) or (b, k, d) means in the order of `kept` and the dtype of `contents`.
 
     Raises:
-        ValueError: shapes that do not belong together, or a metric that is not finite.
+        ValueError: mismatched shapes, or a metric that is not finite.
     """
     check_shape("contents", contents, "n", "d")
     images, n = contents.shape[:-2], contents.shape[-2]
@@ -59,5 +59,5 @@ def sums(values: Tensor, group: Tensor, k: int) -> Tensor:
 
 
 def _product_sums(values: Tensor, group: Tensor, k: int) -> Tensor:
-    """The same as a matrix product: the order of scattered additions is not fixed on a GPU."""
+    """The same by a matrix product, as the order of scattered additions is not fixed on a GPU."""
     return torch.nn.functional.one_hot(group, k).mT.to(values.dtype) @ values

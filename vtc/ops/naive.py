@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The definitions, written to be read: slow twins that the tests hold the fast functions to.
+"""Readable definitions: slow versions that the tests compare the fast functions with.
 
-They take and return what the fast ones do, with loops over tokens and plain numbers, and choose
+They have the same arguments and results, loop over tokens with plain numbers, and choose
 by comparing (value, index) pairs.
 """
 
@@ -21,13 +21,13 @@ from vtc.ops.similarity import unit_rows
 
 
 def cosines(features: Tensor) -> Tensor:
-    """(n, n) cosine similarity of every pair of rows; the matrix that the fast functions avoid."""
+    """(n, n) cosine similarities of all pairs of rows, the matrix that the fast functions avoid."""
     rows = unit_rows(features)
     return rows @ rows.T
 
 
 def max_sum(features: Tensor, k: int, pivot: int = 0) -> Tensor:
-    """Twin of `greedy.max_sum`: every sum is taken anew over all chosen tokens."""
+    """Twin of `greedy.max_sum`: recomputes every sum over all chosen tokens."""
     similarity = cosines(features).tolist()
     chosen = [pivot]
     while len(chosen) < k:
@@ -37,7 +37,7 @@ def max_sum(features: Tensor, k: int, pivot: int = 0) -> Tensor:
 
 
 def farthest_first(features: Tensor, k: int, pivot: int = 0) -> Tensor:
-    """Twin of `greedy.farthest_first`: the nearest chosen token is looked for anew."""
+    """Twin of `greedy.farthest_first`: searches the nearest chosen token in every step."""
     similarity = cosines(features).tolist()
     chosen = [pivot]
     while len(chosen) < k:
@@ -71,7 +71,7 @@ def pool_plane(features: Tensor, grid: Tensor, cells: tuple[int, int]) -> tuple[
 
     Args:
         features: (n, d) tokens.
-        grid: (n, 2) row and column of each, from 0.
+        grid: (n, 2) 0-based row and column of each token.
         cells: rows and columns of cells.
     """
     places = [(int(y), int(x)) for y, x in grid.tolist()]
@@ -112,7 +112,7 @@ def resize_plane(features: Tensor, rows: int, cols: int, cells: tuple[int, int])
 def coverage_greedy(
     similarity: Tensor, k: int, factor: Tensor | None = None, bonus: Tensor | None = None
 ) -> Tensor:
-    """Twin of `coverage.coverage_greedy`: every gain is taken anew from all chosen columns."""
+    """Twin of `coverage.coverage_greedy`: recomputes every gain from all chosen columns."""
     rows, n = similarity.tolist(), similarity.shape[1]
     chosen: list[int] = []
 
@@ -132,7 +132,7 @@ def coverage_greedy(
 
 
 def dpp_greedy(kernel: Tensor, k: int) -> Tensor:
-    """Twin of `dpp.dpp_greedy` for a kernel of full rank: every determinant is taken anew."""
+    """Twin of `dpp.dpp_greedy` for a kernel of full rank: recomputes every determinant."""
     n, chosen = kernel.shape[0], list[int]()
     while len(chosen) < k:
         rest = [j for j in range(n) if j not in chosen]

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Coarser grids: tokens averaged within, or interpolated at, the cells of a smaller grid.
 
-A grid of rows x cols tokens is divided into r x c cells. A token belongs to the cell that its
-centre lies in, so cells partition the tokens, whatever the division; where r and c divide rows
-and cols this is ordinary average pooling. The same definition serves grids with holes: a cell is
-the tokens that lie in it, and a cell with none is left out.
+A grid of rows x cols tokens is divided into r x c cells. A token belongs to the cell that contains
+its centre, so cells always partition the tokens; if r and c divide rows
+and cols this is ordinary average pooling. The same definition works for grids with holes: a cell
+consists of the tokens in it, and empty cells are left out.
 
-All sums are matrix products with small weight matrices, not scattered additions, whose order is
+All sums are matrix products with small weight matrices, as the order of scattered additions is
 not fixed on a GPU.
 """
 
@@ -30,10 +30,16 @@ STRETCH = 2.0
 def cell_grid(rows: int, cols: int, budget: int) -> tuple[int, int]:
     """The division of a rows x cols grid into at most `budget` cells.
 
-    Returns the (r, c), r <= rows and c <= cols, with the largest r * c <= budget among those that
-    keep the grid's aspect up to a factor of `STRETCH` (where a thin grid allows none, among those
-    nearest to it). Ties go to the better aspect, then to fewer rows. Most budgets are not met to
-    the token: on 24 x 24, 58 gives 7 x 8 = 56.
+    Most budgets are not met exactly: on 24 x 24, 58 gives 7 x 8 = 56.
+
+    Args:
+        rows, cols: size of the token grid.
+        budget: most cells.
+
+    Returns:
+        The (r, c), r <= rows and c <= cols, with the largest r * c <= budget among those that
+        keep the grid's aspect up to a factor of `STRETCH` (if a thin grid allows none, among those
+        nearest to it). Ties go to the better aspect, then to fewer rows.
 
     Raises:
         ValueError: a size or a budget below 1.
@@ -47,7 +53,7 @@ def cell_grid(rows: int, cols: int, budget: int) -> tuple[int, int]:
 
     fitting = []
     for r in range(1, min(rows, budget) + 1):
-        # For a given number of rows, more columns are better until the cells are too narrow.
+        # For a given number of rows, more columns are better until cells are too narrow.
         c = min(cols, budget // r, int(STRETCH * r * cols / rows))
         if c and stretch(r, c) <= STRETCH:
             fitting.append((r, c))
@@ -63,11 +69,11 @@ def cell_grid(rows: int, cols: int, budget: int) -> tuple[int, int]:
 
 
 def cells_of(n: int, tiles: int, budget: int) -> int:
-    """Cells that a budget of `budget` out of `n` tokens in `tiles` equal square tiles divides into;
-    the budget itself where the tiles are no squares.
+    """Number of cells for `budget` of `n` tokens in `tiles` equal square tiles; the budget itself
+    if the tiles are not square.
 
-    As `pool_grid` shares it: a grid of cells is rarely met to the token, and a budget below one
-    token a tile pools neighbouring tiles together, a token each.
+    This follows `pool_grid`: cells rarely use up the budget, and a budget below one
+    token per tile pools neighbouring tiles into one token each.
     """
     side = math.isqrt(n // tiles)
     if budget >= n or side * side * tiles != n or budget < tiles:
@@ -85,28 +91,28 @@ def pool_grid(
 ) -> tuple[Tensor, Tensor]:
     """Replace the tokens of one image or clip by at most `budget` tokens on a coarser grid.
 
-    Every frame of a clip, and every crop of a tiled image, is a plane with a grid of its own, its
-    size the extent of the plane's rows and columns. The budget is shared among planes in
-    proportion to their tokens. A budget of fewer tokens than planes groups neighbouring planes,
-    one token to a group.
+    Every frame of a clip, and every crop of a tiled image, is a plane with its own grid, as large
+    as the extent of its rows and columns. The budget is divided among planes in
+    proportion to their tokens. A budget below the number of planes groups neighbouring planes,
+    one token per group.
 
-    A cell's token takes the place of the token of the cell nearest to the cell's centre (ties to
-    the lowest index), so places are unique.
+    A cell's token replaces the cell's token nearest to its centre (ties to the lowest index), so
+    places are unique.
 
     Args:
         features: (n, d) tokens.
-        grid: (n, 3) whole numbers, (frame, row, column).
+        grid: (n, 3) integers (frame, row, column).
         budget: most tokens to return, 1 <= budget <= n.
         kernel: "mean" averages the tokens of a cell; "bilinear" weighs the plane's tokens by a
-            triangle around the cell's centre as wide as two cells, which is what
-            `torch.nn.functional.interpolate` does with `antialias=True`.
-        crop: (n,) whole numbers, the tile of each token, or `None`.
+            triangle around the cell's centre, two cells wide, like
+            `torch.nn.functional.interpolate` with `antialias=True`.
+        crop: (n,) integers, the tile of each token, or `None`.
 
     Returns:
         (k,) ascending indices, and (k, d) contents in the dtype of `features`.
 
     Raises:
-        ValueError: shapes that do not belong together, or a budget out of range.
+        ValueError: mismatched shapes, or a budget out of range.
     """
     n = features.shape[0]
     if features.ndim != 2 or grid.shape != (n, 3) or (crop is not None and crop.shape != (n,)):
@@ -124,7 +130,7 @@ def pool_grid(
     before = 0
     for members in (plane == p for p in range(min(count, budget))):
         places = members.nonzero().squeeze(1)
-        # Shares are differences of one rounded line, so that they sum to the budget exactly.
+        # Differences of rounded cumulative shares sum to the budget exactly.
         after = before + places.shape[0]
         share = after * budget // n - before * budget // n if budget >= count else 1
         before = after
@@ -146,12 +152,12 @@ def _pool_plane(
     rows, cols = (int(size) + 1 for size in grid.amax(0))
     r, c = cell_grid(rows, cols, share)
     row, col = grid.unbind(1)
-    # Twice the tokens' centres in whole numbers: (2 row + 1) r / (2 rows) is the place in cells.
+    # Twice the tokens' centres as integers: (2 row + 1) r / (2 rows) is the place in cells.
     i = (2 * row + 1) * r // (2 * rows)
     j = (2 * col + 1) * c // (2 * cols)
     cells, cell = torch.unique(i * c + j, return_inverse=True)
 
-    # Squared distance to the centre of the cell in half tokens times r c, still whole numbers.
+    # Squared distance to the cell's centre in half tokens times r c, still integers.
     down = ((2 * row + 1) * r - (2 * i + 1) * rows) * c
     right = ((2 * col + 1) * c - (2 * j + 1) * cols) * r
     nearest = (down**2 + right**2).argsort(stable=True)

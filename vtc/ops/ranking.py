@@ -12,19 +12,18 @@ from vtc.ops.batch import check_shape
 def top_k(scores: Tensor, k: int) -> Tensor:
     """Indices of the k highest scores, ties to the lowest index.
 
-    `torch.topk` leaves the order of ties open, and attention in half precision ties often. Here
-    scores are compared in fp32 (fp64 if given so), and a stable sort decides wherever some tie.
+    `torch.topk` does not define the order of ties, and attention in half precision ties often. Here
+    scores are compared in fp32 (fp64 stays fp64), and a stable sort breaks ties.
 
     Args:
-        scores: (n,) scores, or (b, n) of b images.
+        scores: (n,) scores, or (b, n) for b images.
         k: how many, 0 <= k <= n.
 
     Returns:
-        (k,) or (b, k) indices, the highest score first; sort them to put tokens back in sequence
-        order.
+        (k,) or (b, k) indices by descending score; sort them for sequence order.
 
     Raises:
-        ValueError: `k` out of range, scores of another shape, or NaN, which has no rank.
+        ValueError: `k` out of range, scores of another shape, or NaN.
     """
     check_shape("scores", scores, "n")
     n = scores.shape[-1]
@@ -34,7 +33,7 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     if torch.isnan(wide).any():
         raise ValueError("scores: NaN has no rank")
     if wide is scores and wide.device.type == "cpu" and k < n:
-        # Without ties there is one order. Half precisions do tie, and a GPU would be waited for.
+        # Without ties the order is unique. Half precisions do tie, and a GPU would have to sync.
         best, indices = wide.topk(k + 1)
         if not (best[..., 1:] == best[..., :-1]).any():
             return indices[..., :k]
