@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compress the vision tokens of vision-language models.
 
-Importing `vtc` imports neither PyTorch nor transformers: the first use of a name does.
+Importing `vtc` imports neither PyTorch nor transformers; the first use of a name does.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`patch` binds a method to one model instance, `unpatch` brings the model back."""
+"""`patch` binds a method to one model instance, `unpatch` restores the model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vtc.runtime.runners import check_stages
 
 
 class Patch:
-    """A method bound to a model; a context manager that unpatches at its end.
+    """A method bound to a model; as a context manager it unpatches on exit.
 
     Attributes:
         model: the patched model.
@@ -42,26 +42,30 @@ class Patch:
 
     @property
     def heard(self) -> Stopwatch:
-        """The clock of what methods read of the vision tower, in the call that runs or ran last.
+        """Stopwatch of the captures in the vision tower, in the current or last call.
 
-        It is part of the tower's time: who times the tower takes it off. Empty for a model whose
+        It is part of the tower's time; subtract it when timing the tower. Empty for a model whose
         tower methods do not read.
         """
         return Stopwatch() if isinstance(self._engine, CrossEngine) else self._engine.vision.heard
 
     @property
     def active(self) -> bool:
-        """Whether the model is patched by this patch now."""
+        """Whether this patch is currently on the model."""
         return _patch_of(self.model) is self
 
     def unpatch(self) -> None:
-        """Bring the model back bit for bit; does nothing if that was done already."""
+        """Restore the model bit for bit; does nothing if that was done already."""
         if self.active:
             unpatch(self.model)
 
     @contextmanager
     def disable(self) -> Iterator[nn.Module]:
-        """The plain model for the length of a `with` block."""
+        """The plain model within a `with` block.
+
+        Raises:
+            RuntimeError: the patch is no longer on its model.
+        """
         if not self.active:
             raise RuntimeError("this patch is not on its model any more")
         if not self._disabled:
@@ -71,17 +75,17 @@ class Patch:
             yield self.model
         finally:
             self._disabled -= 1
-            # Not if the model was unpatched, or patched anew, in between.
+            # Not if the model was unpatched or patched again in between.
             if self.active and not self._disabled:
                 self._engine.install()
 
     @contextmanager
     def listen(self, listener: Listener) -> Iterator[None]:
-        """Tell `listener` what methods are shown and choose, for the length of a `with` block.
+        """Report to `listener` what methods see and choose, within a `with` block.
 
         Args:
             listener: called with each `vtc.core.events.Event`, in the thread that runs the model;
-                what it raises ends the forward.
+                its exceptions abort the forward.
         """
         self._engine.listeners.append(listener)
         try:
@@ -105,22 +109,22 @@ class Patch:
 def patch(model: nn.Module, method: str | Method | dict[str, Any], **settings: Any) -> Patch:
     """Compress the vision tokens of `model` from now on.
 
-    Only this instance changes: no class, no global function, no weights. A second call, on it or on
-    its base model, replaces the first. `model.generate(...)` and `model(...)` are called as before.
+    Only this instance changes: no class, no global function, no weights. A second call on the model
+    or its base model replaces the first. `model.generate(...)` and `model(...)` work as before.
 
     Args:
-        model: a vision-language model of transformers, bare or inside what peft, torch.compile,
-            DistributedDataParallel, FSDP or those made like them put around it.
-        method: a name (`vtc.methods()` lists them), a method, several joined with `|`, or what
-            `Method.to_dict` returned.
-        settings: the method's fields, if it was named: `keep=0.1`.
+        model: a vision-language model of transformers, bare or wrapped by peft, torch.compile,
+            DistributedDataParallel, FSDP or similar wrappers.
+        method: a name (`vtc.methods()` lists them), a method, several joined with `|`, or the
+            result of `Method.to_dict`.
+        settings: the method's settings, if it is given by name: `keep=0.1`.
 
     Returns:
         The patch, with its report; also a context manager.
 
     Raises:
         ValueError, TypeError: unknown method or setting, or a value out of range.
-        UnsupportedModelError: not a vision-language model, or of an unknown shape.
+        UnsupportedModelError: not a vision-language model, or an unknown architecture.
 
     Example:
         >>> vtc.patch(model, "todre", keep=0.1)
@@ -131,7 +135,7 @@ def patch(model: nn.Module, method: str | Method | dict[str, Any], **settings: A
     check_stages(chosen)
     inner = _unwrapped(model)
     adapter = find(inner)
-    # All checks are done by the time the engine is made.
+    # All checks precede the engine.
     make_engine: Any = CrossEngine if adapter.crosses else Engine
     engine = make_engine(adapter, chosen)
     made = Patch(inner, engine)
@@ -151,8 +155,14 @@ def patch(model: nn.Module, method: str | Method | dict[str, Any], **settings: A
 
 
 def unpatch(model: nn.Module) -> None:
-    """Bring `model` back bit for bit to what it was before `patch`; does nothing if it is not
-    patched."""
+    """Restore `model` bit for bit to its state before `patch`; does nothing if it is not patched.
+
+    Args:
+        model: the model given to `patch`, or its base model, bare or wrapped.
+
+    Raises:
+        TypeError: not a model.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a model of transformers, got {type(model).__name__}")
     found = _patch_of(_unwrapped(model))
@@ -162,7 +172,7 @@ def unpatch(model: nn.Module) -> None:
 
 
 def _patch_of(model: nn.Module) -> Patch | None:
-    """The patch on `model`, noted at the part that merges images in, which it may be itself."""
+    """The patch on `model`, stored on the part that merges images in, possibly the model itself."""
     for part in (model, getattr(model, "model", None)):
         found = getattr(part, "__dict__", {}).get("_vtc_patch")
         if found is not None:
@@ -175,7 +185,7 @@ def _forget(patch: Patch) -> None:
 
 
 def _unwrapped(model: Any) -> Any:
-    """The model inside what compilers, adapters, and wrappers for several devices put around it."""
+    """The model inside wrappers of compilers, adapters and multi-device training."""
     while isinstance(model, nn.Module):
         base: Any = getattr(model, "get_base_model", None)
         inside = [model._modules.get(name) for name in _WRAPPED]
@@ -189,4 +199,4 @@ def _unwrapped(model: Any) -> Any:
 
 
 _WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module")
-"""What torch.compile, DistributedDataParallel (and those made like it) and FSDP call it."""
+"""Its attribute in torch.compile, DistributedDataParallel (and similar wrappers) and FSDP."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a patch did: tokens in and out per image and layer, and the time it took."""
+"""What a patch measured: tokens per image and layer, times, FLOPs and bytes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from vtc.core.figures import counted, three_digits
 
 
 class Stopwatch:
-    """Adds up the milliseconds of measured stretches; on a GPU with events, without a stop.
+    """Sums the milliseconds of measured intervals; on a GPU with events, without synchronising.
 
     Class attributes:
-        host: seconds on a CPU; a benchmark may count those of the process only.
+        host: clock in seconds on a CPU; a benchmark may count process time instead.
     """
 
     host: ClassVar[Callable[[], float]] = staticmethod(time.perf_counter)
@@ -35,7 +35,7 @@ class Stopwatch:
         self._events.clear()
 
     def copy(self) -> Stopwatch:
-        """Another with what is on this one; does not wait for a device, as `ms` would."""
+        """A copy; does not wait for a device, unlike `ms`."""
         made = Stopwatch()
         made._host_ms, made._events = self._host_ms, list(self._events)
         return made
@@ -64,7 +64,7 @@ class Stopwatch:
             self.stop(started, device)
 
     def settle(self) -> None:
-        """Turn events into milliseconds; waits for those that are not over."""
+        """Turn events into milliseconds; waits for unfinished ones."""
         for first, last in self._events:
             last.synchronize()
             self._host_ms += first.elapsed_time(last)
@@ -76,24 +76,23 @@ class Stopwatch:
         return self._host_ms
 
     def __getstate__(self) -> dict[str, Any]:
-        # Events belong to a device and a process; copies and pickles carry the sum.
+        # Events belong to a device and a process; copies and pickles hold the sum.
         return {"_host_ms": self.ms, "_events": []}
 
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """One image.
+    """Token counts of one image.
 
     Attributes:
         original: its vision tokens before compression.
-        encoded: those that the vision tower made; fewer from fewer pixels or merged patches.
+        encoded: those from the vision tower; fewer with fewer pixels or merged patches.
         steps: (layer, count) pairs: from decoder layer `layer` on, `count` tokens are left.
-        num_layers: decoder layers in all.
+        num_layers: number of decoder layers.
         passed: patches that entered each tower layer and left the last, if they were merged there.
-        tiles: tiles (or frames) that the tower ran on, those of padding included, or `None` if that
-            is not known.
-        patches: of each tile, or `None` where they are what the configuration says.
-        extent: frames, rows and columns of its vision tokens, or `None` if they are no such block.
+        tiles: tiles (or frames) that the tower ran on, including padding, or `None` if unknown.
+        patches: patches per tile, or `None` if as in the configuration.
+        extent: (frames, rows, columns) of its vision tokens, or `None` if they do not fill a block.
     """
 
     original: int
@@ -107,7 +106,7 @@ class ImageTokens:
 
     @property
     def ran_on(self) -> tuple[int, ...] | None:
-        """Patches of each tile by tower layer, or `None` where the configuration says it."""
+        """Patches per tile by tower layer, or `None` if as in the configuration."""
         if self.passed:
             return self.passed
         own = self.encoded if self.encoded != self.original else self.patches
@@ -129,8 +128,9 @@ class Sample:
     """One row of a batch at prefill.
 
     Attributes:
-        text_tokens: all but vision tokens and the separators of their rows.
-        lengths: tokens of any kind that each decoder layer processed; of a cross-attention layer
+        text_tokens: all tokens except vision tokens and row separators.
+        images: its images.
+        lengths: all tokens that each decoder layer processed; for a cross-attention layer
             the vision states that it read.
         logits: positions for which the output head ran.
     """
@@ -143,12 +143,12 @@ class Sample:
 
 @dataclass
 class Prefill:
-    """One forward with images. Times are of the whole batch, in milliseconds.
+    """One forward with images. Times are for the whole batch, in milliseconds.
 
     `lm_ms` is the language model and `vision_ms` the tower and the projector, both without the
-    selector; `selector_ms` includes the attention rows computed for it. `bytes_per_value` is that
-    of the language model's precision. Of the clocks, `vision` and `lm` run on while `heard`, what
-    is read of the tower, and `selector` do.
+    selector; `selector_ms` includes the attention rows computed for it. `bytes_per_value` follows
+    the language model's precision. The clocks `vision` and `lm` also run during `heard` (captures
+    in the tower) and `selector`.
     """
 
     samples: list[Sample]
@@ -172,9 +172,9 @@ class Prefill:
 
 
 class Report:
-    """All prefills since the patch was made, or since `reset`; the last 100,000 if there are more.
+    """All prefills since patching or `reset`, at most the last 100,000.
 
-    Token figures are means over images, times means over prefills, FLOPs and bytes means over
+    Token counts are means over images, times means over prefills, FLOPs and bytes means over
     samples. They are `nan` before the first image.
     """
 
@@ -186,9 +186,9 @@ class Report:
         self._prefills.clear()
 
     def add(self, prefill: Prefill) -> None:
-        """Note one more prefill."""
+        """Add a prefill."""
         if self._prefills:
-            # Its events are over by now; a server must not hold on to them.
+            # Its events have finished by now; a server must not accumulate them.
             last = self._prefills[-1]
             for clock in (last.vision, last.heard, last.selector, last.lm):
                 clock.settle()
@@ -196,7 +196,7 @@ class Report:
 
     @property
     def prefills(self) -> list[Prefill]:
-        """One entry a forward with images, oldest first."""
+        """One entry per forward with images, oldest first."""
         return list(self._prefills)
 
     @property
@@ -241,12 +241,12 @@ class Report:
 
     @property
     def flops(self) -> dict[str, float]:
-        """Of one sample's prefill: "vision", "projector" and "lm"; see `vtc.cost`.
+        """FLOPs of one sample's prefill: "vision", "projector" and "lm"; see `vtc.cost`.
 
-        They are those of the tiles, windows, clips and lengths that ran, and of the output head at
-        as many positions as it ran for. Not counted: the selector (`vtc.cost.selector_flops`),
-        padding of shorter rows and of smaller images to the largest of a batch, and what new tokens
-        see of a cache from earlier turns. `nan` for a part without formula.
+        They count the tiles, windows, clips and lengths that ran, and the output head at the
+        positions it ran for. Not counted: the selector (`vtc.cost.selector_flops`),
+        padding of shorter rows and smaller images in a batch, and attention to a cache from earlier
+        turns. `nan` for a part without a formula.
         """
         from vtc.cost import prefill_flops
 
@@ -271,7 +271,7 @@ class Report:
 
     @property
     def kv_bytes(self) -> float:
-        """Of one sample's cache after prefill, at the precision the model ran in."""
+        """Bytes of one sample's cache after prefill, in the model's precision."""
         from vtc.cost import kv_bytes
 
         return _mean(
@@ -320,8 +320,13 @@ class Report:
 
 
 def logits_of(logits_to_keep: Any, tokens: int) -> int:
-    """Positions out of `tokens` for which the output head runs, from what the model was given: the
-    last of them, 0 for all, a vector of places, or `None` if no head runs."""
+    """Positions out of `tokens` for which the output head runs.
+
+    Args:
+        logits_to_keep: as given to the model: the number of last positions, 0 for all, a vector of
+            positions, or `None` if no head runs.
+        tokens: length of the sequence.
+    """
     if logits_to_keep is None:
         return 0
     if isinstance(logits_to_keep, torch.Tensor):

@@ -1,30 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a forward costs, computed from a configuration and the lengths per layer. Nothing is run.
+"""The cost of a forward, computed from a configuration and the lengths per layer. No model runs.
 
-Two conventions are in use, and numbers of one must not be compared with numbers of the other:
+There are two conventions; never compare numbers of one with numbers of the other:
 
 - `prefill_flops`, `decode_flops` and `flops_per_layer` count a multiply and an add as **2 FLOPs**,
-  over everything that is a matrix product: the vision tower, the projector, the language model's
-  layers, and the output head. Attention is counted as the full square of the length (no saving for
+  over all matrix products: the vision tower, the projector, the language model's
+  layers, and the output head. Attention counts the full square of the length (no saving for
   causality, nor in a prefill for sliding windows), as PyTorch's own counter does for eager
-  attention. They agree with `torch.utils.flop_counter.FlopCounterMode`, family by family, in
-  `tests/cost/test_cost.py`.
-- `visual_flops` is the **literature's** formula, which counts a multiply-add once and the vision
-  tokens alone. It reproduces the published 3.82 T of LLaVA-1.5-7B with 576 tokens.
+  attention. `tests/cost/test_cost.py` compares them with
+  `torch.utils.flop_counter.FlopCounterMode` for every family.
+- `visual_flops` is the **literature's** formula, which counts a multiply-add once and only the
+  vision tokens. It reproduces the published 3.82 T of LLaVA-1.5-7B with 576 tokens.
 
-Of experts, those that a token is sent to count, and those that all tokens go through; Llama 4 in
+Only experts that a token is routed to, and shared experts, count; Llama 4 in
 transformers sends every token through every expert, mostly as zeros, which is not counted. Layers
-of Gemma 4 that use another layer's keys count for all tokens, as they run in a patched model;
-alone, transformers runs them in a prefill for those tokens only whose logits are asked for.
+of Gemma 4 that share another layer's keys count for all tokens, as they run in a patched model;
+unpatched, transformers runs their prefill only for tokens whose logits are requested.
 
 Norms, activations, softmax and rotary embeddings are not counted: they are not matrix products.
-What a method's choice costs is `selector_flops`; what it leaves to each layer, `token_schedule`.
+`selector_flops` gives the cost of a method's selection, `token_schedule` what it leaves to layers.
 
-In a cross-attention layer (Mllama) a length is the number of vision states, [CLS] of each tile
-and what there is of padding included; the other layers' are of tokens. Keys of the states are made
-in the prefill only, and a layer without states does not run.
+In a cross-attention layer (Mllama) a length is the number of vision states, including [CLS] of each
+tile and padding; in other layers it is the number of tokens. Keys of the states are computed only
+in the prefill, and a layer without states does not run.
 
-A part that has no formula here is `nan`, never a guess: linear attention, Gemma 3n, convolutional
+A part without a formula is `nan`, never a guess: linear attention, Gemma 3n, convolutional
 towers and SAM, perceivers and Q-Formers, and any type that is not in the tables of this package.
 """
 
@@ -57,14 +57,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs (2 per multiply-add) of one sample's prefill; `nan` where there is no formula.
+    """FLOPs (2 per multiply-add) of one sample's prefill; `nan` without a formula.
 
     Attributes:
         vision: the vision tower, over all tiles of all images.
         projector: from the tower's features to the language model's width.
-        lm: the decoder layers at the lengths given, and the output head.
-        layers: of `lm`, each decoder layer; empty where they are not known.
-        head: of `lm`, the output head and what else lies outside the layers.
+        lm: the decoder layers at the given lengths, and the output head.
+        layers: part of `lm`, each decoder layer; empty if unknown.
+        head: part of `lm`, the output head and everything else outside the layers.
     """
 
     vision: float
@@ -75,7 +75,7 @@ class Flops:
 
     @property
     def total(self) -> float:
-        """Sum of vision, projector and language model, `nan` if one of them is not known."""
+        """Sum of vision, projector and language model; `nan` if one of them is unknown."""
         return self.vision + self.projector + self.lm
 
     def to_dict(self) -> dict[str, float]:
@@ -106,7 +106,7 @@ def _images(
     grids: Sequence[Grid | None] | None,
     patches: _Given,
 ) -> Images | None:
-    """What was given of images, `None` for a number of images of an unknown size."""
+    """The checked images, or `None` for a number of images of unknown size."""
     count = images if isinstance(images, int) else len(images)
     if tiles is not None and len(tiles) != count:
         raise ValueError(
@@ -180,32 +180,35 @@ def prefill_flops(
 
     Args:
         config: a vision-language configuration of transformers (or a dictionary of one), or that of
-            a language model. A dictionary of sizes without a `model_type` is taken for a Llama.
+            a language model. A dictionary of sizes without a `model_type` counts as a Llama.
         lengths: for each decoder layer, the tokens it processes (text and vision); for a
             cross-attention layer the vision states.
         images: for each image of the sample, its vision tokens *before* compression; or the
-            number of images where each is one tile of the tower's fixed size.
-        tiles: for each image, the tiles (or frames) that its vision tower ran on, those of padding
-            included. Without it, as few as hold the image's tokens, which is exact but for families
-            that cut padding off their tiles or pool a clip's frames (LLaVA-NeXT and its video
+            number of images if each is one tile of the tower's fixed size.
+        tiles: for each image, the tiles (or frames) that its vision tower ran on, including
+            padding. By default as few as hold the image's tokens, which is exact except for
+            families that crop padding from tiles or pool a clip's frames (LLaVA-NeXT and its video
             model, LLaVA-OneVision) or average them (Kimi K2.5): there it is a lower bound. For
-            Mllama, as many as its processor makes at most.
-        grids: for each image, the (frames, rows, columns) of its vision tokens, or `None` where
-            they are no such block. For towers that take images of any size (Qwen-VL and the like),
-            and clips of LLaVA-NeXT-Video. Without it, one frame is assumed, in Qwen2.5-VL all
-            attention windows are full, which is an upper bound as those at borders are smaller, and
-            LLaVA-NeXT-Video is taken to pool a clip's frames behind its projector and not before.
+            Mllama, the most that its processor makes.
+        grids: for each image, the (frames, rows, columns) of its vision tokens, or `None` if
+            they do not fill a block. For towers that take images of any size (such as Qwen-VL),
+            and clips of LLaVA-NeXT-Video. By default one frame is assumed; in Qwen2.5-VL all
+            attention windows are full, an upper bound as windows at borders are smaller, and
+            LLaVA-NeXT-Video pools a clip's frames after its projector, not before.
             Padding to equal sizes (Pixtral) is not counted.
-        patches: of each tile, where the tower ran on another number than its configuration says; a
-            sequence where patches are merged on the way: those that enter each layer, and those
-            that leave the last. Where images differ, one such sequence, or `None`, for each. For
-            Gemma 4, the patches that its processor pads images to, without which its tower is not
-            known.
-        logits: positions for which the output head runs; `generate` asks for one.
+        patches: patches per tile, if the tower ran on another number than its configuration says; a
+            sequence if patches are merged in the tower: those that enter each layer, and those
+            that leave the last. If images differ, one such sequence, or `None`, for each. For
+            Gemma 4, the patches that its processor pads images to, without which its tower is
+            unknown.
+        logits: positions for which the output head runs; `generate` requests one.
+
+    Returns:
+        FLOPs of the vision tower, the projector and the language model.
 
     Raises:
         ValueError: `lengths` does not have one entry for each decoder layer, or `tiles`, `grids` or
-            `patches` not one for each image, or a grid has not as many places as its image tokens.
+            `patches` not one for each image, or a grid does not hold its image's tokens.
     """
     lengths = _lengths(config, lengths)
     given = _images(config, images, tiles, grids, patches)
@@ -226,17 +229,20 @@ def prefill_flops(
 
 
 def flops_per_layer(config: Any, lengths: Sequence[int], *, decoding: bool = False) -> list[float]:
-    """FLOPs of each decoder layer, the output head left out; 2 per multiply-add.
+    """FLOPs of each decoder layer, without the output head; 2 per multiply-add.
 
     Args:
-        config: as for `prefill_flops`.
-        lengths: for each layer, the tokens it processes in a prefill; while decoding, those that
+        config: as in `prefill_flops`.
+        lengths: for each layer, the tokens it processes in a prefill; in decoding, those that
             its cache holds. For a cross-attention layer, vision states.
-        decoding: one new token, which sees the cached ones (of a sliding window, those within) and
-            itself, instead of a prefill.
+        decoding: count one new token, which sees itself and the cached tokens (within a sliding
+            window), instead of a prefill.
 
     Returns:
-        One number for each layer, all `nan` for a type without formula.
+        One number for each layer, all `nan` for a type without a formula.
+
+    Raises:
+        ValueError: `lengths` does not have one entry for each decoder layer, or a negative one.
     """
     lengths = _lengths(config, lengths)
     decoder = _decoder(config, len(lengths))
@@ -250,9 +256,15 @@ def flops_per_layer(config: Any, lengths: Sequence[int], *, decoding: bool = Fal
 
 
 def decode_flops(config: Any, lengths: Sequence[int]) -> float:
-    """FLOPs of generating one token when the cache holds `lengths[i]` tokens in layer i.
+    """FLOPs of generating one token, 2 per multiply-add, including the output head.
 
-    The new token sees the cached ones and itself. 2 per multiply-add, the output head included.
+    Args:
+        config: as in `prefill_flops`.
+        lengths: for each layer, the tokens that its cache holds; the new token sees these and
+            itself.
+
+    Raises:
+        ValueError: as in `flops_per_layer`.
     """
     layers = flops_per_layer(config, lengths, decoding=True)
     decoder = _decoder(config, len(layers))
@@ -272,10 +284,16 @@ def _bytes_per_value(config: Any) -> int:
 def kv_bytes_per_layer(
     config: Any, lengths: Sequence[int], bytes_per_value: int | None = None
 ) -> list[float]:
-    """Bytes that each layer's cache holds after a prefill with `lengths[i]` tokens in layer i.
+    """Bytes that each layer's cache holds after a prefill; `kv_bytes` is their sum.
 
-    As `kv_bytes`, which is their sum. Layers that use another layer's keys hold none, and
-    cross-attention layers those of `lengths[i]` vision states.
+    Layers that share another layer's keys hold none, cross-attention layers those of `lengths[i]`
+    vision states.
+
+    Args, raises:
+        as in `kv_bytes`.
+
+    Returns:
+        One number for each layer, all `nan` for a type without a formula.
     """
     lengths = _lengths(config, lengths)
     decoder = _decoder(config, len(lengths))
@@ -287,17 +305,27 @@ def kv_bytes_per_layer(
 
 
 def kv_bytes(config: Any, lengths: Sequence[int], bytes_per_value: int | None = None) -> float:
-    """Bytes of keys and values (or the latents they are made of) after a prefill.
+    """Bytes of keys and values (or of the latents behind them) after a prefill; `nan` for language
+    models without a formula.
 
-    `lengths[i]` tokens are in layer i; one with a sliding window holds less than the window.
-    `bytes_per_value` is 2 for bfloat16 and float16, 4 for float32; without it, the configuration's
-    dtype decides (float32 if it names none). `nan` for language models without formula.
+    Args:
+        config: as in `prefill_flops`.
+        lengths: tokens of each layer; one with a sliding window holds less than the window.
+        bytes_per_value: 2 for bfloat16 and float16, 4 for float32; by default that of the
+            configuration's dtype (float32 if it has none).
+
+    Raises:
+        ValueError: `lengths` does not have one entry for each decoder layer, or a negative one.
     """
     return float(sum(kv_bytes_per_layer(config, lengths, bytes_per_value)))
 
 
 def equivalent_tokens(per_layer: Sequence[int]) -> float:
-    """Vision tokens averaged over the decoder layers: the one number to compare budgets by."""
+    """Vision tokens averaged over the decoder layers: the one number to compare budgets by.
+
+    Raises:
+        ValueError: no layers.
+    """
     if not per_layer:
         raise ValueError("per_layer: expected at least one layer, got none")
     return sum(per_layer) / len(per_layer)
@@ -306,8 +334,12 @@ def equivalent_tokens(per_layer: Sequence[int]) -> float:
 def visual_flops(per_layer: Sequence[int], d: int, m: int) -> float:
     """The literature's FLOPs of the vision tokens in the language model's prefill.
 
-    `sum over layers of 4 n d^2 + 2 n^2 d + 3 n d m`, with n vision tokens in a layer, width d and
-    feed-forward width m (as in TransPrune, arXiv 2507.20630). It counts a
-    multiply-add once, full multi-head attention, and no text.
+    `sum over layers of 4 n d^2 + 2 n^2 d + 3 n d m` (as in TransPrune, arXiv 2507.20630). It counts
+    a multiply-add once, full multi-head attention, and no text.
+
+    Args:
+        per_layer: vision tokens n of each layer.
+        d: width of the language model.
+        m: feed-forward width.
     """
     return float(sum(4 * n * d * d + 2 * n * n * d + 3 * n * d * m for n in per_layer))

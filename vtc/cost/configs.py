@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading sizes from configurations: objects of transformers, or dictionaries of them."""
+"""Reading sizes from configurations: transformers objects, or dictionaries of them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 
 class Unknown(Exception):
-    """A size that a formula needs is missing, or there is no formula: the part becomes `nan`."""
+    """A formula, or a size that it needs, is missing: the part becomes `nan`."""
 
 
 def get(config: Any, *names: str, default: Any = None) -> Any:
-    """First of `names` that `config` (an object or a mapping) has and that is not `None`.
+    """The first of `names` that `config` (an object or a mapping) has with a value not `None`.
 
     Raises:
         Unknown: the attribute differs from layer to layer; see `of_layer`.
@@ -28,7 +28,11 @@ def get(config: Any, *names: str, default: Any = None) -> Any:
 
 
 def size(config: Any, *names: str, default: int | None = None) -> int:
-    """The same for a whole number; raises `Unknown` where it is missing or something else."""
+    """Like `get` for an integer.
+
+    Raises:
+        Unknown: it is missing or not an integer.
+    """
     value = get(config, *names, default=default)
     if isinstance(value, bool) or not isinstance(value, int):
         raise Unknown(names[0])
@@ -36,7 +40,11 @@ def size(config: Any, *names: str, default: int | None = None) -> int:
 
 
 def pair(config: Any, name: str, default: int | None = None) -> tuple[int, int]:
-    """A height and a width, of which configurations often write one."""
+    """A (height, width), which configurations often give as one number.
+
+    Raises:
+        Unknown: it is missing or something else.
+    """
     value = get(config, name, default=default)
     values = (value, value) if isinstance(value, int) else tuple(value or ())
     if len(values) != 2 or not all(isinstance(v, int) for v in values):
@@ -45,15 +53,15 @@ def pair(config: Any, name: str, default: int | None = None) -> tuple[int, int]:
 
 
 def text_of(config: Any) -> Any:
-    """The language model's part of a vision-language configuration, or the whole of it."""
+    """The language model's part of a vision-language configuration, or all of it."""
     return get(config, "text_config", "llm_config", "language_config", default=config)
 
 
 def of_layer(text: Any, index: int) -> Any:
-    """What holds for decoder layer `index`, where a configuration has settings by layer."""
+    """The configuration of decoder layer `index`, if it differs by layer."""
     own = get(text, "per_layer_config")
     if own is None:
         return text
-    if isinstance(own, Mapping):  # of a dictionary: what differs from the rest
+    if isinstance(own, Mapping):  # in a dictionary: what differs from the rest
         return {**text, **(own.get(str(index)) or own.get(index) or {})}
     return own[index]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a layer of a language model costs, from its configuration."""
+"""The cost of a decoder layer, from the configuration."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ GATED = frozenset({
 UNGATED = frozenset({"arcee", "nemotron", "opt", "phi", "starcoder2"})
 """The same with a feed-forward of two matrices."""
 _CROSSED = "mllama_text_model"
-"""The type of which some layers attend to vision states in place of tokens."""
+"""The type with cross-attention layers, which attend to vision states instead of tokens."""
 _DEEPSEEK = frozenset({"deepseek_v3", "glm4_moe", "glm4v_moe_text"})
 _QWEN = frozenset({"qwen2_moe", "qwen3_moe", "qwen3_vl_moe_text"})
 EXPERTS = _DEEPSEEK | _QWEN | {"llama4_text", "mixtral"}
-"""Types in which some layers have experts in place of the feed-forward."""
+"""Types in which some layers have experts instead of the feed-forward."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Sizes of a decoder layer that its cost depends on.
+    """Sizes of a decoder layer that determine its cost.
 
     Attributes:
         linear: multiply-adds of its matrices for each new token.
-        expand: multiply-adds for each key beside: latent attention rebuilds all keys it sees from
-            the cache, a cross layer makes those of the vision states once.
+        expand: further multiply-adds per key: latent attention rebuilds all visible keys from
+            the cache, a cross-attention layer computes those of the vision states once.
         attention: multiply-adds for each pair of a new token and a key.
-        cached: numbers it keeps of each token; 0 where it uses another layer's keys.
-        window: keys a token sees at most, or `None`.
-        crosses: keys and values are those of vision states, and not of the tokens.
+        cached: values cached per token; 0 if it shares another layer's keys.
+        window: maximum number of keys that a token sees, or `None`.
+        crosses: whether keys and values come from vision states instead of tokens.
     """
 
     linear: int
@@ -51,27 +51,27 @@ class Layer:
         """FLOPs of a prefill, 2 per multiply-add.
 
         Args:
-            length: the tokens it is given; of a cross layer the vision states.
-            tokens: those that a cross layer is given beside them.
+            length: its tokens; for a cross-attention layer the vision states.
+            tokens: the tokens of a cross-attention layer.
         """
         if not self.crosses:
             return self.flops(length, length)
-        return self.flops(tokens, length) if length else 0  # without states it is left out
+        return self.flops(tokens, length) if length else 0  # it does not run without states
 
     def step(self, length: int) -> int:
-        """FLOPs of one new token, where it was given `length` tokens (or states) before."""
+        """FLOPs of one new token after `length` tokens (or states)."""
         if not self.crosses:
             return self.flops(1, self.held(length) + 1)
         return 2 * (self.linear + length * self.attention) if length else 0
 
     def flops(self, queries: int, keys: int) -> int:
-        """Of `queries` new tokens that see `keys` keys, 2 per multiply-add."""
+        """FLOPs of `queries` new tokens that see `keys` keys, 2 per multiply-add."""
         pairs = queries * keys
         return 2 * (queries * self.linear + keys * self.expand + pairs * self.attention)
 
     def held(self, tokens: int) -> int:
         """Tokens out of `tokens` that its cache holds."""
-        # transformers' sliding cache keeps one token less than the window: the next one fills it.
+        # transformers' sliding cache keeps one token less than the window; the next fills it.
         return min(tokens, self.window - 1) if self.window else tokens
 
 
@@ -80,8 +80,9 @@ class Decoder:
     """The layers of a language model.
 
     Attributes:
-        head: multiply-adds of the output head for each position it runs on.
-        entry: multiply-adds for each token that enters, outside of the layers.
+        layers: the layers in order.
+        head: multiply-adds of the output head per position.
+        entry: multiply-adds outside the layers for each token that enters.
     """
 
     layers: tuple[Layer, ...]
@@ -89,13 +90,17 @@ class Decoder:
     entry: int
 
     def tokens(self, lengths: Sequence[int]) -> int:
-        """Tokens that enter: what the first layer is given that reads no vision states."""
+        """Tokens that enter: the length of the first layer that is not a cross-attention layer."""
         own = (n for layer, n in zip(self.layers, lengths, strict=True) if not layer.crosses)
         return next(own, 0)
 
 
 def decoder_of(config: Any, count: int) -> Decoder:
-    """The decoder of `config` with `count` layers; raises `Unknown` for types without formula."""
+    """The decoder of `config` with `count` layers.
+
+    Raises:
+        Unknown: a type without a formula.
+    """
     text = text_of(config)
     kind = get(text, "model_type", default="llama")
     if kind not in GATED | UNGATED | EXPERTS or get(text, "is_encoder_decoder", default=False):
@@ -107,7 +112,7 @@ def decoder_of(config: Any, count: int) -> Decoder:
     own = size(text, "hidden_size_per_layer_input", default=0)  # Gemma 4 for devices
     crossing = get(text, "cross_attention_layers", default=()) if kind == _CROSSED else ()
     if count and set(range(count)) <= set(crossing):
-        raise Unknown("cross_attention_layers")  # no layer would tell how many tokens there are
+        raise Unknown("cross_attention_layers")  # no layer gives the number of tokens
     layers = []
     for i in range(count):
         rest = feed_forward[i] + 2 * d * own
@@ -123,7 +128,7 @@ def decoder_of(config: Any, count: int) -> Decoder:
 
 def _windows(text: Any, count: int) -> list[int | None]:
     window = get(text, "sliding_window")
-    # Where no layer types are named (Mistral), a window holds for every layer.
+    # Without layer types (Mistral), a window applies to every layer.
     usual = "full_attention" if window is None else "sliding_attention"
     lengths = {
         "full_attention": None,
@@ -137,9 +142,9 @@ def _windows(text: Any, count: int) -> list[int | None]:
 
 
 def _plain(text: Any, d: int, rest: int, window: int | None, equal: bool, shared: bool) -> Layer:
-    """`equal`: keys are values too. `shared`: they are another layer's."""
+    """`equal`: keys also serve as values. `shared`: they are another layer's."""
     heads = size(text, "num_attention_heads")
-    # GLM-4V's attention does not read a head_dim.
+    # GLM-4V's attention ignores head_dim.
     own = get(text, "head_dim") if get(text, "model_type") != "glm4v_text" else None
     head = own or d // heads
     kv = size(text, "num_key_value_heads", default=heads) * head
@@ -157,7 +162,7 @@ def _cross(text: Any, d: int, rest: int) -> Layer:
 
 
 def _latent(text: Any, d: int, rest: int) -> Layer:
-    """Multi-head latent attention; the cache holds latents, expanded anew in each forward."""
+    """Multi-head latent attention; the cache holds latents, expanded in every forward."""
     heads, rank = size(text, "num_attention_heads"), size(text, "kv_lora_rank")
     rotary, value = size(text, "qk_rope_head_dim"), size(text, "v_head_dim")
     plain = size(text, "qk_nope_head_dim")
@@ -171,7 +176,7 @@ def _latent(text: Any, d: int, rest: int) -> Layer:
 
 # ---- feed-forwards ------------------------------------------------------------------------------
 def _feed_forward(text: Any, kind: str, d: int, count: int, shared_from: int) -> list[int]:
-    """Multiply-adds of each layer's feed-forward for one token, without experts not chosen."""
+    """Multiply-adds of each layer's feed-forward for one token, without unrouted experts."""
     matrices = 2 if kind in UNGATED else 3
     dense_name = {"llama4_text": "intermediate_size_mlp", "opt": "ffn_dim"}
     wide = get(text, dense_name.get(kind, "intermediate_size"))
@@ -191,7 +196,7 @@ def _feed_forward(text: Any, kind: str, d: int, count: int, shared_from: int) ->
 
 
 def _experts(text: Any, kind: str, d: int) -> int:
-    """Of a layer with experts: the router, those chosen, and those that all tokens go through."""
+    """Multiply-adds of the router, the routed experts and the shared experts."""
     experts = size(text, "num_experts", "num_local_experts", "n_routed_experts")
     active = size(text, "num_experts_per_tok", "top_k_experts")
     own = "intermediate_size" if kind in ("llama4_text", "mixtral") else "moe_intermediate_size"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vision tokens that a method leaves to every decoder layer, by arithmetic; nothing is run."""
+"""Vision tokens that a method leaves to every decoder layer, by arithmetic; no model runs."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from vtc.core import Compose, Method
 
 
 def token_schedule(method: Method, n: int, layers: int, tiles: int = 1) -> tuple[int, ...]:
-    """`method.token_schedule`, or an error that names what is not known in advance.
+    """`method.token_schedule`, or an error that names what is unknown in advance.
 
     Args:
-        method: a finished method, of vtc or of one's own.
+        method: a method, of vtc or user-defined.
         n: vision tokens of the image before compression.
         layers: decoder layers.
         tiles: tiles of equal size that the image is divided into.
 
     Returns:
-        Vision tokens that each layer processes, for `prefill_flops` and the like once those of the
-        text are added.
+        Vision tokens that each layer processes; add the text tokens for `prefill_flops` and the
+        like.
 
     Raises:
-        ValueError: the method's settings promise no numbers, as the image decides.
+        ValueError: the number of tokens depends on the image.
     """
     found = method.token_schedule(n, layers, tiles)
     if found is not None:
@@ -44,7 +44,7 @@ def _lacks_keep(method: Method) -> bool:
 
 
 def _simple(method: Method) -> list[Method]:
-    """What `method` is made of, down to those that hold no other."""
+    """The simple methods that `method` consists of."""
     if isinstance(method, Compose):
         return [simple for part in method.parts for simple in _simple(part)]
     inner = [getattr(method, name, None) for name in ("inner", "of_thumbnail")]

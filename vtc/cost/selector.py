@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a method's choice costs: counted on random tensors of the right sizes, without a model."""
+"""The cost of a method's selection, counted on random tensors without a model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vtc.core.signals import Field
 from vtc.ops.greedy import PLAINLY
 
 _PRODUCTS = {
-    # PyTorch counts products of matrices only; greedy choices take one vector at a time.
+    # PyTorch counts only products of matrices; greedy selections use one vector at a time.
     torch.ops.aten.mv: lambda matrix, vector, **_: 2 * matrix[0] * matrix[1],
     torch.ops.aten.addmv: lambda bias, matrix, vector, **_: 2 * matrix[0] * matrix[1],
     torch.ops.aten.dot: lambda one, other, **_: 2 * one[0],
@@ -37,44 +37,44 @@ def selector_flops(
     seed: int = 0,
     **settings: Any,
 ) -> float:
-    """FLOPs of `method`'s choice for one image, 2 per multiply-add; `nan` where not known.
+    """FLOPs of `method`'s selection for one image, 2 per multiply-add; `nan` if unknown.
 
-    What is counted is the least that the algorithm needs, on any device: a greedy choice compares
-    each chosen token with all (ToDRE: 2 n k d), DivPrune's first token all pairs (2 n n d). That
-    `vtc.ops` makes all pairs at once where many are kept, or on a CPU rows of similarities ahead of
-    those that will be chosen, some in vain, or rules out pairs by bounds, is for the sake of speed
-    and no part of it.
+    This counts the minimum that the algorithm needs, on any device: a greedy selection compares
+    each chosen token with all (ToDRE: 2 n k d), DivPrune's first token all pairs (2 n n d). For
+    speed `vtc.ops` may compute all pairs if many tokens are kept, or on a CPU similarities of
+    likely next tokens, some in vain, or rule out pairs by bounds; this does not count.
 
-    Before the language model, `select` runs on random tensors of these sizes, and PyTorch's counter
-    counts it. Between layers, `prune` is counted alike. Attention rows that either reads are
-    arithmetic: 2 r s w for r rows over s tokens in a layer w wide, which the engine computes
-    beside the layer's own attention. Products of matrices and vectors alone count: norms, softmax,
-    sorting, gathering and sums of patches do not; nor does the projector through which they go.
-    Where a choice depends on the contents, so may its cost.
+    Before the language model, PyTorch's counter counts a `select` on random tensors of these
+    sizes, and between layers a `prune`. Attention rows that either reads are added by
+    arithmetic: 2 r s w for r rows over s tokens in a layer of width w, which the engine computes
+    in addition to the layer's own attention. Only products of matrices and vectors count: norms,
+    softmax, sorting, gathering, sums of patches and their projection do not.
+    If the selection depends on the contents, so may its cost.
 
-    The prompt is the image and then the text. It takes about as long as the choice itself, on the
-    CPU in float32.
+    The prompt is the image followed by the text. Counting takes about as long as the selection
+    itself, on the CPU in float32.
 
     Args:
-        method: a name (then `settings` are its own), a method, or a dictionary of one.
+        method: a name (with `settings`), a method, or a dictionary of one.
         tokens: vision tokens of the image, n.
         d: width of the language model.
-        text: tokens of the prompt after the image.
+        text: text tokens after the image.
         layers: decoder layers.
-        vision_d: width of the vision tower, `d` if not given.
-        cls: whether the tower has [CLS], whose one row is read of it; else every patch's is. Each
-            vision token is taken for one patch.
-        heads: attention heads, of the tower and of the decoder.
-        q: width of the decoder's queries, heads times their size; `d` if not given.
-        seed: of the random tensors.
+        vision_d: width of the vision tower; by default `d`.
+        cls: whether the tower has [CLS], so that one attention row is read; else all patches' rows
+            are. Each vision token counts as one patch.
+        heads: attention heads of the tower and of the decoder.
+        q: width of the decoder's queries, heads times head size; by default `d`.
+        seed: seed of the random tensors.
+        settings: the method's settings, if `method` is a name.
 
     Returns:
-        `nan` for methods within the vision tower, for those that run a part of a layer ahead, and
-        for those that need what is not known here. 0 for those that choose without products, and
-        for fewer pixels.
+        `nan` for methods in the vision tower, for those with look-ahead, and
+        for those that need inputs unknown here. 0 for methods without products, and for fewer
+        pixels.
 
     Raises:
-        ValueError: a size is not positive, or the method is not known or refuses its settings.
+        ValueError: a size is not positive, the method is unknown, or it refuses its settings.
     """
     sizes = {"tokens": tokens, "d": d, "text": text, "layers": layers, "heads": heads}
     sizes |= {"vision_d": d if vision_d is None else vision_d, "q": d if q is None else q}
@@ -86,7 +86,7 @@ def selector_flops(
         return math.nan
     specs = (SIGNALS[need] for part in made.parts for need in part.needs)
     if any("m" in field.shape for spec in specs for field in spec.fields):
-        return math.nan  # how many patches make a token is not known
+        return math.nan  # the number of patches per token is unknown
     generator = torch.Generator().manual_seed(seed)
     token = PLAINLY.set(True)
     try:
@@ -97,7 +97,7 @@ def selector_flops(
 
 
 class _Run:
-    """One image on its way through the methods."""
+    """One image passing through the methods."""
 
     def __init__(self, sizes: Mapping[str, int], cls: bool, generator: torch.Generator) -> None:
         self.generator = generator
@@ -161,8 +161,8 @@ class _Run:
         return flops
 
     def _signal(self, field: Field, rows: bool) -> Any:
-        """Random numbers for a field of `VisionTokens`: probabilities where a token has one of the
-        attention `rows` it was read from; `None` for what only towers with [CLS] have."""
+        """Random values for a field of `VisionTokens`: probabilities if it has one value per token
+        from attention `rows`; `None` for what only towers with [CLS] have."""
         sizes = {"n": len(self.grid), "v": self.sizes["vision_d"], "t": self.sizes["text"]}
         sizes["d"] = d = self.sizes["d"]
         if field.name == "project":
@@ -208,7 +208,7 @@ class _Run:
         found, flops = self._counted(part.prune, state)
         if found is not None:
             self.memory[i] = found.memory
-            # The columns of what is gone leave what all methods heard, as the engine's do.
+            # Columns of dropped tokens leave all methods' captures, as in the engine.
             stay = torch.cat([found.indices, torch.arange(n, seen)])
             for heard in self.heard:
                 heard.update({at: rows[..., stay] for at, rows in heard.items()})

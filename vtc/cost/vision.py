@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a vision tower and a projector cost, from a configuration and the tokens of each image."""
+"""The cost of a vision tower and a projector, from a configuration and each image's tokens."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from vtc.cost.configs import Unknown, get, pair, size, text_of
 Grid = tuple[int, int, int]
 """Frames, rows and columns of an image's (or clip's) vision tokens."""
 Patches = tuple[int, ...]
-"""Patches of a tile that enter each tower layer, and those that leave the last; layers beyond are
-as the last."""
+"""Patches of a tile that enter each tower layer, and those that leave the last; further layers are
+like the last."""
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class Images:
     """The images of a sample.
 
     Attributes:
-        tokens: vision tokens of each, before compression.
-        tiles: of each, or `None` where the caller does not know.
-        grids: of each, or `None` where the caller does not know, or it is no such block.
-        patches: of the tiles of each, or `None` where they are what the configuration says.
+        tokens: vision tokens of each image before compression.
+        tiles: tiles of each, or `None` if unknown.
+        grids: grid of each, or `None` if unknown or not a block.
+        patches: patches per tile of each, or `None` if as in the configuration.
     """
 
     tokens: Sequence[int]
@@ -33,16 +33,20 @@ class Images:
     patches: Sequence[Patches | None] | None = None
 
     def grid(self, i: int) -> Grid | None:
-        """That of image `i`, if it is known."""
+        """The grid of image `i`, or `None`."""
         return None if self.grids is None else self.grids[i]
 
     def passed(self, i: int) -> Patches | None:
-        """The patches of image `i`, if they are known."""
+        """The patches per tile of image `i`, or `None`."""
         return None if self.patches is None else self.patches[i]
 
 
 def vision_flops(config: Any, images: Images) -> float:
-    """FLOPs of the vision tower over all images; raises `Unknown`."""
+    """FLOPs of the vision tower over all images.
+
+    Raises:
+        Unknown: a tower without a formula.
+    """
     vision, family = _vision(config), _family(config)
     kind = get(vision, "model_type", default="")
     every = range(len(images.tokens))
@@ -61,7 +65,11 @@ def vision_flops(config: Any, images: Images) -> float:
 
 
 def projector_flops(config: Any, images: Images) -> float:
-    """FLOPs of the projector over all images; raises `Unknown`."""
+    """FLOPs of the projector over all images.
+
+    Raises:
+        Unknown: a family without a formula.
+    """
     vision, family = _vision(config), _family(config)
     shrink, kind = family.shrink(config), get(vision, "model_type", default="")
     tokens = sum(images.tokens)
@@ -75,7 +83,7 @@ def projector_flops(config: Any, images: Images) -> float:
             if family.pools_first and grid is not None and grid[1] * grid[2] < own:
                 own = grid[1] * grid[2]
             patches += own * count
-            # [CLS] of a frame is projected, whether it was counted among the tokens or not.
+            # [CLS] of a frame is projected even if it does not count as a token.
             made += (int(own / shrink) + (family.cls and count > 1)) * count
         tokens = made
     elif kind == "mllama_vision_model":
@@ -84,7 +92,11 @@ def projector_flops(config: Any, images: Images) -> float:
 
 
 def tile_tokens(config: Any) -> int:
-    """Vision tokens of one tile at the tower's fixed size; raises `Unknown` where it has none."""
+    """Vision tokens of one tile at the tower's fixed size.
+
+    Raises:
+        Unknown: the tower has no fixed size.
+    """
     return int(_grid_patches(_vision(config)) / _family(config).shrink(config))
 
 
@@ -112,9 +124,9 @@ def _fixed(prefix: int, matrices: int = 2, head: bool = False) -> Callable[..., 
     """A ViT over tiles of one size.
 
     Args:
-        prefix: tokens beside the patches.
-        matrices: of the feed-forward.
-        head: whether there may be SigLIP's head, which runs even where nothing reads it.
+        prefix: tokens in addition to the patches.
+        matrices: matrices of the feed-forward.
+        head: whether it may have SigLIP's head, which runs even if nothing reads it.
     """
 
     def flops(vision: Any, passed: Sequence[int]) -> float:
@@ -136,8 +148,8 @@ Segments = list[list[tuple[int, int, int]]]
 
 
 def _segments(images: Images, shrink: float, averaged: bool) -> Segments:
-    """For each image, its frames as (patches, rows of tokens, columns of tokens); 0 x 0 is not
-    known. Frames that are averaged afterwards attend to one another, as if they were one."""
+    """For each image, its frames as (patches, rows of tokens, columns of tokens); 0 x 0 if
+    unknown. Frames that are averaged later attend to one another, as one frame."""
     found = []
     for i, tokens in enumerate(images.tokens):
         frames, rows, columns = images.grid(i) or (1, 0, 0)
@@ -159,7 +171,7 @@ def _patches(images: Segments) -> list[int]:
 
 
 def _pixtral(vision: Any, images: Segments) -> float:
-    """Images are packed into one sequence, whose blocks a mask keeps apart."""
+    """Images are packed into one sequence with a block mask."""
     d, n = size(vision, "hidden_size"), sum(_patches(images))
     depth = size(vision, "num_hidden_layers")
     macs = 3 * d * size(vision, "intermediate_size")
@@ -175,7 +187,7 @@ def _qwen2(vision: Any, images: Segments) -> float:
 
 
 def _qwen2_5(vision: Any, images: Segments) -> float:
-    """Most layers attend within windows, which are smaller at a frame's borders."""
+    """Most layers attend within windows, smaller at a frame's borders."""
     d, own = size(vision, "hidden_size"), _patches(images)
     merge, full = size(vision, "spatial_merge_size"), sum(n * n for n in own)
     side = size(vision, "window_size") // merge // size(vision, "patch_size")
@@ -204,7 +216,7 @@ def _qwen3(vision: Any, images: Segments) -> float:
 
 
 def _glm4v(vision: Any, images: Segments) -> float:
-    """The feed-forward is as wide as the language model, not as `intermediate_size` says."""
+    """The feed-forward has the language model's width, not `intermediate_size`."""
     d, own = size(vision, "hidden_size"), _patches(images)
     macs = 3 * d * size(vision, "out_hidden_size")
     pairs = [sum(n * n for n in own)] * size(vision, "depth")
@@ -226,7 +238,7 @@ def _gemma4(vision: Any, passed: Sequence[int] | None) -> float:
 
 
 def _all_tiles(vision: Any, images: Images) -> Sequence[int]:
-    """Of each image, those of padding included, which run as well."""
+    """Tiles of each image, including padding, which runs as well."""
     if images.tiles is not None:
         return images.tiles
     return [size(vision, "max_num_tiles")] * len(images.tokens)
@@ -265,9 +277,9 @@ _NATIVE: dict[str, Callable[[Any, Segments], float]] = {
 
 
 # ---- projectors ---------------------------------------------------------------------------------
-# Each takes the configuration, patches (of all tiles) and vision tokens, and gives multiply-adds.
+# Each takes the configuration, patches (of all tiles) and vision tokens, and returns multiply-adds.
 def _widths(config: Any) -> tuple[int, int]:
-    """Of the tower, times the layers that are read of it, and of the language model."""
+    """Widths of the tower, times the number of layers read, and of the language model."""
     layers = get(config, "vision_feature_layers", "vision_feature_layer", default=-2)
     stacked = 1 if isinstance(layers, int) else len(layers)
     return size(_vision(config), "hidden_size") * stacked, size(text_of(config), "hidden_size")
@@ -279,7 +291,7 @@ def _llava(config: Any, patches: int, tokens: int) -> int:
 
 
 def _video_llava(config: Any, patches: int, tokens: int) -> int:
-    """Each frame of a clip has its [CLS] projected too."""
+    """[CLS] of each frame of a clip is projected, too."""
     a, b = _widths(config)
     return tokens * (a * b + b * b)
 
@@ -296,7 +308,7 @@ def _gemma(config: Any, patches: int, tokens: int) -> int:
 
 
 def _swiglu(config: Any, patches: int, tokens: int) -> int:
-    """Aya Vision and Cohere 2 Vision: half of the middle gates the other half."""
+    """Aya Vision and Cohere 2 Vision: half of the hidden layer gates the other half."""
     a = size(_vision(config), "hidden_size") * size(config, "downsample_factor") ** 2
     b = size(text_of(config), "hidden_size")
     m = size(config, "alignment_intermediate_size", default=b)
@@ -315,7 +327,7 @@ def _idefics3(config: Any, patches: int, tokens: int) -> int:
 
 
 def _llama4(config: Any, patches: int, tokens: int) -> int:
-    """The adapter within the tower, and a matrix."""
+    """The adapter in the tower, and a matrix."""
     vision = _vision(config)
     adapter = size(vision, "intermediate_size") * size(vision, "projector_input_dim")
     adapter += size(vision, "projector_output_dim") ** 2
@@ -324,21 +336,21 @@ def _llama4(config: Any, patches: int, tokens: int) -> int:
 
 
 def _mistral3(config: Any, patches: int, tokens: int) -> int:
-    """Squares of patches become one, then two layers."""
+    """Squares of patches are merged, then two layers."""
     d = size(_vision(config), "hidden_size")
     a, b = _widths(config)
     return tokens * (size(config, "spatial_merge_size") ** 2 * d * d + a * b + b * b)
 
 
 def _mllama_projector(config: Any, patches: int, tokens: int) -> int:
-    """One matrix, from all layers that are read of the tower."""
+    """One matrix, from all tower layers read."""
     return (
         tokens * size(_vision(config), "vision_output_dim") * size(text_of(config), "hidden_size")
     )
 
 
 def _ovis2(config: Any, patches: int, tokens: int) -> int:
-    """Onto the visual vocabulary, whose embeddings are then mixed."""
+    """To the visual vocabulary, whose embeddings are then mixed."""
     vision = _vision(config)
     wide = size(vision, "hidden_size") * size(vision, "hidden_stride") ** 2
     words = size(vision, "vocab_size")
@@ -347,7 +359,7 @@ def _ovis2(config: Any, patches: int, tokens: int) -> int:
 
 
 def _qwen(config: Any, patches: int, tokens: int) -> int:
-    """Patches side by side through a square layer and one out; as often as features are deep."""
+    """Concatenated patches through a square and an output layer; once more per deepstack layer."""
     vision = _vision(config)
     wide = size(vision, "embed_dim", "hidden_size") * round(_merged(config))
     times = 1 + len(get(vision, "deepstack_visual_indexes", default=()))
@@ -355,7 +367,7 @@ def _qwen(config: Any, patches: int, tokens: int) -> int:
 
 
 def _glm4v_merger(config: Any, patches: int, tokens: int) -> int:
-    """A convolution that merges, a square layer, and a gated feed-forward."""
+    """A merging convolution, a square layer, and a gated feed-forward."""
     vision = _vision(config)
     d, out = size(vision, "hidden_size"), size(vision, "out_hidden_size")
     m = size(vision, "intermediate_size")
@@ -368,7 +380,7 @@ def _kimi(config: Any, patches: int, tokens: int) -> int:
 
 
 # ---- families -----------------------------------------------------------------------------------
-# Patches that make one vision token.
+# Patches per vision token.
 def _one(config: Any) -> float:
     return 1.0
 
@@ -405,13 +417,13 @@ def _stride(config: Any) -> float:
 
 @dataclass(frozen=True)
 class _Family:
-    """How a family makes vision tokens of patches.
+    """How a family makes vision tokens from patches.
 
     Attributes:
         macs: multiply-adds of its projector.
-        shrink: patches that make one vision token.
-        cls: clips keep [CLS] of each frame.
-        pools_first: frames of clips are pooled before the projector.
+        shrink: patches per vision token.
+        cls: whether clips keep [CLS] of each frame.
+        pools_first: whether frames of clips are pooled before the projector.
     """
 
     macs: Callable[[Any, int, int], int]
@@ -420,7 +432,7 @@ class _Family:
     pools_first: bool = False
 
     def tiles(self, config: Any, images: Images) -> Sequence[int]:
-        """Of each image, as few as hold its tokens unless they are known."""
+        """Tiles of each image; if unknown, as few as hold its tokens."""
         if images.tiles is not None:
             return images.tiles
         per_tile = tile_tokens(config)

@@ -1,35 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """Published token targets: `preset("visionzip", "llava-1.5", 64)` is a method that meets one.
 
-Papers mean several things by "N tokens", and tables that mix them compare nothing:
+Papers mean several things by "N tokens", and tables that mix them are not comparable:
 
 - "exact": vision tokens that enter the language model;
 - "average": vision tokens that a decoder layer processes, mean over the layers;
 - "kept": vision tokens left after one cut between layers; the layers before it see all;
-- "counted": what the authors' own counter says, where it is short of what is processed.
+- "counted": what the authors' own counter reports, if it is less than what is processed.
 
-A preset says which one it meets, and `Preset.schedule` counts all of them, with the bytes of the
-cache and the FLOPs. For methods that act between layers the average is the default; "kept" has
-to be asked for where both are listed. Settings that follow from the target are solved for the
+A preset says which one it meets; `Preset.schedule` counts all of them, with the bytes of the
+cache and the FLOPs. For methods that act between layers the default is "average"; if both are
+listed, request "kept" explicitly. Settings that depend on the target are solved for the
 decoder's depth, so that `preset("fastv", "llava-1.5", 64, layer=3)` still averages 64.
 
-A tiled image (LLaVA-NeXT: at most 5 tiles of 576 tokens) is divided as the source divides it, and
+A tiled image (LLaVA-NeXT: at most 5 tiles of 576 tokens) is divided as in the source, and
 `Preset.scope` says how:
 
 - "tile": each tile has its own budget. VisionZip, VisPruner, CDPruner, SCOPE, MMTok, PruMerge+
   (inferred) and VScan's first stage come as `vtc.PerTile`. All but VScan have a number of tokens:
-  640 of 2880 is 128 of a tile, however few tiles there are, and of a tile that the model cuts to
-  the picture's shape. VScan has a share, as its cut in the decoder is one for all tiles. Methods of
-  the vision tower (`tome`, `flowcut`) see one tile at a time, and `pool` and `downsample` divide by
-  tile themselves; these have shares.
-- "image": the tiles compete for one budget, a share of what they have in all: DivPrune, HoloV,
-  ToDRE, and all that acts in the decoder alone (FastV, SparseVLM, PyramidDrop, DART, V2Drop,
-  TransPrune). `random`, which has no source, is held so too.
+  640 of 2880 is 128 per tile, for any number of tiles, including tiles that the model crops to
+  the picture's shape. VScan has a fraction, as its cut in the decoder is one for all tiles. Methods
+  of the vision tower (`tome`, `flowcut`) see one tile at a time, and `pool` and `downsample` divide
+  by tile themselves; these have fractions.
+- "image": the tiles compete for one budget, a fraction of all their tokens: DivPrune, HoloV,
+  ToDRE, and all methods that act only in the decoder (FastV, SparseVLM, PyramidDrop, DART, V2Drop,
+  TransPrune). `random`, which has no source, is treated likewise.
 
-Newlines between rows of tiles are in no number here. VisionZip, SCOPE, MMTok, FlowCut and HoloV
-drop them, VisPruner, CDPruner and ToDRE are run without any, VScan keeps all and does not count
-them, and to DivPrune they are tokens like others. transformers puts one after each row of tiles:
-vtc leaves those of rows that keep a token, beside the target.
+`image_newline` tokens do not count towards a budget here. VisionZip, SCOPE, MMTok, FlowCut and
+HoloV drop them, VisPruner, CDPruner and ToDRE run without any, VScan keeps all and does not count
+them, and DivPrune treats them as tokens. transformers puts one after each row of tiles:
+vtc keeps those of rows that keep a token, in addition to the target.
 """
 
 from __future__ import annotations
@@ -79,13 +79,13 @@ class Preset:
     """Settings with which a method meets a token target.
 
     Attributes:
-        method: its name.
-        target: the model, a name of `TARGETS`.
-        tokens: the target, a number of vision tokens, or a share where images differ in size.
+        method: name of the method.
+        target: the model, a name in `TARGETS`.
+        tokens: the target, a number of vision tokens, or a fraction if image sizes differ.
         convention: what `tokens` counts.
-        settings: of the method.
+        settings: settings of the method.
         source: where they come from, or that they were solved or inferred.
-        each: whether the method is applied to each tile by itself; `settings` are of a tile then.
+        each: whether the method is applied to each tile separately, with `settings` per tile.
     """
 
     method: str
@@ -98,12 +98,12 @@ class Preset:
 
     @property
     def scope(self) -> Literal["image", "tile"]:
-        """Whether all tiles of an image share one budget, or each tile has its own."""
+        """ "image" if all tiles of an image share one budget, "tile" if each has its own."""
         return scope_of(self.make(), TARGETS[self.target].tiles)
 
     @property
     def text(self) -> str:
-        """The method as the command line and `vtc.core.spec` read it."""
+        """The method as text, for the command line and `vtc.core.spec`."""
         settings = "".join(f":{name}={value!r}" for name, value in self.settings.items())
         return self.method + "@tile" * self.each + settings
 
@@ -116,7 +116,11 @@ class Preset:
         return _made(self.method, self.settings, self.each)
 
     def schedule(self, *, text: int = 0, image: int | None = None) -> Schedule:
-        """Tokens of every layer, in all conventions, and what they cost; see `describe`."""
+        """Tokens of every layer, in all conventions, and their cost; see `describe`.
+
+        Args:
+            text, image: as in `describe`.
+        """
         return describe(self.make(), self.target, text=text, image=image)
 
 
@@ -126,7 +130,15 @@ def _made(method: str, settings: Mapping[str, Any], each: bool) -> Method:
 
 
 def presets(method: str | None = None, target: str | None = None) -> list[Preset]:
-    """All presets that can be met, of the registered methods, in the order of the table."""
+    """All feasible presets of the registered methods, in the order of the table.
+
+    Args:
+        method: only those of this method.
+        target: only those of this model.
+
+    Raises:
+        ArgumentError: a method without presets, or an unknown target.
+    """
     rows = [row for row in TABLE if row.method in methods()]
     if method is not None:
         _rows_of(method)
@@ -147,17 +159,17 @@ def preset(
     """The method with which `target` keeps `tokens` vision tokens, ready for `vtc.patch`.
 
     Args:
-        method: a name; `presets()` lists which there are.
+        method: a name; `presets()` lists them.
         target: "llava-1.5" (576 vision tokens), "llava-next" (2880) or "qwen2.5-vl" (any number).
-        tokens: 64, or the share 64 / 576; on Qwen2.5-VL a share. To a thousandth.
-        convention: what `tokens` counts, where a method has presets of several; see the module's
-            head. By default the first that is listed.
-        settings: further settings of the method. Solved ones follow them; those that the preset
-            rests on cannot be given, but for a `version` that is listed ("v2" of SparseVLM).
+        tokens: 64, or the fraction 64 / 576; on Qwen2.5-VL a fraction. Precise to a thousandth.
+        convention: what `tokens` counts, if the method has presets of several conventions (see the
+            module's docstring); by default the first one listed.
+        settings: other settings of the method, which solved ones take into account. Settings that
+            the preset fixes are refused, except a listed `version` ("v2" of SparseVLM).
 
     Raises:
         ValueError: unknown method, target, tokens or convention, or a target that the method
-            cannot meet, with the smallest (or largest) that it can.
+            cannot meet, with the smallest (or largest) one that it can.
         TypeError: a setting that the method does not have or that the preset fixes.
     """
     return find(method, target, tokens, convention=convention, **settings).make()
@@ -171,7 +183,11 @@ def find(
     convention: Convention | None = None,
     **settings: Any,
 ) -> Preset:
-    """Like `preset`, with convention, source and schedule; `.make()` gives the method."""
+    """Like `preset`, but returns the `Preset` with convention, source and schedule.
+
+    Args, raises:
+        as in `preset`.
+    """
     rows, model = _rows_of(method), target_of(target)
     if convention is not None and convention not in get_args(Convention):
         expected = ", ".join(map(repr, get_args(Convention)))
@@ -181,7 +197,7 @@ def find(
         known = ", ".join(dict.fromkeys(row.target for row in rows))
         raise ArgumentError("target", f"{method} has no presets on {model.name}; it has on {known}")
     here = _chosen(here, "convention", convention, lambda row: row.convention)
-    # Versions of a method have rows of their own.
+    # Each version of a method has its own rows.
     if all("version" in row.settings for row in here):
         version = settings.pop("version", None)
         here = _chosen(here, "version", version, lambda row: row.settings["version"])
@@ -203,7 +219,7 @@ def find(
 
 
 def _chosen(rows: list[Row], name: str, value: Any, of: Callable[[Row], Any]) -> list[Row]:
-    """The rows of which `of` is `value`; all of them if it is `None`."""
+    """The rows whose `of` is `value`, or all if it is `None`."""
     found = [row for row in rows if value is None or of(row) == value]
     if not found:
         known = ", ".join(dict.fromkeys(repr(of(row)) for row in rows))
@@ -231,14 +247,16 @@ def _names(tokens: Sequence[int | float]) -> str:
 
 
 def _listed(tokens: int | float, row: Row, model: Target) -> int | float | None:
-    """The entry of the row that is meant, or `None`."""
+    """The matching entry of the row, or `None`."""
     if isinstance(tokens, bool) or not isinstance(tokens, (int, float)):
-        raise ArgumentTypeError("tokens", f"expected a number of tokens or a share, got {tokens!r}")
+        raise ArgumentTypeError(
+            "tokens", f"expected a number of tokens or a fraction, got {tokens!r}"
+        )
     for entry in row.tokens:
         if isinstance(tokens, int):
             if isinstance(entry, int) and tokens == entry:
                 return entry
-        # People write a third as 0.333.
+        # Users write a third as 0.333.
         elif abs(tokens - _share(entry, model)) < 1e-3:
             return entry
     return None
@@ -263,7 +281,7 @@ class InfeasibleError(ArgumentError):
 
 _LITTLE = 1e-9
 _MANY = 10**9
-"""An image so large that rounding to whole tokens no longer matters."""
+"""An image so large that rounding to whole tokens does not matter."""
 
 
 def _resolved(row: Row, tokens: int | float, given: Mapping[str, Any]) -> Preset:
@@ -271,7 +289,7 @@ def _resolved(row: Row, tokens: int | float, given: Mapping[str, Any]) -> Preset
         if name in row.fixed:
             raise ArgumentTypeError(
                 name,
-                f"the preset of {tokens:.4g} tokens sets it; for a value of your own make the "
+                f"the preset of {tokens:.4g} tokens sets it; for another value make the "
                 f"method, {row.method}({name}=...)",
             )
     settings = {**row.at(tokens), **given}
@@ -304,7 +322,7 @@ def _solved(row: Row, tokens: int | float, settings: Mapping[str, Any]) -> int |
     low, high = _LITTLE, 1.0
     if wanted > (most := average(1 - _LITTLE, _MANY)) + 1e-6:
         raise _infeasible(row, tokens, "largest", most)
-    # More kept is more on average; sixty halvings are all that a float tells apart.
+    # The average grows with `keep`; sixty bisections exhaust a float's precision.
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (low, middle) if average(middle, _MANY) > wanted else (middle, high)
@@ -316,10 +334,10 @@ def _solved(row: Row, tokens: int | float, settings: Mapping[str, Any]) -> int |
 
 
 def _infeasible(row: Row, tokens: int | float, which: str, limit: float) -> InfeasibleError:
-    """`limit` is a share of the image's tokens."""
+    """The error for `tokens`; `limit` is a fraction of the image's tokens."""
     model, toward = TARGETS[row.target], math.ceil if which == "smallest" else math.floor
     if isinstance(tokens, int):
-        # What comes out of a division may lie a hair beyond a whole number.
+        # The result of a division may lie slightly above an integer.
         best = f"{toward(round(limit * model.tokens, 6))}"
         asked = f"{tokens} of {model.tokens} tokens"
     else:
@@ -341,7 +359,7 @@ def _infeasible(row: Row, tokens: int | float, which: str, limit: float) -> Infe
 
 
 class _Package(ModuleType):
-    """`vtc.presets` is this package, and the function of the same name."""
+    """`vtc.presets` is this package and also the function of the same name."""
 
     def __call__(self, method: str | None = None, target: str | None = None) -> list[Preset]:
         return presets(method, target)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a method leaves to every decoder layer of a target, and what that costs."""
+"""The tokens that a method leaves to every decoder layer of a target, and their cost."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ from vtc.presets.table import target_of
 
 
 def scope_of(method: Method, tiles: int) -> Literal["image", "tile"]:
-    """Whether all tiles of an image share one budget, or each tile has its own."""
+    """ "image" if all tiles of an image share one budget, "tile" if each has its own."""
     return "tile" if method.by_tile and tiles > 1 else "image"
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a method leaves to the language model of a target, for one image, in every convention.
+    """What a method leaves to a target's language model, for one image, in every convention.
 
     Attributes:
         method: name and settings.
         target: the model.
-        scope: "tile" if each tile of the image has a budget of its own, "image" if all share one.
-        image: vision tokens of the image before compression. Newlines are none; those that a model
-            puts between rows are counted if they are given as text.
-        text: tokens of text that every layer sees as well.
+        scope: "tile" if each tile of the image has its own budget, "image" if all share one.
+        image: vision tokens of the image before compression, without `image_newline` tokens; to
+            count these, add them to the text.
+        text: text tokens that every layer also processes.
         per_layer: vision tokens that each decoder layer processes.
-        kv_bytes: of keys and values after the prefill, text included, 2 bytes a value.
-        flops: of the language model's prefill, text and output head included, 2 per multiply-add.
-        visual_flops: the literature's count, of the vision tokens alone, 1 per multiply-add.
-        at_most: whether the image decides, and these are the largest numbers it can come to.
+        kv_bytes: bytes of keys and values after the prefill, text included, 2 bytes per value.
+        flops: FLOPs of the language model's prefill, text and output head included, 2 per
+            multiply-add.
+        visual_flops: the literature's count, of the vision tokens only, 1 per multiply-add.
+        at_most: whether the numbers depend on the image and these are upper bounds.
     """
 
     method: str
@@ -53,16 +54,16 @@ class Schedule:
 
     @property
     def average(self) -> float:
-        """Vision tokens of a layer, mean over the layers: the convention "average"."""
+        """Vision tokens per layer, mean over the layers: the convention "average"."""
         return equivalent_tokens(self.per_layer)
 
     @property
     def kept(self) -> int:
-        """Vision tokens of the last layer: the convention "kept" where there is one cut."""
+        """Vision tokens of the last layer: the convention "kept" with a single cut."""
         return self.per_layer[-1]
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, ready for JSON."""
+        """All attributes and conventions, ready for JSON."""
         counts = {"entering": self.entering, "average": self.average, "kept": self.kept}
         return {**asdict(self), "per_layer": list(self.per_layer), **counts}
 
@@ -85,18 +86,18 @@ class Schedule:
 
 
 def describe(method: Method, target: str, *, text: int = 0, image: int | None = None) -> Schedule:
-    """What `method` does to the tokens of one image on `target`, by arithmetic; nothing is run.
+    """What `method` leaves of one image on `target`, by arithmetic; no model runs.
 
     Args:
-        method: a finished method with a fixed budget.
-        target: a name of `TARGETS`.
-        text: tokens of text beside the image.
+        method: a method with a fixed budget.
+        target: a name in `TARGETS`.
+        text: text tokens next to the image.
         image: vision tokens before compression, by default those of the target. A tiled image has
-            a whole number of tiles; pooling counts every tile or image as square where it can.
+            a whole number of tiles; pooling treats every tile or image as square if possible.
 
     Raises:
         ValueError: unknown target, a number of tokens that it cannot have, or a method whose
-            tokens follow the image.
+            number of tokens depends on the image.
     """
     model = target_of(target)
     n = model.tokens if image is None else image

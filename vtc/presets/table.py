@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The token targets that were published, and the settings with which methods meet them."""
+"""Published token targets, and the settings with which methods meet them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Convention = Literal["exact", "average", "kept", "counted"]
 # ---- the models that targets are published for --------------------------------------------------
 @dataclass(frozen=True)
 class Target:
-    """A model that token targets are published for; the language model is the one of 7B.
+    """A model with published token targets, with its 7B language model.
 
     Attributes:
-        name: what `preset` finds it by.
-        tokens: vision tokens of an image; where `tile` is `None`, of a usual one.
-        tile: vision tokens of a tile, or `None` where an image may have any number of tokens.
+        name: its name for `preset`.
+        tokens: vision tokens of an image; if `tile` is `None`, of a typical one.
+        tile: vision tokens of a tile, or `None` if an image may have any number of tokens.
         decoder: sizes of the language model, named as in its configuration.
     """
 
@@ -42,7 +42,7 @@ class Target:
         return self.tiles_of(self.tokens)
 
     def tiles_of(self, tokens: int) -> int:
-        """Tiles of an image of so many vision tokens."""
+        """Tiles of an image of `tokens` vision tokens."""
         return tokens // self.tile if self.tile else 1
 
 
@@ -62,13 +62,18 @@ TARGETS: dict[str, Target] = {
     for target in (
         Target("llava-1.5", 576, 576, _VICUNA_7B),
         Target("llava-next", 2880, 576, _VICUNA_7B),
-        # 1296 = 36 x 36, a picture of 1008 x 1008 pixels, to which evaluations resize.
+        # 1296 = 36 x 36: evaluations resize to 1008 x 1008 pixels.
         Target("qwen2.5-vl", 1296, None, _QWEN_7B),
     )
 }
 
 
 def target_of(name: str) -> Target:
+    """The target of this name.
+
+    Raises:
+        ArgumentError: unknown name.
+    """
     found = TARGETS.get(name.lower()) if isinstance(name, str) else None
     if found is None:
         raise ArgumentError("target", unknown(name, TARGETS))
@@ -77,11 +82,11 @@ def target_of(name: str) -> Target:
 
 # ---- the table ----------------------------------------------------------------------------------
 class Open(Enum):
-    """What stands in a row where a value follows from the target."""
+    """Placeholders in a row for values that depend on the target."""
 
-    TARGET = "the target: a number on LLaVA-1.5 and of a tile, elsewhere a share"
-    COUNT = "solved for the average, in whole tokens of an image or, where it is split, of a tile"
-    SHARE = "solved for the average, a share of four decimals"
+    TARGET = "the target: a number on LLaVA-1.5 and per tile, elsewhere a fraction"
+    COUNT = "solved for the average, in whole tokens per image or, if it is split, per tile"
+    SHARE = "solved for the average, a fraction of four decimals"
     NEVER = "no setting meets the target"
 
 
@@ -89,7 +94,7 @@ TARGET, COUNT, SHARE, NEVER = Open
 
 
 class Each(tuple[Any, ...]):
-    """Values for the targets of a row, one for each."""
+    """One value for each target of a row."""
 
 
 def _each(*values: Any) -> Each:
@@ -97,22 +102,25 @@ def _each(*values: Any) -> Each:
 
 
 def _said(text: str, *values: object) -> Each:
-    """`text` with a value for each target in place of `{}`."""
+    """`text` with one value for each target in place of `{}`."""
     return Each(text.format(value) for value in values)
 
 
 def _of_576(*counts: int) -> tuple[float, ...]:
-    """Counts published for 576 tokens, as shares."""
+    """Counts published for 576 tokens, as fractions."""
     return tuple(count / TARGETS["llava-1.5"].tokens for count in counts)
 
 
 @dataclass(frozen=True)
 class Row:
-    """Presets of one method on one model that differ in their tokens only.
+    """Presets of one method on one model that differ only in their tokens.
 
     Attributes:
-        sources: where the settings come from, of each target where that is not the same.
-        each: whether the method is applied to each tile by itself, with `vtc.PerTile`.
+        method, target, convention: as in `Preset`.
+        tokens: the targets.
+        settings: the method's settings; an `Each` has one value per target.
+        sources: where the settings come from, per target if they differ.
+        each: whether the method is applied to each tile separately, with `vtc.PerTile`.
     """
 
     method: str
@@ -129,7 +137,7 @@ class Row:
 
     @property
     def fixed(self) -> frozenset[str]:
-        """Settings without which the target would not be met; others may be given."""
+        """Settings that the target depends on; users may give others."""
         looked_up = self.convention == "average" and not self.solved
         return frozenset(self.settings) if looked_up else frozenset({"keep"})
 
@@ -138,7 +146,7 @@ class Row:
         return {name: self._of(tokens, value) for name, value in self.settings.items()}
 
     def source(self, tokens: int | float) -> str:
-        """Where those come from."""
+        """The source of these settings."""
         return str(self._of(tokens, self.sources))
 
     def _of(self, tokens: int | float, value: Any) -> Any:
@@ -158,7 +166,7 @@ _DROPS = (3, 17, 22)
 _V1 = {"version": "v1.5", "layers": (2, 6, 15)}
 _V2 = {"version": "v2", "layers": (2, 6, 15)}
 
-# The first row of a method and a model is the one that is meant where no convention is named.
+# The first row of a method and a model is the default convention.
 # fmt: off
 TABLE: tuple[Row, ...] = (
     Row("catp", _LLAVA, "kept", _576, _KEEP, "inferred; more before layer 7"),
@@ -273,8 +281,8 @@ TABLE: tuple[Row, ...] = (
 
 WITHOUT: dict[str, str] = {
     "atp": "its budget is trained",
-    "correlation": "it adapts to each crop; give its `keep` for a fixed budget",
+    "correlation": "it adapts to each crop; set its `keep` for a fixed budget",
     "full": "it keeps all tokens",
-    "prumerge": "its number of tokens follows the image; `prumerge_plus` has fixed budgets",
+    "prumerge": "its number of tokens depends on the image; `prumerge_plus` has fixed budgets",
 }
-"""Methods that have no presets, and why."""
+"""Methods without presets, and why."""
