@@ -213,7 +213,7 @@ def test_describe_says_what_is_left_of_a_composition() -> None:
     assert vtc.describe(vtc.Random(0.5) | vtc.DivPrune(0.25), "llava-1.5").average == 144
     assert vtc.describe(vtc.DivPrune(0.5) | vtc.FastV(0.25), "llava-1.5").kept == 144
     for relative in (vtc.V2Drop(), vtc.TransPrune("after_selection"), vtc.Pool()):
-        with pytest.raises(ValueError, match=f"what {relative.name} leaves follows what it finds"):
+        with pytest.raises(ValueError, match=f"those of {relative.name} depend on what the other"):
             vtc.describe(vtc.Random(0.5) | relative, "llava-1.5")
 
 

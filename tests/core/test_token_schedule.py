@@ -104,7 +104,7 @@ def test_a_second_stage_that_may_drop_all_has_a_bound() -> None:
 )
 def test_none_where_the_image_decides(method: Method) -> None:
     assert method.token_schedule(576, 32) is None
-    with pytest.raises(ValueError, match=r"^method: the tokens of .* cannot be told by arithmetic"):
+    with pytest.raises(ValueError, match=r"^method: the tokens of .* cannot be computed"):
         token_schedule(method, 576, 32)
 
 

@@ -617,7 +617,12 @@ def test_settings_go_to_the_method() -> None:
     ("arguments", "given", "error", "message"),
     [
         (("nothing", "llava-1.5", 64), {}, ValueError, "no presets of 'nothing'; .*fastv.*vscan"),
-        (("prumerge", "llava-1.5", 64), {}, ValueError, "follows the image; `prumerge_plus` has"),
+        (
+            ("prumerge", "llava-1.5", 64),
+            {},
+            ValueError,
+            "depends on the image; `prumerge_plus` has",
+        ),
         ((FastV(), "llava-1.5", 64), {}, TypeError, "method: expected a name, got FastV"),
         (
             ("fastv", "llava", 64),
@@ -680,10 +685,15 @@ def test_an_unknown_version_is_refused_with_those_there_are() -> None:
         (Random(), "qwen2.5-vl", {"image": 0}, "image: expected 1 or more"),
         (Random(), "llava-1.5", {"text": -1}, "text: expected a whole number"),
         (Random(), "other", {}, "target: unknown name 'other'"),
-        (Random() | Correlation(), "llava-1.5", {}, "cannot be told by arithmetic"),
-        (Correlation(), "llava-1.5", {}, "cannot be told by arithmetic"),
-        (PruMerge(), "llava-1.5", {}, "follow the image; give it a keep"),
-        (PerTile(PruMerge()), "llava-next", {}, "prumerge.* follow the image; give it a keep"),
+        (
+            Random() | Correlation(),
+            "llava-1.5",
+            {},
+            "cannot be computed, as they depend on the image",
+        ),
+        (Correlation(), "llava-1.5", {}, "cannot be computed, as they depend on the image"),
+        (PruMerge(), "llava-1.5", {}, "depend on the image; give it a keep"),
+        (PerTile(PruMerge()), "llava-next", {}, "prumerge.* depend on the image; give it a keep"),
         (
             PerTile(Correlation(), thumbnail=Random(positions="contiguous")),
             "llava-next",

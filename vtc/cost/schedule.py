@@ -28,14 +28,14 @@ def token_schedule(method: Method, n: int, layers: int, tiles: int = 1) -> tuple
     for part in _simple(method):
         if part.token_schedule(n, layers, tiles) is not None:
             continue
-        hint = "follow the image; give it a keep" if _lacks_keep(part) else "follow the image"
+        hint = "; give it a keep" if _lacks_keep(part) else ""
         raise ValueError(
-            f"method: the tokens of {part} cannot be told by arithmetic, as they {hint}"
+            f"method: the tokens of {part} cannot be computed, as they depend on the image{hint}"
         )
     relative = next(part for part in method.parts if part.counts_found)
     raise ValueError(
-        f"method: the tokens of {method} cannot be told by arithmetic, as what {relative.name} "
-        "leaves follows what it finds"
+        f"method: the tokens of {method} cannot be computed, as those of {relative.name} depend on "
+        "what the other methods leave"
     )
 
 
