@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vtc autotune`: the cheapest method and keep that loses at most so much accuracy.
+"""`vtc autotune`: the cheapest method and keep within an allowed loss of accuracy.
 
-Candidates, each a method with a keep, race. All answer a few samples beside the full model; those
-that clearly lose more than is allowed drop out, and the others answer twice as many, until one is
-certain, none is left, or the samples are used up (successive halving with a test in place of a
-fixed half, so that a field of good candidates is not halved for nothing).
+Candidates, each a method with a keep, race. All answer a few samples, as does the full model; those
+that clearly lose more than allowed drop out, and the others answer twice as many, until one is
+certain, none is left, or the samples are used up (successive halving with a test instead of a
+fixed half, so that good candidates are not halved needlessly).
 
 *Loss* is the full model's accuracy minus the candidate's, as a mean over the tasks, tested on
-paired differences: most samples both answer alike, and the noise of these cancels. *Cost* is the
-language model's FLOPs at prefill. At each round a candidate is
+paired differences: most samples get the same answer from both, and their noise cancels. *Cost* is
+the language model's prefill FLOPs. In each round a candidate is
 
-    "lost"       if the loss is more than allowed, even at the interval's good end,
-    "held"       if it is at most what is allowed, even at the bad end,
+    "lost"       if the loss exceeds the allowed one even at the interval's lower end,
+    "held"       if it is within the allowed one even at the upper end,
     "costlier"   if a cheaper one has held already,
     "open"       otherwise.
 
@@ -20,8 +20,8 @@ candidates at 95 %, one may be misjudged. The *winner* is the cheapest that held
 cheapest whose measured loss is allowed, and `certain` is then false.
 
 Rounds are runs of `vtc.eval.harness.run` with a limit. A limit is part of a cell's key, so a round
-answers anew what smaller ones have answered; as rounds double, that at most doubles the work, and a
-killed race goes on at the cell where it was.
+repeats the samples of smaller ones; as rounds double, this at most doubles the work. A killed race
+resumes at the cell where it stopped.
 """
 
 from __future__ import annotations
@@ -61,15 +61,15 @@ __all__ = [
 # ---- the decisions ------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Measured:
-    """What one round says of one candidate; scores and losses are shares, 0.01 is one point.
+    """One round's result for one candidate; scores and losses are fractions, 0.01 is one point.
 
     Attributes:
-        name: the method as text, its keep within.
+        name: the method as text, including its keep.
         cost: language model FLOPs of one sample's prefill, mean over the tasks.
         score: mean over the tasks.
         loss: the full model's score minus this one's, on the same samples.
         low, high: interval of the loss.
-        samples: of all tasks together.
+        samples: number over all tasks.
         ms: prefill with the selector, milliseconds; `None` if not measured.
     """
 
@@ -88,9 +88,9 @@ def paired_interval(
 ) -> tuple[float, float, float]:
     """Mean paired difference over tasks, and its interval.
 
-    Agresti and Min (2005, Statistics in Medicine 24), written for differences in [-1, 1]: two
-    samples are added to each task, half of one a gain, half a loss, so that few samples that agree
-    do not look certain. With answers right or wrong it is their interval exactly.
+    Agresti and Min (2005, Statistics in Medicine 24), generalised to differences in [-1, 1]: two
+    samples are added to each task, half of one a gain, half a loss, so that a few agreeing samples
+    do not look certain. With right or wrong answers it is exactly their interval.
 
     Args:
         differences: one sequence for each task.
@@ -107,7 +107,7 @@ def paired_interval(
     means, centres, variances = [], [], []
     for task in differences:
         if not all(-1.0 <= d <= 1.0 for d in task):
-            raise ValueError("differences: expected all within [-1, 1]: scores are shares")
+            raise ValueError("differences: expected all within [-1, 1]: scores are fractions")
         n = len(task) + 2
         centre = math.fsum(task) / n
         square = (math.fsum(d * d for d in task) + 1) / n
@@ -121,7 +121,7 @@ def paired_interval(
 
 
 def decide(measured: Sequence[Measured], allowed: float) -> dict[str, str]:
-    """ "lost", "held", "costlier" or "open" for each candidate; see the module's head."""
+    """ "lost", "held", "costlier" or "open" for each candidate; see the module's docstring."""
     held = [m.cost for m in measured if m.high <= allowed]
     cheapest = min(held, default=math.inf)
     verdicts = {}
@@ -138,7 +138,7 @@ def decide(measured: Sequence[Measured], allowed: float) -> dict[str, str]:
 def winner(measured: Sequence[Measured], allowed: float) -> tuple[Measured | None, bool]:
     """(the cheapest that held, true), or (the cheapest whose measured loss is allowed, false).
 
-    Of equally cheap ones that with the smaller loss; (`None`, false) if all lose too much.
+    Ties in cost go to the smaller loss; (`None`, false) if all lose too much.
     """
 
     def rank(m: Measured) -> tuple[float, float, str]:
@@ -151,7 +151,7 @@ def winner(measured: Sequence[Measured], allowed: float) -> tuple[Measured | Non
 
 
 def frontier(measured: Sequence[Measured]) -> list[Measured]:
-    """Those that no other beats in cost and in loss both, the cheapest first."""
+    """Candidates that no other beats in both cost and loss, the cheapest first."""
     best: list[Measured] = []
     for m in sorted(measured, key=lambda m: (m.cost, m.loss, m.name)):
         if not best or m.loss < best[-1].loss:
@@ -160,7 +160,7 @@ def frontier(measured: Sequence[Measured]) -> list[Measured]:
 
 
 def rounds(start: int, most: int) -> list[int]:
-    """Samples of each task in each round: `start`, doubled up to `most`, which is the last.
+    """Samples per task in each round: `start`, doubled up to `most`, the last one.
 
     Raises:
         ArgumentError: not 1 <= start <= most.
@@ -175,7 +175,7 @@ def rounds(start: int, most: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Round:
-    """One round: samples of each task, what was measured, and what was decided of it."""
+    """One round: samples per task, measurements and verdicts."""
 
     limit: int
     measured: tuple[Measured, ...]
@@ -184,11 +184,11 @@ class Round:
 
 @dataclass(frozen=True)
 class Race:
-    """All rounds, and what came out.
+    """All rounds and the outcome.
 
     Attributes:
-        latest: the last measurement of each candidate, of different numbers of samples.
-        winner: see `winner`; of those that were never dropped.
+        latest: the last measurement of each candidate, with different numbers of samples.
+        winner: see `winner`; only candidates that were never dropped.
     """
 
     rounds: tuple[Round, ...]
@@ -198,8 +198,8 @@ class Race:
 
 
 Measure = Callable[[Sequence[str], int, float], tuple[Sequence[Measured], bool]]
-"""(candidates, samples of each task, confidence) -> what was measured, and whether the tasks have
-more samples than that. Candidates that failed are left out."""
+"""(candidates, samples per task, confidence) -> measurements, and whether the tasks have
+more samples. Failed candidates are left out."""
 
 
 def race(
@@ -209,14 +209,14 @@ def race(
     sizes: Sequence[int],
     confidence: float = 0.95,
 ) -> Race:
-    """Run rounds until a winner is certain, nobody is left, or the samples are used up.
+    """Run rounds until a winner is certain, no candidate is left, or the samples are used up.
 
     Args:
         names: the candidates.
         measure: runs a round.
-        allowed: loss, a share.
-        sizes: of the rounds; see `rounds`.
-        confidence: that a candidate is not misjudged in any round.
+        allowed: allowed loss, a fraction.
+        sizes: samples per task in each round; see `rounds`.
+        confidence: probability that a candidate is not misjudged in any round.
     """
     each = 1 - (1 - confidence) / len(sizes)
     left = list(dict.fromkeys(names))
@@ -239,10 +239,10 @@ def race(
 
 # ---- candidates and rounds on real tasks --------------------------------------------------------
 def candidates(methods: Sequence[str], keeps: Sequence[Keep]) -> list[str]:
-    """Each method with each keep written into it: "todre", 0.1 is "todre:keep=0.1".
+    """Each method with each keep written into its text: "todre", 0.1 is "todre:keep=0.1".
 
     Raises:
-        BadInput: a method or keep that does not work, or none.
+        BadInput: an invalid method or keep, or none.
     """
     if not methods:
         raise BadInput("--methods", "expected at least one method, got none")
@@ -282,30 +282,30 @@ def autotune(
     confidence: float = 0.95,
     observer: Observer | None = None,
 ) -> dict[str, Any]:
-    """Race the settings' methods and keeps on its tasks; writes `autotune.json` into its folder.
+    """Race the methods and keeps of `settings` on its tasks; writes `autotune.json` to its folder.
 
     Args:
-        settings: as for `vtc.eval.harness.run.run`; `limit` and `baselines` are ours to set.
-        allowed: loss, a share in [0, 1): 0.01 is one point.
-        start: samples of each task in the first round.
-        most: in the last one.
+        settings: as for `vtc.eval.harness.run.run`; `limit` and `baselines` are set here.
+        allowed: allowed loss, a fraction in [0, 1): 0.01 is one point.
+        start: samples per task in the first round.
+        most: samples per task in the last round.
         confidence: see `race`, in (0, 1).
-        observer: told of every round's progress.
+        observer: receives every round's progress.
 
     Returns:
-        What is written: {"format": 1, "settings", "model", "allowed", "confidence", "full":
+        What it writes: {"format": 1, "settings", "model", "allowed", "confidence", "full":
         {"score", "cost", "ms"}, "rounds": [{"limit", "measured", "verdicts"}], "latest", "frontier"
         (names, the cheapest first, the full model with them), "winner" (or null), "certain",
         "failed": {name: error}}.
 
     Raises:
-        BadInput: something given does not work, or a task whose score is no mean of its samples'.
+        BadInput: an invalid setting, or a task whose score is not the mean of its samples' scores.
         RuntimeError: the full model failed.
     """
     if not 0.0 <= allowed < 1.0:
-        raise BadInput("--loss", f"expected a share in [0, 1), got {allowed}")
+        raise BadInput("--loss", f"expected a fraction in [0, 1), got {allowed}")
     if not 0.0 < confidence < 1.0:
-        raise BadInput("--confidence", f"expected a share in (0, 1), got {confidence}")
+        raise BadInput("--confidence", f"expected a fraction in (0, 1), got {confidence}")
     if settings.limit is not None:
         raise BadInput("--limit", "rounds set it; give --start and --most")
     try:
@@ -336,7 +336,7 @@ def autotune(
 
 
 class _Runner:
-    """A `Measure` on real tasks; remembers the full model's figures and what failed."""
+    """A `Measure` on real tasks; records the full model's figures and failures."""
 
     def __init__(self, settings: Settings, observer: Observer | None) -> None:
         self.given, self.observer = settings, observer
@@ -393,11 +393,11 @@ class _Runner:
         if cell["interval"] is None or not all(0.0 <= s <= 1.0 for s in scores.values()):
             raise BadInput(
                 "--tasks",
-                f"{cell['task']}: its {cell['metric']} is no mean over samples of shares, so that "
+                f"{cell['task']}: its {cell['metric']} is not a mean of fractions over samples, so "
                 "losses cannot be paired",
             )
         if not cell["flops"] or cell["flops"]["lm"] is None:
-            raise BadInput("--model", f"{cell['task']}: its FLOPs are not known (see vtc.cost)")
+            raise BadInput("--model", f"{cell['task']}: its FLOPs are unknown (see vtc.cost)")
         return scores
 
 
@@ -407,12 +407,12 @@ def _mean(values: Sequence[float]) -> float:
 
 # ---- printing -----------------------------------------------------------------------------------
 def table(result: Mapping[str, Any], width: int | None = None) -> Any:
-    """What `autotune` returned, for the terminal: all candidates, the frontier, the winner.
+    """The result as a table for the terminal: all candidates, the frontier, the winner.
 
     Args:
-        result: it.
-        width: of the terminal; below `FULL_WIDTH` there are fewer columns, which fit 80. `None`
-            shows all.
+        result: what `autotune` returned.
+        width: columns of the terminal; below `FULL_WIDTH` the table has fewer columns, to fit 80.
+            `None` shows all.
     """
     from rich.box import SIMPLE_HEAD
     from rich.console import Group
@@ -460,7 +460,7 @@ def table(result: Mapping[str, Any], width: int | None = None) -> Any:
         sure = (
             f"with {100 * result['confidence']:g} % confidence"
             if result["certain"]
-            else "as measured, which is not certain: the interval reaches further; raise --most"
+            else "as measured, which is uncertain: the interval reaches further; raise --most"
         )
         line = f"Cheapest within {allowed}: {best}, {100 * saved:.0f} % fewer FLOPs, {sure}."
     failed = [Text(f"failed: {k}: {v}", style="red") for k, v in result["failed"].items()]

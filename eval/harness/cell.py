@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How one cell is run: its method put on the model, lmms-eval's evaluation, what came out."""
+"""Running one cell: patch the model, evaluate with lmms-eval, collect the results."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def run_cell(
     versions: Mapping[str, str],
     setup: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """A cell as in results.json, done or failed; written to its folder if it is done.
+    """Run a cell and return it as in results.json, done or failed; if done, also write its files.
 
     Args:
-        cell: what to run.
-        key: its name on the disk.
-        model: lmms-eval's class, unpatched; left so.
-        tasks: of the run.
-        settings: of the run.
-        versions: to be noted.
-        setup: to be noted; what cells that may be compared have in common.
+        cell: the cell to run.
+        key: its file name.
+        model: lmms-eval's model object, unpatched before and after.
+        tasks: tasks of the run.
+        settings: settings of the run.
+        versions: versions to record.
+        setup: setup to record, which comparable cells have in common.
     """
     from lmms_eval.evaluator import simple_evaluate
 
@@ -55,7 +55,7 @@ def run_cell(
         "setup": dict(setup),
     }
     started = time.perf_counter()
-    state = random.getstate()  # lmms-eval seeds the process's generators
+    state = random.getstate()  # lmms-eval seeds the global generators
     model.vtc_journal = journal = Journal(
         settings.out / "journal",
         key,
@@ -74,7 +74,7 @@ def run_cell(
             task_manager=tasks.manager,
             limit=tasks.limits[cell.task],
             batch_size=settings.batch_size,
-            bootstrap_iters=0,  # intervals are made here, from the samples
+            bootstrap_iters=0,  # intervals are computed here, from the samples
             log_samples=True,
             random_seed=settings.seed,
             numpy_random_seed=settings.seed,
@@ -84,7 +84,7 @@ def run_cell(
         )
         report = model.vtc_patch.report
         shared = [prefill for part in parallel.everyone(journal.prefills) for prefill in part]
-        if parallel.rank() != 0:  # all that lmms-eval found is with the first
+        if parallel.rank() != 0:  # the first process has lmms-eval's results
             return {**row, "status": "done"}
         report.reset()
         for prefill in shared:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of a run: whether it can be written to, and that nothing is left of a refused run."""
+"""The folder of a run: check that it is writable, and clean up after a refused run."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from .plan import BadInput
 __all__ = ["REMEMBERED", "check_out", "prepared"]
 
 REMEMBERED = "fingerprints.json"
-"""In a run's folder: hashes of large files, so that a checkpoint is not read for each run."""
+"""File in a run's folder with hashes of large files, so that not every run reads a checkpoint."""
 
 
 def check_out(out: Path) -> None:
-    """Refuse a folder that cannot be written to; it need not be there yet.
+    """Refuse a folder that cannot be written to; it need not exist yet.
 
     Raises:
-        BadInput: of --out.
+        BadInput: for --out.
     """
     there = next(path for path in (out, *out.parents) if os.path.lexists(path))
     if not there.is_dir():
-        raise BadInput("--out", f"{out}: {there} is no folder")
+        raise BadInput("--out", f"{out}: {there} is not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise BadInput("--out", f"{out}: no permission to write to {there}")
 
 
 @contextlib.contextmanager
 def prepared(out: Path, log: Path) -> Iterator[None]:
-    """Make the folder with its `cells/`; if the run is refused while it lasts, take away what it
-    has made, but for finished cells and what goes with them.
+    """Make the folder with its `cells/`; if the run is refused within the block, remove what it
+    made, except finished cells and their files.
 
     Args:
         out: the folder.
-        log: of this process, in it.
+        log: this process's log file in it.
 
     Raises:
-        BadInput: the folder cannot be made, or what the run raised.
+        BadInput: the folder cannot be made, or the run is refused.
     """
     made = [path for path in (out, *out.parents) if not path.exists()]
     names = ("data", "journal", REMEMBERED)
@@ -63,7 +63,7 @@ def prepared(out: Path, log: Path) -> Iterator[None]:
             if empty and parallel.rank() == 0:
                 for path in (cells, *fresh):
                     _remove(path)
-                for path in made:  # of several processes the last one leaves it empty
+                for path in made:  # with several processes the last one finds it empty
                     path.rmdir()
         raise
 

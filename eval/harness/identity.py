@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the answers of a cell depend on, as hashes: files, code, versions.
+"""Hashes of everything that a cell's answers depend on: files, code, versions.
 
-A cell is taken for finished if its key is that of one on the disk, so the key has to hold all that
-could give other answers, and nothing else: what is too much throws hours of work away.
+A cell counts as finished if a cell on disk has the same key, so the key must cover everything that
+can change answers, and nothing else: anything superfluous discards hours of work.
 
-Code is hashed in two parts. What asks, carries out and scores is shared by all cells: all of vtc
-but `_APART`, which no answer passes through (a module that is new counts until it is listed there).
-A method's own files are hashed for cells of that method only, with what they import of their like.
+Code is hashed in two parts. The code that asks, runs and scores is shared by all cells: all of vtc
+except `_APART`, which does not affect answers (a new module counts until it is listed there).
+A method's own files are hashed only for its cells, with their imports among methods.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _APART = (
     "integrations", "methods", "models/page.py", "presets", "training", "viz/plots.py",
     "viz/record.py", "viz/trace.py", "viz/views.py",
 )  # fmt: skip
-"""Of vtc, what no answer passes through; methods are hashed one by one (`code_of_method`)."""
+"""Parts of vtc that do not affect answers; methods are hashed separately (`code_of_method`)."""
 _EVAL = Path(__file__).parents[1]
 _OF_EVAL = (
     *(f"harness/{name}.py" for name in ("cell", "journal", "loading", "prefills", "scoring")),
@@ -55,20 +55,20 @@ _OF_EVAL = (
 
 _LARGE = 1 << 24
 _UNSETTLED = 2 * 10**9
-"""Nanoseconds within which a file could be written again without a later time on it."""
+"""Nanoseconds within which a file could be rewritten with the same time stamp."""
 
 
 def digest(value: Any) -> str:
-    """Of anything that JSON can hold."""
+    """Hash of anything that JSON can represent."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:20]
 
 
 # ---- files --------------------------------------------------------------------------------------
 class FileHashes:
-    """SHA-256 of whole files; those of large ones are remembered by size, times and inode.
+    """SHA-256 of whole files; for large ones cached by size, times and inode.
 
     Args:
-        memory: a JSON file to remember in; without it nothing is.
+        memory: JSON file for the cache; without it nothing is cached.
     """
 
     def __init__(self, memory: Path | None = None) -> None:
@@ -79,13 +79,13 @@ class FileHashes:
                 self.known = dict(json.loads(memory.read_text("utf-8")))
 
     def of(self, file: Path) -> str:
-        """In hexadecimal.
+        """The hash of `file` in hexadecimal.
 
         Raises:
             OSError: the file cannot be read.
         """
         found = file.stat()
-        # A time can be set back, that of the inode's last change cannot.
+        # A modification time can be set back, that of the inode's last change cannot.
         stamp = [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
         name = str(file.resolve())
         known = self.known.get(name)
@@ -103,7 +103,7 @@ class FileHashes:
         if self.memory is None:
             return
         temporary = self.memory.with_name(f".{self.memory.name}.{os.getpid()}")
-        with contextlib.suppress(OSError):  # a full disk: it is read once more next time
+        with contextlib.suppress(OSError):  # a full disk: read the file again next time
             temporary.write_text(json.dumps(self.known), "utf-8")
             os.replace(temporary, self.memory)
 
@@ -126,11 +126,12 @@ def fingerprint(path: Path, hashes: FileHashes | None = None) -> str:
 
 
 def named_files(value: Any, hashes: FileHashes, base: Path | None = None) -> dict[str, str]:
-    """Fingerprints of the files and folders that are named by texts anywhere in `value`.
+    """Fingerprints of the files and folders that strings anywhere in `value` name.
 
     Args:
-        value: mappings and lists of texts and others.
-        base: where relative names start, if not at the working directory.
+        value: nested mappings and lists.
+        hashes: hashes of files.
+        base: base of relative paths; by default the working directory.
     """
     if isinstance(value, Mapping):
         value = list(value.values())
@@ -145,7 +146,7 @@ def named_files(value: Any, hashes: FileHashes, base: Path | None = None) -> dic
         path = (base or Path()) / Path(value).expanduser()
         if path.exists():
             return {str(value): fingerprint(path, hashes)}
-    except (OSError, ValueError, RuntimeError):  # no path at all
+    except (OSError, ValueError, RuntimeError):  # not a path
         pass
     return {}
 
@@ -157,7 +158,7 @@ def _hashed(files: Iterable[Path], base: Path) -> str:
 
 
 def shared_code() -> str:
-    """Hash of the code that every answer passes through, the methods' own files left out."""
+    """Hash of the code that affects every answer, without the methods' own files."""
     from vtc.integrations import lmms_eval
 
     own = []
@@ -176,14 +177,14 @@ def shared_code() -> str:
 
 
 def code_of_method(method: Method) -> str:
-    """Hash of the files that a method's classes stand in, and of what these import of their like:
-    of vtc's methods, and of the package or folder that a method of one's own stands in."""
+    """Hash of the files that define a method's classes, and of their imports: among vtc's methods,
+    and from the package or folder of a user-defined method."""
     files: set[Path] = set()
     loose: list[str] = []
     for cls in _classes(method):
         try:
             files |= _closure(Path(inspect.getfile(cls)).resolve())
-        except (TypeError, OSError):  # typed into a session
+        except (TypeError, OSError):  # defined in an interactive session
             functions = [f for f in vars(cls).values() if hasattr(f, "__code__")]
             code = [marshal.dumps(f.__code__) for f in functions]
             loose.append(hashlib.sha256(b"".join([cls.__qualname__.encode(), *code])).hexdigest())
@@ -192,7 +193,7 @@ def code_of_method(method: Method) -> str:
 
 
 def _classes(method: Method) -> set[type]:
-    """The classes of a method and of those within it, without the base that all share."""
+    """The classes of a method and of the methods in it, without the common base."""
     found = {
         cls
         for cls in type(method).__mro__
@@ -209,14 +210,14 @@ def _classes(method: Method) -> set[type]:
 
 
 def code_of_functions(functions: Iterable[Callable[..., Any]]) -> str:
-    """Hash of the files that functions stand in, and of what these import from beside them."""
+    """Hash of the files that define functions, and of their imports next to them."""
     codes = (getattr(inspect.unwrap(function), "__code__", None) for function in functions)
     files = {Path(code.co_filename) for code in codes if code is not None}
     return code_of_files(f for f in files if f.is_file())
 
 
 def code_of_files(files: Iterable[Path]) -> str:
-    """Hash of modules, and of what these import from beside them."""
+    """Hash of modules, and of their imports next to them."""
     found: set[Path] = set()
     for file in files:
         found |= _closure(file.resolve())
@@ -224,7 +225,7 @@ def code_of_files(files: Iterable[Path]) -> str:
 
 
 def _closure(first: Path) -> set[Path]:
-    """A module's file, and those of the same package or folder that it comes to import."""
+    """A module's file, and its direct and indirect imports from the same package or folder."""
     top = first.parent
     while (top / "__init__.py").is_file():
         top = top.parent
@@ -246,7 +247,7 @@ def _closure(first: Path) -> set[Path]:
 
 
 def _alike(file: Path, first: Path, package: Path) -> bool:
-    """Whether `file` is hashed with `first`, which stands in `package` and imports it."""
+    """Whether to hash `file` with `first`, a module of `package` that imports it."""
     if file.is_relative_to(_PACKAGE / "methods"):
         return True
     if first.is_relative_to(_EVAL):
@@ -255,12 +256,12 @@ def _alike(file: Path, first: Path, package: Path) -> bool:
         return False
     if package.is_dir():
         return file.is_relative_to(package)
-    # A module of no package: what lies beside it, unless that is everything that is installed.
+    # A module without a package: its neighbours, unless these are all installed packages.
     return file.is_relative_to(package.parent) and "site-packages" not in package.parts
 
 
 def _imported(file: Path, top: Path) -> Iterator[tuple[str, ...]]:
-    """Names of modules that a file imports, as far as its text says."""
+    """Names of modules that a file imports, from its source text."""
     here = file.relative_to(top).parts[:-1] if file.is_relative_to(top) else ()
     if file.is_relative_to(_PACKAGE):
         here = file.relative_to(_PACKAGE.parent).parts[:-1]
@@ -289,10 +290,10 @@ _COUNT_IF_USED = {
 
 
 def installed_versions(arguments: Mapping[str, Any] | None = None) -> dict[str, str]:
-    """Of vtc and of what the answers go through, as far as it is installed.
+    """Installed versions of vtc and of the packages that affect answers.
 
     Args:
-        arguments: of the model; what these bring into play is named as well.
+        arguments: arguments of the model; packages that they use are included.
     """
     text = json.dumps(dict(arguments or {}), default=str)
     names = [*_COUNT, *{name for word, name in _COUNT_IF_USED.items() if word in text}]

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a cell of `vtc eval` has answered so far, so that a killed run loses one sample at most.
+"""The answers of an unfinished cell of `vtc eval`, so that a killed run loses at most one sample.
 
-lmms-eval's own response cache stores a task's answers when all of them are there, leaves out empty
-ones, and knows nothing of tokens and times. So the answers are written down here as they come, one
-line of JSON for each request (for each batch, where the model answers several at once):
+lmms-eval's own response cache stores a task's answers only when all are there, leaves out empty
+ones, and does not record tokens and times. So answers are written here as they arrive, one
+line of JSON per request (per batch, if the model answers several at once):
 
     journal/KEY.PROCESS.jsonl
-        {"names": [...],        which requests; see `_names`
+        {"names": [...],        the requests; see `_names`
          "answers": [[text, token counts or null], ...],
-         "prefills": [...]}     what the patch's report said of them
+         "prefills": [...]}     from the patch's report
 
-KEY is the cell's, a hash of all that its answers depend on: a file of another model, method, task,
-limit, seed or version has another name. A line whose end is missing was being written when the
-process died; it is cut off. The files go when the cell's results are in place.
+KEY is the cell's key, a hash of everything that its answers depend on: another model, method, task,
+limit, seed or version gives another file. An incomplete last line, from a killed process, is cut
+off. The files are deleted once the cell's results are written.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ __all__ = ["Journal", "SampleError", "answers_in"]
 
 
 class SampleError(RuntimeError):
-    """A sample could not be answered; says which, and the error it was."""
+    """A sample could not be answered; names it and the error."""
 
 
 class Journal:
     """The journal of one cell in one process.
 
     Args:
-        folder: of all journals of a run; made when there is something to write.
-        key: the cell's.
-        process: the number of this process; each writes its own file and reads all.
-        seed: of requests whose answers are sampled.
-        batch: how many requests the model answers at once.
+        folder: folder of all journals of a run; made on the first write.
+        key: the cell's key.
+        process: number of this process; each writes its own file and reads all.
+        seed: seed of requests whose answers are sampled.
+        batch: number of requests that the model answers at once.
 
     Attributes:
-        prefills: of all requests answered, in their order, journalled ones among them.
+        prefills: prefills of all answered requests in order, including journalled ones.
     """
 
     def __init__(
@@ -66,13 +66,14 @@ class Journal:
         report: Report,
         progress: Callable[[int], None] | None = None,
     ) -> list[Any]:
-        """lmms-eval's `GenerationResult`s of its `requests`; those in the journal are not asked.
+        """lmms-eval's `GenerationResult`s for `requests`; those in the journal are not asked again.
 
         Args:
-            kind: the name of lmms-eval's method that answers them.
-            ask: the model; it says itself what progress it makes.
-            report: of the patch; emptied.
-            progress: told of answers that were here already.
+            kind: name of lmms-eval's method that answers them.
+            requests: lmms-eval's requests.
+            ask: calls the model, which reports its own progress.
+            report: the patch's report; it is reset.
+            progress: receives the number of answers found in the journal.
 
         Raises:
             SampleError: a sample could not be answered.
@@ -88,7 +89,7 @@ class Journal:
             mine = tuple(names[i] for i in batch)
             record = known.get(mine)
             if record is None:
-                # What is sampled must not depend on what was answered before.
+                # Sampling must not depend on earlier answers.
                 set_seed(int(_digest([self.seed, mine])[:8], 16))
                 report.reset()
                 answers = _asked([requests[i] for i in batch], ask)
@@ -98,10 +99,10 @@ class Journal:
                 progress(len(batch))
             self.prefills += [prefills.from_json(p) for p in record["prefills"]]
             for i, (text, counts) in zip(batch, record["answers"], strict=True):
-                # lmms-eval takes (loss, greedy) for a pair if it is a tuple.
+                # lmms-eval expects (loss, greedy) as a tuple.
                 value = tuple(text) if kind == "loglikelihood" else text
                 found[i] = GenerationResult(value, TokenCounts(**counts) if counts else None)
-        set_seed(self.seed)  # some tasks draw when they score
+        set_seed(self.seed)  # some tasks sample when scoring
         return [found[i] for i in range(len(requests))]
 
     def remove(self) -> None:
@@ -118,25 +119,25 @@ class Journal:
             content, end = file.read_bytes(), 0
             while (stop := content.find(b"\n", end)) >= 0:
                 record = _parsed(content[end:stop])
-                if record is None:  # a machine that lost power may leave anything
+                if record is None:  # a power loss may leave anything
                     break
                 known[tuple(record["names"])] = record
                 end = stop + 1
             if file == self.path and end < len(content):
-                os.truncate(file, end)  # or the next line would be glued to it
+                os.truncate(file, end)  # or the next line would be appended to it
         return known
 
     def _append(self, record: Mapping[str, Any]) -> None:
         line = memoryview((json.dumps(record) + "\n").encode())
         self.folder.mkdir(parents=True, exist_ok=True)
-        # Unbuffered: once written it is the system's, and outlives the process.
+        # Unbuffered: once written, it survives the process.
         with self.path.open("ab", buffering=0) as file:
             while line:
                 line = line[file.write(line) :]
 
 
 def answers_in(folder: Path) -> int:
-    """How many answers the journals in a folder hold."""
+    """Number of answers in the journals of a folder."""
     records = (
         _parsed(line)
         for file in folder.glob("*.jsonl")
@@ -151,7 +152,7 @@ def _asked(requests: list[Any], ask: Callable[[list[Any]], list[Any]]) -> list[A
         answers = ask(requests)
     except Exception as error:
         raise SampleError(f"{which}: {type(error).__name__}: {error}") from error
-    if len(answers) != len(requests):  # before they are written down, to be read for ever
+    if len(answers) != len(requests):  # checked before they are journalled
         raise SampleError(f"{which}: {len(answers)} answers to {len(requests)} requests")
     return answers
 
@@ -170,7 +171,7 @@ def _digest(value: Any) -> str:
 
 
 def _names(kind: str, requests: Sequence[Any]) -> list[str]:
-    """Names of requests: hashes of task, sample, prompt and settings; repeated ones are counted."""
+    """Names of requests: hashes of task, sample, prompt and settings, numbered if repeated."""
     seen: Counter[str] = Counter()
     names = []
     for request in requests:
@@ -182,10 +183,10 @@ def _names(kind: str, requests: Sequence[Any]) -> list[str]:
 
 
 def _batches(requests: Sequence[Any], size: int) -> list[list[int]]:
-    """Numbers of requests to be asked at once: alike in settings and length, the longest first.
+    """Indices of requests to ask together: same settings, similar length, the longest first.
 
-    Cut from all requests, not from those that are left, so that a batch is the same after a
-    restart.
+    Batches are cut from all requests, not from the remaining ones, so that they are the same after
+    a restart.
     """
     if size == 1:
         return [[i] for i in range(len(requests))]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run of `vtc eval` works on: the model, the tasks, and what tells them from others."""
+"""The model and the tasks of a `vtc eval` run, and their identity."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ _LMMS_CLASS = {
     "aria": "aria",
     "lfm2_vl": "lfm2_5_vl",
 }
-"""lmms-eval's class for a model type of transformers."""
+"""lmms-eval's class for each model type of transformers."""
 
 _ONE_AT_A_TIME = ("llava_hf", "video_llava", "aria", "instructblip")
-"""Classes of lmms-eval that assert a batch size of 1."""
+"""Classes of lmms-eval that require a batch size of 1."""
 
 
 # ---- the model and the tasks --------------------------------------------------------------------
@@ -59,17 +59,24 @@ def write_task(
     seed: int = 0,
     hashes: FileHashes | None = None,
 ) -> Path:
-    """Generate one of `OWN_TASKS` into `folder`: its data (parquet) and its task files.
+    """Generate one of `OWN_TASKS` in `folder`: its data (parquet) and its task files.
 
-    The folder is then good for lmms-eval's `--include_path`. Data that is there already is kept if
-    it was made with the same arguments, by the same code, of the same photos; else it is replaced.
+    The folder works for lmms-eval's `--include_path`. Existing data is kept if it comes from the
+    same arguments, code and photos; otherwise it is replaced.
+
+    Args:
+        name: one of `OWN_TASKS`.
+        folder: where to write.
+        limit: number of samples; `None` for all.
+        seed: seed of the generator.
+        hashes: hashes of files.
 
     Returns:
         The parquet file.
 
     Raises:
         ArgumentError: unknown name.
-        FileNotFoundError: the photos are not here.
+        FileNotFoundError: the photos are missing.
     """
     if name not in OWN_TASKS:
         raise ArgumentError("name", f"expected one of {', '.join(OWN_TASKS)}, got {name!r}")
@@ -88,7 +95,7 @@ def write_task(
         unfinished.mkdir()
         options = {} if limit is None else {"limit": limit}
         built = parquet.build_task(name, unfinished, seed=seed, **options)
-        made_of.unlink(missing_ok=True)  # or a process that dies now would leave it to other data
+        made_of.unlink(missing_ok=True)  # or a killed process would leave it with other data
         os.replace(built, data)
         made_of.write_text(identity, "utf-8")
         shutil.rmtree(unfinished)
@@ -100,7 +107,7 @@ _SHARED_TASK_FILES = ("_vtc_template_yaml", "utils.py")
 
 @dataclass(frozen=True)
 class Source:
-    """The model to be loaded."""
+    """The model to load."""
 
     id: str
     fingerprint: str
@@ -116,7 +123,7 @@ class Source:
 
 
 def _device(given: str | None) -> str:
-    """The device to run on; refuses one that is not here."""
+    """The device to run on; refuses a missing one."""
     import torch
 
     device = given or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -125,27 +132,26 @@ def _device(given: str | None) -> str:
     except RuntimeError:
         raise BadInput("--device", f"expected cpu, cuda or cuda:0, got {device!r}") from None
     if kind == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device", f"got {device!r}, but PyTorch sees no GPU here")
+        raise BadInput("--device", f"got {device!r}, but PyTorch sees no GPU")
     return device
 
 
 def _check_folder(model: str) -> None:
-    """Refuse what is meant as a folder and holds no model; ids of the hub pass."""
+    """Refuse a folder without a model; hub ids pass."""
     folder = Path(model).expanduser()
     local = folder.is_dir()
     if not local and (model.startswith((".", "/", "~")) or model.count("/") > 1):
         raise BadInput("--model", f"no folder {model}")
     if local and not (folder / "config.json").is_file():
-        raise BadInput("--model", f"the folder {model} has no config.json: not a saved model")
+        raise BadInput("--model", f"the folder {model} has no config.json: it is not a saved model")
 
 
 def check_source(settings: Settings) -> None:
-    """What can be told of the device, the model and the tasks without lmms-eval, whose import takes
-    ten seconds and more.
+    """Check the device, the model and the tasks as far as possible without importing lmms-eval,
+    which takes ten seconds and more.
 
     Raises:
-        BadInput: no such device or folder, a task that can only be one of the suite here and is
-            none, or one whose photos are not here.
+        BadInput: no such device or folder, an unknown task of vtc, or one whose photos are missing.
     """
     from ..tasks import photos
 
@@ -163,14 +169,14 @@ def check_source(settings: Settings) -> None:
 
 
 def find_source(settings: Settings, hashes: FileHashes | None = None) -> Source:
-    """Find the model's configuration, and with it lmms-eval's class.
+    """Find the model's configuration and, from it, lmms-eval's class.
 
     Args:
-        settings: of the run.
-        hashes: remembers those of large files; without it they are read anew.
+        settings: settings of the run.
+        hashes: cached hashes of large files; by default they are read again.
 
     Raises:
-        BadInput: no such folder, or not in the hub or its cache; no class of lmms-eval known.
+        BadInput: no such folder, or not on the hub or in its cache; no known class of lmms-eval.
     """
     from transformers import AutoConfig
 
@@ -194,15 +200,15 @@ def find_source(settings: Settings, hashes: FileHashes | None = None) -> Source:
             raise BadInput("--model", f"{model}: {error}") from error
         raise BadInput(
             "--model",
-            f"{model} is no folder here, nor in the hub's cache, and could not be fetched from the "
-            f"hub. With a network, `hf download {model}` fetches it; or give a folder. "
+            f"{model} is neither a folder nor in the hub's cache, and could not be fetched from "
+            f"the hub. With a network, `hf download {model}` fetches it; or give a folder. "
             f"({str(error).splitlines()[0]})",
         ) from error
     builtin = settings.lmms_model or _LMMS_CLASS.get(config.model_type)
     if builtin is None:
         raise BadInput(
             "--lmms-model",
-            f"no class of lmms-eval is known for the model type {config.model_type!r}; name one "
+            f"no known class of lmms-eval for the model type {config.model_type!r}; name one "
             f"(known are {', '.join(_LMMS_CLASS)})",
         )
     if settings.batch_size > 1 and builtin in _ONE_AT_A_TIME:
@@ -213,7 +219,7 @@ def find_source(settings: Settings, hashes: FileHashes | None = None) -> Source:
     commit = None if local else getattr(config, "_commit_hash", None)
     shipped = local and folder.resolve() == embedded_path().resolve()
     hashes = hashes or FileHashes()
-    # Adapters and the like that arguments name.
+    # Adapters and other files that arguments name.
     others = parallel.from_first(lambda: named_files(arguments, hashes))
     if commit is None:
         commit = parallel.from_first(lambda: fingerprint(folder, hashes)) if local else model
@@ -229,10 +235,15 @@ def find_source(settings: Settings, hashes: FileHashes | None = None) -> Source:
 
 
 def load(source: Source, settings: Settings, simple: bool) -> Any:
-    """lmms-eval's class on the model, unpatched.
+    """Load the model with lmms-eval's class, unpatched.
+
+    Args:
+        source: the model.
+        settings: settings of the run.
+        simple: whether to use lmms-eval's simple class, which also gives log-likelihoods.
 
     Raises:
-        BadInput: it could not be loaded.
+        BadInput: loading failed.
     """
     import torch
     from lmms_eval.models import get_model
@@ -266,7 +277,7 @@ def load(source: Source, settings: Settings, simple: bool) -> Any:
         model = cls(**options)
     except Exception as error:
         raise BadInput("--model", f"{path}: {type(error).__name__}: {error}") from error
-    quantized = getattr(model.model, "is_quantized", False)  # and has the precision it was given
+    quantized = getattr(model.model, "is_quantized", False)  # its precision is fixed
     if source.dtype is not None and not takes_dtype and not quantized:
         model.model.to(getattr(torch, source.dtype))
     model.model.eval()
@@ -275,14 +286,14 @@ def load(source: Source, settings: Settings, simple: bool) -> Any:
 
 
 class Tasks:
-    """The tasks of a run, their data at hand.
+    """The tasks of a run with their data.
 
     Attributes:
-        manager: lmms-eval's.
-        data: of each task, a hash of its settings, functions and data.
-        samples: of each task, how many a run of it answers.
-        limits: of each task, what lmms-eval is to be given for it.
-        generation_only: whether no task asks for log-likelihoods.
+        manager: lmms-eval's task manager.
+        data: for each task, a hash of its settings, functions and data.
+        samples: for each task, the number of samples to answer.
+        limits: for each task, lmms-eval's limit.
+        generation_only: whether no task needs log-likelihoods.
 
     Raises:
         BadInput: unknown task, or its data is missing.
@@ -308,7 +319,7 @@ class Tasks:
         )
         index = self.manager.task_index
         if any(index.get(name, {}).get("type") != "task" for name in names):
-            # lmms-eval has thousands of task files, which take a while.
+            # Reading lmms-eval's thousands of task files takes a while.
             self.manager = TaskManager(
                 include_path=folders, include_defaults=True, model_name=source.prompts
             )
@@ -341,7 +352,7 @@ class Tasks:
         self.generation_only = all(kind.startswith("generate") for kind in kinds)
 
     def _generate(self, name: str, settings: Settings, hashes: FileHashes) -> Path:
-        """The folder of a task of vtc, with as many samples as are wanted."""
+        """The folder of a task of vtc, with the requested number of samples."""
         from ..tasks.parquet import size_of
 
         try:
@@ -353,7 +364,7 @@ class Tasks:
             parquet = parallel.from_first(
                 partial(write_task, name, folder, limit, settings.seed, hashes)
             )
-        except Exception as error:  # the photos' folder is not set, the disk is full, ...
+        except Exception as error:  # no photo folder, a full disk, ...
             raise BadInput("--tasks", f"{name}: {error}") from error
         tasks = Path(__file__).parents[1] / "tasks"
         files = [parquet, *(tasks / file for file in (*_SHARED_TASK_FILES, f"{name}.yaml"))]
@@ -363,14 +374,14 @@ class Tasks:
 
 
 def _taken(limit: int | float | None, size: int) -> int:
-    """How many of `size` samples lmms-eval takes."""
+    """Number of samples out of `size` that lmms-eval takes."""
     if limit is None:
         return size
     return math.ceil(limit * size) if limit < 1 else min(int(limit), size)
 
 
 def _whole(limit: int | float | None, sizes: Sequence[int]) -> int | float | None:
-    """`limit` as a number where that is the same, so that half of 20 and 10 are the same cells."""
+    """`limit` as a number if equivalent, so that half of 20 and 10 are the same cells."""
     if limit is None or len(sizes) != 1:
         return limit
     taken = _taken(limit, sizes[0])
@@ -386,16 +397,16 @@ def leaves(tasks: Mapping[Any, Any]) -> Iterator[Any]:
 
 
 def _identity(leaves: Sequence[Any], manager: Any, hashes: FileHashes) -> str:
-    """Hash of tasks of lmms-eval: their settings, the code of their functions, and their data.
+    """Hash of lmms-eval tasks: their settings, the code of their functions, and their data.
 
-    `datasets` makes a data set's fingerprint of where it comes from: the revision on the hub, or
-    the files' times here. Files here are read as well, as far as the task file names them; pictures
-    that rows only name are not.
+    `datasets` derives a fingerprint from the source: the revision on the hub, or the times of local
+    files. Local files that the task file names are hashed as well; pictures that only rows name are
+    not.
     """
     parts = []
     for task in leaves:
         settings = task.dump_config()
-        # Functions are told apart by their code, not by where they lie in memory.
+        # Functions are identified by their code, not by their address.
         config = re.sub(r" at 0x[0-9a-f]+", "", json.dumps(settings, default=str))
         code = code_of_functions(_functions(task.config))
         splits = dict(task.dataset or {})
@@ -421,7 +432,7 @@ def _functions(value: Any) -> Iterator[Callable[..., Any]]:
 
 
 def _missing_data(name: str, manager: Any, error: BaseException) -> str:
-    """What to say when a task's data could not be loaded."""
+    """The message for a task whose data could not be loaded."""
     cause = getattr(error, "last_attempt", None)  # lmms-eval retries with tenacity
     if cause is not None and cause.exception() is not None:
         error = cause.exception()

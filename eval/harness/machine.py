@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run was made on, for results and pages. No host name, no user, no path."""
+"""The machine of a run, for results and pages, without host name, user or path."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ __all__ = ["load_average", "machine"]
 
 
 def machine(device: str | None = None) -> dict[str, Any]:
-    """What speed depends on: system, processor, cores, threads of PyTorch, GPU. No host name.
+    """What speed depends on: system, processor, cores, PyTorch threads, GPU. No host name.
 
     Args:
-        device: that the model is on; `None` for the first GPU, if there is one.
+        device: the model's device; `None` for the first GPU, if there is one.
 
     Returns:
-        Strings "system", "python" and "cpu"; whole numbers "cores" and "threads"; the name "gpu",
-        `None` where there is none or the model is not on it.
+        Strings "system", "python" and "cpu"; integers "cores" and "threads"; the name "gpu",
+        `None` without a GPU or if the model is not on it.
     """
     import torch
 
     cpu = platform.processor() or platform.machine()
-    with suppress(OSError):  # there on Linux only
+    with suppress(OSError):  # exists only on Linux
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
         cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
     gpu = None
@@ -42,8 +42,7 @@ def machine(device: str | None = None) -> dict[str, Any]:
 
 
 def load_average() -> list[float] | None:
-    """Processes that wanted a core over the last 1, 5 and 15 minutes; `None` where it is not
-    told."""
+    """Load averages over the last 1, 5 and 15 minutes; `None` if not available."""
     with suppress(OSError, AttributeError):
         return [round(x, 2) for x in os.getloadavg()]
     return None

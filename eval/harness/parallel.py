@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run over several processes, each of which answers its share of every task's samples.
+"""One run over several processes, each of which answers a part of every task's samples.
 
-lmms-eval deals the samples out and gathers the scores, on accelerate's process group; here is what
-a run needs besides: who writes, who waits, and what becomes of an error that one process has alone.
-In a run of one process all of it does nothing.
+lmms-eval distributes the samples and gathers the scores, on accelerate's process group. This module
+adds who writes, who waits, and how an error in one process reaches the others.
+In a single process it does nothing.
 
-`vtc eval --processes N` starts the processes itself. A cluster's own launcher does as well, one
-process for each GPU:
+`vtc eval --processes N` starts the processes itself. A cluster's launcher works too, with one
+process per GPU:
 
     accelerate launch --multi_gpu --num_processes 8 -m vtc.cli eval --model ... --tasks ...
 """
@@ -27,12 +27,12 @@ T = TypeVar("T")
 
 
 def rank() -> int:
-    """The number of this process, from 0; the launcher says so."""
+    """The 0-based number of this process, set by the launcher."""
     return int(os.environ.get("RANK", 0))
 
 
 def world() -> int:
-    """How many processes there are."""
+    """The number of processes."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -40,24 +40,24 @@ _LAUNCHED = "VTC_LAUNCHED"
 
 
 def launched() -> bool:
-    """Whether `launch` started this process, and so prints what comes out."""
+    """Whether `launch` started this process, and so prints the results."""
     return _LAUNCHED in os.environ
 
 
 def launch(arguments: Sequence[str], processes: int) -> int:
-    """Run `vtc` with `arguments` in so many processes; returns the exit code, 0 if all went well.
+    """Run `vtc` with `arguments` in several processes; returns the exit code, 0 on success.
 
-    Started by torchrun, which is also what accelerate launches several GPUs with; accelerate's own
-    launcher starts several processes on a CPU with MPI only.
+    This uses torchrun, as accelerate does for several GPUs; on a CPU, accelerate's own
+    launcher starts several processes only with MPI.
 
     Args:
-        arguments: of the command line, without the program.
-        processes: at least 1.
+        arguments: command line without the program.
+        processes: number of processes, at least 1.
     """
     import torch
 
     environment = {**os.environ, _LAUNCHED: "1"}
-    # Each would take all cores.
+    # Otherwise each would use all cores.
     threads = max(1, torch.get_num_threads() // processes)
     environment.setdefault("OMP_NUM_THREADS", str(threads))
     command = [
@@ -72,7 +72,7 @@ def start(device: str | None) -> None:
     if world() > 1:
         from accelerate import Accelerator
 
-        if _on_cpu(device):  # those that lmms-eval makes later read it as well
+        if _on_cpu(device):  # lmms-eval's own accelerators read it later
             os.environ["ACCELERATE_USE_CPU"] = "true"
         Accelerator()
         _leave_in_order()
@@ -80,11 +80,11 @@ def start(device: str | None) -> None:
 
 @cache
 def _leave_in_order() -> None:
-    """Have the process group taken down before Python is.
+    """Destroy the process group before Python exits.
 
-    Left to itself, a thread of gloo that still holds a tensor lets go of it while the interpreter
-    ends, and aborts the process for want of it (pytorch/pytorch#179291). On a busy machine that
-    happened to a process that was done, and the launcher ended the others for it.
+    Otherwise a thread of gloo that still holds a tensor may release it during interpreter shutdown
+    and abort the process (pytorch/pytorch#179291). On a busy machine this
+    happened to a finished process, and the launcher terminated the others.
     """
     import torch.distributed as dist
 
@@ -102,7 +102,7 @@ def _on_cpu(device: str | None) -> bool:
 
 
 def everyone(value: T) -> list[T]:
-    """The values of all processes, in their order."""
+    """The values of all processes, in order."""
     if world() == 1:
         return [value]
     import torch.distributed as dist
@@ -113,7 +113,7 @@ def everyone(value: T) -> list[T]:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What `make` returns in the first process; it is not called in the others.
+    """The result of `make` in the first process; the others do not call it.
 
     Raises:
         Exception: what `make` raised, in every process.
@@ -135,11 +135,11 @@ def from_first(make: Callable[[], T]) -> T:
 
 
 def together(act: Callable[[], T]) -> T:
-    """What `act` returns, if it failed in no process.
+    """The result of `act`, if it fails in no process.
 
     Raises:
-        Exception: what it raised here.
-        RuntimeError: it failed elsewhere; who does not know would wait for that process for ever.
+        Exception: what it raised in this process.
+        RuntimeError: it failed in another process, which this one would otherwise wait for forever.
     """
     failed: Exception | None = None
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run of `vtc eval` is asked for, and the cells that come of it."""
+"""The settings of a `vtc eval` run, and its cells."""
 
 from __future__ import annotations
 
@@ -41,25 +41,30 @@ __all__ = [
 ]
 
 BASELINES = ("full", "blind", "random", "pool", "downsample")
-"""What every method is to be compared with: all tokens, a grey image, and the simplest ways to get
-to the same number of tokens."""
+"""What to compare every method with: all tokens, a grey image, and the simplest ways to the
+same number of tokens."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 QUANTIZATIONS = ("4bit", "8bit")
-"""Of bitsandbytes, as `--model-args quantization=...`."""
+"""Quantization of bitsandbytes, for `--model-args quantization=...`."""
 
 _OPTIONS = {"pretrained": "--model", "batch_size": "--batch-size", "device": "--device"}
 _OPTIONS |= {"dtype": "--dtype"} | dict.fromkeys(("method", "keep", "settings"), "--methods")
 _OPTIONS |= {"blind": "--methods", "report": "--out"}
-"""What is no argument of a model here, but an option of its own."""
+"""Arguments that have their own option instead of `--model-args`."""
 
 
 class BadInput(ValueError):
-    """Something given does not work; says which option, before any work is done."""
+    """An invalid option, reported before any work is done.
+
+    Attributes:
+        option: the option at fault.
+        message: what is wrong with it.
+    """
 
     def __init__(self, option: str, message: str) -> None:
-        # Both go to `args`, so that the error passes from process to process as it is.
+        # Both go to `args`, so that the error survives pickling between processes.
         super().__init__(option, message)
         self.option, self.message = option, message
 
@@ -72,22 +77,22 @@ class Settings:
     """What to run.
 
     Attributes:
-        out: folder for everything that is written.
-        model: a folder or an id from the hub; `None` is the model that comes with vtc.
-        methods: as text (`vtc.core.spec`), and "blind".
-        keeps: for each method that has a `keep` left open.
-        tasks: of vtc or of lmms-eval, or task files.
-        limit: samples of each task, or a share of them in (0, 1); `None` for all.
-        batch_size: for lmms-eval's class; many take 1 only.
+        out: output folder.
+        model: a folder or a hub id; `None` is the model that comes with vtc.
+        methods: methods as text (`vtc.core.spec`), and "blind".
+        keeps: budgets for each method that does not set its `keep`.
+        tasks: tasks of vtc or lmms-eval, or task files.
+        limit: samples per task, or a fraction of them in (0, 1); `None` for all.
+        batch_size: batch size of lmms-eval's class; many accept only 1.
         device: "cpu", "cuda", "cuda:1"; `None` for a GPU if there is one.
         dtype: one of `DTYPES`; `None` for float32 on the CPU, the checkpoint's own elsewhere.
-        seed: of sampling methods, of generated data and of lmms-eval.
-        baselines: add those of `BASELINES` that are missing.
-        lmms_model: lmms-eval's class, where the model's type does not tell.
-        model_args: further arguments of that class, `attn_implementation` and `quantization` (one
-            of `QUANTIZATIONS`) whether it has them or not.
-        include_paths: folders with task files, or single task files, beside those of lmms-eval.
-        imports: modules with methods of one's own, by name or as a path.
+        seed: seed of sampling methods, generated data and lmms-eval.
+        baselines: add missing `BASELINES`.
+        lmms_model: lmms-eval's class, if the model's type is ambiguous.
+        model_args: further arguments of that class, plus `attn_implementation` and `quantization`
+            (one of `QUANTIZATIONS`) even if it lacks them.
+        include_paths: folders with task files, or single task files, in addition to lmms-eval's.
+        imports: modules with user-defined methods, names or paths.
     """
 
     out: Path
@@ -118,7 +123,7 @@ class Cell:
     blind: bool = False
 
     def key(self, context: Mapping[str, Any]) -> str:
-        """Hash of all that the result depends on."""
+        """Hash of everything that the result depends on."""
         parts = {
             "method": self.method.to_dict(),
             "blind": self.blind,
@@ -129,32 +134,32 @@ class Cell:
 
 
 class Observer:
-    """Told of a run's progress; the methods do nothing here."""
+    """Receives a run's progress; the default does nothing."""
 
     def planned(self, total: int, cells: int, finished: int) -> None:
-        """`total` samples are to be answered in all cells; `finished` cells are done already."""
+        """All cells need `total` answers; `finished` of the `cells` are done already."""
 
     def stage(self, text: str) -> None:
-        """What is going on now."""
+        """The current stage."""
 
     def advanced(self, samples: int) -> None:
-        """So many more samples are answered."""
+        """`samples` more samples are answered."""
 
     def finished(self, cell: Mapping[str, Any]) -> None:
-        """A cell is done or failed; a cell as in results.json."""
+        """A cell, as in results.json, is done or failed."""
 
     def measured(self, results: Mapping[str, Any]) -> None:
-        """Of `vtc bench`: the rows of one precision and batch size, as in bench.json."""
+        """For `vtc bench`: rows of one precision and batch size, as in bench.json."""
 
 
 _TASK_FILES = (".yaml", ".yml")
 
 
 def with_task_files(settings: Settings) -> Settings:
-    """`settings` with the names of tasks in place of task files, whose folders are looked in.
+    """`settings` with task names instead of task files, whose folders become include paths.
 
     Raises:
-        BadInput: no such file, or one that names no task.
+        BadInput: no such file, or a file without a task name.
     """
     names, folders = [], list(settings.include_paths)
     for task in settings.tasks:
@@ -180,7 +185,7 @@ def bring_in(imports: Sequence[str]) -> None:
     """Import the modules of `--import`.
 
     Raises:
-        BadInput: one that cannot be imported.
+        BadInput: a module that cannot be imported.
     """
     try:
         import_modules(imports)
@@ -189,7 +194,7 @@ def bring_in(imports: Sequence[str]) -> None:
 
 
 def of_method(error: ValueError | TypeError, text: str) -> BadInput:
-    """What to raise where `parse_method(text, keep)` raised `error`: of the option at fault."""
+    """The error to raise, for the option at fault, if `parse_method(text, keep)` raised `error`."""
     option, said = ("--keep", "keep") if keep_is_at_fault(error, text) else ("--methods", "method")
     return BadInput(option, f"{text}: {message_of(error, said)}")
 
@@ -198,7 +203,7 @@ def parse_limit(text: str) -> int | float | None:
     """`"50"` is 50 samples of a task, `"0.5"` half of them, `"1.0"` all.
 
     Raises:
-        BadInput: neither a whole number of at least 1 nor a share in (0, 1].
+        BadInput: neither a whole number of at least 1 nor a fraction in (0, 1].
     """
     try:
         limit: int | float = int(text)
@@ -218,16 +223,16 @@ def check_limit(limit: int | float | None, given: str | None = None) -> None:
         return
     raise BadInput(
         "--limit",
-        f"expected at least 1 sample, or a share of them in (0, 1], got {given or limit}",
+        f"expected at least 1 sample, or a fraction of them in (0, 1], got {given or limit}",
     )
 
 
 def parse_arguments(text: str) -> dict[str, Any]:
-    """`"attn_implementation=eager,max_frames_num=8"` as names and values; numbers, true, false and
-    none are read as such.
+    """`"attn_implementation=eager,max_frames_num=8"` as a dictionary; numbers, true, false and
+    none become Python values.
 
     Raises:
-        BadInput: a part without "=", a name that is there twice, or brackets that do not match.
+        BadInput: a part without "=", a repeated name, or unmatched brackets.
     """
     found: dict[str, Any] = {}
     try:
@@ -257,7 +262,7 @@ def _read(text: str) -> Any:
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Refuse arguments that another option sets, and kinds of quantization that are not known."""
+    """Refuse arguments that another option sets, and unknown quantizations."""
     for name in arguments:
         option = _OPTIONS.get(name.removeprefix("vtc_"))
         if option is not None:
@@ -274,8 +279,7 @@ def plan(settings: Settings) -> list[Cell]:
     """The cells in the order in which they run: the baselines first, without repetition.
 
     Raises:
-        BadInput: something in `settings` does not work, as far as that can be told without the
-            model and the data.
+        BadInput: invalid settings, as far as can be checked without the model and the data.
     """
     settings = with_task_files(settings)
     if not settings.methods:

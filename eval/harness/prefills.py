@@ -15,7 +15,7 @@ _CLOCKS = ("vision", "heard", "selector", "lm")
 
 
 def to_json(prefill: Prefill) -> dict[str, Any]:
-    """All of a prefill; of its clocks the milliseconds so far, without a GPU's events."""
+    """A prefill as JSON, with its clocks' milliseconds so far, without GPU events."""
     return {
         "samples": [asdict(sample) for sample in prefill.samples],
         "bytes_per_value": prefill.bytes_per_value,
@@ -24,7 +24,7 @@ def to_json(prefill: Prefill) -> dict[str, Any]:
 
 
 def from_json(record: Mapping[str, Any]) -> Prefill:
-    """The prefill of which `to_json` made this."""
+    """The inverse of `to_json`."""
     clocks = {}
     for name in _CLOCKS:
         clocks[name] = Stopwatch()
@@ -37,7 +37,7 @@ def from_json(record: Mapping[str, Any]) -> Prefill:
 
 
 def _tuples(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A frozen dataclass's fields, whose tuples JSON made lists."""
+    """A frozen dataclass's fields, with JSON's lists turned back into tuples."""
 
     def back(value: Any) -> Any:
         return tuple(map(back, value)) if isinstance(value, (list, tuple)) else value

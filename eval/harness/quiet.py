@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Running other people's code: what it prints goes to a file, and it stays off the network."""
+"""Running third-party code: its output goes to a file, and it stays offline."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from typing import Any, TextIO
 
 
 class _Log(io.TextIOBase):
-    """Where lmms-eval's prints, logs and progress bars go.
+    """Receives lmms-eval's prints, logs and progress bars.
 
-    One object for the life of the process, because loguru keeps the stream it saw at import.
+    One object for the whole process, as loguru keeps the stream it saw at import.
     """
 
     target: TextIO | None = None
 
     def write(self, text: str) -> int:
         if self.target is not None:
-            with contextlib.suppress(OSError):  # a full disk: the log is not worth a run
+            with contextlib.suppress(OSError):  # a full disk must not stop a run for its log
                 self.target.write(text)
         return len(text)
 
@@ -38,7 +38,7 @@ _LOG = _Log()
 
 @contextlib.contextmanager
 def quiet(path: Path) -> Iterator[None]:
-    """Send what is printed to `path` while it lasts."""
+    """Redirect output to `path` within the block."""
     file = path.open("a", encoding="utf-8")
     _LOG.target = file
     try:
@@ -64,9 +64,9 @@ def hub_answers(timeout: float = 3.0) -> bool:
 
 @contextlib.contextmanager
 def without_bars() -> Iterator[None]:
-    """Keep transformers from drawing bars, as of the weights that it loads, while it lasts.
+    """Hide transformers' progress bars, such as for loading weights, within the block.
 
-    Those of downloads, which may take minutes, are drawn.
+    Bars of downloads, which may take minutes, stay.
     """
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging
@@ -84,9 +84,9 @@ def without_bars() -> Iterator[None]:
 
 @contextlib.contextmanager
 def offline(wanted: bool) -> Iterator[None]:
-    """Keep transformers, datasets and the hub's client from the network while it lasts.
+    """Keep transformers, datasets and the hub client offline within the block.
 
-    The libraries read the environment once, at import, and may be imported already.
+    The libraries read the environment once, at import, and may already be imported.
     """
     import datasets.config
     import huggingface_hub.constants

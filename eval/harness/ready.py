@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether lmms-eval can be run here, asked before anything is: what it needs may be missing, or of
-a version that it cannot work with, and then every cell would fail for the same reason."""
+"""Check that lmms-eval works before a run: a missing or incompatible dependency would make every
+cell fail for the same reason."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _DISTRIBUTION = "vision-token-compression"
 
 
 def import_lmms_eval() -> None:
-    """Import lmms-eval, and what its evaluator imports while it runs.
+    """Import lmms-eval, and what its evaluator imports at run time.
 
     Raises:
-        BadInput: something cannot be imported; names the package at fault, and the remedy.
+        BadInput: an import fails; names the package at fault and the remedy.
     """
     try:
         with warnings.catch_warnings():
@@ -38,14 +38,13 @@ def import_lmms_eval() -> None:
 
             for name in _imported_later(lmms_eval.evaluator, ("simple_evaluate", "evaluate")):
                 importlib.import_module(name)
-    except Exception as error:  # a package that does not suit another fails in any way
+    except Exception as error:  # incompatible packages may raise anything
         raise BadInput("vtc eval", _remedy(error)) from error
 
 
 def _imported_later(module: ModuleType, functions: tuple[str, ...]) -> list[str]:
-    """The modules that functions of `module` import when called, or those that they call do.
-
-    Imports within `try` are left out: whoever writes these can do without.
+    """The modules that functions of `module` import when called, directly or in functions they
+    call. Imports within `try` are left out, as they are optional.
     """
     source = inspect.getsource(module)
     defined = {n.name: n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef)}
@@ -75,7 +74,7 @@ def _outside_try(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _remedy(error: Exception) -> str:
-    """One message: what is at fault, in which version, and what to do."""
+    """One message: the package at fault, its version, and what to do."""
     own = f'pip install "{_DISTRIBUTION}[eval]"'
     module = getattr(error, "name", None) or _last_module(error)
     package = None if module is None else module.partition(".")[0]
@@ -87,11 +86,11 @@ def _remedy(error: Exception) -> str:
     elif package is not None:
         name = names[0] if names else package
         version = f" {metadata.version(name)}" if names else ""
-        lines.append(f"At fault is {name}{version}, which is installed but does not suit.")
+        lines.append(f"The installed {name}{version} is incompatible.")
         bound = _bound(name)
         if bound is not None:
-            return " ".join([*lines, f"With `pip install '{bound}'` it does."])
-    return " ".join([*lines, f"`{own}` installs versions that go together."])
+            return " ".join([*lines, f"`pip install '{bound}'` installs one that works."])
+    return " ".join([*lines, f"`{own}` installs versions that work together."])
 
 
 def _there(package: str) -> bool:
@@ -102,7 +101,7 @@ def _there(package: str) -> bool:
 
 
 def _last_module(error: Exception) -> str | None:
-    """The top module of the file in which an error arose."""
+    """The module in which an error arose."""
     for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
         name = frame.f_globals.get("__name__")
         if isinstance(name, str) and not name.startswith(("importlib", "vtc.", "_frozen")):
@@ -111,7 +110,7 @@ def _last_module(error: Exception) -> str | None:
 
 
 def _bound(distribution: str) -> str | None:
-    """What vtc's own metadata demand of a distribution, "filelock<4", if they demand anything."""
+    """The requirement of a distribution in vtc's metadata, such as "filelock<4", or `None`."""
     try:
         demands = metadata.requires(_DISTRIBUTION) or []
     except metadata.PackageNotFoundError:

@@ -1,23 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vtc reproduce`: the published tables of a model, run again, and how far off each row is.
+"""`vtc reproduce`: rerun the published tables of a model and compare every row.
 
-The tables are data, `published/*.json`, each with its paper, table and what is known of its
-conventions:
+The tables are data, `published/*.json`, each with its paper, table and known conventions:
 
-    {"format": 1, "id", "model",     a name of `MODELS`
-     "paper", "arxiv", "table",      where it is printed; "arxiv" is null where we do not know it
+    {"format": 1, "id", "model",     a name in `MODELS`
+     "paper", "arxiv", "table",      where it is printed; "arxiv" is null if unknown
      "kind",                         "re-run": the paper ran all methods itself; "cited": figures
                                      of others, which differ by points from re-runs
      "how",                          in which environment
      "tokens_mean",                  what its numbers of tokens count
      "mean_ratio_of",                which benchmarks "mean_ratio" is over
-     "rows": [{"name", "method",     as printed; vtc's name, null where the row is not run, and
-               "why",                then this says why
-               "tokens", "settings", settings for `vtc.presets.find` where the row names them
+     "rows": [{"name", "method",     as printed; vtc's name, null if the row is not run
+               "why",                then the reason
+               "tokens", "settings", settings for `vtc.presets.find` if the row names them
                "scores": {benchmark: figure as printed}, "mean_ratio"}]}
 
-A difference is worth something only if both sides measured the same. `BENCHMARKS` says of each
-benchmark which task measures it, and `differs` where that task is known to ask differently.
+A difference means something only if both sides measure the same. `BENCHMARKS` gives the task for
+each benchmark, and `differs` if that task is known to ask differently.
 """
 
 from __future__ import annotations
@@ -63,8 +62,8 @@ class Model:
     """A model with published tables.
 
     Attributes:
-        checkpoint: on the hub.
-        target: its name among `vtc.presets.TARGETS`.
+        checkpoint: hub id.
+        target: its name in `vtc.presets.TARGETS`.
     """
 
     checkpoint: str
@@ -76,14 +75,14 @@ MODELS: dict[str, Model] = {"llava-1.5-7b": Model("llava-hf/llava-1.5-7b-hf", "l
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What measures a column of the tables.
+    """The task behind a column of the tables.
 
     Attributes:
-        task: of lmms-eval; `None` if nothing here can, and `differs` says why.
-        metrics: of the task; their sum is the figure.
-        data: dataset on the hub.
-        scale: printed figures are this many times lmms-eval's.
-        differs: how the task is known to differ from what papers print; empty if it is not.
+        task: task of lmms-eval; `None` if there is none, and `differs` says why.
+        metrics: metrics of the task; their sum is the figure.
+        data: hub id of the dataset.
+        scale: ratio of printed figures to lmms-eval's.
+        differs: how the task is known to differ from what papers print, or "".
     """
 
     task: str | None
@@ -114,13 +113,13 @@ BENCHMARKS: dict[str, Benchmark] = {
     "COCO17": Benchmark("coco2017_cap_val", ("coco_CIDEr",), f"{_LMMS}COCO-Caption2017"),
     "VQAv2": Benchmark(None, differs="its test split is scored by the benchmark's server only"),
 }  # fmt: skip
-"""By the name that the tables' columns have."""
+"""Benchmarks by the column names of the tables."""
 
 
 # ---- the tables ---------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class TableRow:
-    """One printed row; see the module's head."""
+    """One printed row; see the module's docstring."""
 
     name: str
     method: str | None
@@ -133,7 +132,7 @@ class TableRow:
 
 @dataclass(frozen=True)
 class Table:
-    """One printed table; see the module's head."""
+    """One printed table; see the module's docstring."""
 
     id: str
     model: str
@@ -156,7 +155,7 @@ def load_tables(model: str, folder: Path = FOLDER) -> list[Table]:
     """All tables of `model`, those of re-runs first.
 
     Raises:
-        ValueError: no such model, or a file that is not as the module's head says; names the file
+        ValueError: no such model, or a malformed file (see the module's docstring); names the file
             and the field.
     """
     if model not in MODELS:
@@ -240,10 +239,10 @@ class Planned:
     """One method to run.
 
     Attributes:
-        text: for `vtc.eval.harness.run.Settings.methods`.
+        text: as in `vtc.eval.harness.run.Settings.methods`.
         method: the same as an object.
         tokens: the published target.
-        convention: what `tokens` counts in our run; `None` for the full model.
+        convention: what `tokens` counts here; `None` for the full model.
         source: where the settings come from.
     """
 
@@ -259,13 +258,13 @@ class Plan:
     """What `vtc reproduce` runs.
 
     Attributes:
-        name: of the model, in `MODELS`.
-        checkpoint: on the hub.
-        tasks: of lmms-eval.
-        datasets: of those tasks, on the hub.
+        name: name of the model in `MODELS`.
+        checkpoint: hub id.
+        tasks: tasks of lmms-eval.
+        datasets: hub ids of their datasets.
         methods: each once, the full model first.
         left_out: (row or benchmark, why it is not run).
-        tables: what it is compared with.
+        tables: the tables to compare with.
     """
 
     name: str
@@ -281,7 +280,7 @@ def plan_reproduction(name: str, folder: Path = FOLDER) -> Plan:
     """The tasks, methods and token targets of all published tables of a model.
 
     Raises:
-        ValueError: no such model; says which there are.
+        ValueError: no such model; lists the known ones.
     """
     tables = load_tables(name, folder)
     methods: dict[str, Planned] = {}
@@ -315,7 +314,7 @@ def plan_reproduction(name: str, folder: Path = FOLDER) -> Plan:
 
 
 def _planned(row: TableRow, target: str) -> tuple[Planned | None, str]:
-    """What a row takes to run, or why it cannot be."""
+    """The method to run for a row, or why there is none."""
     if row.method is None:
         return None, row.why
     if row.method == "full":
@@ -331,7 +330,7 @@ def _planned(row: TableRow, target: str) -> tuple[Planned | None, str]:
 
 
 def settings_of(plan: Plan, out: Path, **options: Any) -> Any:
-    """Settings of a plan's run; `options` are further ones of them (limit, device, ...)."""
+    """Settings of a plan's run, with further `options` (limit, device, ...)."""
     from .run import Settings
 
     texts = tuple(planned.text for planned in plan.methods)
@@ -341,7 +340,11 @@ def settings_of(plan: Plan, out: Path, **options: Any) -> Any:
 
 # ---- what it takes ------------------------------------------------------------------------------
 class MissingError(RuntimeError):
-    """What a plan needs is not here. `needs`: one line for each thing."""
+    """Models or datasets of a plan are missing.
+
+    Attributes:
+        needs: one line for each.
+    """
 
     def __init__(self, name: str, needs: Sequence[str]) -> None:
         lines = "".join(f"\n  {need}" for need in needs)
@@ -352,10 +355,10 @@ class MissingError(RuntimeError):
 
 
 def missing(plan: Plan, checkpoint: str | None = None) -> list[str]:
-    """What is in no cache of the hub on this machine, with the command that fetches it.
+    """What is missing from the local hub cache, with the commands that fetch it.
 
     Args:
-        plan: of `plan_reproduction`.
+        plan: from `plan_reproduction`.
         checkpoint: a folder or id instead of the plan's.
     """
     from huggingface_hub import snapshot_download
@@ -375,10 +378,10 @@ def missing(plan: Plan, checkpoint: str | None = None) -> list[str]:
 
 
 def require(plan: Plan, checkpoint: str | None = None) -> None:
-    """Nothing, if the hub answers or all that is needed is in its cache.
+    """Check that the hub answers or its cache has everything needed.
 
     Raises:
-        MissingError: otherwise; before any work is done.
+        MissingError: otherwise, before any work is done.
     """
     from .quiet import hub_answers
 
@@ -389,17 +392,17 @@ def require(plan: Plan, checkpoint: str | None = None) -> None:
 
 # ---- the comparison -----------------------------------------------------------------------------
 def compare(results: Mapping[str, Any], tables: Sequence[Table]) -> list[dict[str, Any]]:
-    """Every published figure beside ours.
+    """Every published figure with ours.
 
     Args:
         results: what `vtc.eval.harness.run.run` returned.
-        tables: published ones.
+        tables: published tables.
 
     Returns:
         Rows {"table", "source", "kind", "name", "method", "tokens", "benchmark", "published",
         "ours", "difference", "samples", "note"}. "ours" and "difference" (ours minus published, in
-        the published unit) are null where there is nothing to compare, and "note" says why; a note
-        beside a difference says what weakens it.
+        the published unit) are null if there is nothing to compare, and "note" says why; with a
+        difference, a note says what limits the comparison.
     """
     cells: dict[tuple[str, str], Mapping[str, Any]] = {}
     for cell in of_this_run(results):
@@ -409,7 +412,7 @@ def compare(results: Mapping[str, Any], tables: Sequence[Table]) -> list[dict[st
 
 
 def _identity(method: Mapping[str, Any]) -> str:
-    """A method's settings as text; results have been through JSON, which has no tuples."""
+    """A method's settings as text, as JSON has turned the results' tuples into lists."""
     return json.dumps(method, sort_keys=True)
 
 
@@ -456,7 +459,7 @@ def _ours(cell: Mapping[str, Any] | None, benchmark: Benchmark, published: float
 
 
 def table_of(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """The comparison as a table of rich; figures without ours are left out."""
+    """The comparison as a rich table, without figures that we did not measure."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table as Drawn
 

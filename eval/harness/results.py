@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What came out of the cells of a folder, and how it is written."""
+"""The results of a folder's cells, and writing them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ __all__ += ["write", "write_results"]
 
 # ---- writing ------------------------------------------------------------------------------------
 def write(path: Path, text: str) -> None:
-    """Write a file at once: readers see the old one or the new one. Of several processes the first
-    writes."""
+    """Write a file atomically: readers see the old or the new one. Only the first of several
+    processes writes."""
     if parallel.rank() != 0:
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -32,22 +32,22 @@ def write(path: Path, text: str) -> None:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())  # or a loss of power could leave the name without the text
+            os.fsync(file.fileno())  # or a power loss could leave an empty file
         os.replace(temporary, path)
     except OSError:
-        temporary.unlink(missing_ok=True)  # what half fitted on a full disk
+        temporary.unlink(missing_ok=True)  # a partial file on a full disk
         raise
 
 
 # ---- all cells of a folder ----------------------------------------------------------------------
 def group_of(cell: Mapping[str, Any]) -> str:
-    """A name for what cells must have in common to be compared: the task, and how it was asked."""
+    """A hash of what comparable cells have in common: the task and its setup."""
     return digest([cell["task"], cell.get("setup") or {}])
 
 
 def grouped(cells: Sequence[Any]) -> list[tuple[str, list[Any]]]:
-    """Cells that may be compared, each group with a title: the task, and in what its setting
-    differs from those of the same task, if there are others."""
+    """Groups of comparable cells, each with a title: the task, and how its setup differs from other
+    groups of the same task."""
     groups: dict[str, list[Any]] = {}
     for cell in cells:
         groups.setdefault(group_of(cell), []).append(cell)
@@ -56,7 +56,7 @@ def grouped(cells: Sequence[Any]) -> list[tuple[str, list[Any]]]:
         task, own = rows[0]["task"], rows[0].get("setup") or {}
         others = [g[0].get("setup") or {} for g in groups.values() if g[0]["task"] == task]
         differs = [k for k in own if any(other.get(k) != own[k] for other in others)]
-        if len(differs) > 1 and "data" in differs:  # follows from another limit or seed
+        if len(differs) > 1 and "data" in differs:  # a consequence of the limit or seed
             differs.remove("data")
         if "id" in differs and "fingerprint" in differs:
             differs.remove("fingerprint")
@@ -75,7 +75,7 @@ def _setting(name: str, value: Any) -> str:
 
 
 def of_this_run(results: Mapping[str, Any]) -> list[Any]:
-    """The cells that the latest run of a folder asked for, without those of earlier ones."""
+    """The cells of a folder's latest run, without those of earlier runs."""
     if "run" not in results:
         return list(results["cells"])
     keys = set(results["run"])
@@ -83,10 +83,10 @@ def of_this_run(results: Mapping[str, Any]) -> list[Any]:
 
 
 def gather(out: Path, rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
-    """The cells of a run and those of earlier runs in its folder; and how many were left out, as
-    there is a newer one of the same name and setting, by other code or versions.
+    """The cells of a run and of earlier runs in its folder; and how many were left out because
+    a newer one has the same name and setup but other code or versions.
 
-    Earlier cells that failed are known from results.json only.
+    Earlier failed cells are only in results.json.
     """
     found = list(rows)
     names = {_name(row) for row in rows}
@@ -107,8 +107,7 @@ def gather(out: Path, rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, An
         if row.get("status") == "failed" and "setup" in row and _name(row) not in names:
             names.add(_name(row))
             found.append(row)
-    # Groups as they come first; in a group the baselines first, unless the run itself has another
-    # order.
+    # Groups in order of appearance; in a group the run's own order, then the baselines first.
     order = {group: i for i, group in reversed(list(enumerate(map(group_of, found))))}
     place = {id(row): (0, 0) for row in rows}
     for row in found[len(rows) :]:
@@ -132,13 +131,13 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 # ---- comparisons --------------------------------------------------------------------------------
 def logged(out: Path, key: str) -> dict[str, dict[str, Any]]:
-    """The samples of a finished cell by their id."""
+    """The samples of a finished cell by id."""
     lines = (out / "cells" / f"{key}.jsonl").read_text("utf-8").splitlines()
     return {sample["id"]: sample for sample in map(json.loads, lines)}
 
 
 def compare(out: Path, cells: Sequence[dict[str, Any]]) -> None:
-    """Add what a cell can only be told beside others: loyalty, and the score on hard samples."""
+    """Add what needs other cells: loyalty (agreement), and the score on hard samples."""
     for _, group in grouped(cells):
         done = [c for c in group if c["status"] == "done"]
         samples = {c["key"]: logged(out, c["key"]) for c in done}
@@ -212,7 +211,7 @@ def write_results(out: Path, results: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         out: the folder.
-        results: of a run, with the cells of that run.
+        results: results of a run, with only its cells.
     """
     if parallel.rank() != 0:
         return results

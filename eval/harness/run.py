@@ -1,37 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vtc eval`: every method, keep and task through lmms-eval, and what came out.
+"""`vtc eval`: evaluate every method, keep and task with lmms-eval.
 
-A *cell* is one (method, keep, task). Cells run one after the other in this process, through
-`lmms_eval.evaluator.simple_evaluate`, on one model that is loaded once and patched anew for each
-cell. A process for each cell would isolate them better, but importing lmms-eval takes ten seconds
-and loading a 7 B model a minute, each time; a patch undoes itself bit for bit (tested), so nothing
-is carried over from cell to cell.
+A *cell* is one (method, keep, task). Cells run one after the other in this process, with
+`lmms_eval.evaluator.simple_evaluate`, on one model that is loaded once and patched for each
+cell. One process per cell would isolate them better, but importing lmms-eval takes ten seconds
+and loading a 7 B model a minute, each time; unpatching restores the model bit for bit (tested), so
+no cell affects the next.
 
 In the output folder:
 
     results.json   what `run` returns: all cells of the folder (below)
-    results.csv    the same as one row a cell
+    results.csv    the same with one row per cell
     cells/KEY.json, KEY.jsonl    one finished cell and its samples
-    journal/       what unfinished cells have answered so far; see `journal.py`
+    journal/       answers of unfinished cells; see `journal.py`
     data/          generated tasks, as parquet with its task files (for lmms-eval's
                    --include_path)
-    log.txt        what lmms-eval and its libraries had to say
+    log.txt        output of lmms-eval and its libraries
 
-A cell that finished is not run again: KEY is a hash of everything that its result depends on
+A finished cell does not run again: KEY is a hash of everything that its result depends on
 (model, method, task and data, limit, seed, dtype, device, versions, vtc's code). KEY.json is moved
-into place last and at once, so a killed run leaves no half cell; what it had answered of one is in
-the journal, and is not asked again. A cell that fails, for whatever reason (a method, an image, a
-full disk), is marked so, and the others go on.
+into place last, atomically, so a killed run leaves no partial cell; its answers so far are in
+the journal and are not asked again. A cell that fails for any reason (a method, an image, a
+full disk) is marked, and the others continue.
 
 results.json:
 
     {"format": 1, "vtc": version,
      "settings": {...}, "model": {"id", "fingerprint", "lmms_eval"},     of the latest run
-     "ran": {"device", "dtype", "processes"},     where the settings leave it open as well; "dtype"
-                                     is null where nothing was left to run on the checkpoint's own
-     "run": [...],                   keys of the cells that it asked for
+     "ran": {"device", "dtype", "processes"},     as actually used; "dtype" is null if the
+                                     checkpoint's own applied and nothing was left to run
+     "run": [...],                   keys of the cells of this run
      "superseded": number,           older cells of the same names, by other code or versions, that
-                                     are still in cells/ and not in this list:
+                                     are still in cells/ but not in this list:
      "cells": [{
         "key", "task", "label",      label: "todre", "fastv:layer=3", "blind"
         "keep",                      the swept keep, null for methods without one
@@ -39,11 +39,12 @@ results.json:
         "blind",                     whether the images were grey
         "status", "error",           "done", or "failed" and why
         "metric", "score",           lmms-eval's figure for the task's first metric
-        "interval",                  95 %, from the samples; null where the metric is no mean of
-                                     theirs (MME)
-        "samples",                   how many
-        "by_type",                   {type: {"score", "interval", "samples"}} where rows have types
-        "loyalty",                   share of answers equal to those of "full"; null without it
+        "interval",                  95 %, from the samples; null if the metric is not their mean
+                                     (MME)
+        "samples",                   number of samples
+        "by_type",                   {type: {"score", "interval", "samples"}} if rows have types
+        "loyalty",                   agreement: fraction of answers equal to those of "full"; null
+                                     without it
         "hard",                      {"samples", "score"} on the samples that "full" gets right and
                                      "downsample" at the same keep wrong (group A of VTC-Bench,
                                      ACL 2026); null without both
@@ -52,17 +53,17 @@ results.json:
                                      image before compression, into the first decoder layer,
                                      processed by each, and the mean over the layers
         "flops",                     {"vision", "projector", "lm", "total"} of one sample's prefill,
-                                     2 per multiply-add (see `vtc.cost`); null where not known
+                                     2 per multiply-add (see `vtc.cost`); null if unknown
         "kv_bytes",                  keys and values of one sample after prefill
         "ms",                        {"vision", "selector", "lm"}: medians over prefills (batches);
                                      lm is the language model's prefill without the selector
-        "seconds",                   of the whole cell
-        "setup",                     what cells that may be compared have in common: model, class of
+        "seconds",                   time of the whole cell
+        "setup",                     what comparable cells have in common: model, class of
                                      lmms-eval, limit, batch size, seed, dtype, device, data
         "versions", "warnings"}]}
 
-Runs in one folder accumulate. Cells of other models, limits, seeds and so on stand beside one
-another and are compared within their group only.
+Runs in one folder accumulate. Cells of other models, limits, seeds and so on are kept together, but
+compared only within their group.
 """
 
 from __future__ import annotations
@@ -113,10 +114,10 @@ __all__ = [
 
 
 def check(settings: Settings) -> list[Cell]:
-    """The cells of a run, if all that can be told of it without lmms-eval is well.
+    """The cells of a run, after all checks that do not need lmms-eval.
 
     Raises:
-        BadInput: something given does not work; nothing was written.
+        BadInput: an invalid setting; nothing was written.
     """
     settings = with_task_files(settings)
     cells = plan(settings)
@@ -126,13 +127,20 @@ def check(settings: Settings) -> list[Cell]:
 
 
 def run(settings: Settings, observer: Observer | None = None) -> dict[str, Any]:
-    """Run all cells that are not finished yet, and write the output folder (see the module).
+    """Run all unfinished cells and write the output folder (see the module's docstring).
 
-    A cell that fails is marked so, and the others go on.
+    A cell that fails is marked, and the others continue.
+
+    Args:
+        settings: what to run.
+        observer: receives the progress.
+
+    Returns:
+        The contents of results.json.
 
     Raises:
-        BadInput: something given does not work, and nothing was run; or, at the end, the folder
-            took no results (a full disk), and the message says which cells failed.
+        BadInput: an invalid setting, before anything runs; or, at the end, the results could not
+            be written (a full disk), and the message names the failed cells.
     """
     from .machine import machine
 
@@ -164,7 +172,7 @@ def run(settings: Settings, observer: Observer | None = None) -> dict[str, Any]:
             keys = parallel.from_first(
                 lambda: [_key(cell, {**setups[cell.task], **context}, hashes) for cell in cells]
             )
-            # Asked of one process, as they must agree on what is to be done.
+            # Decided by one process, as all must agree on what to run.
             rows: list[dict[str, Any] | None] = parallel.from_first(
                 lambda: [
                     _finished(settings.out, cell, key)
@@ -172,7 +180,7 @@ def run(settings: Settings, observer: Observer | None = None) -> dict[str, Any]:
                 ]
             )
             todo = [i for i, row in enumerate(rows) if row is None]
-            # `advanced` hears of this process's share only.
+            # `advanced` counts only this process's samples.
             shares = [math.ceil(n / parallel.world()) for n in tasks.samples.values()]
             share = dict(zip(tasks.samples, shares, strict=True))
             total = sum(share[cells[i].task] for i in todo)
@@ -196,7 +204,7 @@ def run(settings: Settings, observer: Observer | None = None) -> dict[str, Any]:
                 setup = setups[cell.task]
                 rows[i] = run_cell(cell, keys[i], model, tasks, settings, versions, setup)
                 observer.finished(rows[i] or {})
-                with contextlib.suppress(OSError):  # a full disk; the last time it counts
+                with contextlib.suppress(OSError):  # a full disk; only the last write matters
                     so_far = [row for row in rows if row is not None]
                     write_results(settings.out, {**head, "cells": so_far})
     results = {**head, "cells": [r for r in rows if r is not None]}
@@ -208,16 +216,16 @@ def run(settings: Settings, observer: Observer | None = None) -> dict[str, Any]:
         ]
         raise BadInput(
             "--out",
-            f"the results could not be written ({type(error).__name__}: {error}). What finished "
-            f"is in {settings.out / 'cells'} and is taken from there next time. "
+            f"the results could not be written ({type(error).__name__}: {error}). Finished cells "
+            f"are in {settings.out / 'cells'} and will be reused. "
             f"Failed cells: {'; '.join(failed) or 'none'}",
         ) from error
-    parallel.everyone(None)  # who leaves while the first still writes is missed by the launcher
+    parallel.everyone(None)  # no process may exit while the first still writes
     return results
 
 
 def _ran(source: Source, model: Any) -> dict[str, Any]:
-    """What the settings leave open: where the model was, and in which precision."""
+    """The device, precision and processes actually used."""
     dtype = source.dtype
     if dtype is None and model is not None:  # the checkpoint's own
         dtype = str(getattr(model.model, "dtype", None) or "").removeprefix("torch.") or None
@@ -230,12 +238,12 @@ def _title(cell: Cell) -> str:
 
 
 def setup_of(task: str, settings: Settings, source: Source, tasks: Tasks) -> dict[str, Any]:
-    """What cells of a task must have in common to be compared."""
+    """What comparable cells of a task have in common."""
     found: dict[str, Any] = as_json(
         {
             **source.summary,
             "prompts": source.prompts,
-            # With another kind of task beside it a task is asked through another class.
+            # Other kinds of tasks in the run make lmms-eval use another class.
             "chat": tasks.generation_only,
             "model_args": dict(source.arguments),
             "limit": tasks.limits[task],
@@ -254,15 +262,15 @@ def _key(cell: Cell, context: dict[str, Any], hashes: FileHashes) -> str:
         "code of method": code_of_method(cell.method),
         "files of method": named_files(cell.method.to_dict(), hashes),  # trained weights
     }
-    # The same files under another name are the same model.
+    # The same files with another name are the same model.
     return cell.key({**{k: v for k, v in context.items() if k != "id"}, **own})
 
 
 def _finished(out: Path, cell: Cell, key: str) -> dict[str, Any] | None:
-    """The cell as it was written when it finished, if it was."""
+    """The cell as written when it finished, or `None`."""
     file = out / "cells" / f"{key}.json"
     if not file.is_file() or not file.with_suffix(".jsonl").is_file():
         return None
     row: dict[str, Any] = json.loads(file.read_text("utf-8"))
-    # "todre:keep=0.1" and "todre" with 0.1 swept are one cell, which may have either name.
+    # "todre:keep=0.1" and "todre" with keep 0.1 are one cell, under either name.
     return {**row, "label": cell.label, "keep": cell.keep}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is written down of a cell: its samples, scores, tokens, FLOPs and times."""
+"""What is recorded of a cell: samples, scores, tokens, FLOPs and times."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ __all__ = ["as_json", "figures_of", "samples_of", "scores_of"]
 
 
 def _first_metric(found: Mapping[str, Any], task: str) -> str:
-    """The first metric of a task's configuration; of a group's, that of its first task."""
+    """The first metric of a task's configuration, or of a group's first task."""
     configs = found["configs"]
     config = configs.get(task) or next(iter(configs.values()))
     return str(config["metric_list"][0]["metric"])
 
 
 def samples_of(found: Mapping[str, Any], task: str) -> Iterator[dict[str, Any]]:
-    """What is kept of each sample: enough for loyalty, paired tests and scores by type."""
+    """What is recorded of each sample, for loyalty, paired tests and scores by type."""
     metric = _first_metric(found, task)
     for name, logged in found["samples"].items():
-        # Several processes hand over theirs one after the other.
+        # Several processes deliver their samples one after the other.
         for sample in sorted(logged, key=lambda s: s["doc_id"]):
             doc = sample.get("doc", {})
             kinds = (doc.get(k) for k in ("type", "category", "question_type"))
@@ -49,9 +49,9 @@ def scores_of(
     scores = [s["score"] for s in samples if s["score"] is not None]
     named = {k: v for k, v in figures.items() if k.split(",")[0] == metric}
     score = stats.sample_score(next(iter(named.values()), None))
-    if score is None and scores:  # a group without an aggregate of its own
+    if score is None and scores:  # a group without its own aggregate
         score = sum(scores) / len(scores)
-    # Only of a mean over samples do the samples tell the interval.
+    # Samples give an interval only for a mean over samples.
     is_mean = score is not None and scores and math.isclose(score, sum(scores) / len(scores))
     by_type: dict[str, Any] = {}
     for kind in sorted({s["type"] for s in samples if s["type"] is not None}):
@@ -75,7 +75,7 @@ def scores_of(
 def figures_of(report: Any) -> dict[str, Any]:
     """Tokens, FLOPs and times of a cell from its patch's report.
 
-    Times are medians: the first prefills are slow for reasons that are not the method's.
+    Times are medians, as the first prefills are slow for reasons unrelated to the method.
     """
     if not report.prefills:
         return {"tokens": None, "flops": None, "kv_bytes": None, "ms": None}
@@ -98,7 +98,7 @@ def figures_of(report: Any) -> dict[str, Any]:
 
 
 def as_json(value: Any) -> Any:
-    """`value` as strict JSON can hold it: `nan` becomes `null`, what is unknown its text."""
+    """`value` as strict JSON: `nan` becomes `null`, other objects their text."""
     if isinstance(value, Mapping):
         return {str(k): as_json(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vtc eval --suite`: named lists of tasks, so that runs of different people have the same ones.
+"""`vtc eval --suite`: named lists of tasks, so that different users run the same ones.
 
-A suite holds tasks of lmms-eval 0.7 that score themselves: no task here asks another model to
-judge (MathVista, MathVerse and CharXiv do) or a server of the benchmark (VQAv2's test split). The
-data of all but `embedded` comes from the hub.
+A suite holds tasks of lmms-eval 0.7 that need neither a judge model (MathVista, MathVerse and
+CharXiv do) nor the benchmark's server (VQAv2's test split does). The data of all but `embedded`
+comes from the hub.
 
-The metric that is named is the first of the task's own list, which is what `vtc.eval.harness.run`
-scores: the accuracy of POPE, where papers have its F1, and the perception of MME, where some add
-its cognition.
+The metric is the first of the task's own list, which `vtc.eval.harness.run`
+scores: the accuracy of POPE, where papers report F1, and the perception of MME, where some add
+cognition.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Entry:
 
     Attributes:
         task: its name in lmms-eval, or in `vtc.eval.tasks.OWN_TASKS`.
-        metric: what is scored; of a group of tasks, what each of them scores.
+        metric: its metric; for a group of tasks, that of each task.
     """
 
     task: str
@@ -35,10 +35,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Suite:
-    """Tasks that belong together; each runs whole, as lmms-eval has it.
+    """A list of related tasks, each run completely, as in lmms-eval.
 
     Attributes:
-        title: what it is about.
+        title: its subject.
         entries: the tasks, in the order in which they run.
     """
 
@@ -102,14 +102,14 @@ SUITES: dict[str, Suite] = {
         ),
     ),
 }
-"""By the name that `vtc eval --suite` takes."""
+"""Suites by the name for `vtc eval --suite`."""
 
 
 def expand(suite: str) -> list[str]:
     """The names of a suite's tasks, in the order in which they run.
 
     Raises:
-        ArgumentError: unknown name; says which there are.
+        ArgumentError: unknown name; lists the known ones.
         ArgumentTypeError: not a name.
     """
     if not isinstance(suite, str):

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One HTML page for a run of `vtc eval`: plots, tables, tests, samples with the tokens kept.
+"""One HTML page for a run of `vtc eval`: plots, tables, tests, samples with their kept tokens.
 
     python -m vtc.eval.report.page results        # writes results/report.html
 
-The page is one file without anything from elsewhere; its content security policy forbids the
-browser to fetch anything or to run any script but its own. Needs jinja2 and scipy, which come with
+The page is one self-contained file; its content security policy forbids fetching anything and
+running any script but its own. It needs jinja2 and scipy, which come with
 lmms-eval, and matplotlib.
 """
 
@@ -31,33 +31,33 @@ __all__ = ["machine", "write_page"]
 
 NAME = "report.html"
 SAMPLES = 16
-"""Of each task, in the viewer, unless another number is asked for."""
+"""Default number of samples per task in the viewer."""
 _PICTURES = 3_500_000
-"""Characters that the samples may take, so that the page stays below 5 MB."""
+"""Limit of characters for the samples, so that the page stays below 5 MB."""
 
 _NONE = "–"
 _FOLDER = Path(__file__).parent / "pages"
 
 
 def write_page(out: Path, samples: int | None = None, trace: bool = True) -> Path:
-    """Write `report.html` into a run's folder, from its results.json and the samples it logged.
+    """Write `report.html` to a run's folder, from its results.json and logged samples.
 
-    A run that is not finished, or in which cells failed, gives a page that says so.
+    The page of an unfinished run, or one with failed cells, says so.
 
     Args:
         out: the folder that `vtc eval --out` wrote.
-        samples: how many of each task the sample viewer has at most: those first on which methods
-            differ, of each type of question. `SAMPLES` without it.
-        trace: put the methods on the model once more to see which tokens they keep of these
-            samples, where that is not in `samples.json` yet. Without it the viewer has what is
-            there.
+        samples: most samples per task in the viewer, first those on which methods
+            differ, of each type of question; by default `SAMPLES`.
+        trace: run the methods again to see which tokens they keep of these
+            samples, if `samples.json` does not have them yet. Otherwise the viewer shows only what
+            is there.
 
     Returns:
         The page's path.
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: `samples` below 0, or a results.json that is none of this version.
+        ValueError: `samples` below 0, or a results.json that is not of this version.
     """
     samples = SAMPLES if samples is None else samples
     if samples < 0:
@@ -70,7 +70,7 @@ def write_page(out: Path, samples: int | None = None, trace: bool = True) -> Pat
             results = json.loads(file.read_text("utf-8"))
             known = results["format"] == 1
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"out: {file} is no result of vtc eval ({error!r})") from error
+            raise ValueError(f"out: {file} is not a result of vtc eval ({error!r})") from error
         if not known:
             raise ValueError(f"out: expected format 1 in {file}, got {results['format']!r}")
         context = _context(out, results, samples, trace)
@@ -149,14 +149,14 @@ def _context(out: Path, results: Mapping[str, Any], samples: int, trace: bool) -
 
 
 def _public(model: str) -> str:
-    """A model's id; of a folder only its name, for pages are passed on."""
+    """A model's id, or only the name of a folder, as pages are shared."""
     return Path(model).name if model.startswith(("/", "~", ".")) or "\\" in model else model
 
 
 def _logs(
     out: Path, cells: Sequence[Mapping[str, Any]]
 ) -> tuple[dict[str, dict[str, dict[str, Any]]], list[str]]:
-    """The logged samples by cell and id; and the cells that have none."""
+    """The logged samples by cell and id; and the cells without any."""
     logs, lost = {}, []
     for cell in done(cells):
         file = out / "cells" / f"{cell['key']}.jsonl"
@@ -180,24 +180,24 @@ def _alerts(out: Path, results: Mapping[str, Any]) -> list[str]:
             "still in cells/."
         )
     if failed:
-        alerts.append(f"{failed} of {len(cells)} cells failed; their errors stand below.")
+        alerts.append(f"{failed} of {len(cells)} cells failed; their errors are below.")
     try:
         planned = plan(settings_of(out, results))
     except (BadInput, KeyError, TypeError) as error:
-        return [*alerts, f"Whether the run is complete cannot be told: {error}"]
+        return [*alerts, f"It is unknown whether the run is complete: {error}"]
     there = {(c["task"], c["label"], c["keep"]) for c in cells}
     missing = [c for c in planned if (c.task, c.label, c.keep) not in there]
     if missing:
         names = (f"{c.task} {name_of(vars(c))}" for c in missing)
         alerts.append(
             f"This run is not complete: {len(missing)} of {len(planned)} cells are missing "
-            f"({', '.join(names)}). The same command goes on where it was."
+            f"({', '.join(names)}). Run the same command again to resume."
         )
     return alerts
 
 
 def _title(title: str) -> str:
-    """A group's title, of folders their names only."""
+    """A group's title, with only the names of folders."""
     return " · ".join(map(_public, title.split(" · ")))
 
 
@@ -211,7 +211,7 @@ def _plot(title: str, cells: Sequence[Mapping[str, Any]]) -> dict[str, str] | No
     from vtc.viz.plots import tradeoff
 
     drawn = io.BytesIO()
-    # Without the salt and the date the same run would give another file each time.
+    # A fixed salt and no date give the same file for the same run.
     with matplotlib.rc_context({"svg.hashsalt": "vtc", "svg.fonttype": "path"}):
         try:
             figure = tradeoff({"cells": cells})
@@ -244,7 +244,7 @@ def _viewer(
     logs: Logs,
     chosen: Mapping[str, Mapping[str, bool]],
 ) -> tuple[dict[str, Any] | None, list[str]]:
-    """What the sample viewer shows, and notes on what it does not."""
+    """The contents of the sample viewer, and notes on what is missing."""
     finished = [c for _, mine in groups for c in done(mine) if c["key"] in logs]
     if not finished or not any(chosen.values()):
         return None, []
@@ -254,7 +254,7 @@ def _viewer(
         shown = found["samples"].get(group, {})
         for name, differs in chosen[group].items():
             entry = _sample(name, shown.get(name), group, finished, logs, found["kept"])
-            if title != mine[0]["task"]:  # the same sample may have been asked in other ways
+            if title != mine[0]["task"]:  # other setups may have asked the same sample
                 entry["id"] = f"{name} ({_title(title)})"
             entry["differs"] = differs
             size += len(json.dumps(entry))
@@ -262,7 +262,7 @@ def _viewer(
                 left_out += 1
             else:
                 entries.append(entry)
-    notes = [f"Not all pictures or tokens could be had. {text}" for text in found["problems"]]
+    notes = [f"Not all pictures or tokens are available. {text}" for text in found["problems"]]
     if left_out:
         notes.append(f"{left_out} samples are left out to keep the page small.")
     methods = (i for i, c in enumerate(finished) if c["label"] not in BASELINES)
@@ -344,7 +344,7 @@ def _facts(results: Mapping[str, Any], model: str) -> list[tuple[str, list[tuple
 
 
 def _where(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Device, precision and processes, where the settings leave them open as well."""
+    """Device, precision and processes actually used."""
     known: dict[str, Any] = {}
     for name in ("device", "dtype"):  # of results that say it of their cells only
         found = [(c.get("setup") or {}).get(name) for c in results["cells"]]
@@ -363,9 +363,9 @@ def _plain(value: Any) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("out", type=Path, help="the folder that vtc eval wrote")
-    parser.add_argument("--samples", type=int, default=SAMPLES, help="of each task, in the viewer")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="samples per task to show")
     parser.add_argument(
-        "--no-trace", action="store_true", help="do not run the model for the tokens kept"
+        "--no-trace", action="store_true", help="do not run the model to find the kept tokens"
     )
     arguments = parser.parse_args()
     print(write_page(arguments.out, arguments.samples, not arguments.no_trace))

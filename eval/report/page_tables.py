@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of a run's page: results, tests, the split of VTC-Bench, types of questions.
+"""The tables of a run's page: results, tests, the VTC-Bench split, types of questions.
 
 Cells are those of results.json; logs are their samples, by the cell's key and the sample's id.
 """
@@ -20,7 +20,7 @@ __all__ = ["Cell", "Logs", "Row", "Table", "Value", "chance", "compare", "done",
 __all__ += ["results_table", "split", "tests", "types"]
 
 SIMPLE = ("random", "pool", "downsample")
-"""What every method is tested against, at as many tokens as it has (`peer`)."""
+"""What every method is tested against, at its number of tokens (`peer`)."""
 REFERENCES = ("full", *SIMPLE)
 
 LEVEL = 0.05
@@ -32,7 +32,7 @@ Logs = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 @dataclass(frozen=True)
 class Value:
-    """One cell of a table: what it says, and what it is sorted by (`None`: always last)."""
+    """One table entry: its text and its sort key (`None`: always last)."""
 
     text: str
     sort: float | str | None = None
@@ -95,7 +95,7 @@ def _tokens(cell: Mapping[str, Any]) -> float | None:
 
 
 def done(cells: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The cells that finished."""
+    """The finished cells."""
     return [c for c in cells if c["status"] == "done"]
 
 
@@ -197,7 +197,7 @@ def peer(cell: Cell, others: Sequence[Cell], label: str) -> Cell | None:
 
 
 def compare(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> stats.Paired | None:
-    """Two logs on the samples that both scored."""
+    """Paired test of two logs on the samples that both scored."""
     common = [k for k in mine if k in theirs and None not in _both(mine[k], theirs[k])]
     if not common:
         return None
@@ -206,7 +206,7 @@ def compare(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> stats.Paired 
 
 
 def tests(number: int, cells: Sequence[Cell], logs: Logs) -> Table | None:
-    """Every method against `full`, and against the simple baselines at as many tokens (`peer`)."""
+    """Every method against `full`, and against the simple baselines at its number of tokens."""
     finished = [c for c in done(cells) if c["key"] in logs and c["interval"] is not None]
     pairs, alone = [], []
     for cell in finished:
@@ -257,11 +257,11 @@ def tests(number: int, cells: Sequence[Cell], logs: Logs) -> Table | None:
         f"Two-sided p by {' or '.join(how[kind] for kind in kinds)}; p, Holm: corrected after Holm "
         f"1979 for the {len(found)} tests of this table. Better and worse: at most {LEVEL:g} after "
         "the correction; intervals are not corrected. higher, lower: samples on which the method "
-        "scores so. random, pool and downsample are taken at the fewest tokens, averaged over "
-        "the layers, that are no fewer than the method's, give or take a twentieth."
+        "scores higher or lower. random, pool and downsample are taken at the fewest tokens, "
+        "averaged over the layers, that are at least the method's, within a twentieth."
     ]
     if alone:
-        notes.append(f"Not every baseline was run at as many tokens: {', '.join(alone)}.")
+        notes.append(f"Not every baseline ran at the same number of tokens: {', '.join(alone)}.")
     names = (("method", False), ("keep", True), ("against", False), ("it is", False))
     numbers = (
         "difference, points", "95 % interval", "higher", "lower", "p", "p, Holm", "tokens",
@@ -276,7 +276,8 @@ def _both(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[Any, Any]
 
 
 def split(number: int, cells: Sequence[Mapping[str, Any]], logs: Logs) -> Table | None:
-    """Scores where down-sampling fails what the full model can (group A), and where not (B)."""
+    """Scores on samples that the full model gets right and down-sampling wrong (group A), and on
+    those that both get right (B)."""
     finished = [c for c in done(cells) if c["key"] in logs and c["interval"] is not None]
     full = next((logs[c["key"]] for c in finished if c["label"] == "full"), None)
     small = {c["keep"]: logs[c["key"]] for c in finished if c["label"] == "downsample"}
@@ -305,8 +306,8 @@ def split(number: int, cells: Sequence[Mapping[str, Any]], logs: Logs) -> Table 
         return None
     notes = [
         "After VTC-Bench (ACL 2026): of the samples that the full model gets right, group A are "
-        "those that down-sampling at the same keep gets wrong, group B those it gets right. What a "
-        "method is worth beyond a smaller image shows in A. VTC-Bench makes the image smaller; "
+        "those that down-sampling at the same keep gets wrong, group B those it gets right. Group "
+        "A shows what a method adds to a smaller image. VTC-Bench makes the image smaller; "
         "here “downsample” shrinks the grid of features, which every model allows."
     ]
     parts = ("samples", "accuracy, %", "95 % interval")

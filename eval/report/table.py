@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `vtc eval` prints: one table of the cells of a run."""
+"""The table that `vtc eval` prints."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..harness.results import grouped, of_this_run
 __all__ = ["FULL_WIDTH", "named", "runs", "table"]
 
 FULL_WIDTH = 118
-"""Columns of a terminal that tables need with all that they could show."""
+"""Terminal columns that a table with all columns needs."""
 
 _NONE = "–"
 _NOTE = """\
@@ -35,12 +35,12 @@ With --wide: tokens per layer, FLOPs, KV cache and the selector's time. """
 
 
 def runs(per_layer: Sequence[float]) -> str:
-    """Tokens per layer, equal neighbours together: [576, 576, 144] is "576×2 144×1"."""
+    """Tokens per layer, run-length encoded: [576, 576, 144] is "576×2 144×1"."""
     return " ".join(f"{n}×{len(list(same))}" for n, same in groupby(round(x) for x in per_layer))
 
 
 def named(label: str, width: int) -> str:
-    """A method's label in lines of at most `width`, broken before its settings and parts only."""
+    """A method's label in lines of at most `width`, broken only before settings and parts."""
     lines = [""]
     for piece in re.split(r"(?=[:+|@])", label):
         if lines[-1] and len(lines[-1]) + len(piece) > width:
@@ -71,7 +71,7 @@ def _unit(cells: Sequence[Mapping[str, Any]]) -> tuple[float, str]:
 
 
 def table(results: Mapping[str, Any], width: int | None = None) -> RenderableType:
-    """The cells of the latest run and those that they are compared with.
+    """The cells of the latest run and comparable ones, as a table for the terminal.
 
     One block for each task and setting, a line of explanation, and the errors of failed cells.
 

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Some samples of a run with their pictures, and which tokens each cell kept of them.
+"""Samples of a run with their pictures and the tokens that each cell kept.
 
-`vtc eval` logs answers and scores only. This module gets the questions and pictures back from the
-tasks, and puts the cells' methods on the model once more, through the same class of lmms-eval, to
-record what they keep. What it found is written to `samples.json` in the run's folder, so that it is
-done once:
+`vtc eval` logs only answers and scores. This module gets the questions and pictures from the
+tasks, and runs the cells' methods again, with the same class of lmms-eval, to
+record what they keep. It writes the findings to `samples.json` in the run's folder, so that this
+happens once:
 
     {"format": 2,
-     "samples": {GROUP:                       of the cells that were asked alike: `group_of`
+     "samples": {GROUP:                       of comparable cells: `group_of`
         {ID: {"question", "image",            a JPEG in base64, what the vision tower saw
               "size", "grid",                 [width, height]; [rows, columns] of its tokens
               "note"}}},                      why there is no picture or grid
-     "kept": {KEY: {ID: {"answer", "grid",    of the second pass
+     "kept": {KEY: {ID: {"answer", "grid",    from the second pass
                          "stages"}}}}         {"into the language model": bits, ...}
 
 Bits are hexadecimal: row-major, the first token is the highest bit of the first digit.
@@ -53,7 +53,7 @@ _QUALITY = 80
 
 
 def settings_of(out: Path, results: Mapping[str, Any]) -> runner.Settings:
-    """The settings of a run, from its results.json; `out` is where its folder is now."""
+    """The settings of a run from its results.json; `out` is its current folder."""
     given = results["settings"]
     saved = {f.name: given[f.name] for f in fields(runner.Settings) if f.name in given}
     lists = ("methods", "keeps", "tasks", "include_paths", "imports")
@@ -65,7 +65,7 @@ def settings_of(out: Path, results: Mapping[str, Any]) -> runner.Settings:
 def _settings_of_group(
     out: Path, results: Mapping[str, Any], cell: Mapping[str, Any]
 ) -> runner.Settings:
-    """What a cell and those that were asked alike were run with, one sample at a time."""
+    """The settings of a cell's group, with a batch size of 1."""
     setup = cell["setup"]
     return replace(
         settings_of(out, results),
@@ -77,22 +77,22 @@ def _settings_of_group(
         device=setup["device"],
         lmms_model=setup["lmms_eval"],
         model_args=setup["model_args"],
-        batch_size=1,  # so that what is recorded can be told apart
+        batch_size=1,  # so that records belong to single samples
     )
 
 
 def choose(
     cells: Sequence[Mapping[str, Any]], logs: Mapping[str, Mapping[str, Any]], count: int
 ) -> dict[str, bool]:
-    """The samples worth a look, in their order, and whether the cells differ on them.
+    """The most informative samples in order, and whether the cells differ on them.
 
-    Types of question take turns, each with the samples first on which right and wrong are most
-    evenly spread over the cells (over different answers, where they are not scored).
+    Types of question alternate, each starting with the samples whose right and wrong answers are
+    most evenly spread over the cells (or with the most different answers, if not scored).
 
     Args:
-        cells: of one group.
+        cells: cells of one group.
         logs: their samples.
-        count: how many at most.
+        count: maximum number of samples.
     """
     mine = [logs[c["key"]] for c in cells if c["key"] in logs and not c["blind"]]
     ids = list(dict.fromkeys(name for log in mine for name in log))
@@ -117,10 +117,10 @@ def choose(
 
 
 def bits(kept: Sequence[int], size: int) -> str:
-    """Which of `size` tokens are in `kept`, as the module's head says.
+    """Which of `size` tokens are in `kept`, as hexadecimal bits; see the module's docstring.
 
     Raises:
-        ValueError: a number that no token has.
+        ValueError: an index out of range.
     """
     chosen = set(kept)
     if chosen and not (min(chosen) >= 0 and max(chosen) < size):
@@ -137,15 +137,14 @@ def collect(
 ) -> dict[str, Any]:
     """Samples of a run, as in samples.json.
 
-    What cannot be had is left out, and "problems" says why: a page without pictures is better than
-    none.
+    Whatever is unavailable is left out, and "problems" says why: a page without pictures is better
+    than none.
 
     Args:
         out: the run's folder.
         results: its results.json.
         wanted: for each group of cells, ids of samples.
-        trace: put the methods on the model where samples.json does not have them yet. Without it
-            only what is there is read.
+        trace: run methods that samples.json does not have yet. Otherwise only the file is read.
     """
     found = _read(out)
     problems: list[str] = []
@@ -173,7 +172,7 @@ def collect(
 
 
 def _drawn(found: Mapping[str, Any], group: str, ids: Sequence[str]) -> list[str]:
-    """Samples of which tokens can be drawn, as far as that is known."""
+    """Samples whose tokens can be drawn, as far as known."""
     known = found["samples"].get(group, {})
     return [name for name in ids if known.get(name, {}).get("note") is None]
 
@@ -196,7 +195,7 @@ def _fill(
     ids: Sequence[str],
     problems: list[str],
 ) -> None:
-    """Run the cells `todo` of a group on the samples, and write what was found after each."""
+    """Run the cells `todo` of a group on the samples, and write the findings after each."""
     settings = _settings_of_group(out, results, todo[0])
     bring_in(settings.imports)
     setup, task = todo[0]["setup"], todo[0]["task"]
@@ -207,10 +206,10 @@ def _fill(
     with quiet(out / "log.txt"), offline(own or not hub_answers()):
         source = find_source(settings, hashes)
         if source.fingerprint != setup["fingerprint"]:
-            raise runner.BadInput("--model", "the model is not the one of this run any more")
+            raise runner.BadInput("--model", "the model has changed since this run")
         tasks = Tasks(settings, source, hashes)
         if tasks.data[task] != setup["data"]:
-            raise runner.BadInput("--tasks", f"{task} is not what it was in this run any more")
+            raise runner.BadInput("--tasks", f"{task} has changed since this run")
         model = load(source, settings, simple=not setup["chat"])
         try:
             samples = found["samples"].setdefault(group, {})
@@ -231,7 +230,7 @@ def _fill(
 
 
 class _Request:
-    """One sample, ready to be asked."""
+    """One sample to ask."""
 
     def __init__(self, name: str, instance: Any, question: str, images: list) -> None:
         self.instance, self.question, self.images = instance, question, images
@@ -240,7 +239,7 @@ class _Request:
 
     @property
     def obstacle(self) -> str | None:
-        """Why what is kept of this sample cannot be drawn."""
+        """Why the kept tokens of this sample cannot be drawn, or `None`."""
         if self.instance.request_type != "generate_until":
             return f"not drawn for requests of the kind {self.instance.request_type}"
         if len(self.images) != 1 or not isinstance(self.images[0], Image.Image):
@@ -260,7 +259,7 @@ class _Request:
 def _requests(
     model: Any, tasks: Any, settings: runner.Settings, ids: Sequence[str]
 ) -> list[_Request]:
-    """The samples of these ids, as `simple_evaluate` would ask them."""
+    """The samples with these ids, as `simple_evaluate` asks them."""
     from lmms_eval.tasks import get_task_dict
 
     requests = []
@@ -288,7 +287,7 @@ def _requests(
 
 
 def _plain_pass(model: Any, requests: Sequence[_Request], samples: dict[str, Any]) -> None:
-    """Note each sample's picture and grid, with all tokens kept."""
+    """Record each sample's picture and grid, with all tokens kept."""
     from vtc.viz.record import TokenRecord
 
     for request in requests:
@@ -334,7 +333,7 @@ def _kept(
 
 
 class _pixels:
-    """Catches the pixels that the model is given while it lasts."""
+    """Captures the pixels that the model receives within the block."""
 
     def __init__(self, model: Any) -> None:
         self.model = model.model
@@ -373,7 +372,7 @@ def _view(model: Any, request: _Request, record: Any) -> View:
 
 
 def _jpeg(picture: Image.Image) -> tuple[str, list[int]]:
-    """(base64, [width, height]) of a copy that is not larger than a page needs."""
+    """(base64, [width, height]) of a copy no larger than a page needs."""
     small = as_rgb(picture).copy()
     small.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()

@@ -70,7 +70,7 @@ def test_eval_refuses_bad_input_by_name(cli, tmp_path, arguments, option, messag
         (("--device", "tpu9"), "expected cpu, cuda"),
         (("--tasks", "vtc_scene"), "did you mean vtc_scenes"),
         (("--tasks", "vtc_photo"), "set VTC_DATA"),
-        (("--out", __file__), "is no folder"),
+        (("--out", __file__), "is not a folder"),
     ],
 )
 @pytest.mark.parametrize("command", ["eval", "autotune"])
@@ -131,7 +131,7 @@ def test_ctrl_c_says_what_is_kept_and_the_same_command_goes_on(cli, folder, tmp_
     assert stopped.exit_code == 130
     kept = "1 finished cells and 2 answers of unfinished ones are kept"
     assert kept in " ".join(stopped.output.split())
-    assert "The same command goes on from there." in stopped.output
+    assert "Run the same command again to resume." in stopped.output
     monkeypatch.setattr(Journal, "_append", lambda self, record: written.append(record))
     assert cli(*arguments).exit_code == 0
     assert len(written) == 6

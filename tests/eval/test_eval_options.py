@@ -109,7 +109,7 @@ def test_a_limit_is_a_number_or_a_share(text, limit):
 
 @pytest.mark.parametrize("text", ["0", "-1", "1.5", "0.0", "half"])
 def test_other_limits_are_refused(text):
-    with pytest.raises(BadInput, match="at least 1 sample, or a share of them") as error:
+    with pytest.raises(BadInput, match="at least 1 sample, or a fraction of them") as error:
         parse_limit(text)
     assert error.value.option == "--limit"
 
@@ -270,7 +270,7 @@ def test_a_broken_package_is_named_once_before_any_cell(folder, tmp_path):
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert "lmms-eval cannot be imported: ModuleNotFoundError" in done.stderr
-    assert "At fault is filelock" in done.stderr
+    assert "The installed filelock" in done.stderr
     assert "pip install" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out" / "results.json").exists()

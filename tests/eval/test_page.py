@@ -467,7 +467,7 @@ def test_refusals(out, tmp_path):
     with pytest.raises(ValueError, match="expected format 1"):
         write_page(out)
     (out / "results.json").write_text("{", "utf-8")
-    with pytest.raises(ValueError, match="is no result of vtc eval"):
+    with pytest.raises(ValueError, match="is not a result of vtc eval"):
         write_page(out)
     assert not (out / "report.html").exists()
 

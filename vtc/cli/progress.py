@@ -97,5 +97,5 @@ def kept(out: Path) -> str:
     answers = answers_in(out / "journal")
     return (
         f"stopped: {cells} finished cells and {answers} answers of unfinished ones are kept in "
-        f"{out}. The same command goes on from there."
+        f"{out}. Run the same command again to resume."
     )
