@@ -12,7 +12,7 @@ def test_a_dry_run_says_why_rows_are_not_run(cli):
     left = [line for line in result.output.splitlines() if line.startswith("not run: ")]
     assert "not run: SIEVE at 64 tokens: vtc has no SIEVE" in left
     (prumerge,) = (line for line in left if "PruMerge" in line)
-    assert "depends on the image" in prumerge
+    assert "follows the image" in prumerge
     # Of nothing that vtc has is it said that vtc has it not.
     for line in left:
         assert line.rpartition("vtc has no ")[2].lower() not in vtc.methods()

@@ -162,7 +162,7 @@ def test_the_plan_has_each_method_once_and_says_what_is_left_out(plan):
     )
     left = dict(plan.left_out)
     assert left["SIEVE at 64 tokens"] == "vtc has no SIEVE"
-    assert "depends on the image" in left["PruMerge at 192 tokens"]  # of which vtc has the method
+    assert "follows the image" in left["PruMerge at 192 tokens"]  # of which vtc has the method
     assert left["HoloV + RESTORE at 64 tokens"].startswith("vtc has holov, but not RESTORE")
     assert "server" in left["VQAv2"]
     # Every printed row is run or left out by name.

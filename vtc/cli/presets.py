@@ -29,7 +29,7 @@ def presets(
 ) -> None:
     """List published token targets and their actual cost in the language model.
 
-    The column "which is" says what a target counts. exact: vision tokens that enter the
+    The column "which is" says what the target counts. exact: vision tokens that enter the
     language model. average: those that a decoder layer processes, mean over the layers. kept:
     those left after a cut between layers; the layers before it process more. counted: what the
     authors' own counter reports, less than is processed. On Qwen2.5-VL, where image sizes
