@@ -15,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from vtc.core import Method
 from vtc.core.images import ImageMap, Modality
+from vtc.core.signals import read_at
 from vtc.models import Adapter, UnsupportedModelError
 from vtc.report import Stopwatch
 from vtc.runtime.forward import Forward
@@ -559,12 +560,8 @@ class VisionSide:
 
 def layers_read(method: Method) -> list[int | float]:
     """The tower layers that the sequence stage of `method` reads, as it names them."""
-    layers: list[int | float] = []
-    if method.needs & {"cls_attention", "cls_query", "keys"}:
-        layers.append(method.vision_layer)
-    if "low_attention" in method.needs:
-        layers.append(method.low_layer)
-    return layers
+    named = [layer for layer in ("vision_layer", "low_layer") if method.needs & read_at(layer)]
+    return [getattr(method, layer) for layer in named]
 
 
 def _rows_of_tiles(crop: Tensor, row: Tensor) -> list[int]:

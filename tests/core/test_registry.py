@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Methods and families of other packages are found by their entry points."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import vtc
+from vtc.core import registry
+from vtc.models import base
+from vtc.models import registry as families
+
+METHOD = """
+from dataclasses import dataclass
+
+import torch
+
+import vtc
+
+
+@dataclass(frozen=True)
+class Offered(vtc.Method):
+    name = "offered"
+    keep: float = 0.5
+
+    def select(self, tokens: vtc.VisionTokens) -> vtc.Selection:
+        return vtc.Selection(torch.arange(tokens.budget(self.keep)))
+"""
+
+FAMILY = """
+from vtc.models import Llava
+
+
+class Offered(Llava):
+    \"\"\"LLaVA by another name.\"\"\"
+
+    name = "offered_vl"
+    model_types = ("offered_vl",)
+"""
+
+
+@pytest.fixture(params=[(registry, "vtc.methods"), (families, "vtc.families")])
+def offered(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[ModuleType, str, Path]]:
+    """A registry that has not looked yet, and a module that an entry point of its group names."""
+    where, group = request.param
+    monkeypatch.syspath_prepend(tmp_path)
+    module = f"offered_{group.partition('.')[2]}"
+    point = EntryPoint("theirs", module, group)
+    monkeypatch.setattr(
+        where, "entry_points", lambda group: [point] if group == point.group else []
+    )
+    sys.modules.pop(module, None)
+    before, kinds = dict(registry._REGISTRY), list(base.ADAPTERS)
+    where._load.cache_clear()
+    yield where, group, tmp_path / f"{module}.py"
+    registry._REGISTRY.clear()
+    registry._REGISTRY.update(before)
+    base.ADAPTERS[:] = kinds
+    where._load.cache_clear()
+
+
+def test_what_a_package_offers_is_there_by_name(offered: tuple[ModuleType, str, Path]) -> None:
+    _, group, file = offered
+    file.write_text(METHOD if group == "vtc.methods" else FAMILY)
+    if group == "vtc.methods":
+        assert vtc.make("offered", keep=0.25).keep == 0.25  # type: ignore[attr-defined]
+        assert "offered" in vtc.methods()
+    else:
+        assert "offered_vl" in {kind for info in vtc.models() for kind in info.model_types}
+
+
+def test_a_package_that_fails_is_named_and_the_others_work(
+    offered: tuple[ModuleType, str, Path],
+) -> None:
+    where, group, file = offered
+    file.write_text("1 / 0")
+    with pytest.warns(UserWarning, match=f"{group}: theirs of offered_.*ZeroDivisionError"):
+        found = where.methods() if group == "vtc.methods" else where.families()
+    assert len(found) > 20
+    assert "offered" not in vtc.methods()
