@@ -58,6 +58,7 @@ def offered(
         where, "entry_points", lambda group: [point] if group == point.group else []
     )
     sys.modules.pop(module, None)
+    vtc.methods(), vtc.models()  # our own, which are imported once
     before, kinds = dict(registry._REGISTRY), list(base.ADAPTERS)
     where._load.cache_clear()
     yield where, group, tmp_path / f"{module}.py"
