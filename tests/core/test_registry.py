@@ -51,6 +51,8 @@ def offered(
 ) -> Iterator[tuple[ModuleType, str, Path]]:
     """A registry that has not looked yet, and a module that an entry point of its group names."""
     where, group = request.param
+    vtc.methods()  # our own, which are imported once
+    vtc.models()
     monkeypatch.syspath_prepend(tmp_path)
     module = f"offered_{group.partition('.')[2]}"
     point = EntryPoint("theirs", module, group)
@@ -58,7 +60,6 @@ def offered(
         where, "entry_points", lambda group: [point] if group == point.group else []
     )
     sys.modules.pop(module, None)
-    vtc.methods(), vtc.models()  # our own, which are imported once
     before, kinds = dict(registry._REGISTRY), list(base.ADAPTERS)
     where._load.cache_clear()
     yield where, group, tmp_path / f"{module}.py"
