@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 import vtc
-from vtc.core import registry
+from vtc.core import plugins, registry
 from vtc.models import base
 from vtc.models import registry as families
 
@@ -57,7 +57,7 @@ def offered(
     module = f"offered_{group.partition('.')[2]}"
     point = EntryPoint("theirs", module, group)
     monkeypatch.setattr(
-        where, "entry_points", lambda group: [point] if group == point.group else []
+        plugins, "entry_points", lambda group: [point] if group == point.group else []
     )
     sys.modules.pop(module, None)
     before, kinds = dict(registry._REGISTRY), list(base.ADAPTERS)

@@ -11,12 +11,28 @@ import hashlib
 import importlib
 import importlib.util
 import sys
+import warnings
 from collections.abc import Iterable
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from .errors import ArgumentError
 
-__all__ = ["import_modules"]
+__all__ = ["import_modules", "load_group"]
+
+
+def load_group(group: str) -> None:
+    """Import what packages offer by entry points of `group`; one that fails is warned of, and the
+    others are there."""
+    for point in entry_points(group=group):
+        try:
+            point.load()
+        except Exception as error:  # of a package that is not ours
+            warnings.warn(
+                f"{group}: {point.name} of {point.value} cannot be loaded: "
+                f"{type(error).__name__}: {error}",
+                stacklevel=5,
+            )
 
 
 def import_modules(names: Iterable[str]) -> None:

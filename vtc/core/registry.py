@@ -8,11 +8,11 @@ it registers the methods defined there, as importing any module does.
 from __future__ import annotations
 
 import re
-import warnings
 from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
+
+from .plugins import load_group
 
 if TYPE_CHECKING:
     from .method import Method
@@ -56,12 +56,4 @@ def wrappers() -> dict[str, type[Method]]:
 @cache
 def _load() -> None:
     import_module("vtc.methods")
-    for point in entry_points(group="vtc.methods"):
-        try:
-            point.load()
-        except Exception as error:  # of a package that is not ours; the other methods are there
-            warnings.warn(
-                f"vtc.methods: {point.name} of {point.value} cannot be loaded: "
-                f"{type(error).__name__}: {error}",
-                stacklevel=4,
-            )
+    load_group("vtc.methods")
