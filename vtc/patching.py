@@ -82,7 +82,12 @@ class Patch:
         Args:
             listener: called with each `vtc.core.events.Event`, in the thread that runs the model;
                 what it raises ends the forward.
+
+        Raises:
+            RuntimeError: this patch is not on its model any more.
         """
+        if not self.active:
+            raise RuntimeError("this patch is not on its model any more; call vtc.patch again")
         self._engine.listeners.append(listener)
         try:
             yield

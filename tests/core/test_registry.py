@@ -88,3 +88,22 @@ def test_a_package_that_fails_is_named_and_the_others_work(
         found = where.methods() if group == "vtc.methods" else where.families()
     assert len(found) > 20
     assert "offered" not in vtc.methods()
+
+
+def test_a_name_or_a_model_type_of_another_is_refused() -> None:
+    from vtc.models import InternVL, Llava
+
+    kinds = list(base.ADAPTERS)
+    with pytest.raises(TypeError, match="has a name of its own"):
+        type("MyVL", (Llava,), {"model_types": ("my_vl",)})
+    with pytest.raises(ValueError, match="InternVL has the model type 'internvl' already"):
+        type("Mine", (Llava,), {"name": "mine", "model_types": ("mine", "internvl")})
+    with pytest.raises(ValueError, match="Llava has the name 'llava' already"):
+        type("Mine", (InternVL,), {"name": "llava", "model_types": ("mine",)})
+    assert kinds == base.ADAPTERS
+
+
+def test_a_method_of_another_module_does_not_take_a_name() -> None:
+    with pytest.raises(ValueError, match=r"'fastv' exists already: vtc.methods.fastv.FastV"):
+        type("FastV", (vtc.Method,), {"name": "fastv", "__qualname__": "FastV"})
+    assert vtc.methods()["fastv"] is vtc.FastV

@@ -3,8 +3,9 @@
 
 Events come from the thread that runs the model, in the order in which things happen: for each image
 of each sample one `Shown`, then one `Selected` for every method of the sequence stage; then, before
-each decoder layer at which a method acts, one `Selected` for every sample. What `generate` repeats
-without a cache is told once.
+each decoder layer at which a method acts, one `Selected` for every sample of which it chose; where
+it returns `None`, and so keeps all, nothing is told. What acts on pixels or in the tower shows in
+`Shown`. What `generate` repeats without a cache is told once.
 """
 
 from __future__ import annotations

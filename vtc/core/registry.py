@@ -29,10 +29,17 @@ def register(cls: type[Method], name: str) -> None:
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ValueError(f"{cls.__name__}.name must be lower-case letters and digits, got {name!r}")
+    if not cls.__module__.startswith("vtc.methods."):
+        import_module("vtc.methods")  # whose names are taken, also before the first look-up
     known = _REGISTRY.get(name) or _WRAPPERS.get(name)
-    if known is not None and known.__qualname__ != cls.__qualname__:
-        raise ValueError(f"a method named {name!r} exists already: {known.__qualname__}")
+    # A module that is loaded again takes its own place.
+    if known is not None and _place(known) != _place(cls):
+        raise ValueError(f"a method named {name!r} exists already: {'.'.join(_place(known))}")
     (_REGISTRY if cls.listed else _WRAPPERS)[name] = cls
+
+
+def _place(cls: type[Method]) -> tuple[str, str]:
+    return cls.__module__, cls.__qualname__
 
 
 def find(name: str) -> type[Method] | None:

@@ -68,7 +68,7 @@ class Plan:
             warnings.warn(
                 f"{self.method}: positions='contiguous' has no meaning for {kind}, whose positions "
                 "are places in the picture; tokens keep theirs",
-                stacklevel=5,
+                stacklevel=6,
             )
         for number, method in enumerate(self.method.parts):
             check_needs(method.name, method.needs)  # a property, where the class could not be asked
