@@ -48,14 +48,15 @@ def texts() -> Iterator[tuple[str, str]]:
 
 TEXTS = list(texts())
 GROUPS = {
-    keyword.value.value
+    node.args[0].value
     for module in MODULES.values()
     for node in ast.walk(module.tree)
     if isinstance(node, ast.Call)
-    for keyword in node.keywords
-    if keyword.arg == "group" and isinstance(keyword.value, ast.Constant)
+    and isinstance(node.func, ast.Name)
+    and node.func.id == "load_group"
+    and isinstance(node.args[0], ast.Constant)
 }
-"""Entry points that vtc looks for: `entry_points(group="vtc.methods")`."""
+"""Entry points that vtc looks for: `load_group("vtc.methods")`."""
 
 MADE = {"eval/embedded/training/runs"}
 """What is not in the repository: a command makes it."""

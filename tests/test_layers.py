@@ -208,7 +208,7 @@ sys.meta_path.insert(0, Blocked)
 
 CHOOSES = """
 import torch
-import vtc.core, vtc.methods, vtc.ops
+import vtc.core, vtc.methods, vtc.ops, vtc.runtime.stages, vtc.runtime.runners
 from vtc.core import VisionTokens, make, methods
 
 SETTINGS = {"atp": {"theta_r": 0.2, "theta_s": 0.8}}  # it has no defaults: heads are trained

@@ -86,7 +86,12 @@ class Patch:
         Args:
             listener: called with each `vtc.core.events.Event`, in the thread that runs the model;
                 its exceptions abort the forward.
+
+        Raises:
+            RuntimeError: the patch is no longer on its model.
         """
+        if not self.active:
+            raise RuntimeError("this patch is not on its model any more; call vtc.patch again")
         self._engine.listeners.append(listener)
         try:
             yield

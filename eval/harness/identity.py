@@ -19,6 +19,7 @@ import inspect
 import json
 import marshal
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
@@ -172,8 +173,18 @@ def shared_code() -> str:
             _hashed(own, _PACKAGE),
             _hashed((_EVAL / name for name in _OF_EVAL), _EVAL),
             _hashed(asks, Path(str(lmms_eval.__file__)).parent),
+            *([code_of_files(foreign)] if (foreign := _foreign_families()) else ()),
         ]
     )
+
+
+def _foreign_families() -> list[Path]:
+    """Files of model families from other packages."""
+    from vtc.models import families
+
+    foreign = (cls for cls in families() if not cls.__module__.startswith("vtc.models."))
+    files = (Path(str(sys.modules[cls.__module__].__file__)) for cls in foreign)
+    return [file for file in files if file.is_file()]
 
 
 def code_of_method(method: Method) -> str:

@@ -32,6 +32,8 @@ from vtc.eval.harness.loading import write_task
 from vtc.eval.harness.plan import Settings
 from vtc.eval.harness.run import run
 
+from vtc.models import base
+
 MIB = 1 << 20
 
 
@@ -154,6 +156,24 @@ def test_code_that_carries_out_counts_for_all(package, name):
     assert shared_code() != before
     (package / "runtime" / "added.py").write_text("")
     assert shared_code() != before
+
+
+def test_families_of_other_packages_count_for_all(tmp_path, monkeypatch):
+    file, kinds, before = tmp_path / "vtc_own_family.py", list(base.ADAPTERS), shared_code()
+    file.write_text(
+        "from vtc.models import Llava\nclass Own(Llava):\n    name = 'own'\n"
+        "    model_types = ('own_vl',)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        importlib.import_module("vtc_own_family")
+        known = shared_code()
+        assert known != before
+        _append(file)
+        assert shared_code() not in (known, before)
+    finally:
+        base.ADAPTERS[:] = kinds
+    assert shared_code() == before
 
 
 def test_a_methods_code_counts_for_its_own_cells(package):

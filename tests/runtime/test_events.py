@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -88,3 +89,35 @@ def test_what_a_listener_raises_ends_the_forward_and_nothing_is_left() -> None:
         with patch.listen(refuse), pytest.raises(KeyError, match="Shown"):
             model(**batch)
         assert torch.equal(model(**batch).logits, expected)
+
+
+def test_a_patch_that_is_gone_is_not_listened_to() -> None:
+    model = FAMILIES["paligemma"].build("eager")
+    patch = vtc.patch(model, "divprune", keep=0.5)
+    patch.unpatch()
+    with pytest.raises(RuntimeError, match="not on its model any more"), patch.listen(print):
+        pass
+
+
+def test_a_method_that_writes_to_the_models_tensors_is_stopped() -> None:
+    family = FAMILIES["paligemma"]
+    model, batch = family.build("eager"), family.collate(family.rows("one"))
+    stopped = pytest.raises(RuntimeError, match="writing: prune wrote to tensors of its state")
+    with vtc.patch(model, Writing()), torch.no_grad(), stopped:
+        model(**batch)
+
+
+@dataclass(frozen=True)
+class Writing(vtc.Method):
+    """Centres the hidden states where they lie."""
+
+    def prune_layers(self, num_layers: int) -> tuple[int, ...]:
+        return (2,)
+
+    def prune(self, state: vtc.LayerState) -> vtc.Selection | None:
+        hidden = state.hidden.float()
+        hidden -= hidden.mean(0)
+        return None
+
+
+Writing.name = "writing"

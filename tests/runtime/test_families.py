@@ -558,7 +558,7 @@ def test_padding_that_would_be_counted_is_refused(name: str) -> None:
             batch["attention_mask"], (0, held - batch["input_ids"].shape[1]), value=1
         )
         mask = torch.cat([mask, torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]])], dim=1)
-        with pytest.raises(ValueError, match="unequal numbers"), torch.no_grad():
+        with pytest.raises(ValueError, match="ragged continuation"), torch.no_grad():
             patch.model(input_ids=words, attention_mask=mask, past_key_values=past)
 
 

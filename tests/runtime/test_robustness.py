@@ -496,7 +496,7 @@ class NoDataclass(Probe):
         (NoDataclass(), TypeError, "dataclass"),
         (NoLayers(), ValueError, "before no layer"),
         (NoPrune(), ValueError, "no prune"),
-        (Strange(what="needs"), ValueError, "unknown signal cls"),
+        (Strange(what="needs"), ValueError, "unknown signal in needs 'cls'"),
         (Strange(what="rows"), ValueError, "unknown rows 'all'"),
         (Strange(what="late"), ValueError, "accepted are 0 to 1"),
         (vtc.ToDRE, TypeError, r"give ToDRE\(...\)"),
@@ -610,7 +610,7 @@ def test_shapes_that_need_a_family_are_refused_before_anything_changed(
     model.config.model_type = "unknown"  # a family of its own knows what to do
     with pytest.raises(vtc.UnsupportedModelError, match=says) as caught:
         vtc.patch(model, FASTV)
-    assert "Supported are llava" in str(caught.value)
+    assert "Supported are aya_vision" in str(caught.value)
     assert not any(isinstance(v, Override) for m in model.modules() for v in vars(m).values())
 
 

@@ -68,7 +68,8 @@ def _entry(row: dict[str, Any]) -> Entry:
 def _digest() -> str:
     """Digest of the files that define methods, regardless of line endings."""
     found = hashlib.sha256()
-    for path in sorted((_PACKAGE / "methods").rglob("*.py")):
+    files = (path for room in ("core", "methods") for path in (_PACKAGE / room).rglob("*.py"))
+    for path in sorted(files):
         found.update(path.relative_to(_PACKAGE).as_posix().encode())
         found.update(path.read_bytes().replace(b"\r\n", b"\n"))
     return found.hexdigest()
@@ -83,14 +84,15 @@ _OF_THE_DECODER = {
 
 
 def _described(name: str, cls: type[Method]) -> Entry:
+    from vtc.core.stages import STAGES
+
     method: Method | None
     try:
         method = cls()
         stages = method.stages
     except (TypeError, ValueError):  # it has required settings
         method = None
-        names = {"select": "sequence", "prune": "layers"}
-        stages = tuple(stage for hook, stage in names.items() if hook in vars(cls))
+        stages = tuple(stage.name for stage in STAGES if cls.implements(stage.hook))
     reads: list[str] = [*sorted(cls.needs)]
     for hook, what in _OF_THE_DECODER.items():
         # For a method with required settings, see which hooks it overrides.

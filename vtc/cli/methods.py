@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
+
 from .console import explain, output, stacked, wide_table
 from .options import Import, Wide
 
@@ -12,7 +14,8 @@ def methods(wide: Wide = False, imports: Import = []) -> None:  # noqa: B006
     from vtc.cli.catalogue import catalogue
 
     console, rows = output(), []
-    for entry in catalogue(live=bool(imports)):
+    offered = bool(imports) or bool(entry_points(group="vtc.methods"))
+    for entry in catalogue(live=offered):
         year = f" ({entry.year})" if entry.year else ""
         stages = ", ".join(entry.stages) + ", trained" * entry.trained
         reads, settings = ", ".join(entry.reads), ", ".join(entry.settings)

@@ -3,8 +3,9 @@
 
 Events come in order, from the thread that runs the model: for each image of each sample one
 `Shown`, then one `Selected` for every method of the sequence stage; then, before each decoder layer
-at which a method acts, one `Selected` for every sample. Steps that `generate` repeats without a
-cache are reported once.
+at which a method acts, one `Selected` for every sample in which it chose. If it returns `None`, and
+so keeps all, there is no event. Methods on pixels or in the tower show in `Shown`. Steps that
+`generate` repeats without a cache are reported once.
 """
 
 from __future__ import annotations

@@ -11,12 +11,32 @@ import hashlib
 import importlib
 import importlib.util
 import sys
+import warnings
 from collections.abc import Iterable
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from .errors import ArgumentError
 
-__all__ = ["import_modules"]
+__all__ = ["import_modules", "load_group"]
+
+
+def load_group(group: str) -> None:
+    """Import what packages provide through entry points of `group`; a failing one gives a warning,
+    the others still load.
+
+    Args:
+        group: "vtc.methods" or "vtc.families".
+    """
+    for point in entry_points(group=group):
+        try:
+            point.load()
+        except Exception as error:  # from another package
+            warnings.warn(
+                f"{group}: {point.name} of {point.value} cannot be loaded: "
+                f"{type(error).__name__}: {error}",
+                stacklevel=5,
+            )
 
 
 def import_modules(names: Iterable[str]) -> None:

@@ -8,11 +8,11 @@ importing the module registers the methods it defines.
 from __future__ import annotations
 
 import re
-import warnings
 from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
+
+from .plugins import load_group
 
 if TYPE_CHECKING:
     from .method import Method
@@ -29,10 +29,17 @@ def register(cls: type[Method], name: str) -> None:
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ValueError(f"{cls.__name__}.name must be lower-case letters and digits, got {name!r}")
+    if not cls.__module__.startswith("vtc.methods."):
+        import_module("vtc.methods")  # vtc's names are taken even before the first look-up
     known = _REGISTRY.get(name) or _WRAPPERS.get(name)
-    if known is not None and known.__qualname__ != cls.__qualname__:
-        raise ValueError(f"a method named {name!r} exists already: {known.__qualname__}")
+    # A reloaded module replaces its own class.
+    if known is not None and _place(known) != _place(cls):
+        raise ValueError(f"a method named {name!r} exists already: {'.'.join(_place(known))}")
     (_REGISTRY if cls.listed else _WRAPPERS)[name] = cls
+
+
+def _place(cls: type[Method]) -> tuple[str, str]:
+    return cls.__module__, cls.__qualname__
 
 
 def find(name: str) -> type[Method] | None:
@@ -56,12 +63,4 @@ def wrappers() -> dict[str, type[Method]]:
 @cache
 def _load() -> None:
     import_module("vtc.methods")
-    for point in entry_points(group="vtc.methods"):
-        try:
-            point.load()
-        except Exception as error:  # from another package; the other methods still work
-            warnings.warn(
-                f"vtc.methods: {point.name} of {point.value} cannot be loaded: "
-                f"{type(error).__name__}: {error}",
-                stacklevel=4,
-            )
+    load_group("vtc.methods")

@@ -28,6 +28,8 @@ class ScorerMethod(Method):
     keep: float | int
 
     def __post_init__(self) -> None:
+        if not hasattr(self, "keep"):
+            raise TypeError(f"{type(self).__name__}: a ScorerMethod needs a setting `keep`")
         check_keep(self.keep)
         check_choice("positions", self.positions, ("original", "contiguous"))
 
@@ -60,7 +62,7 @@ class ScorerMethod(Method):
         n, k = len(tokens), tokens.budget(self.keep)
         if k >= n:
             return _all(tokens.features)
-        return _best(self.score(tokens), k)
+        return self._best(self.score(tokens), n, k)
 
     def prune(self, state: LayerState) -> Selection | None:
         """(k,) ascending indices of the highest scores, or `None` if all fit the budget.
@@ -74,7 +76,22 @@ class ScorerMethod(Method):
         k = self.leaves(state.original, held, cuts.index(state.layer), len(cuts))
         if k is None or k >= held or self.keeps_all:
             return None
-        return _best(self.score_layer(state), k)
+        return self._best(self.score_layer(state), held, k)
+
+    def _best(self, scores: Tensor, n: int, k: int) -> Selection:
+        """The k highest of the (n,) `scores`.
+
+        Raises:
+            ValueError: not one score for each token.
+        """
+        from vtc.ops import top_k
+
+        if scores.shape != (n,):
+            raise ValueError(
+                f"{self.name}: expected one score for each of the {n} tokens, of shape ({n},), got "
+                f"{tuple(scores.shape)}"
+            )
+        return Selection(top_k(scores, k).sort().values)
 
 
 # PyTorch is imported in functions, as commands that do not need it import `vtc.core`.
@@ -83,10 +100,3 @@ def _all(features: Tensor) -> Selection:
     import torch
 
     return Selection(torch.arange(len(features), device=features.device))
-
-
-def _best(scores: Tensor, k: int) -> Selection:
-    """The k highest of the (n,) `scores`."""
-    from vtc.ops import top_k
-
-    return Selection(top_k(scores, k).sort().values)

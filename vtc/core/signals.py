@@ -129,6 +129,11 @@ def read_at(layer: str) -> frozenset[Signal]:
     return frozenset(name for name, spec in SIGNALS.items() if spec.layer == layer)
 
 
+def read_in_tower() -> frozenset[Signal]:
+    """The signals that come from the vision tower."""
+    return frozenset(name for name, spec in SIGNALS.items() if spec.source.startswith("tower"))
+
+
 def check_needs(method: str, needs: Iterable[str]) -> None:
     """Refuse unknown signals.
 

@@ -42,6 +42,25 @@ ADAPTERS: list[type[Adapter]] = []
 """The registered families, in the order of their definition."""
 
 
+def _register(cls: type[Adapter]) -> None:
+    """Note a family; of a module that is loaded again, the class takes its own place.
+
+    Raises:
+        TypeError: a family without a name of its own.
+        ValueError: a name or a model type that another family has.
+    """
+    if "name" not in vars(cls):
+        raise TypeError(f"{cls.__name__}: a family with model_types has a name of its own as well")
+    same = (cls.__module__, cls.__qualname__)
+    others = [a for a in ADAPTERS if (a.__module__, a.__qualname__) != same]
+    for other in others:
+        shared = sorted({*cls.model_types} & {*other.model_types})
+        if shared or other.name == cls.name:
+            what = f"model type {shared[0]!r}" if shared else f"name {cls.name!r}"
+            raise ValueError(f"{cls.__name__}: {other.__name__} has the {what} already")
+    ADAPTERS[:] = [*others, cls]
+
+
 @dataclass(frozen=True, eq=False)
 class Adapter:
     """What is known of one model: its modules, and how its architecture lays out vision tokens.
@@ -104,9 +123,7 @@ class Adapter:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "model_types" in vars(cls):
-            # One of the same name takes its place: a module that is loaded again.
-            ADAPTERS[:] = [a for a in ADAPTERS if a.name != cls.name]
-            ADAPTERS.append(cls)
+            _register(cls)
 
     @classmethod
     def readable(cls) -> str:

@@ -11,11 +11,12 @@ import warnings
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
 
 import transformers
 from packaging.version import Version
 from torch import nn
+
+from vtc.core.plugins import load_group
 
 from .base import ADAPTERS, Adapter, UnsupportedModelError
 
@@ -57,15 +58,7 @@ def families() -> list[type[Adapter]]:
 @cache
 def _load() -> None:
     import_module("vtc.models")
-    for point in entry_points(group="vtc.families"):
-        try:
-            point.load()
-        except Exception as error:  # of a package that is not ours; the other families are there
-            warnings.warn(
-                f"vtc.families: {point.name} of {point.value} cannot be loaded: "
-                f"{type(error).__name__}: {error}",
-                stacklevel=4,
-            )
+    load_group("vtc.families")
 
 
 def models() -> list[FamilyInfo]:

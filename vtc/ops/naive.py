@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vtc.ops.coverage import EQUAL, SPENT
-from vtc.ops.density import TIED
-from vtc.ops.dpp import SAME
-from vtc.ops.similarity import unit_rows
+# Tolerances, repeated so that a wrong one in a fast function does not carry over to its twin.
+EQUAL, SPENT = 1e-6, 1e-9  # of coverage
+TIED = 5e-7  # of density peaks
+SAME = 1e-9  # of the determinantal process
 
 
 def cosines(features: Tensor) -> Tensor:
     """(n, n) cosine similarities of all pairs of rows, the matrix that the fast functions avoid."""
-    rows = unit_rows(features)
+    wide = features if features.dtype == torch.float64 else features.float()
+    rows = wide / wide.norm(dim=1, keepdim=True).clamp_min(1e-12)
     return rows @ rows.T
 
 

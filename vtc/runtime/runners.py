@@ -18,7 +18,10 @@ def check_stages(method: Method) -> None:
     for part in method.parts:
         if not part.stages:
             hooks = ", ".join(stage.hook for stage in STAGES if stage.name in RUN)
-            raise ValueError(f"method: {part} implements no stage: it overrides none of {hooks}")
+            raise ValueError(
+                f"method: {part} implements no stage: it overrides none of "
+                f"{hooks}, nor, as a ScorerMethod, score or score_layer"
+            )
         if lacking := [name for name in part.stages if name not in RUN]:
             raise ValueError(
                 f"method: no runner for stage {lacking[0]!r} in this executor, in which {part} "

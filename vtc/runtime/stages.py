@@ -236,8 +236,14 @@ def prune_between_layers(
                 },
                 memory=forward.memory.get((number, b)),
             )
+            versions = _versions(state)
             with no_autocast(hidden):
                 selection = method.prune(state)
+            if _versions(state) != versions:
+                raise RuntimeError(
+                    f"{method.name}: prune wrote to tensors of its state, which are the model's "
+                    "own; it may compute with copies of them"
+                )
             if selection is not None:
                 selection = checked(method, selection, n)
                 forward.memory[number, b] = selection.memory
@@ -267,6 +273,12 @@ def prune_between_layers(
             forward.gap[b, layout.index[b, vision[gone]]] = True
             forward.gap[b, layout.index[b, ended]] = True
     return hidden, keep
+
+
+def _versions(state: LayerState) -> list[int]:
+    """How often each tensor of a state was written to, as far as that is tracked."""
+    seen = (state.hidden, *state.recorded.values(), *state.attention.values())
+    return [tensor._version for tensor in seen if not tensor.is_inference()]
 
 
 def rows_of(forward: Forward, kinds: set[Rows]) -> dict[Rows, list[Tensor]]:

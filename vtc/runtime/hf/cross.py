@@ -29,6 +29,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from vtc.core import Method, Selection, VisionTokens
 from vtc.core.events import Event, Selected, Shown
+from vtc.core.signals import read_in_tower
 from vtc.models import Adapter, UnsupportedModelError
 from vtc.models.mllama import CrossImage, Mllama
 from vtc.report import ImageTokens, Prefill, Sample, Stopwatch, logits_of
@@ -43,8 +44,6 @@ from vtc.runtime.layout import Layout, gather_tokens
 from vtc.runtime.ledger import Group, Ledger
 from vtc.runtime.prompt import prompt_ends
 from vtc.runtime.stages import checked, no_autocast
-
-_TOWER = frozenset({"cls_attention", "low_attention", "cls_query", "keys", "encoder"})
 
 Decisions = dict[tuple[int, int, int], Selection]
 """Selections already made, by (method, row, image)."""
@@ -439,7 +438,7 @@ def _check(adapter: Adapter, method: Method) -> None:
             "tiles pass its tower together; it has sequence"
         )
     for part in method.parts:
-        if read := part.needs & _TOWER:
+        if read := part.needs & read_in_tower():
             raise UnsupportedModelError(
                 f"model: {part.name} reads {', '.join(sorted(read))} of the vision tower, and the "
                 f"states of {kind} join several layers of two encoders over all tiles, for which "

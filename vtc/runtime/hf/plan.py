@@ -7,7 +7,8 @@ import inspect
 import warnings
 from typing import Any, get_args
 
-from vtc.core import Method, Record, Rows, Signal
+from vtc.core import Method, Record, Rows
+from vtc.core.signals import check_needs
 from vtc.models import Adapter, UnsupportedModelError
 from vtc.runtime.hf.taps import foreign_options
 
@@ -55,10 +56,6 @@ class Plan:
 
     def _read(self) -> None:
         kind = type(self.adapter.model).__name__
-        if not self.method.stages:
-            raise ValueError(
-                f"method: {self.method} acts nowhere: it overrides neither select nor prune"
-            )
         for stage in self.method.stages:
             if stage not in self.adapter.stages:
                 raise ValueError(
@@ -71,15 +68,10 @@ class Plan:
             warnings.warn(
                 f"{self.method}: positions='contiguous' has no meaning for {kind}, whose positions "
                 "are places in the picture; tokens keep theirs",
-                stacklevel=5,
+                stacklevel=6,
             )
         for number, method in enumerate(self.method.parts):
-            unknown = method.needs - set(get_args(Signal))
-            if unknown:
-                raise ValueError(
-                    f"{method.name}: unknown signal {', '.join(sorted(unknown))} in needs; "
-                    f"accepted are {', '.join(get_args(Signal))}"
-                )
+            check_needs(method.name, method.needs)  # a property, where the class could not be asked
             layers = method.prune_layers(self.num_layers)
             if ("layers" in method.stages) != bool(layers) and (
                 layers or method.stages == ("layers",)

@@ -11,23 +11,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from vtc.core import Method
 from vtc.core.images import ImageMap, Modality
+from vtc.core.signals import read_at
 from vtc.models import Adapter, UnsupportedModelError
 from vtc.report import Stopwatch
 from vtc.runtime.forward import Forward
 from vtc.runtime.hf import taps
 from vtc.runtime.hf.encoder import EncoderSide, Merged
-from vtc.runtime.signals import ImageSignals, ImageSpan
+from vtc.runtime.hf.images import SeenImages, stacked
+from vtc.runtime.signals import ImageSignals, ImageSpan, TowerSignals
 
 
 class VisionSide:
-    """Runs the encoder for `method`, and remembers what it saw of each image.
+    """Runs the encoder for `method`, on fewer pixels or patches if it says so, and captures what
+    methods read of it.
 
-    Under `generate` the encoder runs before the model's forward, and beam search repeats its
-    features; signals are therefore found by the feature tensor they belong to.
+    Attributes:
+        images: what was captured, by image.
     """
 
     def __init__(self, adapter: Adapter, method: Method) -> None:
@@ -80,8 +82,7 @@ class VisionSide:
         self.taps: dict[int, taps.Tap] = {}
         self.cls_states: Tensor | None = None
         self.encoder_states: Tensor | None = None
-        self.signals: Any = WeakTensorKeyDictionary()
-        self.recent: dict[Modality, list[tuple[torch.Size, Tensor, list[ImageSignals]]]] = {}
+        self.images = SeenImages(self.adapter, self.method)
         self.clock, self.heard = Stopwatch(), Stopwatch()
 
     def exchange(self, under_way: dict[str, Any]) -> dict[str, Any]:
@@ -89,19 +90,20 @@ class VisionSide:
         several threads, and calls within calls, do not mix."""
         names = (
             *("listening", "given", "taps", "cls_states", "encoder_states"),
-            *("recent", "clock", "heard", "adapter", "tower_layers"),
+            *("clock", "heard", "adapter", "tower_layers"),
         )
         left = {name: self.__dict__[name] for name in names}
+        left["recent"] = self.images.recent
         left["states"] = [(tap.armed, tap.captured) for tap in self.taps.values()]
         for tap in self.taps.values():  # they stay where they are, and let this pass
             tap.armed = None
-        signals = self.signals
+        images = self.images
         self.forget()
-        self.signals = signals
+        self.images = images
         for name in under_way.keys() & set(names):
             self.__dict__[name] = under_way[name]
         # What is gone back to stays as it was.
-        self.recent, self.taps = dict(self.recent), dict(self.taps)
+        images.recent, self.taps = dict(under_way.get("recent", {})), dict(self.taps)
         for tap, state in zip(self.taps.values(), under_way.get("states", ()), strict=True):
             tap.armed, tap.captured = state
         return left
@@ -109,8 +111,7 @@ class VisionSide:
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         for name in (
-            "signals",
-            "recent",
+            "images",
             "clock",
             "heard",
             "listening",
@@ -244,27 +245,8 @@ class VisionSide:
         finally:
             self.adapter, self.taps, self.given = found, {}, {}
             self.cls_states = self.encoder_states = None
-        self._remember(modality, self.adapter.features(out), signals)
+        self.images.remember(modality, self.adapter.features(out), signals)
         return out if wanted else out.to_tuple()
-
-    def _remember(
-        self, modality: Modality, features: Any, signals: list[list[ImageSignals]]
-    ) -> None:
-        self._note(features, signals)
-        # Beam search may repeat features as new tensors: their first and last rows tell them.
-        self.recent[modality] = [
-            (own.shape, own.detach().flatten(0, -2)[[0, -1]].clone(), of_one)
-            for own, of_one in zip(features, signals, strict=True)
-            if len(own)
-        ]
-
-    def _note(self, features: Any, signals: list[list[ImageSignals]]) -> None:
-        # Models take a list, or one tensor of all images.
-        if isinstance(features, Tensor):
-            self.signals[features] = signals
-        else:
-            for own, of_one in zip(features, signals, strict=True):
-                self.signals[own] = [of_one]
 
     def _fewer(
         self,
@@ -389,9 +371,9 @@ class VisionSide:
                     found["crop_cls"] = cls[_rows_of_tiles(crop, row)]
         return found
 
-    def _heard(self, layer: int, patches: Tensor, crop: Tensor | None) -> taps.TowerSignals:
+    def _heard(self, layer: int, patches: Tensor, crop: Tensor | None) -> TowerSignals:
         prefix = self.adapter.prefix(self.given)
-        rows: list[taps.TowerSignals] = self.taps[layer].captured
+        rows: list[TowerSignals] = self.taps[layer].captured
         rows = [row.without(prefix) for row in rows]
         size = sum(len(row.attention) for row in rows)
         if int(patches.max()) >= size:
@@ -406,7 +388,7 @@ class VisionSide:
             first += 1
         if patches.shape[1] == 1 and start == 0 and len(rows[first].attention) == len(patches):
             return rows[first]  # one grid, one token a patch
-        joined = taps.TowerSignals(
+        joined = TowerSignals(
             attention=torch.cat([row.attention for row in rows]),
             keys=torch.cat([row.keys for row in rows]),
             # Of a tiled image, that of the thumbnail.
@@ -419,127 +401,15 @@ class VisionSide:
             own = [rows[i] for i in of_tiles]
             joined = replace(
                 joined,
-                crop_query=_stacked([row.cls_query for row in own]),
-                crop_key=_stacked([row.cls_key for row in own]),
+                crop_query=stacked([row.cls_query for row in own]),
+                crop_key=stacked([row.cls_key for row in own]),
             )
         return joined.of(patches)
 
     def spans(self, forward: Forward) -> list[ImageSpan]:
-        """The images of this forward by sample, in the order in which they stand. One that is
-        masked as a whole is none."""
-        found: list[tuple[int, Tensor, ImageSignals]] = []
-        for modality, mask in forward.vision.items():
-            if modality in forward.features:
-                found += self._pieces(modality, mask.expand_as(forward.valid), forward)
-        found.sort(key=lambda piece: (piece[0], int(piece[1][0])))
-        seen = [0] * len(forward.valid)
-        spans = []
-        for b, place, signals in found:
-            span = ImageSpan.of(b, seen[b], place, signals, forward.valid[b])
-            if len(span.index):
-                spans.append(span)
-                seen[b] += 1
-        return spans
-
-    def _pieces(
-        self, modality: Modality, mask: Tensor, forward: Forward
-    ) -> list[tuple[int, Tensor, ImageSignals]]:
-        """(sample, places, signals) of each image, or clip, of one modality."""
-        sample, place = mask.nonzero(as_tuple=True)
-        given = forward.features[modality]
-        known = [signals for of_one in self._known(given, modality) for signals in of_one]
-        size = sum(len(signals.map) for signals in known)
-        if size != len(place):
-            raise RuntimeError(
-                f"{len(place)} vision tokens in the prompt, but {size} vision features in "
-                f"{len(known)} images: vtc cannot tell which image a token belongs to"
-            )
-        pieces: list[tuple[int, Tensor, list[ImageSignals]]] = []
-        start, rows = 0, sample.tolist()
-        for signals in known:
-            b, own = rows[start], place[start : start + len(signals.map)]
-            last = rows[start + len(signals.map) - 1]
-            if b != last:
-                raise RuntimeError(
-                    f"the vision features of {type(self.adapter.model).__name__} do not follow "
-                    f"the order of the samples: those of an image lie in samples {b} and {last}; "
-                    "transformers may repeat several images of one sample so for beams: use "
-                    "num_beams=1"
-                )
-            start += len(signals.map)
-            before = pieces[-1] if pieces else None
-            follows = (
-                before is not None and before[0] == b and int(before[1][-1]) + 1 == int(own[0])
-            )
-            if modality in self.adapter.joins and follows and before is not None:
-                follows = before[2][-1].map.group == signals.map.group
-            else:
-                follows = False
-            if follows:
-                assert before is not None
-                pieces[-1] = b, torch.cat([before[1], own]), [*before[2], signals]
-            else:
-                pieces.append((b, own, [signals]))
-        return [(b, own, self._joined(signals, modality)) for b, own, signals in pieces]
-
-    def _joined(self, signals: list[ImageSignals], modality: Modality) -> ImageSignals:
-        if len(signals) == 1:
-            return signals[0]
-        # Of a tiled image the thumbnail comes last; frames of a clip are no tiles.
-        tiles = [signals[-1], *signals[:-1]] if modality == "image" else []
-        tower = {
-            layer: taps.TowerSignals(
-                attention=torch.cat([own.tower[layer].attention for own in signals]),
-                keys=torch.cat([own.tower[layer].keys for own in signals]),
-                cls_query=signals[-1].tower[layer].cls_query,
-                cls_key=signals[-1].tower[layer].cls_key,
-                heads=signals[-1].tower[layer].heads,
-                crop_query=_stacked([own.tower[layer].cls_query for own in tiles]),
-                crop_key=_stacked([own.tower[layer].cls_key for own in tiles]),
-            )
-            for layer in signals[0].tower
-        }
-        states = [own.encoder for own in signals if own.encoder is not None]
-        return ImageSignals(
-            map=self.adapter.join([own.map for own in signals], modality),
-            tower=tower,
-            encoder=torch.cat(states) if states else None,
-            cls=signals[-1].cls,
-            crop_cls=_stacked([own.cls for own in tiles]),
-        )
-
-    def _known(self, given: Any, modality: Modality) -> list[list[ImageSignals]]:
-        """For each element of `given`, what was seen of its images when they were encoded."""
-        if isinstance(given, Tensor):
-            known = self.signals.get(given) or [None] * len(given)
-        else:
-            known = [self.signals.get(own, [None])[0] for own in given]
-        found, repeated = [], False
-        for own, signals in zip(given, known, strict=True):
-            if signals is None and len(own):
-                ends = own.detach().flatten(0, -2)[[0, -1]]
-                for shape, known_ends, candidate in self.recent.get(modality, ()):
-                    same = shape == own.shape and known_ends.device == ends.device
-                    if same and torch.equal(known_ends.to(ends), ends):
-                        signals, repeated = candidate, True
-                        break
-            if signals is None:
-                if self.tower_layers or self.reads_encoder or self.shortens is not None:
-                    raise ValueError(
-                        f"mm_encoder_outputs: {self.method} reads the vision tower, and these "
-                        "features did not come from get_image_features of the patched model"
-                    )
-                if type(self.adapter).image_maps is not Adapter.image_maps:
-                    raise ValueError(
-                        "mm_encoder_outputs: vtc must see how images of "
-                        f"{type(self.adapter.model).__name__} are laid out, and these features "
-                        f"did not come from get_{modality}_features of the patched model"
-                    )
-                signals = [ImageSignals(self.adapter.plain_map(len(own), 0))]
-            found.append(signals)
-        if repeated:  # later steps are given them again, when other images may have been seen
-            self._note(given, found)
-        return found
+        """The images of this forward by sample; see `SeenImages.spans`."""
+        reads = bool(self.tower_layers) or self.reads_encoder or self.shortens is not None
+        return self.images.spans(forward, reads)
 
     @property
     def shortens(self) -> Method | None:
@@ -559,12 +429,8 @@ class VisionSide:
 
 def layers_read(method: Method) -> list[int | float]:
     """The tower layers that the sequence stage of `method` reads, as it names them."""
-    layers: list[int | float] = []
-    if method.needs & {"cls_attention", "cls_query", "keys"}:
-        layers.append(method.vision_layer)
-    if "low_attention" in method.needs:
-        layers.append(method.low_layer)
-    return layers
+    named = [layer for layer in ("vision_layer", "low_layer") if method.needs & read_at(layer)]
+    return [getattr(method, layer) for layer in named]
 
 
 def _rows_of_tiles(crop: Tensor, row: Tensor) -> list[int]:
@@ -572,12 +438,6 @@ def _rows_of_tiles(crop: Tensor, row: Tensor) -> list[int]:
     the thumbnail's for a tile of which the picture's shape leaves nothing."""
     of_tile: dict[int, int] = dict(zip(crop.tolist(), row.tolist(), strict=True))
     return [of_tile.get(tile, of_tile[0]) for tile in range(max(of_tile) + 1)]
-
-
-def _stacked(rows: list[Tensor | None]) -> Tensor | None:
-    """(c, d) of c rows (d,), or `None` if there are none."""
-    found = [row for row in rows if row is not None]
-    return torch.stack(found) if found else None
 
 
 def _spread(

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a family cannot do is refused by `patch`, and not by the first forward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import vtc
+from tests.reference.families import FAMILIES
+from tests.runtime.test_families import here, rows_of, shared, skip_reason
+from vtc.models import UnsupportedModelError
+
+OFTEN = ("mmtok", "visionzip", "tome", "fastv")
+"""Methods that read states, attention, the tower itself, and the decoder."""
+
+
+def runs(name: str, methods: list[str]) -> list[str]:
+    """Those of `methods` that the family takes; each is run on an image and on a clip."""
+    family, taken = FAMILIES[name], []
+    attention = family.attentions[-1]
+    kinds = [k for k in ("one", "video") if skip_reason(name, k, attention, "forward") is None]
+    for method in methods:
+        try:
+            patch = vtc.patch(shared(name, attention), method)
+        except (UnsupportedModelError, ValueError):
+            continue
+        with patch, torch.no_grad():
+            for kind in kinds:
+                patch.model(**family.collate(rows_of(name, kind)))
+        taken.append(method)
+    return taken
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", here())
+def test_what_is_not_refused_runs(name: str) -> None:
+    assert runs(name, ["divprune", *OFTEN])[0] == "divprune"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", here())
+def test_of_all_methods_what_is_not_refused_runs(name: str) -> None:
+    rest = [method for method in vtc.methods() if method not in ("atp", "divprune", *OFTEN)]
+    assert {"cdpruner", "pool", "random"} <= {*runs(name, rest)}
+
+
+@pytest.mark.parametrize("name", ["got_ocr2", "fast_vlm", "perception_lm"])
+def test_states_of_towers_that_are_not_read_are_refused(name: str) -> None:
+    with pytest.raises(UnsupportedModelError, match="mmtok reads what the projector receives"):
+        vtc.patch(FAMILIES[name].build("eager"), "mmtok")
