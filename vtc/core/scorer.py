@@ -56,6 +56,7 @@ class ScorerMethod(Method):
 
         Raises:
             TypeError: the method has no `score`.
+            ValueError: not one score for each token.
         """
         if not self.implements("select"):
             return super().select(tokens)
@@ -69,6 +70,7 @@ class ScorerMethod(Method):
 
         Raises:
             TypeError: the method has no `score_layer`.
+            ValueError: not one score for each token.
         """
         if not self.implements("prune"):
             return super().prune(state)
