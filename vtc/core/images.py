@@ -75,8 +75,13 @@ def grid_positions(rows: int, columns: int) -> Tensor:
 
 def merged_patches(rows: int, columns: int, by: int, first: int = 0) -> Tensor:
     """(rows // by * columns // by, by ** 2) the patches that each by x by cell of a raster merges,
-    numbered from `first`. Patches at the ends of rows and columns that fill no cell are left
-    out."""
+    numbered from `first`.
+
+    Args:
+        rows, columns: size of the raster; patches that fill no cell are left out.
+        by: side of a cell.
+        first: number of the first patch.
+    """
     index = torch.arange(first, first + rows * columns).view(rows, columns)
     index = index[: rows // by * by, : columns // by * by]
     index = index.reshape(rows // by, by, columns // by, by)

@@ -308,13 +308,16 @@ class Compose(Method):
 
     @property
     def stages(self) -> tuple[str, ...]:
+        """The stages of all parts."""
         return tuple(dict.fromkeys(stage for m in self.methods for stage in m.stages))
 
     @property
     def parts(self) -> tuple[Method, ...]:
+        """The composed methods."""
         return self.methods
 
     def to_dict(self) -> dict[str, Any]:
+        """All parts, ready for JSON; `make` is the inverse."""
         return {"method": "compose", "methods": [m.to_dict() for m in self.methods]}
 
     @property

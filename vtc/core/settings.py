@@ -36,6 +36,11 @@ def check_keep(keep: float | int) -> None:
 def check_choice(name: str, value: Any, accepted: tuple[Any, ...]) -> None:
     """Refuse a `value` that is not in `accepted`.
 
+    Args:
+        name: the setting, for the error.
+        value: its value.
+        accepted: the accepted values.
+
     Raises:
         ArgumentError: for the setting `name`.
     """
@@ -48,6 +53,11 @@ def check_choice(name: str, value: Any, accepted: tuple[Any, ...]) -> None:
 def check_layer(name: str, value: int | None, lowest: int = 0) -> None:
     """Refuse a layer that is neither `None` nor a whole number of at least `lowest`.
 
+    Args:
+        name: the setting, for the error.
+        value: its value.
+        lowest: the lowest accepted layer.
+
     Raises:
         ArgumentError: for the setting `name`.
     """
@@ -58,7 +68,12 @@ def check_layer(name: str, value: int | None, lowest: int = 0) -> None:
 
 
 def budget(keep: float | int, n: int) -> int:
-    """Tokens to keep out of `n`: a fraction rounded (at least 1), a whole number capped at n."""
+    """Tokens to keep out of `n`.
+
+    Args:
+        keep: a fraction, which is rounded to at least one token, or a number, capped at `n`.
+        n: tokens of the image.
+    """
     wanted = max(1, round(keep * n)) if isinstance(keep, float) else keep
     return min(wanted, n)
 

@@ -124,6 +124,10 @@ def make(method: str | Method | Mapping[str, Any], **settings: Any) -> Method:
 def split_list(text: str, separator: str = ",") -> list[str]:
     """Split at `separator` outside brackets and quotes and strip the parts; "" gives [].
 
+    Args:
+        text: the list.
+        separator: a single character.
+
     Raises:
         ValueError: unmatched brackets or quotes, or an empty part.
     """

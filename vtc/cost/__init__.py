@@ -289,11 +289,14 @@ def kv_bytes_per_layer(
     Layers that share another layer's keys hold none, cross-attention layers those of `lengths[i]`
     vision states.
 
-    Args, raises:
-        as in `kv_bytes`.
+    Args:
+        config, lengths, bytes_per_value: as in `kv_bytes`.
 
     Returns:
         One number for each layer, all `nan` for a type without a formula.
+
+    Raises:
+        ValueError: as in `kv_bytes`.
     """
     lengths = _lengths(config, lengths)
     decoder = _decoder(config, len(lengths))

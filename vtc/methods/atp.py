@@ -106,8 +106,13 @@ def grid_rate(grid: Tensor) -> Tensor:
 
 
 def spatial_score(grid: Tensor, sampling: float) -> Tensor:
-    """(n,) 1 - sampling * rate (eq. 5): above theta_s where the rate is below
-    (1 - theta_s) / sampling."""
+    """(n,) 1 - sampling * rate (eq. 5): above theta_s if the rate is below
+    (1 - theta_s) / sampling.
+
+    Args:
+        grid: (n, 3) integers (frame, row, column).
+        sampling: lambda_sample.
+    """
     return 1 - sampling * grid_rate(grid)
 
 
@@ -139,7 +144,13 @@ def statistics(own: Tensor, cross: Tensor, redundant: Tensor, original: int) -> 
 def soft_mask(
     redundant: Tensor, spatial: Tensor, theta_r: Tensor, theta_s: Tensor, temperature: float
 ) -> Tensor:
-    """(n,) in (0, 1): the larger of two sharpened sigmoids (eqs. 9-11)."""
+    """(n,) in (0, 1): the larger of two sharpened sigmoids (eqs. 9-11).
+
+    Args:
+        redundant, spatial: (n,) scores.
+        theta_r, theta_s: their thresholds.
+        temperature: factor of the differences.
+    """
     by_score = ((redundant - theta_r) * temperature).sigmoid()
     by_place = ((spatial - theta_s) * temperature).sigmoid()
     return torch.maximum(by_score, by_place)
@@ -152,7 +163,12 @@ def hard_mask(
     theta_s: Tensor | float,
 ) -> Tensor:
     """(n,) bool, whether a token is strictly above either threshold; if none is, the token with the
-    highest `redundant` score."""
+    highest `redundant` score.
+
+    Args:
+        redundant, spatial: (n,) scores.
+        theta_r, theta_s: their thresholds.
+    """
     keep = (redundant > theta_r) | (spatial > theta_s)
     best = torch.zeros_like(keep)
     best[top_k(redundant, 1)] = True

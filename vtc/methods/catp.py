@@ -60,6 +60,9 @@ class CATP(Method):
         context_pool: hidden states averaged for the examples: "image", or "image+text".
         normalize: whether to scale the attention term to a maximum of 1.
         positions: of stage 1, "contiguous" or "original"; stage 2 keeps them.
+
+    Raises:
+        ValueError, TypeError: a setting that is not accepted.
     """
 
     name = "catp"

@@ -30,6 +30,9 @@ class CDPruner(Method):
         keep: fraction of an image's tokens, or a whole number of tokens per image.
         relevance: "text", or "none" for diversity alone.
         positions: "contiguous" (as in LLaVA) or "original".
+
+    Raises:
+        ValueError, TypeError: a setting that is not accepted.
     """
 
     name = "cdpruner"

@@ -42,6 +42,9 @@ class Correlation(Method):
         sampler: "topk" or "multinomial".
         seed: seed of the multinomial sampler.
         positions: "contiguous" or "original".
+
+    Raises:
+        ValueError, TypeError: a setting that is not accepted.
     """
 
     name = "correlation"

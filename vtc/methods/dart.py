@@ -45,6 +45,9 @@ class DART(Method):
         text_pivots: number of text pivots, at least 0.
         count_pivots: whether vision pivots count towards `keep`; `False` is the code.
         positions: "original" (as in the code) or "contiguous".
+
+    Raises:
+        ValueError, TypeError: a setting that is not accepted.
     """
 
     name = "dart"

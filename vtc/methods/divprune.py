@@ -25,6 +25,9 @@ class DivPrune(Method):
     Args:
         keep: fraction of an image's tokens, or a whole number of tokens per image.
         positions: "contiguous" (as in LLaVA, which renumbers the sequence) or "original".
+
+    Raises:
+        ValueError, TypeError: a setting that is not accepted.
     """
 
     name = "divprune"

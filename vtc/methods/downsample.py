@@ -37,6 +37,9 @@ class Downsample(Method):
         keep: fraction of an image's (or clip's) tokens, or a whole number of tokens for each.
         how: "grid" or "pixels".
         positions: "original" or "contiguous".
+
+    Raises:
+        ValueError, TypeError: a setting that is not accepted.
     """
 
     name = "downsample"

@@ -32,6 +32,9 @@ class FastV(ScorerMethod):
         keep: fraction of an image's tokens, or a whole number of tokens per image.
         layer: K, from 1 to the number of decoder layers minus one.
         positions: "original" (as in the code) or "contiguous".
+
+    Raises:
+        ValueError, TypeError: a setting that is not accepted.
     """
 
     name = "fastv"

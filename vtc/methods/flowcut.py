@@ -37,6 +37,9 @@ class FlowCut(Method):
     Args:
         keep: T, as a fraction of an image's patches or a whole number.
         positions: "contiguous" (the language model sees a shorter image) or "original".
+
+    Raises:
+        ValueError, TypeError: a setting that is not accepted.
     """
 
     name = "flowcut"

@@ -66,6 +66,9 @@ class HoloV(Method):
         tau: exponent of a part's mean score, at least 0; 0 weighs all parts equally (1 in the code,
             the paper's value is not known).
         positions: "contiguous" (as in LLaVA) or "original".
+
+    Raises:
+        ValueError, TypeError: a setting that is not accepted.
     """
 
     name = "holov"

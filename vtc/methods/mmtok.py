@@ -30,6 +30,9 @@ class MMTok(Method):
         text_temperature: above 0; 0.02 for LLaVA, 0.01 for Qwen in the code.
         vision_temperature: above 0, by default 0.2.
         positions: "contiguous" (as in LLaVA) or "original".
+
+    Raises:
+        ValueError, TypeError: a setting that is not accepted.
     """
 
     name = "mmtok"

@@ -27,6 +27,9 @@ class Pool(Method):
     Args:
         keep: fraction of an image's (or clip's) tokens, or a whole number of tokens for each.
         positions: "original" or "contiguous".
+
+    Raises:
+        ValueError, TypeError: a setting that is not accepted.
     """
 
     name = "pool"

@@ -48,6 +48,9 @@ class PruMerge(Method):
             "raster". Original positions are always in raster order, the last token at the last
             patch not kept.
         positions: "contiguous" (as in LLaVA) or "original".
+
+    Raises:
+        ValueError, TypeError: a setting that is not accepted.
     """
 
     name = "prumerge"
@@ -163,6 +166,9 @@ class PruMergePlus(PruMerge):
         aggregate: whether to append a sum of the patches not kept.
         order: "published" or "raster".
         positions: "contiguous" or "original".
+
+    Raises:
+        ValueError, TypeError: a setting that is not accepted.
     """
 
     name = "prumerge_plus"

@@ -30,6 +30,9 @@ class PyramidDrop(ScorerMethod):
         layers: ascending 0-based layers before which it cuts; by default at a quarter, a half and
             three quarters of the depth.
         positions: "contiguous" (as in the code) or "original".
+
+    Raises:
+        ValueError, TypeError: a setting that is not accepted.
     """
 
     name = "pyramiddrop"

@@ -25,6 +25,9 @@ class Random(Method):
         keep: fraction of an image's tokens, or a whole number of tokens per image.
         seed: whole number of at least 0.
         positions: "original" or "contiguous".
+
+    Raises:
+        ValueError, TypeError: a setting that is not accepted.
     """
 
     name = "random"

@@ -24,6 +24,9 @@ class SCOPE(Method):
         keep: fraction of an image's tokens, or a whole number of tokens per image.
         alpha: weight of saliency, at least 0; 0 is plain facility location.
         positions: "contiguous" (as in LLaVA) or "original".
+
+    Raises:
+        ValueError, TypeError: a setting that is not accepted.
     """
 
     name = "scope"

@@ -64,6 +64,9 @@ class SparseVLM(Method):
         floor: lower bound of the rotary factor, above 0. "v2" only.
         positions: by default "contiguous" in "v1.5" and "original" in "v2", as in the code. With
             "original" a mean stands at its cluster's centre.
+
+    Raises:
+        ValueError, TypeError: a setting that is not accepted.
     """
 
     name = "sparsevlm"

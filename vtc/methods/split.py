@@ -310,6 +310,7 @@ class PerTile(_Split):
         return self._apply(tokens, tokens.crop, tokens.every_crop, first, tiles=True)
 
     def to_dict(self) -> dict[str, Any]:
+        """Both methods, ready for JSON; `make` is the inverse."""
         given = self.thumbnail
         thumbnail = given.to_dict() if isinstance(given, Method) else given
         return {"method": self.name, "inner": self.inner.to_dict(), "thumbnail": thumbnail}
@@ -361,6 +362,7 @@ class PerFrame(_Split):
         return self._apply(tokens, frame, every, self.inner)
 
     def to_dict(self) -> dict[str, Any]:
+        """The inner method, ready for JSON; `make` is the inverse."""
         return {"method": self.name, "inner": self.inner.to_dict()}
 
     def __str__(self) -> str:

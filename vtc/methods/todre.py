@@ -60,6 +60,9 @@ class ToDRE(Method):
         positions: of stage 1, "contiguous" (the paper's model renumbers the shortened sequence)
             or "original". Stage 2 keeps positions, which the paper does not specify, so the text
             has the same rotation in all layers.
+
+    Raises:
+        ValueError, TypeError: a setting that is not accepted.
     """
 
     name = "todre"

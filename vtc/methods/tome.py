@@ -31,6 +31,9 @@ class ToMe(Method):
         proportional_attention: whether attention counts sizes.
         order: order of what A keeps in towers without [CLS], "sequence" or "similarity".
         positions: "contiguous" (the language model sees a shorter image) or "original".
+
+    Raises:
+        ValueError, TypeError: a setting that is not accepted.
     """
 
     name = "tome"

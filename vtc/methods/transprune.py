@@ -65,6 +65,9 @@ class TransPrune(Method):
         direction: "abs" or "signed".
         softmax_scope: "image" (all vision tokens held) or "sequence".
         positions: "contiguous" (as in the code) or "original".
+
+    Raises:
+        ValueError, TypeError: a setting that is not accepted.
     """
 
     name = "transprune"

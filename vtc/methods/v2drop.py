@@ -44,6 +44,9 @@ class V2Drop(ScorerMethod):
             32 layers to the depth.
         one_stays: whether a fraction of 0 leaves one token.
         positions: "original" (as in the code) or "contiguous".
+
+    Raises:
+        ValueError, TypeError: a setting that is not accepted.
     """
 
     name = "v2drop"

@@ -37,6 +37,9 @@ class VisionZip(Method):
         contextual: C / T, in [0, 1); unless it is 0 or T is 1, C is at least 1.
         merge_by: "sum" (as in the code) or "mean".
         positions: "contiguous" (as in LLaVA) or "original".
+
+    Raises:
+        ValueError, TypeError: a setting that is not accepted.
     """
 
     name = "visionzip"

@@ -35,6 +35,9 @@ class VisPruner(Method):
         important: fraction of T chosen by attention, in [0, 1]; 1 is FasterVLM.
         at_once: duplicates removed per step, at least 1.
         positions: "contiguous" (as in LLaVA) or "original".
+
+    Raises:
+        ValueError, TypeError: a setting that is not accepted.
     """
 
     name = "vispruner"

@@ -45,6 +45,9 @@ class VScan(ScorerMethod):
         windows: windows along each side of the grid, at least 1.
         layer: 0-based layer before which stage 2 cuts; by default at half of the depth.
         positions: "contiguous" (as in LLaVA) or "original", for both stages.
+
+    Raises:
+        ValueError, TypeError: a setting that is not accepted.
     """
 
     name = "vscan"

@@ -74,6 +74,11 @@ def cells_of(n: int, tiles: int, budget: int) -> int:
 
     This follows `pool_grid`: cells rarely use up the budget, and a budget below one
     token per tile pools neighbouring tiles into one token each.
+
+    Args:
+        n: tokens of the image.
+        tiles: its tiles, of equal size.
+        budget: tokens to keep, at least 1.
     """
     side = math.isqrt(n // tiles)
     if budget >= n or side * side * tiles != n or budget < tiles:

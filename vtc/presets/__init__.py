@@ -185,8 +185,11 @@ def find(
 ) -> Preset:
     """Like `preset`, but returns the `Preset` with convention, source and schedule.
 
-    Args, raises:
-        as in `preset`.
+    Args:
+        method, target, tokens, convention, settings: as in `preset`.
+
+    Raises:
+        ValueError, TypeError: as in `preset`.
     """
     rows, model = _rows_of(method), target_of(target)
     if convention is not None and convention not in get_args(Convention):

@@ -133,6 +133,7 @@ class Row:
 
     @property
     def solved(self) -> bool:
+        """Whether `keep` is solved for the average."""
         return self.settings["keep"] in (COUNT, SHARE)
 
     @property
