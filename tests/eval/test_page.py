@@ -355,7 +355,7 @@ def test_baselines_are_taken_at_no_fewer_tokens(out):
             wanted.add((name, keep, "random", tokens))
             wanted |= {(name, keep, other, "144.0") for other in ("pool", "downsample")}
     assert found == wanted
-    assert "Not every baseline was run at as many tokens: fastv keep 0.5." in page.texts("p")
+    assert "Not every baseline ran at the same number of tokens: fastv keep 0.5." in page.texts("p")
 
 
 def test_a_clear_difference_is_called_one(out):
