@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arguments of forwards: by name, by token, and masks of them."""
+"""Helpers for the arguments of forwards: names, per-token tensors and masks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ from torch import Tensor, nn
 def by_name(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = "forward"
 ) -> dict[str, Any]:
-    """The arguments of a method, whether they were named or not."""
+    """The arguments of a call by name.
+
+    Args:
+        module: whose method is called.
+        args: positional arguments.
+        kwargs: keyword arguments.
+        name: of the method.
+
+    Returns:
+        All arguments by name; `kwargs` itself if `args` is empty.
+    """
     if not args:
         return kwargs
     names = inspect.signature(getattr(type(module), name)).bind_partial(module, *args).arguments
@@ -22,11 +32,20 @@ def by_name(
 
 
 def is_per_token(value: Any, rows: int, length: int) -> bool:
+    """Whether `value` is a tensor of shape (rows, length, ...)."""
     return isinstance(value, Tensor) and value.dim() >= 2 and value.shape[:2] == (rows, length)
 
 
 def take(value: Tensor, place: Tensor) -> Tensor:
-    """`value` (b, s, ...) at the (b, k) places `place`."""
+    """Gather tokens.
+
+    Args:
+        value: (b, s, ...).
+        place: (b, k) places on the second axis.
+
+    Returns:
+        (b, k, ...).
+    """
     place = place.to(value.device)
     trailing = value.shape[2:]
     index = place.view(*place.shape, *([1] * len(trailing))).expand(*place.shape, *trailing)
@@ -34,18 +53,38 @@ def take(value: Tensor, place: Tensor) -> Tensor:
 
 
 def keep_all_states(kwargs: dict[str, Any]) -> None:
-    """Layers that share keys with earlier ones may run for the last tokens only; masks and
-    positions of a compressed sequence are made for all of them."""
+    """Set `logits_to_keep` to 0 in place, if present.
+
+    Layers that share keys with earlier ones may otherwise run for the last tokens only, but masks
+    and positions of a compressed sequence cover all tokens.
+
+    Args:
+        kwargs: the arguments of the decoder.
+    """
     if "logits_to_keep" in kwargs:
         kwargs["logits_to_keep"] = 0
 
 
 def ones(like: Tensor, length: int) -> Tensor:
+    """A (b, length) mask of True, with the rows and the device of `like` (b, ...)."""
     return torch.ones(like.shape[0], length, dtype=torch.bool, device=like.device)
 
 
 def split_mask(mask: Any, past: int, rows: int, length: int) -> tuple[Tensor | None, Tensor | None]:
-    """The 2-D mask of the past and of the new tokens, `None` for all valid."""
+    """Split a 2-D mask into cached and new tokens.
+
+    Args:
+        mask: (rows, past + length), or `None` for all valid.
+        past: number of cached tokens.
+        rows: batch size.
+        length: number of new tokens.
+
+    Returns:
+        (rows, past) and (rows, length) bool, or two `None` if `mask` is `None`.
+
+    Raises:
+        ValueError: `mask` is not a tensor of that shape.
+    """
     if mask is None:
         return None, None
     if not isinstance(mask, Tensor) or mask.dim() != 2:

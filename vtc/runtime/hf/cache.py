@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a compressed cache holds of the sequence its user believes in.
+"""A cache whose layers hold fewer tokens than its user fed.
 
-`generate` counts tokens of the full prompt. Behind it each group of decoder layers holds fewer.
-The ledger keeps both lengths, and the cache that carries it answers with the right one: the
-logical length to whoever feeds tokens, the physical one to whoever builds masks.
+`generate` counts the tokens of the full prompt, while each group of decoder layers holds fewer.
+The ledger keeps both lengths, and the cache reports the one that fits: the logical length to code
+that feeds tokens, the physical length to code that builds masks.
 """
 
 from __future__ import annotations
@@ -17,23 +17,51 @@ from vtc.runtime.ledger import Ledger
 
 
 def cache_in(given: Mapping[str, Any]) -> Any:
-    """The cache among named arguments or outputs, under either name, or `None`."""
+    """The cache among named arguments or outputs.
+
+    Args:
+        given: names and values; the cache is under "cache" or "past_key_values".
+
+    Returns:
+        The cache, or `None`.
+    """
     found = given.get("cache")
     return given.get("past_key_values") if found is None else found
 
 
 class CompressedCache:
-    """Mixin that gives a transformers cache its ledger; see `attach`."""
+    """Mixin that gives a cache of transformers a ledger; see `attach`.
+
+    Attributes:
+        vtc_ledger: what the cache holds.
+        layers: the cache's layers, as transformers keeps them.
+    """
 
     vtc_ledger: Ledger
     layers: list[Any]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens fed so far, dropped ones included; the same for every layer."""
         return self.vtc_ledger.logical
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> Any:
+        """Append the keys and values of one layer.
+
+        Args:
+            key_states: (b, h, q, d) new keys.
+            value_states: (b, h, q, d) new values.
+            layer_idx: 0-based decoder layer.
+            args: passed on.
+            kwargs: passed on.
+
+        Returns:
+            The keys and values to attend to.
+
+        Raises:
+            RuntimeError: the writing model is not patched.
+        """
         if not self.vtc_ledger.may_write:
             raise RuntimeError(
                 "past_key_values: this cache holds compressed vision tokens, and the model that "
@@ -44,26 +72,38 @@ class CompressedCache:
         return write(key_states, value_states, layer_idx, *args, **kwargs)
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
-        # Layers with a recurrent state do not count; transformers asks for them all the same.
+        """Tokens that the first layer from `layer_idx` on with a length physically holds, or 0."""
+        # Layers with a recurrent state have no length, but transformers asks for it.
         counting = [layer for layer in self.layers[layer_idx:] if hasattr(layer, "get_seq_length")]
         return counting[0].get_seq_length() if counting else 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take the rows `beam_idx` (b,), in the layers and in the ledger."""
         super().reorder_cache(beam_idx)  # type: ignore[misc]
         for group in self.vtc_ledger.groups:
             group.map_rows(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices` (k,), in the layers and in the ledger."""
         super().batch_select_indices(indices)  # type: ignore[misc]
         for group in self.vtc_ledger.groups:
             group.map_rows(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row `repeats` times, in the layers and in the ledger."""
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
         for group in self.vtc_ledger.groups:
             group.repeat_rows(repeats)
 
     def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens, as assisted decoding does with rejected candidates.
+
+        Args:
+            tokens_to_remove: how many, with either sign.
+
+        Raises:
+            ValueError: negative, and of more tokens than came after the last compressed image.
+        """
         ledger, count = self.vtc_ledger, abs(tokens_to_remove)
         if tokens_to_remove <= 0 and count > ledger.croppable:
             raise ValueError(
@@ -80,6 +120,7 @@ class CompressedCache:
         ledger.croppable -= count
 
     def reset(self) -> None:
+        """Empty the cache, which becomes an instance of its plain class again."""
         super().reset()  # type: ignore[misc]
         del self.vtc_ledger
         self.__class__ = _plain_class(type(self))
@@ -107,12 +148,17 @@ def _rebuild(plain: type) -> Any:
 
 
 def attach(cache: Any, ledger: Ledger) -> None:
-    """Give `cache` its ledger. The instance changes class; copies and pickles carry both."""
+    """Give `cache` a ledger. Its class changes in place; copies and pickles keep both.
+
+    Args:
+        cache: a cache of transformers, plain or compressed.
+        ledger: what it holds.
+    """
     if not isinstance(cache, CompressedCache):
         cache.__class__ = _compressed_class(type(cache))
     cache.vtc_ledger = ledger
 
 
 def ledger_of(cache: Any) -> Ledger | None:
-    """The ledger of `cache`, or `None` if it holds nothing compressed."""
+    """The ledger of `cache`, or `None` if nothing in it is compressed."""
     return getattr(cache, "vtc_ledger", None)

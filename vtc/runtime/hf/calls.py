@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is under way on a patched model, by thread: state of a call belongs to the call."""
+"""The calls in progress on a patched model, per thread."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Generating:
     """One call of `generate`.
 
     Attributes:
-        images: it was given images.
-        width: tokens of a row of its prompt, if guesses reach the model together with it.
-        asked: the next call of the model is a step of it, and no call that a logits processor or
-            a stopping criterion makes; `None` while nothing told.
-        handled: images of it reached a method.
-        prompt: what the first step without a cache was given, and what was chosen in it.
-        masks: those that `generate` would have handed to its first step on a static cache.
+        images: the call has images.
+        width: tokens per row of the prompt, if candidate tokens reach the model together with it.
+        asked: whether the next call of the model is a step of `generate`, and not one that a logits
+            processor or a stopping criterion makes; `None` before `generate` prepares inputs.
+        handled: a method has received the images.
+        prompt: the arguments of the first step without a cache, and its selections.
+        masks: the masks that `generate` builds for its first step on a static cache.
     """
 
     images: bool = False
@@ -40,15 +40,16 @@ class Generating:
     masks: Any = None
 
     def chosen(self, given: Mapping[str, Any], made: Any) -> Any:
-        """Without a cache, `generate` feeds the prompt again at every step: what was chosen at the
-        first one holds, as it does with a cache.
+        """The selections of the first step, for `generate` without a cache, which feeds the prompt
+        again at every step.
 
         Args:
             given: the arguments of this step.
-            made: what is to hold for later steps, if this is the first.
+            made: the selections to store, if this is the first step.
 
         Returns:
-            What was made at the first step, or `None` if this is it, or if there is a cache.
+            What the first step stored; `None` at the first step, with a cache, or if `given` does
+            not continue the first step's prompt.
         """
         if cache_in(given) is not None:
             return None
@@ -61,8 +62,13 @@ class Generating:
 
 @dataclass
 class Asked:
-    """What the model was given that its base model is not told: `labels`, and `logits_to_keep`,
-    `None` if the base model runs alone."""
+    """Arguments of the model that its base model does not receive.
+
+    Attributes:
+        labels: (b, s) labels, or `None`.
+        logits: `logits_to_keep`; `None` if the base model runs alone.
+        generating: the call of `generate` of which this is a step, or `None`.
+    """
 
     labels: Tensor | None = None
     logits: Any = None
@@ -70,7 +76,14 @@ class Asked:
 
 
 class Calls(threading.local):
-    """The calls that this thread is in, the innermost of each kind."""
+    """The innermost call of each kind in this thread.
+
+    Attributes:
+        generating: the call of `generate`, or `None`.
+        asked: the call of the model with its head, until its base model takes it; or `None`.
+        forward: the forward of the base model, or `None`.
+        vision: the state of vision encoding between forwards.
+    """
 
     def __init__(self) -> None:
         self.generating: Generating | None = None
@@ -79,7 +92,11 @@ class Calls(threading.local):
         self.vision: dict[str, Any] = {}
 
     def refuse_in_forward(self) -> None:
-        """Raise `RuntimeError` where a patch would be taken off a model that is running."""
+        """Refuse to remove a patch while the model runs.
+
+        Raises:
+            RuntimeError: this thread is in a forward.
+        """
         if self.forward is not None:
             raise RuntimeError(
                 "patch: it cannot be taken off, replaced or disabled by something that the model "
@@ -88,7 +105,15 @@ class Calls(threading.local):
 
     @contextmanager
     def generate(self, images: bool, width: int | None = None) -> Iterator[Generating]:
-        """A call of `generate`, perhaps within another one."""
+        """Context of a call of `generate`; calls may nest.
+
+        Args:
+            images: the call has images.
+            width: tokens per row of the prompt, if candidate tokens follow it.
+
+        Yields:
+            The call.
+        """
         before, vision = self.generating, self.vision
         self.generating = Generating(images, width)
         try:
@@ -98,7 +123,12 @@ class Calls(threading.local):
 
     @contextmanager
     def model(self, labels: Tensor | None, logits: Any) -> Iterator[None]:
-        """A call of the model, whose base model is told what it was given."""
+        """Context of a call of the model with its head, whose arguments the base model can read.
+
+        Args:
+            labels: (b, s) labels, or `None`.
+            logits: `logits_to_keep`.
+        """
         before, self.asked = self.asked, Asked(labels, logits, self.step())
         try:
             yield
@@ -106,12 +136,15 @@ class Calls(threading.local):
             self.asked = before
 
     def take_asked(self) -> Asked:
-        """What the model that calls its base model now was given; to be asked for once."""
+        """Return and clear the arguments of the model that calls its base model now."""
         asked, self.asked = self.asked, None
         return asked if asked is not None else Asked(generating=self.step())
 
     def step(self) -> Generating | None:
-        """The call of `generate` of which the call of the model that begins now is a step."""
+        """The call of `generate` of which the model call that begins now is a step, or `None`.
+
+        The step counts once: a further call before `generate` prepares inputs again returns `None`.
+        """
         found = self.generating
         if found is None or found.asked is False:
             return None

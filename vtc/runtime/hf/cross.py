@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine of models that read vision states through cross-attention layers (Mllama).
+"""The engine for models whose cross-attention layers read vision states (Mllama).
 
-No vision token stands in the sequence, so nothing is removed from it and no position changes.
-Between the projector and the decoder the states that a method drops are taken out; the cross layers
-make and cache keys and values of the others alone. In this step and in every later one the mask
-that the base model makes over all states is read at the columns that are left.
+The decoder sequence contains no vision tokens, so no token is removed and no position changes.
+Dropped states are removed between the projector and the decoder; the cross layers compute and cache
+keys and values of the remaining states only. In this step and every later one, the base model's
+mask over all states is indexed at the remaining columns.
 
-What stays beside the patches that a method keeps: the [CLS] state of each tile, so that a token
-that sees a tile always finds something there. What goes beside those it drops: states of padding
-tiles and padding images. Tokens that see an image never see those. transformers lets only such
-tokens attend to them that see no image at all, as those before the first image do: these attend to
-every state of their row, and skip the layer's MLP. Under a patch that drops anything they attend to
-the states that are left, and a row without images is what it is in a batch of text. The plain
-model, in both cases, depends on how many images the other rows have. If every image keeps all of
-its tokens, nothing is taken out at all.
+The [CLS] state of each tile always stays, so that a token that sees a tile has something to attend
+to. States of padding tiles and padding images go as soon as anything is dropped. Tokens that see an
+image never see those; transformers lets only tokens that see no image, such as those before the
+first image, attend to every state of their row, and skip the layer's MLP for them. Under a patch
+that drops anything, such tokens attend to the remaining states, and a row without images computes
+what it does in a batch of text. In the plain model both depend on how many images the other rows
+have. If every image keeps all of its tokens, nothing is removed.
 """
 
 from __future__ import annotations
@@ -54,34 +53,41 @@ class Columns(Group):
     """The vision states that the cross layers of a cache hold.
 
     Attributes:
-        length: states held, padding included.
+        length: number of states held, padding included.
         valid: (b, length) bool, False at padding.
-        index: (b, length) which of the columns of the model's own mask each of them is.
-        total: columns of that mask.
+        index: (b, length) the column of each state in the model's own mask.
+        total: number of columns of that mask.
     """
 
     index: Tensor = field(default_factory=lambda: torch.empty(0))
     total: int = 0
 
     def append(self, layout: Layout, total: int) -> None:
-        """Add the states of `layout`, out of `total` new columns."""
+        """Append states.
+
+        Args:
+            layout: (b, k) the states that are kept, as columns of the new ones.
+            total: number of new columns of the model's own mask.
+        """
         index = layout.index + self.total
         self.index = torch.cat([self.index, index], dim=1) if self.length else index
         self.extend(layout.valid, index.shape[1])
         self.total += total
 
     def map_rows(self, index: Tensor) -> None:
+        """Take the rows `index` (b',)."""
         super().map_rows(index)
         self.index = self.index[index.to(self.index.device)]
 
     def repeat_rows(self, repeats: int) -> None:
+        """Repeat each row `repeats` times."""
         super().repeat_rows(repeats)
         self.index = self.index.repeat_interleave(repeats, dim=0)
 
 
 @dataclass
 class _Call:
-    """One forward: what the base model was given, and what became of it."""
+    """One forward: the arguments of the base model, and the state of the compression."""
 
     given: dict[str, Any]
     labels: Tensor | None
@@ -101,8 +107,16 @@ class _Call:
 
 
 class CrossEngine(Hooked):
-    """Carries out `method` on the model of `adapter`: cross-attention layers read its vision
-    states."""
+    """Runs `method` on a model whose cross-attention layers read the vision states.
+
+    Args:
+        adapter: bound to the model.
+        method: what to run.
+
+    Raises:
+        ValueError: the method acts in a stage other than the sequence stage.
+        UnsupportedModelError: the method reads signals of the vision tower.
+    """
 
     adapter: Mllama
 
@@ -113,7 +127,7 @@ class CrossEngine(Hooked):
 
     @property
     def call(self) -> _Call | None:
-        """The forward that this thread is in, the innermost if there are several."""
+        """The innermost forward of this thread, or `None` outside a forward."""
         found: _Call | None = self.calls.forward
         return found
 
@@ -131,13 +145,13 @@ class CrossEngine(Hooked):
             return original(*args, **kwargs)
 
     def _create_masks(self, original: Callable[..., Any] | None, **kwargs: Any) -> Any:
-        """The prefill reads the 2-D mask, from which the decoder makes its own."""
+        """Keep the 2-D mask at the prefill; the decoder builds its own from it."""
         if kwargs.get("is_first_iteration"):
             return kwargs.get("attention_mask")
         return (original or create_masks_for_generate)(**kwargs)
 
     def _run_base(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self.calls.asked is None:  # else the model, which calls it, has looked
+        if self.calls.asked is None:  # otherwise the model with its head has checked
             self._check_in_place()
         asked = self.calls.take_asked()
         given = by_name(self.adapter.base, args, kwargs)
@@ -149,7 +163,7 @@ class CrossEngine(Hooked):
                 if given.get("pixel_values") is not None:
                     call.vision_started = call.vision.start(given["pixel_values"].device)
                 return original(*args, **kwargs)
-            finally:  # also where it failed, or was interrupted
+            finally:  # also after an error or an interrupt
                 self.calls.forward = outer
                 if call.ledger is not None:
                     call.ledger.may_write = False
@@ -170,7 +184,7 @@ class CrossEngine(Hooked):
         return args, kwargs
 
     def _compress(self, call: _Call, ledger: Ledger | None, kwargs: dict[str, Any]) -> None:
-        """Prefill with images: run the methods and hand on the states that are left."""
+        """Prefill with images: run the methods and pass on the states that are kept."""
         states, cache = kwargs["cross_attention_states"], cache_in(kwargs)
         call.vision.stop(call.vision_started, call.given["pixel_values"].device)
         call.lm_started = call.lm.start(states.device)
@@ -198,8 +212,8 @@ class CrossEngine(Hooked):
                 keep = torch.ones_like(keep)
             if dropped or ledger is not None:
                 layout, place = Layout.whole(torch.ones_like(keep)).compact(keep)
-                # A state of zeros has a key and a value of zeros: a row that holds nothing else
-                # leaves the cross layers as it entered them.
+                # A zero state has a zero key and a zero value: for a row of zero states only, the
+                # cross layers leave the residual stream unchanged.
                 kept_states = gather_tokens(states, place).masked_fill(~layout.valid[..., None], 0)
                 kwargs["cross_attention_states"] = kept_states
                 call.ledger = ledger or self._fresh(cache, rows, past, keep.device)
@@ -221,11 +235,11 @@ class CrossEngine(Hooked):
 
         Args:
             states: (b, n, d) what the cross layers would read.
-            valid: (b, s) bool, the tokens that are not padding.
+            valid: (b, s) bool, False at padding tokens.
 
         Returns:
-            The states with replaced contents in place, (b, n) bool of those that stay, and by row
-            and image how many of its patches do.
+            The states with merged contents in place, (b, n) bool of the kept states, and the number
+            of kept patches by row and image.
         """
         keep = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device)
         left: list[list[int]] = []
@@ -270,7 +284,7 @@ class CrossEngine(Hooked):
     def _texts(
         self, call: _Call, method: Method, b: int, image: int, count: int, valid: Tensor
     ) -> dict[str, Any]:
-        """The text signals that `method` needs, of image `image` out of `count` of row `b`."""
+        """The text signals that `method` needs for image `image`, one of `count`, of row `b`."""
         if not method.needs & {"text", "segment"}:
             return {}
         ids = call.given.get("input_ids")
@@ -299,8 +313,8 @@ class CrossEngine(Hooked):
         return found
 
     def _freeze(self, call: _Call, valid: Tensor) -> None:
-        """Note where the prompt ends; in `generate` without a cache, do again what was chosen at
-        the first step."""
+        """Record where the prompt ends; in `generate` without a cache, repeat the selections of the
+        first step."""
         call.prompt_end = self._prompt_end(call, valid)
         made = call.decisions, call.prompt_end
         found = call.generating and call.generating.chosen(call.given, made)
@@ -309,7 +323,7 @@ class CrossEngine(Hooked):
             call.replay = True
 
     def _prompt_end(self, call: _Call, valid: Tensor) -> Tensor:
-        """(b,) where the prompt ends: at the answer that is being scored, or with the tokens."""
+        """(b,) end of the prompt: the start of the scored answer, or the end of the tokens."""
         ids = call.given.get("input_ids")
         if ids is None:
             return prompt_ends(torch.zeros_like(valid), None)
@@ -338,7 +352,7 @@ class CrossEngine(Hooked):
         return columns
 
     def _narrow(self, ledger: Ledger, kwargs: dict[str, Any]) -> None:
-        """Read the masks over all states at the columns that the cache holds."""
+        """Index the masks over all states at the columns that the cache holds."""
         columns = self._columns(ledger)
         assert columns.valid is not None
         mask, full = kwargs.get("cross_attention_mask"), "full_text_row_masked_out_mask"
@@ -358,7 +372,7 @@ class CrossEngine(Hooked):
         lowest = torch.finfo(dtype).min
         found = found.masked_fill(shut, lowest)
         layer = self._cross_layer(cache_in(kwargs))
-        if getattr(layer, "is_compileable", False):  # a static cache has spare room after them
+        if getattr(layer, "is_compileable", False):  # a static cache has spare room at the end
             spare = layer.max_cache_len - columns.length
             found = nn.functional.pad(found, (0, spare), value=lowest)
         kwargs["cross_attention_mask"] = found
@@ -370,7 +384,7 @@ class CrossEngine(Hooked):
         call = self.call
         if call is None:
             return
-        if call.ledger is not None:  # not before: the decoder counts its positions from there
+        if call.ledger is not None:  # only now: the decoder derives positions from it
             call.ledger.logical = call.logical
         if call.samples is None:
             return
@@ -384,7 +398,7 @@ class CrossEngine(Hooked):
             self._warn_of_idle_parts(call, call.samples)
 
     def _warn_of_idle_parts(self, call: _Call, samples: list[Sample]) -> None:
-        """Say once of each part of a composition that its budget was met by those before it."""
+        """Warn once for each part of a composition whose budget earlier parts already meet."""
         count = len(self.plan.sequence)
         chains = [
             (image.original, [len(call.decisions[n, b, i].indices) for n in range(count)])
@@ -397,10 +411,10 @@ class CrossEngine(Hooked):
     def _sample(
         self, call: _Call, tokens: int, held: int, images: list[CrossImage], left: list[int]
     ) -> Sample:
-        """The report of one row. Only cross layers process vision states; an image counts in every
-        layer what these read of it, so that figures compare with those of other families. The
-        lengths are those of each layer's keys: states (with [CLS], and with padding where nothing
-        was dropped) in cross layers, tokens in the others."""
+        """The report of one row. Only cross layers process vision states, but an image counts in
+        every layer with the tokens that these read, so that figures are comparable between
+        families. Lengths are numbers of keys: in cross layers states (with [CLS], and with padding
+        if nothing was dropped), in the others tokens."""
         layers, tiles = len(self.adapter.layers), call.given["pixel_values"].shape[2]
         shown = tuple(
             ImageTokens(len(image.columns), len(image.columns), ((0, kept),), layers, tiles=tiles)
@@ -413,7 +427,7 @@ class CrossEngine(Hooked):
 def _shown(
     image: CrossImage, ordinal: int, features: Tensor, at: Tensor, **texts: Any
 ) -> VisionTokens:
-    """What a method is shown of the states `features` (n, d), which are those at `at` (n,)."""
+    """The `VisionTokens` of the states `features` (n, d), which are at the places `at` (n,)."""
     grid, place = image.grid.to(features.device), at.to(features.device)
     crop = None if image.crop is None else image.crop.to(features.device)
     return VisionTokens(
@@ -428,7 +442,7 @@ def _shown(
 
 
 def _check(adapter: Adapter, method: Method) -> None:
-    """Refuse methods that such a model has nothing for."""
+    """Refuse methods that need what such a model lacks."""
     kind = type(adapter.model).__name__
     other = [stage for stage in method.stages if stage not in adapter.stages]
     if other:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decoder side of a patched model: what methods read of decoder layers."""
+"""The decoder side of a patched model: capture of what methods read in decoder layers."""
 
 from __future__ import annotations
 
@@ -23,15 +23,23 @@ from vtc.runtime.stages import rows_of
 
 @dataclass(frozen=True)
 class _UnderWay:
-    """A forward, and the state of the taps in it."""
+    """A forward and the state of its taps."""
 
     forward: Forward | None
     taps: list[Any]
 
 
 def check_in_place(adapter: Adapter, layers: list[Any]) -> None:
-    """Raise `RuntimeError` if modules of `adapter`, or the decoder `layers` that were hooked, are
-    not those that run now."""
+    """Refuse a model with modules that were replaced under the patch.
+
+    Args:
+        adapter: bound to the model when it was patched.
+        layers: the decoder layers that were hooked.
+
+    Raises:
+        RuntimeError: the base model, the language model or a decoder layer was replaced, or the
+            number of layers changed.
+    """
     found = adapter.bind(adapter.model)
     same = found.base is adapter.base and found.decoder is adapter.decoder
     if same and len(layers) == len(found.layers) and all(map(is_, layers, found.layers)):
@@ -51,8 +59,17 @@ def check_in_place(adapter: Adapter, layers: list[Any]) -> None:
 
 
 def check_same(name: str, was: Any, now: Any) -> None:
-    """Raise `RuntimeError` if the module `was`, called `name`, was replaced by `now`."""
-    # What torch.compile made of a module calls it, hooks and all.
+    """Refuse a replaced module.
+
+    Args:
+        name: of the module, for the error.
+        was: the module that was patched.
+        now: the module that runs now.
+
+    Raises:
+        RuntimeError: they differ; a module compiled by torch counts as the same.
+    """
+    # A module compiled by torch.compile calls the original one, with its hooks.
     if _uncompiled(was) is not _uncompiled(now):
         raise RuntimeError(_REPLACED.format(f"{name}, now a {type(now).__name__},"))
 
@@ -68,7 +85,12 @@ _REPLACED = (
 
 
 class DecoderSide:
-    """Listens to decoder layers for what `plan` says is read of them."""
+    """Captures what a plan reads in decoder layers: attention rows, inputs, outputs and keys.
+
+    Args:
+        adapter: bound to the model.
+        plan: what to capture, by layer.
+    """
 
     def __init__(self, adapter: Adapter, plan: Plan) -> None:
         self.adapter, self.plan = adapter, plan
@@ -78,7 +100,7 @@ class DecoderSide:
         self.forget()
 
     def forget(self) -> None:
-        """Start with nothing under way."""
+        """Start with no forward in progress."""
         self.forward: Forward | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -91,6 +113,7 @@ class DecoderSide:
         self.forget()
 
     def install(self) -> None:
+        """Install the taps and hooks of the plan."""
         for layer in self.plan.tapped:
             self.taps[layer] = taps.install(self._part(layer, "self_attn"))
         for layer, names in self.plan.recorded.items():
@@ -114,7 +137,11 @@ class DecoderSide:
         return module
 
     def check_in_place(self) -> None:
-        """Raise `RuntimeError` if what is listened to is not what runs now."""
+        """Refuse a model with captured modules that were replaced.
+
+        Raises:
+            RuntimeError: a captured module, or the config of a tapped one, was replaced.
+        """
         for layer, name, module in self.parts:
             now = getattr(self.adapter.layers[layer], name)
             if now is not module:
@@ -126,6 +153,7 @@ class DecoderSide:
                 )
 
     def uninstall(self) -> None:
+        """Remove all taps and hooks."""
         for handle in self.handles:
             handle.remove()
         for tap in self.taps.values():
@@ -134,12 +162,18 @@ class DecoderSide:
         self.forget()
 
     def begin(self, forward: Forward) -> None:
-        """Record what decoder layers do from now on as part of `forward`."""
+        """Attribute what decoder layers compute from now on to `forward`."""
         self.forward = forward
 
     def exchange(self, under_way: _UnderWay | None) -> _UnderWay:
-        """Go on with what was under way here, `None` for nothing, and return what now is: a call
-        within a call leaves the outer one as it was."""
+        """Swap the state of the forward in progress, so that nested calls do not change the outer.
+
+        Args:
+            under_way: the state to resume, as an earlier call returned it; `None` for none.
+
+        Returns:
+            The state that was current.
+        """
         kept = [(tap.armed, tap.captured, tap.silent) for tap in self.taps.values()]
         left = _UnderWay(self.forward, kept)
         for i, tap in enumerate(self.taps.values()):
@@ -172,7 +206,13 @@ class DecoderSide:
 
     # ---- attention ----------------------------------------------------------------------------
     def listen(self, forward: Forward, layer: int, hidden: Tensor) -> None:
-        """Before decoder layer `layer` runs on `hidden`: arm its tap, note what enters it."""
+        """Arm the tap of a decoder layer and record its input, before it runs.
+
+        Args:
+            forward: the forward in progress; `recorded` and `attention` receive the captures.
+            layer: 0-based decoder layer.
+            hidden: (b, s, d) the layer's input.
+        """
         recorded = self.plan.recorded.get(layer, ())
         if "input" in recorded:
             self._note(layer, "input", hidden)
@@ -219,23 +259,23 @@ class DecoderSide:
     def _turned_back(self, forward: Forward, layer: int, keys: Tensor) -> Tensor:
         """Keys (b, h, k, d) as if every sample began at position 0.
 
-        Padding that counts in the positions turns all keys of a sample alike. Attention does not
-        notice, but a method that looks at the keys themselves would.
+        Padding that counts in the positions rotates all keys of a sample equally. Attention is
+        invariant to that, but a method that reads the keys is not.
         """
         if not bool(forward.offset.any()):
             return keys
         return self._rotate(layer, keys, -forward.offset.to(keys.device))
 
     def _turned_ones(self, forward: Forward, layer: int, hidden: Tensor) -> Tensor:
-        """(b, k, d_head) ones, rotated to where each token stands in its sample, in fp32."""
+        """(b, k, d_head) fp32 ones, rotated to each token's position in its sample."""
         positions = forward.rotary_positions(self.plan.group_of[layer]) - forward.offset
         attention: Any = self.adapter.layers[layer].self_attn
         ones = torch.ones(*hidden.shape[:2], attention.head_dim, device=hidden.device)
         return self._rotate(layer, ones[:, None], positions.to(hidden.device))[:, 0]
 
     def _rotate(self, layer: int, states: Tensor, positions: Tensor) -> Tensor:
-        """`states` (b, h, k, d) turned by `positions` (b, k), (b, 1) or with axes before; as they
-        are, where the layer turns none."""
+        """`states` (b, h, k, d) rotated by `positions` (b, k) or (b, 1), perhaps with leading axes;
+        unchanged if the layer has no rotation."""
         if not self.adapter.rotates(layer):
             return states
         rotation = self.adapter.rotary(layer, states, positions)
@@ -244,7 +284,21 @@ class DecoderSide:
     def peek(
         self, forward: Forward, layer: int, kind: Rows, hidden: Tensor, cache: Any, by_head: bool
     ) -> Heard:
-        """Attention rows of decoder layer `layer`, were it run on `hidden` as it is."""
+        """Look-ahead: the attention rows that a decoder layer would compute on `hidden`.
+
+        The cache state and the captures of the forward do not change.
+
+        Args:
+            forward: the forward in progress.
+            layer: 0-based decoder layer.
+            kind: the rows to compute.
+            hidden: (b, s, d) the layer's input.
+            cache: the cache, or `None`.
+            by_head: keep the heads apart instead of averaging them.
+
+        Returns:
+            The rows and their attention.
+        """
         rows = rows_of(forward, {kind})
         places = nn.utils.rnn.pad_sequence(rows[kind], batch_first=True)
         group = forward.ledger.groups[self.plan.group_of[layer]]
@@ -268,7 +322,7 @@ class DecoderSide:
             )
             positions = forward.rotary_positions(self.plan.group_of[layer]).to(hidden.device)
             decoder: Any = self.adapter.layers[layer]
-            # What runs now is not the forward: its inputs are not to be recorded.
+            # The look-ahead is not part of the forward, so its inputs are not recorded.
             self.forward = None
             try:
                 with tap.alone(), torch.no_grad():
@@ -285,8 +339,8 @@ class DecoderSide:
 
 
 class _ReadOnly:
-    """What a layer's cache would return on an update, without the update: quantized, offloaded,
-    static and sliding layers each hold their keys in a way of their own."""
+    """Returns what a cache layer's update would, without changing it: quantized, offloaded, static
+    and sliding layers each store their keys differently."""
 
     def __init__(self, cache: Any) -> None:
         self.layers = cache.layers

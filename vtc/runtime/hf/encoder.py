@@ -22,12 +22,12 @@ from vtc.runtime.stages import no_autocast
 
 @dataclass
 class _Patches:
-    """The tokens of one image on its way through the tower, without [CLS].
+    """The tokens of one image in the tower, without [CLS].
 
     Attributes:
-        size: (n,) patches each stands for.
-        source: (n,) the first of these.
-        memory: (n,) what the method handed on.
+        size: (n,) number of patches that each token represents.
+        source: (n,) the first of these patches.
+        memory: (n,) what the method passes from layer to layer.
         counts: tokens that entered each layer, and those that left the last.
     """
 
@@ -40,7 +40,13 @@ class _Patches:
 
 @dataclass(frozen=True)
 class Merged:
-    """What became of one image: (m,) places of its tokens, ascending, and tokens by layer."""
+    """The outcome for one image.
+
+    Attributes:
+        places: (m,) places of its tokens on the original grid, ascending.
+        original: number of patches before merging.
+        counts: tokens that entered each layer, and those that left the last.
+    """
 
     places: Tensor
     original: int
@@ -48,10 +54,18 @@ class Merged:
 
 
 class EncoderSide:
-    """Runs the tower image by image, so that each may keep another number of patches a layer.
+    """Runs the tower image by image, so that each image may keep its own number of patches.
 
-    Only while it does so is the tower changed: other models may share it, and its modules may be
+    The tower is modified only during a call: other models may share it, and its modules may be
     replaced between calls.
+
+    Args:
+        adapter: bound to the model.
+        method: what merges the patches.
+
+    Raises:
+        UnsupportedModelError: no layer runs before the one that is read, or [CLS] is a vision
+            token, and the method does not keep all patches.
     """
 
     def __init__(self, adapter: Adapter, method: Method) -> None:
@@ -60,7 +74,7 @@ class EncoderSide:
         self._forget()
 
     def _look_at(self, adapter: Adapter, given: Mapping[str, Any]) -> None:
-        """Note what the tower is for this call, or raise if patches cannot be merged in it."""
+        """Read the tower's layout for this call, or raise if patches cannot be merged in it."""
         self.layers = adapter.encoder_layers()
         self.used = adapter.encoder_depth(given)
         if self.used < 1 and not self.method.keeps_all:
@@ -88,13 +102,13 @@ class EncoderSide:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.layers = []  # looked up at each call
+        self.layers = []  # read at each call
         self._forget()
 
     @contextmanager
     def _installed(self) -> Iterator[None]:
         overrides: list[Override] = []
-        before = self.taps, self.patches, self.thread  # of a call that this one interrupts
+        before = self.taps, self.patches, self.thread  # of the outer call, if this one is nested
         self.taps, self.patches, self.thread = [], None, threading.get_ident()
         try:
             for i, layer in enumerate(self.layers[: self.used]):
@@ -115,8 +129,25 @@ class EncoderSide:
         original: Callable[..., Any],
         kwargs: dict[str, Any],
     ) -> tuple[Any, list[Merged]]:
-        """`get_image_features`, image by image; features (m, d) in the order of their places."""
-        before = self.layers, self.used, self.has_cls  # of a call that this one interrupts
+        """Run `get_image_features` image by image.
+
+        Args:
+            adapter: bound to the model.
+            given: the arguments of the call.
+            original: the model's own function.
+            kwargs: its arguments; `pixel_values` is removed.
+
+        Returns:
+            The model's output, with features (m, d) per image in the order of their places, and
+            the outcome for each image.
+
+        Raises:
+            UnsupportedModelError: as for the class.
+            ValueError: the method returns an invalid merging.
+            RuntimeError: the projector returns another number of tokens, or the method weighs
+                attention and the tower uses flash attention.
+        """
+        before = self.layers, self.used, self.has_cls  # of the outer call, if this one is nested
         self._look_at(adapter, given)
         try:
             with self._installed():
@@ -155,7 +186,7 @@ class EncoderSide:
         **kwargs: Any,
     ) -> Any:
         patches = self.patches
-        # A call within the call may read deeper layers, which are not merged in.
+        # A nested call may read deeper layers, where nothing is merged.
         if patches is None or i >= self.used or self.thread != threading.get_ident():
             return original(hidden_states, attention_mask, **kwargs)
         layer: Any = self.layers[i]
@@ -206,7 +237,7 @@ class EncoderSide:
         return hidden + layer.mlp(layer.layer_norm2(hidden))
 
     def _sizes(self, patches: _Patches, hidden: Tensor) -> Tensor | None:
-        """(1, 1, t, t) logarithms of the tokens' sizes, to be added to attention logits."""
+        """(1, 1, t, t) log sizes of the tokens, added to the attention logits."""
         if not self.method.weighs_sizes or len(patches.size) == patches.original:
             return None
         if "flash" in (self.taps[0].config._attn_implementation or ""):
@@ -219,7 +250,7 @@ class EncoderSide:
 
 
 def _merge(method: Method, merging: Merging, patches: _Patches, rows: Tensor) -> Tensor:
-    """Contents (m, d) after `merging` of rows (n, d); sizes and places go along."""
+    """Merge rows (n, d) into contents (m, d); updates the sizes and places in `patches`."""
     target, n = merging.target, rows.shape[0]
     if target.dtype != torch.long or target.shape != (n,):
         raise ValueError(
@@ -243,8 +274,8 @@ def _merge(method: Method, merging: Merging, patches: _Patches, rows: Tensor) ->
 
 
 def _means(rows: Tensor, members: Tensor, group: Tensor, weights: Tensor, size: Tensor) -> Tensor:
-    """(m, d) weighted means of the rows (n, d) at `members` (k,) of each `group` (k,), weights (k,)
-    adding up to `size` (m,). Groups of one, which are most, are copied."""
+    """(m, d) weighted means of the rows (n, d) at `members` (k,) per `group` (k,); `weights` (k,)
+    sum to `size` (m,). Groups of one, the most common, are copied."""
     count = torch.bincount(group, minlength=len(size))
     one = torch.empty_like(count).scatter(0, group, members)
     means = rows.index_select(0, one)

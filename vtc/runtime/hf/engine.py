@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine: hooks on one model instance that carry out a method, and their exact removal.
+"""The engine: hooks that run a method on one model instance, and that come off without a trace.
 
-A forward passes these stations, each a method of `Engine`:
+A forward goes through these points, each a method of `Engine`:
 
-    get_image_features   vision signals are tapped; pixels are reduced (clips likewise)
-    model, base model    one call at a time; what kind of forward is this?
-    the family's merger  where are the vision tokens?
-    decoder              sequence stage; masks and positions of a compressed cache
-    decoder layers       layers stage; masks and positions of the layers after a prune
-    decoder, out         hidden states back at full length; the cache learns what it holds
+    get_image_features   capture vision signals; reduce pixels (images and clips)
+    model, base model    serialize calls; tell prefill from decoding
+    the family's merger  locate the vision tokens
+    decoder, in          sequence stage; mask and positions for a compressed cache
+    decoder layers       layers stage; masks and positions for the layers after a prune
+    decoder, out         restore hidden states to full length; attach the ledger to the cache
 """
 
 from __future__ import annotations
@@ -47,7 +47,17 @@ from vtc.runtime.stages import prune_between_layers, select_in_sequence
 
 
 class Engine(Hooked):
-    """Carries out `method` on the model of `adapter`: vision tokens stand in its sequence."""
+    """Runs `method` on a model whose decoder sequence contains the vision tokens.
+
+    Args:
+        adapter: bound to the model.
+        method: what to run.
+
+    Raises:
+        ValueError: the method acts in a stage or at a layer that the model lacks, or its parts do
+            not compose.
+        UnsupportedModelError: the method reads what vtc cannot capture in this model.
+    """
 
     def __init__(self, adapter: Adapter, method: Method) -> None:
         super().__init__(adapter, method)
@@ -58,7 +68,7 @@ class Engine(Hooked):
 
     @property
     def forward(self) -> Forward | None:
-        """The forward that this thread is in, the innermost if there are several."""
+        """The innermost forward of this thread, or `None` outside a forward."""
         found: Forward | None = self.calls.forward
         return found
 
@@ -105,8 +115,8 @@ class Engine(Hooked):
         return out
 
     def _create_masks(self, original: Callable[..., Any] | None, **kwargs: Any) -> Any:
-        """Static caches get 4-D masks ahead of the forward, sized for the full sequence. A
-        compressed one needs the 2-D mask, so that the forward can build what fits."""
+        """For static caches transformers builds 4-D masks before the forward, sized for the full
+        sequence. A compressed cache needs the 2-D mask; the forward builds masks that fit."""
         given, call = kwargs.get("attention_mask"), self.calls.generating
         if ledger_of(cache_in(kwargs)) is not None:
             return given
@@ -121,10 +131,10 @@ class Engine(Hooked):
     def _encode(
         self, modality: Modality, original: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        # Some models encode clips as images, and come here again in the middle.
+        # Some models encode clips as images, so this call may be nested.
         if self.forward is not None or self.vision.listening == threading.get_ident():
             return self._encode_alone(modality, original, *args, **kwargs)
-        # What another thread encodes must not be taken for that of a forward under way.
+        # Features encoded by another thread must not end up in a forward in progress.
         with self.lock:
             before = self.vision.exchange(self.calls.vision)
             try:
@@ -166,7 +176,7 @@ class Engine(Hooked):
         visual_pos_masks: Tensor,
         visual_embeds: Tensor,
     ) -> Tensor:
-        """Features of tower layers are added to the vision tokens that are left."""
+        """Add the DeepStack features of tower layers to the vision tokens that are kept."""
         forward = self.forward
         if forward is None or forward.phase != "prefill" or forward.deepstack is None:
             return original(hidden_states, visual_pos_masks, visual_embeds)
@@ -188,12 +198,12 @@ class Engine(Hooked):
         self.decoder.check_in_place()
 
     def _run_base(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self.calls.asked is None:  # else the model, which calls it, has looked
+        if self.calls.asked is None:  # otherwise the model with its head has checked
             self._check_in_place()
         asked = self.calls.take_asked()
         given = by_name(self.adapter.base, args, kwargs)
         labels, logits = asked.labels, asked.logits
-        if labels is None:  # the base model may be all there is
+        if labels is None:  # the base model may be the whole model
             labels = given.get("labels")
         if self.adapter.model is self.adapter.base and self._slices_logits:
             logits = given.get("logits_to_keep", 0)
@@ -207,7 +217,7 @@ class Engine(Hooked):
         with self._in_forward(forward):
             self._look_at(forward, given)
             if self.adapter.masks_in_base and ledger_of(cache_in(given)) is not None:
-                # Those that the base model would make do not fit; `forward.given` has this one.
+                # The base model's own masks would not fit; `forward.given` keeps this one.
                 args, kwargs = (), {**given, "attention_mask": None}
             out = original(*args, **kwargs)
         if forward.images_seen and forward.phase != "prefill":
@@ -216,7 +226,7 @@ class Engine(Hooked):
 
     @contextmanager
     def _in_forward(self, forward: Forward) -> Iterator[None]:
-        """The forward that hooks of this thread mean; what it interrupts goes on afterwards."""
+        """Make `forward` the current one of this thread, and restore the outer one afterwards."""
         calls = self.calls
         with self.lock:
             outer, calls.forward = calls.forward, forward
@@ -224,7 +234,7 @@ class Engine(Hooked):
             vision = self.vision.exchange({} if outer is not None else calls.vision)
             try:
                 yield
-            finally:  # also where it failed, or was interrupted
+            finally:  # also after an error or an interrupt
                 calls.forward = outer
                 self.decoder.exchange(decoder)
                 left = self.vision.exchange(vision)
@@ -234,7 +244,7 @@ class Engine(Hooked):
                     forward.ledger.may_write = False
 
     def _look_at(self, forward: Forward, given: dict[str, Any]) -> None:
-        """Note what this forward was given, and refuse what cannot be told apart."""
+        """Record the inputs of this forward; refuse embeddings that hide the vision tokens."""
         encoded = given.get("mm_encoder_outputs") or {}
         names: tuple[Modality, ...] = ("image", "video")
         shown = [encoded.get(name) for name in names]
@@ -276,7 +286,7 @@ class Engine(Hooked):
         return args, kwargs
 
     def _compress(self, forward: Forward, kwargs: dict[str, Any]) -> None:
-        """Prefill with images: run the sequence stage and hand on what is left."""
+        """Prefill with images: run the sequence stage and pass on the tokens that are kept."""
         embeds, cache = kwargs["inputs_embeds"], cache_in(kwargs)
         rows, length = embeds.shape[:2]
         forward.entering = dict(kwargs)
@@ -286,7 +296,7 @@ class Engine(Hooked):
         past_valid, valid = split_mask(self.groups.padding(forward, kwargs), past, rows, length)
         forward.valid = valid if valid is not None else ones(embeds, length)
         blocks = self.adapter.blocks(forward.given)
-        if blocks is not None:  # guessed tokens come without a type
+        if blocks is not None:  # candidate tokens of assisted decoding have no type
             blocks = nn.functional.pad(blocks, (0, max(length - blocks.shape[1], 0)), value=-1)
         forward.blocks = blocks
         forward.deepstack = kwargs.get("visual_pos_masks")
@@ -304,7 +314,7 @@ class Engine(Hooked):
         forward.past_shift = [group.shift for group in forward.ledger.groups]
         forward.gap = torch.zeros_like(forward.valid)
         forward.spans = self.vision.spans(forward)
-        # Guessed tokens are no more part of the prompt than an answer that is scored.
+        # Candidate tokens are not part of the prompt, and neither is an answer that is scored.
         step = forward.generating
         forward.describe_prompt(None if step is None else step.width)
         self._freeze(forward)
@@ -338,7 +348,7 @@ class Engine(Hooked):
         if group.diverged or len(forward.ledger.groups) > 1:
             keep_all_states(kwargs)
         if plain and not group.diverged:
-            # Nothing was dropped: masks and positions are those that the model makes.
+            # Nothing was dropped: the model's own masks and positions are right.
             call = forward.generating
             if call is not None and call.masks is not None:
                 kwargs["attention_mask"], call.masks = call.masks, None
@@ -347,13 +357,14 @@ class Engine(Hooked):
             kwargs["attention_mask"] = self.groups.of_decoder(forward, new_embeds, cache)
             kwargs["position_ids"] = forward.rotary_positions(0)
             return
-        # Always a mask: without one, gaps in the positions would be taken for packed sequences.
+        # Always pass a mask: without one, transformers takes gaps in the positions for packed
+        # sequences.
         mask = group.valid if group.valid is not None else ones(new_embeds, group.length)
         kwargs["attention_mask"] = mask.long()
         kwargs["position_ids"] = forward.rotary_positions(0)
 
     def _continue(self, forward: Forward, ledger: Ledger, kwargs: dict[str, Any]) -> None:
-        """New tokens on a compressed cache: translate mask and positions."""
+        """New tokens on a compressed cache: adapt mask and positions to what it holds."""
         embeds = kwargs["inputs_embeds"]
         rows, count = embeds.shape[:2]
         self.groups.check(ledger)
@@ -407,12 +418,12 @@ class Engine(Hooked):
 
     @property
     def _slices_logits(self) -> bool:
-        """Whether the model has a head, and says of how many places it makes logits."""
+        """Whether the model has a head that takes `logits_to_keep`."""
         return "logits_to_keep" in inspect.signature(type(self.adapter.model).forward).parameters
 
     def _last_wanted(self, forward: Forward) -> int | None:
-        """How many of the last places the head will look at, `None` for all: in `generate` one, and
-        to put the others back in full would take as long as much of a selection."""
+        """How many of the last positions the head reads, `None` for all. In `generate` it is one:
+        restoring the others would cost a good part of the time that a selection takes."""
         wanted = forward.logits_to_keep
         if (
             not self._slices_logits
@@ -433,7 +444,7 @@ class Engine(Hooked):
             )
 
     def _warn_of_idle_parts(self, forward: Forward) -> None:
-        """Say once of each part of a composition that its budget was met by those before it."""
+        """Warn once for each part of a composition whose budget earlier parts already meet."""
         parts = self.method.parts
         if len(parts) == 1:
             return
@@ -444,7 +455,7 @@ class Engine(Hooked):
                  for i in range(len(self.plan.sequence))],
             )
             for span in forward.spans
-            # Nothing is chosen where a mask hides all that the tower made of an image.
+            # There is no selection where the mask hides every token that the tower made.
             if all((i, span.sample, span.ordinal) in forward.decisions
                    for i in range(len(self.plan.sequence)))
         ]  # fmt: skip
@@ -489,8 +500,8 @@ class Engine(Hooked):
                 for name in set(kwargs) - _ADAPTED:
                     kwargs[name] = self._cut(forward, kwargs[name])
             if self.flash:
-                # Flash attention would take gapped positions for packed sequences; rotation is
-                # done by then, so the layer can do without them.
+                # Flash attention takes gaps in the positions for packed sequences. The rotation
+                # is computed already, so the layer does not need them.
                 kwargs["position_ids"] = None
         return args, kwargs
 
@@ -518,7 +529,7 @@ class Engine(Hooked):
         return hidden
 
     def _cut(self, forward: Forward, value: Any) -> Any:
-        """`value` for the tokens held now, if it has a row for each that entered the decoder."""
+        """`value` at the tokens still held, if it has a row for each token that entered."""
         first, rows = forward.entered, forward.layout.index.shape[0]
         if first is None or not is_per_token(value, rows, first.index.shape[1]):
             return value
@@ -529,7 +540,7 @@ class Engine(Hooked):
         return "flash" in (self.adapter.decoder.config._attn_implementation or "")
 
     def _freeze(self, forward: Forward) -> None:
-        """In `generate` without a cache, do again what was chosen at the first step."""
+        """In `generate` without a cache, repeat the selections of the first step."""
         made = forward.decisions, forward.prompt_length
         found = forward.generating and forward.generating.chosen(forward.given, made)
         if found:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `generate` is asked for, wherever it is said, and what a patched model refuses of it."""
+"""The effective settings of a call of `generate`, and those that a patched model refuses."""
 
 from __future__ import annotations
 
@@ -11,10 +11,16 @@ from vtc.runtime.hf.override import WHOLE
 
 
 class Request:
-    """One call of `generate`, read as `generate` itself reads it.
+    """One call of `generate`, with settings resolved as `generate` resolves them.
+
+    Args:
+        model: the model, with its `generation_config`.
+        original: its `generate`.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
 
     Attributes:
-        given: its arguments by name, those included that were not named.
+        given: all arguments by name, positional ones included.
     """
 
     def __init__(
@@ -32,8 +38,15 @@ class Request:
         )
 
     def setting(self, name: str) -> Any:
-        """The value that counts: a named argument's, even `None`, else that of the configuration
-        given, else that of the model's own; `None` if nobody set it."""
+        """The effective value of a setting.
+
+        Args:
+            name: of the argument or of the field of the generation config.
+
+        Returns:
+            The argument if it is given, even `None`; else the value in the given config; else the
+            value in the model's config; `None` if none is set.
+        """
         if name in self.given:
             return self.given[name]
         values = (getattr(config, name, None) for config in self._configs)
@@ -41,26 +54,27 @@ class Request:
 
     @property
     def prompt_width(self) -> int | None:
-        """Tokens in a row of the prompt, padding included; `None` if it comes as embeddings."""
+        """Tokens per row of the prompt, padding included; `None` for embeddings."""
         ids = self.given.get("input_ids")
         ids = self.given.get("inputs") if ids is None else ids
         return None if ids is None else int(ids.shape[1])
 
     @property
     def drafts(self) -> bool:
-        """Whether guesses are asked for, for another model to check: transformers hands the images
-        over with the prompt, but leaves them out of all forwards of an assistant."""
+        """Whether the model is the assistant in assisted decoding. transformers passes the images
+        with the prompt, but omits them from every forward of an assistant."""
         return bool(self.setting("is_assistant"))
 
     @property
     def guesses(self) -> bool:
-        """Whether guessed tokens reach the model together with the prompt."""
+        """Whether assisted decoding feeds candidate tokens together with the prompt."""
         return any(self.setting(name) is not None for name in _GUESSERS)
 
     def refuse_pieces(self) -> None:
-        """
+        """Refuse chunked prefill.
+
         Raises:
-            ValueError: the prompt would come in pieces.
+            ValueError: `prefill_chunk_size` is set.
         """
         if (chunk := self.setting("prefill_chunk_size")) is not None:
             raise ValueError(
@@ -69,18 +83,20 @@ class Request:
             )
 
     def refuse_fullgraph(self) -> None:
-        """
+        """Refuse to compile decoding as one graph.
+
         Raises:
-            ValueError: decoding would be compiled as a whole.
+            ValueError: `compile_config` has `fullgraph=True` and compiling is not disabled.
         """
         config = self.setting("compile_config")
         if getattr(config, "fullgraph", False) and not self.setting("disable_compile"):
             raise ValueError(f"compile_config: expected fullgraph=False, got {config}; {WHOLE}")
 
     def refuse_drafts(self) -> None:
-        """
+        """Refuse assisted decoding that drafts from the patched model's own layers, states or keys.
+
         Raises:
-            ValueError: the next tokens would be guessed from states inside the model.
+            ValueError: early exit, multi-token prediction, DFlash or a Gemma 4 assistant is set.
         """
         named = {name: self.setting(name) for name in ("assistant_early_exit", "use_mtp")}
         if self.setting("speculation_type") == "dflash":
@@ -98,9 +114,13 @@ class Request:
                 )
 
     def refuse_guesses(self, why: str) -> None:
-        """
+        """Refuse all assisted decoding.
+
+        Args:
+            why: the reason, for the error.
+
         Raises:
-            ValueError: tokens would be guessed at all; `why` says what stands against it.
+            ValueError: an assistant, prompt lookup, early exit or multi-token prediction is set.
         """
         for name in (*_GUESSERS, "assistant_early_exit", "use_mtp"):
             if self.setting(name) not in (None, False):

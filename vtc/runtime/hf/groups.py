@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masks, positions and lengths of layer groups: decoder layers that hold the same tokens."""
+"""Masks, positions and lengths per layer group: the decoder layers that hold the same tokens."""
 
 from __future__ import annotations
 
@@ -17,19 +17,41 @@ from vtc.runtime.ledger import Group, Ledger
 
 
 class LayerGroups:
-    """What the groups of a plan hold in a forward, as masks and positions for their layers."""
+    """Builds masks and positions for the layers of each group of a plan.
+
+    Args:
+        adapter: bound to the model.
+        plan: the groups and the method.
+    """
 
     def __init__(self, adapter: Adapter, plan: Plan) -> None:
         self.adapter, self.plan, self.method = adapter, plan, plan.method
         self.num_layers = len(adapter.layers)
 
     def padding(self, forward: Forward, kwargs: dict[str, Any]) -> Any:
-        """The mask that the user, or `generate`, gave."""
+        """The mask that the caller passed, to the base model or to the decoder.
+
+        Args:
+            forward: the forward in progress.
+            kwargs: the arguments of the decoder.
+
+        Returns:
+            The `attention_mask`, or `None`.
+        """
         own = forward.given if self.adapter.masks_in_base else kwargs
         return own.get("attention_mask")
 
     def of_decoder(self, forward: Forward, embeds: Tensor, cache: Any) -> Any:
-        """What the decoder takes of a base model that makes the masks, for the first group."""
+        """The masks of the first group, for families whose base model builds the masks.
+
+        Args:
+            forward: the forward in progress.
+            embeds: (b, s, d) embeddings that enter the decoder.
+            cache: the cache, or `None`.
+
+        Returns:
+            One mask by layer type, or a single mask if the config has no `layer_types`.
+        """
         found = {}
         for layer in range(self.num_layers):
             kind = self.adapter.layer_type(layer)
@@ -42,11 +64,22 @@ class LayerGroups:
     def of_layer(
         self, forward: Forward, number: int, layer: int, hidden: Tensor, cache: Any
     ) -> Any:
-        """The mask of one layer of group `number`, for `hidden` (b, q, d) behind its cache."""
+        """The mask of one decoder layer.
+
+        Args:
+            forward: the forward in progress.
+            number: the layer's group.
+            layer: 0-based decoder layer.
+            hidden: (b, q, d) the layer's input.
+            cache: the cache, or `None`.
+
+        Returns:
+            The mask that the layer's attention takes; `None` if it needs none.
+        """
         group = forward.ledger.groups[number]
         valid = group.valid
         if valid is None and cache is None and group.diverged:
-            # Without one, gaps in the positions would be taken for packed sequences.
+            # Without a mask, transformers takes gaps in the positions for packed sequences.
             valid = ones(hidden, group.length)
         blocks = None
         if forward.phase == "prefill":
@@ -57,7 +90,16 @@ class LayerGroups:
     def adapt_layer(
         self, forward: Forward, layer: int, hidden: Tensor, kwargs: dict[str, Any]
     ) -> None:
-        """Give a layer the mask and positions of what its group holds."""
+        """Set a layer's mask and positions to those of the tokens that its group holds.
+
+        The first group keeps what the decoder computed.
+
+        Args:
+            forward: the forward in progress.
+            layer: 0-based decoder layer.
+            hidden: (b, q, d) the layer's input.
+            kwargs: the layer's arguments, changed in place.
+        """
         number = self.plan.group_of[layer]
         if number == 0:
             return
@@ -75,19 +117,21 @@ class LayerGroups:
             kwargs["position_ids"] = positions if positions.dim() == 2 else positions[0]
 
     def refuse_padding(self, group: Group, valid: Tensor | None) -> None:
-        """Refuse rows of unequal length behind tokens that a window, a chunk or a recurrent state
-        would count together with the padding.
+        """Refuse padding after cached tokens where a window, a chunk or a recurrent state would
+        count it.
 
         Args:
-            valid: (b, q) bool of the new tokens, or `None` if none is padding.
+            group: the layer group, before the new tokens.
+            valid: (b, q) bool, False at padding among the new tokens; `None` if there is none.
 
         Raises:
-            ValueError: the rows add unequal numbers of tokens.
+            ValueError: the new tokens contain padding, the group holds tokens, and some layer does
+                not use full attention.
         """
         if valid is None or not group.length:
             return
         kinds = {self.adapter.layer_type(i) for i in range(self.num_layers)}
-        if kinds - {"full_attention"}:  # also while a window is longer: decoding may reach it
+        if kinds - {"full_attention"}:  # even inside the window: decoding may leave it
             raise ValueError(
                 "past_key_values: ragged continuation is not supported on this cache: a sliding "
                 "window, a chunk or a recurrent state would count the padding; send the rows one "
@@ -97,8 +141,11 @@ class LayerGroups:
     def check(self, ledger: Ledger) -> None:
         """Refuse a cache that was compressed at other layers.
 
+        Args:
+            ledger: the ledger of the cache.
+
         Raises:
-            ValueError: its groups begin at other layers than those of the plan.
+            ValueError: the groups of the ledger begin at other layers than those of the plan.
         """
         if tuple(group.first_layer for group in ledger.groups) != self.plan.first_layers:
             raise ValueError(
@@ -107,7 +154,15 @@ class LayerGroups:
             )
 
     def open(self, forward: Forward, number: int) -> None:
-        """Write into the ledger what layer group `number` holds of this forward."""
+        """Record in the ledger which tokens of this forward a layer group holds.
+
+        Args:
+            forward: the forward in progress, with its current layout.
+            number: the layer group.
+
+        Raises:
+            ValueError: as `refuse_padding`.
+        """
         group, layout = forward.ledger.groups[number], forward.layout
         whole = layout.index.shape[1] == forward.valid.shape[1]
         if not (whole and torch.equal(layout.valid, forward.valid)):

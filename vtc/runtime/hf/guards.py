@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a patched model refuses, because its result would not be what it seems."""
+"""Inputs that a patched model refuses, because the result would be silently wrong."""
 
 from __future__ import annotations
 
@@ -20,13 +20,19 @@ UNHANDLED = (
 
 
 def refuse_hidden_answers(model: nn.Module, plan: Plan, given: Mapping[str, Any]) -> None:
-    """Refuse to take an answer for part of the prompt where its labels went elsewhere.
+    """Refuse a loss whose labels the model does not see: the answer would count as prompt.
 
     Args:
+        model: the model with its head.
+        plan: of the method.
         given: the arguments of `model`, without labels.
+
+    Raises:
+        ValueError: `given` contains pixels, the model is training with gradients or
+            `num_items_in_batch` is given, and the method reads the prompt.
     """
     training = model.training and torch.is_grad_enabled()
-    counted = given.get("num_items_in_batch") is not None  # by Trainer, from the labels
+    counted = given.get("num_items_in_batch") is not None  # Trainer counts them from the labels
     images = any(given.get(name) is not None for name in PIXELS)
     if images and (training or counted) and plan.reads_prompt:
         raise ValueError(
@@ -37,12 +43,16 @@ def refuse_hidden_answers(model: nn.Module, plan: Plan, given: Mapping[str, Any]
 
 
 def refuse_packed(given: Mapping[str, Any], entering: Mapping[str, Any], flash: bool) -> None:
-    """Raise `ValueError` if a row holds several documents, which transformers keeps apart: what is
-    chosen for one would follow from the others, and its masks do not survive a compression.
+    """Refuse packed rows, which hold several documents. The selection for one would depend on the
+    others, and the masks that transformers derives do not survive compression.
 
     Args:
         given: the arguments of the base model.
-        entering: those with which the decoder was called.
+        entering: the arguments of the decoder.
+        flash: the decoder uses flash attention.
+
+    Raises:
+        ValueError: an argument marks packed documents, or positions restart without a mask.
     """
     for name in _PACKING:
         if given.get(name) is not None or entering.get(name) is not None:
@@ -51,7 +61,7 @@ def refuse_packed(given: Mapping[str, Any], entering: Mapping[str, Any], flash: 
     masked = isinstance(mask, Tensor) and not (flash and bool(mask.all()))
     if positions is None or masked or cache_in(given) is not None:
         return
-    if positions.dim() == 3:  # of several axes the first, if there are four, counts the text
+    if positions.dim() == 3:  # M-RoPE: the first of four axes counts text
         if len(positions) < 4:
             return
         positions = positions[0]

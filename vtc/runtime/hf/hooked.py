@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all ways of carrying out a method on a model of transformers share: hooks that come on and
-off, calls that are under way, and the model's own forward."""
+"""What both engines share: installing and removing hooks, tracking calls, and wrapping the
+model's forward."""
 
 from __future__ import annotations
 
@@ -23,17 +23,25 @@ from vtc.runtime.hf.plan import Plan
 class Hooked:
     """A method bound to one model instance by hooks.
 
-    Nothing here belongs to a call: what is under way is in `calls`, by thread.
+    The object holds no state of a call; that is in `calls`, per thread.
+
+    Args:
+        adapter: bound to the model.
+        method: what to run.
 
     Attributes:
-        adapter: of the model.
-        method: what is carried out.
-        plan: at which layers.
-        report: of all prefills.
-        calls: the calls that threads are in.
-        lock: one forward at a time: taps sit on modules, which a server's threads share.
-        warned: parts of the method that a warning named.
-        listeners: are told of every selection.
+        adapter: bound to the model.
+        method: what runs.
+        plan: the layers at which it acts and reads.
+        report: the figures of all prefills.
+        calls: the calls in progress, per thread.
+        lock: admits one forward at a time, since the threads of a server share the tapped modules.
+        warned: numbers of the parts that a warning has named.
+        listeners: called with every event of a selection.
+
+    Raises:
+        ValueError: the method acts in a stage or at a layer that the model lacks.
+        UnsupportedModelError: the method reads what vtc cannot capture in this model.
     """
 
     def __init__(self, adapter: Adapter, method: Method) -> None:
@@ -48,7 +56,7 @@ class Hooked:
         self._forget()
 
     def _forget(self) -> None:
-        """Start with nothing under way."""
+        """Start with no call in progress."""
         self.lock = threading.RLock()
         self.calls = Calls()
 
@@ -65,10 +73,10 @@ class Hooked:
 
     # ---- on and off ---------------------------------------------------------------------------
     def install(self) -> None:
-        """Hook the model; if that fails half-way, leave it as it was.
+        """Hook the model; if this fails half-way, restore the model.
 
         Raises:
-            RuntimeError: the hooks are on the model already.
+            RuntimeError: the hooks are already installed.
         """
         if self.overrides:
             raise RuntimeError("this patch is on its model already")
@@ -80,7 +88,7 @@ class Hooked:
 
     def _install(self) -> None:
         b = self.adapter
-        # Not hooks: those of torch are left out when a forward is interrupted.
+        # Not hooks: torch skips forward hooks when the forward is interrupted.
         self.overrides.append(Override(b.base, "forward", self._run_base))
         if b.model is not b.base:
             self.overrides.append(Override(b.model, "forward", self._run_model))
@@ -100,13 +108,13 @@ class Hooked:
         self.layers = list(b.layers)
 
     def uninstall(self) -> None:
-        """Bring the model back as it was.
+        """Restore the model, once forwards of other threads have ended.
 
         Raises:
-            RuntimeError: called in the middle of a forward.
+            RuntimeError: called in the middle of a forward of this thread.
         """
         self.calls.refuse_in_forward()
-        with self.lock:  # what another thread runs comes to its end
+        with self.lock:  # wait for the forward of another thread
             self._uninstall()
 
     def _uninstall(self) -> None:
@@ -139,14 +147,14 @@ class Hooked:
         raise NotImplementedError
 
     def _prepare_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """`generate` asks for the inputs of a step, and then calls the model with them."""
+        """Mark the next call of the model as a step of `generate`, which prepares its inputs."""
         out = original(*args, **kwargs)
         if self.calls.generating is not None:
             self.calls.generating.asked = True
         return out
 
     def _run_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The model with its head: note what its base model is not told."""
+        """The model with its head: record the arguments that its base model does not receive."""
         self._check_in_place()
         shown = kwargs.pop("prompt_labels", None)
         given = by_name(self.adapter.model, args, kwargs)
@@ -157,5 +165,5 @@ class Hooked:
             return original(*args, **kwargs)
 
     def _check_in_place(self) -> None:
-        """Refuse a model some of whose modules were replaced under the patch."""
+        """Refuse a model with modules that were replaced under the patch."""
         check_in_place(self.adapter, self.layers)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which image a vision token belongs to, and what was seen of it."""
+"""Matches vision tokens to their images and to the signals captured from them."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ from vtc.runtime.signals import ImageSignals, ImageSpan, TowerSignals
 
 
 class SeenImages:
-    """What the tower showed of images, found again by their features.
+    """Signals captured from images, looked up by the images' features.
 
     Under `generate` the encoder runs before the model's forward, and beam search repeats its
-    features: what was seen of an image is therefore looked up by the feature tensor.
+    features. The feature tensor is therefore the key.
+
+    Args:
+        adapter: bound to the model.
+        method: named in error messages.
 
     Attributes:
-        adapter: of the model.
-        method: of which errors speak.
-        signals: what was seen, by features, as long as these live.
-        recent: by modality the shape and the first and last rows of the last features, which tell
-            repeated ones.
+        adapter: bound to the model.
+        method: named in error messages.
+        signals: the captured signals, by feature tensor, for as long as it lives.
+        recent: by modality, the shape and the first and last row of the latest features, which
+            identify repeated ones.
     """
 
     def __init__(self, adapter: Adapter, method: Method) -> None:
@@ -38,9 +42,15 @@ class SeenImages:
     def remember(
         self, modality: Modality, features: Any, signals: list[list[ImageSignals]]
     ) -> None:
-        """Note what was seen of the images of these features."""
+        """Store the signals of the images that were just encoded.
+
+        Args:
+            modality: "image" or "video".
+            features: (images, n, d), or a list of (n, d).
+            signals: one list per element of `features`.
+        """
         self._note(features, signals)
-        # Beam search may repeat features as new tensors: their first and last rows tell them.
+        # Beam search may repeat features as new tensors; first and last rows identify them.
         self.recent[modality] = [
             (own.shape, own.detach().flatten(0, -2)[[0, -1]].clone(), of_one)
             for own, of_one in zip(features, signals, strict=True)
@@ -48,7 +58,7 @@ class SeenImages:
         ]
 
     def _note(self, features: Any, signals: list[list[ImageSignals]]) -> None:
-        # Models take a list, or one tensor of all images.
+        # Models return a list, or one tensor for all images.
         if isinstance(features, Tensor):
             self.signals[features] = signals
         else:
@@ -56,15 +66,21 @@ class SeenImages:
                 self.signals[own] = [of_one]
 
     def spans(self, forward: Forward, reads: bool) -> list[ImageSpan]:
-        """The images of this forward by sample, in the order in which they stand. One that is
-        masked as a whole is none.
+        """The images of this forward, by sample and in sequence order. An image that the mask hides
+        completely is left out.
 
         Args:
-            reads: the method cannot do without what the tower shows.
+            forward: the forward in progress.
+            reads: the method needs the captured signals.
+
+        Returns:
+            One span per image.
 
         Raises:
-            ValueError: features that were not seen, of which something is to be known.
-            RuntimeError: features that do not follow the order of the samples.
+            ValueError: features without captured signals, where the method or the family's layout
+                needs them.
+            RuntimeError: features that do not match the number of vision tokens or the order of
+                the samples.
         """
         found: list[tuple[int, Tensor, ImageSignals]] = []
         for modality, mask in forward.vision.items():
@@ -83,7 +99,7 @@ class SeenImages:
     def _pieces(
         self, modality: Modality, mask: Tensor, forward: Forward, reads: bool
     ) -> list[tuple[int, Tensor, ImageSignals]]:
-        """(sample, places, signals) of each image, or clip, of one modality."""
+        """(sample, places, signals) of each image or clip of one modality."""
         sample, place = mask.nonzero(as_tuple=True)
         given = forward.features[modality]
         known = [signals for of_one in self._known(given, modality, reads) for signals in of_one]
@@ -124,7 +140,7 @@ class SeenImages:
     def _joined(self, signals: list[ImageSignals], modality: Modality) -> ImageSignals:
         if len(signals) == 1:
             return signals[0]
-        # Of a tiled image the thumbnail comes last; frames of a clip are no tiles.
+        # In a tiled image the thumbnail comes last; frames of a clip are not tiles.
         tiles = [signals[-1], *signals[:-1]] if modality == "image" else []
         tower = {
             layer: TowerSignals(
@@ -148,7 +164,7 @@ class SeenImages:
         )
 
     def _known(self, given: Any, modality: Modality, reads: bool) -> list[list[ImageSignals]]:
-        """For each element of `given`, what was seen of its images when they were encoded."""
+        """For each element of `given`, the signals captured when its images were encoded."""
         if isinstance(given, Tensor):
             known = self.signals.get(given) or [None] * len(given)
         else:
@@ -176,12 +192,19 @@ class SeenImages:
                     )
                 signals = [ImageSignals(self.adapter.plain_map(len(own), 0))]
             found.append(signals)
-        if repeated:  # later steps are given them again, when other images may have been seen
+        if repeated:  # later steps pass them again, perhaps after other images
             self._note(given, found)
         return found
 
 
 def stacked(rows: list[Tensor | None]) -> Tensor | None:
-    """(c, d) of c rows (d,), or `None` if there are none."""
+    """Stack the rows that are not `None`.
+
+    Args:
+        rows: each (d,) or `None`.
+
+    Returns:
+        (c, d), or `None` if there is no row.
+    """
     found = [row for row in rows if row is not None]
     return torch.stack(found) if found else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A method of one instance, shadowed and restored."""
+"""Replaces a method on one instance, and restores it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 _KEYS = itertools.count()
 _LOCK = threading.RLock()
-"""Of shadowing and bringing back: models of several threads may share what is shadowed."""
+"""Guards replacing and restoring: models of several threads may share an instance."""
 
 WHOLE = (
     "a patched model is no single graph, since how many tokens it keeps depends on their values; "
@@ -24,17 +24,17 @@ WHOLE = (
 
 
 def _eager(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` left out of what is compiled, which Dynamo then explains, from torch 2.7 on."""
+    """Exclude `function` from compilation; from torch 2.7 on Dynamo reports the reason."""
     takes = inspect.signature(torch.compiler.disable).parameters
     more: dict[str, Any] = {"reason": WHOLE} if "reason" in takes else {}
     return torch.compiler.disable(function, **more)
 
 
 def refuse_tracing() -> None:
-    """
+    """Refuse export and tracing, which would fix the kept tokens to those of the example.
+
     Raises:
-        RuntimeError: the model is being exported or traced, which would fix the tokens that are
-            kept to those of the example.
+        RuntimeError: torch is exporting or tracing.
     """
     for tracer, on in (
         ("torch.export", getattr(torch.compiler, "is_exporting", bool)()),  # since torch 2.7
@@ -44,18 +44,23 @@ def refuse_tracing() -> None:
             raise RuntimeError(f"{tracer}: {WHOLE}")
 
 
-# Compiled, the method that is shadowed would be looked up on the instance, and be this again.
-# Arguments are not taken apart, or every other set of them would be compiled anew.
+# If compiled, the lookup of the original method on the instance would find this override again.
+# Arguments stay packed; otherwise each new set of arguments would trigger a recompilation.
 @_eager
 def _run(override: Override, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return override.run(override.target, *args, **kwargs)
 
 
 class Override:
-    """Shadows a method of one instance; `remove` brings the instance back as it was.
+    """Replaces a method of one instance; `remove` restores it.
 
-    An object and not a closure, so that copies and pickles of the model take it along. Like a
-    method, it can be taken apart into an instance and a function, wrapped, and bound anew.
+    It is an object and not a closure, so that copies and pickles of the model include it. Like a
+    method, it has `__self__` and `__func__`, and can be wrapped and bound to another instance.
+
+    Args:
+        target: the instance.
+        name: of its method.
+        replacement: called with the original, then the arguments of the call.
     """
 
     def __init__(self, target: Any, name: str, replacement: Callable[..., Any]) -> None:
@@ -69,14 +74,14 @@ class Override:
 
     @property
     def original(self) -> Any:
-        """What is shadowed: an attribute of the instance, else the method of its class."""
+        """What is replaced: the instance's attribute, else the method of its class."""
         return self.original_of(self.target)
 
     def original_of(self, instance: Any) -> Any:
-        """What `instance` would have without this."""
+        """What `instance` would have without this override; `None` if there is no such method."""
         if self.previous is not None:
             return self.previous
-        # As Python looks it up, which binds a function and leaves a static method alone.
+        # The lookup of Python: it binds a function, but not a static method.
         found = inspect.getattr_static(type(instance), self.name, None)
         bind = getattr(type(found), "__get__", None)
         return found if bind is None else bind(found, instance, type(instance))
@@ -95,27 +100,39 @@ class Override:
 
     @property
     def __wrapped__(self) -> Unbound:
-        # Whoever takes off wrappers and binds what is left (accelerate) must not bind this.
+        # accelerate unwraps a forward and binds the result, which must not be this object.
         return Unbound(self)
 
     @property
     def __code__(self) -> Any:
-        return Override.__call__.__code__  # torch.export asks where a forward is defined
+        return Override.__call__.__code__  # torch.export reads where a forward is defined
 
-    # Not disabled itself, or `fullgraph=True` would only find that nothing was compiled.
+    # Not excluded itself; otherwise `fullgraph=True` would only report that nothing was compiled.
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return _run(self, args, kwargs)
 
     def run(self, instance: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Call it for `instance`, which is the target or shares its attributes."""
+        """Call the replacement, or the original after `remove`.
+
+        Args:
+            instance: the target, or an object that shares its attributes.
+            args: of the call.
+            kwargs: of the call.
+
+        Returns:
+            What the called function returns.
+
+        Raises:
+            RuntimeError: torch is exporting or tracing.
+        """
         original = self.original_of(instance)
-        if self.removed:  # somebody wrapped it in between
+        if self.removed:  # a wrapper still holds it
             return original(*args, **kwargs)
         refuse_tracing()
         return self.replacement(original, *args, **kwargs)
 
     def remove(self) -> None:
-        """Several may shadow one method, and come off in any order."""
+        """Restore the method. Several overrides of one method may be removed in any order."""
         self.removed = True
         with _LOCK:
             self._remove()
@@ -131,7 +148,7 @@ class Override:
             if self.previous is not None:
                 setattr(self.target, self.name, self.previous)
             return
-        # Others may have deleted it, or put something of theirs in its place, which stays.
+        # Other code may have deleted or replaced the attribute; theirs stays.
         while (found := _override_in(above)) is not None:
             if _override_in(found.previous) is self:
                 found.previous = self.previous
@@ -140,7 +157,7 @@ class Override:
 
 
 def _override_in(value: Any) -> Override | None:
-    """The override that `value` is, perhaps bound anew."""
+    """The override in `value`, perhaps bound to another instance, or `None`."""
     if isinstance(value, Override):
         return value
     function = getattr(value, "__func__", None)
@@ -148,7 +165,11 @@ def _override_in(value: Any) -> Override | None:
 
 
 class Unbound:
-    """An `Override` as the function that a method is before it is bound."""
+    """The unbound function of an `Override`, which takes the instance first.
+
+    Args:
+        override: the override.
+    """
 
     def __init__(self, override: Override) -> None:
         self.override = override
@@ -162,7 +183,7 @@ class Unbound:
 
     @_eager
     def __call__(self, instance: Any, /, *args: Any, **kwargs: Any) -> Any:
-        # A copy of the instance has an override of its own, but methods keep their function.
+        # A copy of the instance has its own override, but bound methods keep their function.
         noted = vars(instance).get(_NOTED, {})
         return noted.get(self.override.key, self.override).run(instance, *args, **kwargs)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a method does to a certain model: where it acts and what it reads, checked beforehand."""
+"""Where a method acts in a given model and what it reads there, checked when patching."""
 
 from __future__ import annotations
 
@@ -14,16 +14,27 @@ from vtc.runtime.hf.taps import foreign_options
 
 
 class Plan:
-    """Read from the method where it acts, and refuse what this model cannot do.
+    """The layers at which a method acts and reads; refuses what this model cannot do.
+
+    Args:
+        adapter: bound to the model.
+        method: the method, or a composition.
 
     Attributes:
-        sequence: the methods that act before the language model, in order.
-        pruners: the methods that act before a decoder layer, with their number in the composition.
-        tapped: decoder layers whose attention is tapped, and the rows that are read of it.
-        by_head: those of `tapped` whose attention is read head by head.
-        recorded: decoder layers of which more is read, and what.
+        sequence: the methods of the sequence stage, in order.
+        pruners: by decoder layer, the methods that act before it, with their number in the
+            composition.
+        tapped: by tapped decoder layer, the kinds of attention rows to capture.
+        by_head: the layers of `tapped` whose attention is captured per head.
+        recorded: by decoder layer, the names of the records to capture.
         first_layers: the first layer of each group of layers that hold the same tokens.
         group_of: the group of each layer.
+
+    Raises:
+        ValueError: the method acts in a stage that the family lacks or at a layer that the model
+            lacks, or reads a layer or an unknown signal that is not available where it acts.
+        UnsupportedModelError: a decoder layer lacks a module that the method reads, or its
+            attention has options or rotations that vtc does not support.
     """
 
     def __init__(self, adapter: Adapter, method: Method) -> None:
@@ -43,7 +54,7 @@ class Plan:
 
     @property
     def reads_prompt(self) -> bool:
-        """Whether what is kept may depend on the text, or on where the prompt ends."""
+        """Whether the selection may depend on the text, or on where the prompt ends."""
         rows = set().union(
             *(
                 {*m.taps(self.num_layers).values(), *m.peeks(self.num_layers).values()}
@@ -71,7 +82,7 @@ class Plan:
                 stacklevel=6,
             )
         for number, method in enumerate(self.method.parts):
-            check_needs(method.name, method.needs)  # a property, where the class could not be asked
+            check_needs(method.name, method.needs)  # for a property, which the class cannot check
             layers = method.prune_layers(self.num_layers)
             if ("layers" in method.stages) != bool(layers) and (
                 layers or method.stages == ("layers",)
@@ -140,7 +151,7 @@ class Plan:
                 )
 
     def _read_records(self, method: Method, last: int) -> None:
-        """Read what `method` wants recorded, and refuse what is not there."""
+        """Collect the records of `method`; refuse those that the model cannot provide."""
         kind = type(self.adapter.model).__name__
         for layer, names in method.records(self.num_layers).items():
             if not 0 <= layer <= last:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention probabilities of a few query rows, without eager attention.
 
-A tapped attention module gets a private copy of its config that names our attention function. It
-computes the rows asked for, then hands over to the implementation the module had: outputs,
-masks and all other modules stay as they were. Several taps may be on one module, which two models
-may share; they come off in any order, and the last takes the private config with it.
+A tapped attention module gets a private copy of its config that names our attention function. That
+function computes the requested rows and then calls the module's own implementation: outputs,
+masks and all other modules are unchanged. A module may carry several taps, and two models may share
+it. Taps come off in any order; the last one removes the private config.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from vtc.runtime.signals import TowerSignals
 
 TAP = "vtc_tap"
 _LOCK = threading.RLock()
-"""Taps come and go with every call, also on modules that models of other threads share."""
+"""Every call installs and removes taps, also on modules shared with models of other threads."""
 
 _AT_ONCE = 2**18
-"""Probabilities that are held at a time where only their mean is wanted: 1 MiB stays in a cache."""
+"""Probabilities held at once where only their mean is needed: 1 MiB in fp32 fits a CPU cache."""
 
 
 class _Left(Exception):
-    """The module of a silent tap was left once it was heard."""
+    """Leaves the module of a silent tap after the capture."""
 
     def __init__(self, tap: Tap) -> None:
         super().__init__()
@@ -49,10 +49,10 @@ class Tap:
     Attributes:
         module: the attention module.
         armed: called with query (b, h, q, d), key and value (b, h_kv, k, d), the mask and the other
-            arguments; `None` lets attention pass unheard.
-        captured: what `armed` noted.
-        silent: only what is heard is wanted: attention, and what follows it, is left out.
-        thread: the one that armed it. Another may run the module meanwhile, in a model of its own.
+            arguments; `None` captures nothing.
+        captured: what `armed` stored.
+        silent: skip attention, and what follows it, after the capture.
+        thread: the thread that armed the tap. Another may run the module in its own model.
     """
 
     module: Any
@@ -62,12 +62,16 @@ class Tap:
     thread: int = 0
 
     def arm(self, heard: Callable[..., None]) -> None:
-        """Call `heard` at the next attention of this thread, and capture anew."""
+        """Call `heard` at the next attention of this thread, and clear `captured`.
+
+        Args:
+            heard: called as `armed`.
+        """
         self.captured, self.armed, self.thread = [], heard, threading.get_ident()
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Within, a call of the module is left as soon as it was heard."""
+        """Context in which a call of the module ends as soon as the tap has captured."""
         self.silent = True
         try:
             yield
@@ -79,32 +83,34 @@ class Tap:
 
     @property
     def hears(self) -> bool:
+        """Whether the tap is armed for this thread."""
         return self.armed is not None and self.thread == threading.get_ident()
 
     @property
     def config(self) -> Any:
-        """The config that the module had, which still says how it attends: it may be changed
-        meanwhile."""
+        """The module's own config. It still selects the attention implementation, also when it
+        changes later."""
         return self.module._vtc_taps.config
 
     @property
     def in_place(self) -> bool:
-        """Whether attention of the module still passes here."""
+        """Whether the module still uses the private config, so that its attention is captured."""
         return self.module.config is self.module._vtc_taps.private
 
     def remove(self) -> None:
+        """Take the tap off; the last one restores the module's config."""
         with _LOCK:
             shared: _Taps = self.module._vtc_taps
             shared.taps.remove(self)
             if not shared.taps:
-                if self.in_place:  # else somebody gave it another, which stays
+                if self.in_place:  # otherwise someone replaced it, and theirs stays
                     self.module.config = shared.config
                 del self.module._vtc_taps
 
 
 @dataclass
 class _Taps:
-    """All taps on one module, the config that it had, and the one that leads to them."""
+    """All taps on one module, its own config, and the private one that leads to them."""
 
     config: Any
     private: Any
@@ -112,7 +118,14 @@ class _Taps:
 
 
 def install(module: Any) -> Tap:
-    """Tap `module`, an attention module of transformers with a `config`."""
+    """Tap an attention module.
+
+    Args:
+        module: an attention module of transformers with a `config`.
+
+    Returns:
+        The tap, not armed.
+    """
     with _LOCK:
         if not hasattr(module, "_vtc_taps"):
             private = copy.copy(module.config)
@@ -128,18 +141,25 @@ _OPTIONS = {
     *("module", "query", "key", "value", "attention_mask", "dropout", "kwargs", "scaling"),
     *("softcap", "s_aux", "position_bias", "sliding_window", "is_causal", "output_attentions"),
 }
-"""What attention functions take and `row_attention` heeds, or what changes no probability."""
+"""Arguments of attention functions that `row_attention` supports, or that change no probability."""
 
 
 def foreign_options(module: nn.Module) -> list[str]:
-    """Options of the attention of `module` that `row_attention` does not know, such as the indices
-    of sparse attention."""
+    """Options of a module's attention that `row_attention` does not support, such as the indices of
+    sparse attention.
+
+    Args:
+        module: an attention module of transformers.
+
+    Returns:
+        Their names, sorted; empty if the module's file defines no eager attention.
+    """
     eager = _eager_attention(module)
     return [] if eager is None else sorted(set(inspect.signature(eager).parameters) - _OPTIONS)
 
 
 def _eager_attention(module: nn.Module) -> Callable[..., Any] | None:
-    """The eager attention in the file of `module`, or of what its class derives from."""
+    """The eager attention in the file of the class of `module`, or of a base class."""
     for cls in type(module).__mro__:
         found = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
         if found is not None:
@@ -162,7 +182,7 @@ def _tapped_attention(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    # Another thread may have taken the last tap off since this one was led here.
+    # Another thread may have removed the last tap meanwhile.
     shared: _Taps | None = getattr(module, "_vtc_taps", None)
     silent: Tap | None = None
     for tap in () if shared is None else tuple(shared.taps):
@@ -178,19 +198,18 @@ def _tapped_attention(
     return attend(module, query, key, value, attention_mask, **kwargs)
 
 
-# A name of its own in the table of implementations: no existing entry is touched.
+# A separate name in the table of implementations; no existing entry changes.
 AttentionInterface.register(TAP, _tapped_attention)
 
 
 @dataclass(frozen=True)
 class Options:
-    """What attention does beside products and softmax, as its function was told.
+    """Options of an attention function that change its probabilities.
 
     Attributes:
         scaling: factor on the logits; `d ** -0.5` if `None`.
-        softcap: logits saturate at plus and minus this.
-        sinks: (h,) logits of a place that takes its share and holds nothing, so that rows sum to
-            less than 1 (gpt-oss).
+        softcap: logits saturate at plus and minus this value; `None` for no cap.
+        sinks: (h,) attention-sink logits (gpt-oss), which make rows sum to less than 1; or `None`.
     """
 
     scaling: float | None = None
@@ -199,11 +218,18 @@ class Options:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Options:
-        """Those among the arguments of an attention function."""
+        """Read the options.
+
+        Args:
+            given: keyword arguments of an attention function.
+
+        Returns:
+            Its options.
+        """
         return cls(given.get("scaling"), given.get("softcap"), given.get("s_aux"))
 
     def of_heads(self, start: int, end: int) -> Options:
-        """Those of the heads from `start` to `end`."""
+        """The options of the heads `start` to `end`, end excluded."""
         return self if self.sinks is None else replace(self, sinks=self.sinks[start:end])
 
 
@@ -217,22 +243,23 @@ def row_attention(
     """Attention probabilities of some query rows, in fp32.
 
     Args:
-        query: (b, h, r, d) the rows, rotated.
-        key: (b, h_kv, k, d), rotated; h is a multiple of h_kv.
-        allowed: (b or 1, 1 or h, r, k) bool, or `None` for all.
+        query: (b, h, r, d) the rows, after rotation.
+        key: (b, h_kv, k, d) after rotation; h is a multiple of h_kv.
+        allowed: (b or 1, 1 or h, r, k) bool, True where a row sees a key; `None` for everywhere.
         bias: additive mask of that shape, or `None`.
+        options: of the attention function.
 
     Returns:
-        (b, h, r, k) fp32.
+        (b, h, r, k) fp32; zeros in rows that see no key.
     """
     b, h, r, d = query.shape
     h_kv = key.shape[1]
     grouped = query.reshape(b, h_kv, (h // h_kv) * r, d)
     scaling = d**-0.5 if options.scaling is None else options.scaling
-    exact = math.frexp(scaling)[0] == 0.5  # a power of two rounds nothing, wherever it is applied
+    exact = math.frexp(scaling)[0] == 0.5  # a power of two causes no rounding
     if exact:
         grouped = grouped * scaling
-    # In place from here on: fresh memory of this size costs more than the arithmetic.
+    # In place from here on: allocating this much memory costs more than the arithmetic.
     logits = (grouped @ key.transpose(-1, -2)).view(b, h, r, key.shape[2]).float()
     if not exact:
         logits.mul_(scaling)
@@ -251,7 +278,7 @@ def row_attention(
 
 
 def _sees_something(allowed: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether every row is known to, so that its softmax is a number; a GPU is not waited for."""
+    """Whether every row surely sees a key, so that its softmax is finite; no GPU sync."""
     if bias is not None:
         return False
     return allowed is None or (allowed.device.type == "cpu" and bool(allowed.any(-1).all()))
@@ -260,10 +287,21 @@ def _sees_something(allowed: Tensor | None, bias: Tensor | None) -> bool:
 def mean_attention(
     query: Tensor, key: Tensor, allowed: Tensor | None, bias: Tensor | None, options: Options
 ) -> Tensor:
-    """`row_attention` averaged over the heads, (b, 1, r, k), by key head where all are large."""
+    """`row_attention` averaged over the heads; large ones go one key head at a time.
+
+    Args:
+        query: as in `row_attention`.
+        key: as in `row_attention`.
+        allowed: as in `row_attention`.
+        bias: as in `row_attention`.
+        options: as in `row_attention`.
+
+    Returns:
+        (b, 1, r, k) fp32.
+    """
     b, h, r = query.shape[:3]
     h_kv = key.shape[1]
-    if h * r * key.shape[2] <= _AT_ONCE:  # of a sample: how it is summed hangs on no other
+    if h * r * key.shape[2] <= _AT_ONCE:  # per sample: independent of the batch
         return row_attention(query, key, allowed, bias, options).mean(1, keepdim=True)
     total = query.new_zeros(b, 1, r, key.shape[2], dtype=torch.float32)
     step = h // h_kv
@@ -287,16 +325,18 @@ def listen_rows(
     blocks: Tensor | None = None,
     chunk: int | None = None,
 ) -> None:
-    """Arm `tap` for the rows (b, r) of a causal decoder layer; the result goes to `captured`.
+    """Arm a tap for some rows of a causal decoder layer; `tap.captured` receives the result.
 
     Args:
-        rows: places in this forward's sequence; rows that pad may hold any place.
-        visible: (b, k) bool, the keys that are not padding, or `None`.
-        past: keys that come from the cache.
-        keys: called with the (b, h_kv, s, d) keys of this forward's tokens.
-        by_head: leave the heads apart, (b, h, r, k), instead of averaged, (b, 1, r, k).
-        blocks: (b, k) tokens with the same number see each other both ways, -1 for none.
-        chunk: length of the chunks within which the layer attends.
+        tap: on the layer's attention module.
+        rows: (b, r) places in this forward's sequence; padding rows may hold any place.
+        visible: (b, k) bool, True at keys that are not padding; `None` for all.
+        past: number of keys from the cache.
+        clock: measures the capture.
+        keys: called with the (b, h_kv, s, d) keys of this forward's tokens; `None` for no call.
+        by_head: capture (b, h, r, k) instead of the mean over heads, (b, 1, r, k).
+        blocks: (b, k) block numbers; tokens of one block attend in both directions, -1 for none.
+        chunk: number of tokens in the chunks within which the layer attends; `None` for no chunks.
     """
 
     def capture(
@@ -317,7 +357,7 @@ def listen_rows(
                 cut = _rows_at(mask, places)
                 allowed, bias = (cut, None) if cut.dtype == torch.bool else (None, cut)
             else:
-                # A window's cache has lost its first keys; a static cache has room after its last.
+                # A sliding-window cache lacks its first keys; a static cache has spare room.
                 lost = max(past + q - key.shape[2], 0)
                 place = torch.arange(key.shape[2], device=query.device) + lost
                 now = (places + past)[:, None, :, None]
@@ -330,7 +370,7 @@ def listen_rows(
                     theirs = nn.functional.pad(theirs, (0, spare), value=-1)
                     allowed = allowed | ((mine == theirs) & (mine >= 0))[:, None]
                 if chunk is not None:
-                    # Counted from the row's first token, not from its padding.
+                    # Chunks count from the first token of the row, not from its padding.
                     start: Any = 0
                     if visible is not None:
                         start = visible.to(query.device).long().argmax(1)[:, None, None, None]
@@ -352,16 +392,21 @@ def listen_rows(
 
 
 def _rows_at(mask: Tensor, places: Tensor) -> Tensor:
-    """(b, h or 1, r, k) the rows `places` (b, r) of a mask (b or 1, h or 1, q, k)."""
+    """(b, h or 1, r, k): the rows `places` (b, r) of a mask (b or 1, h or 1, q, k)."""
     at = places[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1])
     return mask.expand(len(places), -1, -1, -1).gather(2, at)
 
 
 def listen_tower(tap: Tap, has_cls: bool, clock: Stopwatch) -> None:
-    """Arm `tap` in a vision tower: for each row of its batch, a `TowerSignals` goes to `captured`.
+    """Arm a tap in a vision tower; `tap.captured` receives one `TowerSignals` per batch row.
 
-    The attention is [CLS]'s row where the tower has one, else what each token receives, averaged
-    over the tokens that see it: packed images, and padding, do not count.
+    The attention is the [CLS] row if the tower has one. Otherwise it is what each token receives,
+    averaged over the tokens that see it; other packed images and padding do not count.
+
+    Args:
+        tap: on an attention module of the tower.
+        has_cls: the tower has a [CLS] token, at place 0.
+        clock: measures the capture.
     """
 
     def capture(
@@ -396,7 +441,7 @@ def listen_tower(tap: Tap, has_cls: bool, clock: Stopwatch) -> None:
 
 
 def _visible(mask: Any, row: int, queries: int) -> Tensor | None:
-    """(1, 1, queries, k) bool of a row's (b, 1, q, k) mask, or `None` where all see all."""
+    """(1, 1, queries, k) bool from a row of a (b, 1, q, k) mask; `None` if all tokens see all."""
     if not isinstance(mask, Tensor) or mask.dim() != 4:
         return None
     own = mask[min(row, mask.shape[0] - 1)][None, :1, :queries]

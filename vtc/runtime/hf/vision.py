@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The vision side of a patched model: fewer pixels, signals from the tower, images in a prompt."""
+"""The vision side of a patched model: reduced pixels, tower signals, images of a prompt."""
 
 from __future__ import annotations
 
@@ -25,11 +25,19 @@ from vtc.runtime.signals import ImageSignals, ImageSpan, TowerSignals
 
 
 class VisionSide:
-    """Runs the encoder for `method`, on fewer pixels or patches if it says so, and captures what
-    methods read of it.
+    """Runs the encoder, on fewer pixels or patches if `method` says so, and captures its signals.
+
+    Args:
+        adapter: bound to the model.
+        method: what to run.
 
     Attributes:
-        images: what was captured, by image.
+        images: the captured signals, by image.
+
+    Raises:
+        ValueError: pixel reduction or merging in the tower is not the first part, appears twice,
+            or another part reads a tower that merges.
+        UnsupportedModelError: the method reads what vtc cannot capture in this model.
     """
 
     def __init__(self, adapter: Adapter, method: Method) -> None:
@@ -63,7 +71,7 @@ class VisionSide:
         self.forget()
 
     def _layers_read(self) -> set[int]:
-        """The 0-based tower layers that methods read."""
+        """The 0-based tower layers that the sequence stage reads."""
         parts = [part for part in self.method.parts if "sequence" in part.stages]
         found = {self.tower_layer(part, layer) for part in parts for layer in layers_read(part)}
         for layer in found:
@@ -76,8 +84,9 @@ class VisionSide:
         return found
 
     def forget(self) -> None:
+        """Start with no call in progress and no captured images."""
         self.listening: int | None = None
-        """The thread that encodes now."""
+        """The thread that is encoding, or `None`."""
         self.given: Mapping[str, Any] = {}
         self.taps: dict[int, taps.Tap] = {}
         self.cls_states: Tensor | None = None
@@ -86,8 +95,14 @@ class VisionSide:
         self.clock, self.heard = Stopwatch(), Stopwatch()
 
     def exchange(self, under_way: dict[str, Any]) -> dict[str, Any]:
-        """Go on with what was under way here, empty for nothing, and return what now is: calls of
-        several threads, and calls within calls, do not mix."""
+        """Swap the state of the call in progress, so that threads and nested calls do not mix.
+
+        Args:
+            under_way: the state to resume, as an earlier call returned it; empty for none.
+
+        Returns:
+            The state that was current.
+        """
         names = (
             *("listening", "given", "taps", "cls_states", "encoder_states"),
             *("clock", "heard", "adapter", "tower_layers"),
@@ -95,14 +110,14 @@ class VisionSide:
         left = {name: self.__dict__[name] for name in names}
         left["recent"] = self.images.recent
         left["states"] = [(tap.armed, tap.captured) for tap in self.taps.values()]
-        for tap in self.taps.values():  # they stay where they are, and let this pass
+        for tap in self.taps.values():  # they stay installed, but capture nothing
             tap.armed = None
         images = self.images
         self.forget()
         self.images = images
         for name in under_way.keys() & set(names):
             self.__dict__[name] = under_way[name]
-        # What is gone back to stays as it was.
+        # Copies, so that the resumed state does not change.
         images.recent, self.taps = dict(under_way.get("recent", {})), dict(self.taps)
         for tap, state in zip(self.taps.values(), under_way.get("states", ()), strict=True):
             tap.armed, tap.captured = state
@@ -128,7 +143,18 @@ class VisionSide:
         self.forget()
 
     def tower_layer(self, part: Method, layer: int | float) -> int:
-        """The 0-based tower layer that `part` means by `layer`."""
+        """The 0-based tower layer that `part` means.
+
+        Args:
+            part: the method that reads the layer.
+            layer: an index, negative from the end, or a fraction of the tower's depth.
+
+        Returns:
+            An index from 0.
+
+        Raises:
+            ValueError: the tower has no such layer.
+        """
         count = len(self.adapter.tower_attention())
         place = int(layer * count) if isinstance(layer, float) else layer
         if not -count <= place < count:
@@ -140,8 +166,8 @@ class VisionSide:
 
     @contextmanager
     def _tapped(self, given: dict[str, Any]) -> Iterator[None]:
-        """The tower and the projector heard, of the modules that there are now, for this call: they
-        may be replaced between calls, and other models may share them."""
+        """Tap the current tower and projector for this call only: modules may be replaced between
+        calls, and other models may share them."""
         has_cls = self.adapter.has_cls()
         projector: Any = self.adapter.projector()
         handles: list[Any] = []
@@ -169,9 +195,9 @@ class VisionSide:
 
     @torch.compiler.disable
     def _enter_projector(self, module: Any, args: Any) -> Any:
-        """Patch states without [CLS] are a view with gaps, but for a single image. PyTorch adds the
-        bias of a linear layer to those in a step of its own, and so rounds twice: an image would
-        have other features, by a last place, in a batch than alone."""
+        """Make patch states contiguous. Without [CLS] they are a strided view, except for a single
+        image. For a strided input PyTorch adds a linear layer's bias separately and rounds twice,
+        so that the features of an image would differ in the last bit between batch sizes."""
         if self.listening != threading.get_ident():
             return None
         return tuple(arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args)
@@ -190,16 +216,23 @@ class VisionSide:
                 f"model: the projector of {type(self.adapter.model).__name__} mixes patches, "
                 f"and {self.method} reads one patch state for each vision token"
             )
-        # With its gradient: merged states are contents, not only a signal.
+        # Keep the gradient: merged states become token contents, not only a signal.
         self.encoder_states = args[0]
 
     def project(self, states: Tensor) -> Tensor:
-        """The projector, on patch states (k, d_v) of one image."""
+        """Run the projector on patch states of one image.
+
+        Args:
+            states: (k, d_v) patch states.
+
+        Returns:
+            (k, d) features.
+        """
         projector: Any = self.adapter.projector()
         return projector(states[None])[0]
 
     def take_clocks(self) -> tuple[Stopwatch, Stopwatch]:
-        """The time spent encoding since this was last asked, and of it that of listening."""
+        """Return and reset the clocks of the last encoding: all of it, and capturing alone."""
         clocks = self.clock, self.heard
         self.clock, self.heard = Stopwatch(), Stopwatch()
         return clocks
@@ -207,8 +240,22 @@ class VisionSide:
     def encode(
         self, modality: Modality, original: Callable[..., Any], kwargs: dict[str, Any]
     ) -> Any:
-        """`get_image_features` (or of clips), on fewer pixels if the method says so, with the tower
-        tapped."""
+        """Run `get_image_features` or `get_video_features`, with reduced pixels, merging or a
+        tapped tower as the method demands.
+
+        Args:
+            modality: "image" or "video".
+            original: the model's own function.
+            kwargs: its arguments; some are removed or set in place.
+
+        Returns:
+            The model's output, a tuple if `return_dict` is false; features of dropped pixels or
+            patches are zeros on the full grid.
+
+        Raises:
+            UnsupportedModelError: tower patches or projector inputs cannot be matched to tokens.
+            RuntimeError: the number of features or patches is not what vtc expects.
+        """
         found = self.adapter.bind(self.adapter.model)
         self.adapter = replace(found, tower=found.tower_of(modality))
         self.tower_layers = self._layers_read()
@@ -239,7 +286,7 @@ class VisionSide:
                 signals = self._fewer(out, reductions, merged, given)
             else:
                 features = self.adapter.features(out)
-                # The vision clock includes what is heard, and the report takes it off again.
+                # The vision clock includes capturing, which the report subtracts.
                 with self.clock.measure(device), self.heard.measure(device):
                     signals = self._all(modality, given, features)
         finally:
@@ -255,7 +302,7 @@ class VisionSide:
         merged: list[Merged],
         given: dict[str, Any],
     ) -> list[list[ImageSignals]]:
-        """Signals of a run on fewer pixels or patches; features are spread over the full grid."""
+        """Signals of a run on fewer pixels or patches; spreads features over the full grid."""
         found, signals, first = [], [], 0
         for i, features in enumerate(out.pooler_output):
             kept = None
@@ -281,7 +328,7 @@ class VisionSide:
             )
             first += count
             found.append(features)
-        # Each goes back as it came.
+        # Return the container type that the model returned: a list, or one tensor.
         if not isinstance(out.pooler_output, Tensor):
             out.pooler_output = found
         elif reductions:
@@ -291,7 +338,7 @@ class VisionSide:
     def _all(
         self, modality: Modality, given: dict[str, Any], features: Any
     ) -> list[list[ImageSignals]]:
-        """Signals of all images of a call, for each element of `features`."""
+        """Signals of all images of a call, by element of `features`."""
         maps = self.adapter.image_maps(modality, given, features)
         for own, of_one in zip(features, maps, strict=True):
             count = own.shape[:-1].numel()
@@ -333,7 +380,7 @@ class VisionSide:
         if order is not None:
             patches = order[patches]
         shown = self._read(patches, crop, states)
-        if modality == "video":  # each frame has its own [CLS], and the clip none
+        if modality == "video":  # each frame has its own [CLS]; the clip has none
             shown.pop("cls", None)
             shown["tower"] = {
                 layer: replace(heard, cls_query=None, cls_key=None)
@@ -344,9 +391,9 @@ class VisionSide:
     def _read(
         self, patches: Tensor, crop: Tensor | None = None, places: Tensor | None = None
     ) -> dict[str, Any]:
-        """What the tower and the projector showed of the patches (n, m) of the tokens of an image,
-        numbered through all tiles; `crop` (n,) is the tile of each, each a row of the tower, and
-        `places` (n, k) are the rows of the projector, where these are not the patches."""
+        """Tower and projector signals of the tokens of an image, from their patches (n, m), which
+        are numbered across tiles. `crop` (n,) is the tile of each token, a row of the tower's
+        batch; `places` (n, k) are the projector's rows where they differ from the patches."""
         found: dict[str, Any] = {}
         if self.taps:
             found["tower"] = {
@@ -391,7 +438,7 @@ class VisionSide:
         joined = TowerSignals(
             attention=torch.cat([row.attention for row in rows]),
             keys=torch.cat([row.keys for row in rows]),
-            # Of a tiled image, that of the thumbnail.
+            # For a tiled image, the [CLS] of the thumbnail.
             cls_query=rows[first].cls_query,
             cls_key=rows[first].cls_key,
             heads=rows[first].heads,
@@ -407,17 +454,32 @@ class VisionSide:
         return joined.of(patches)
 
     def spans(self, forward: Forward) -> list[ImageSpan]:
-        """The images of this forward by sample; see `SeenImages.spans`."""
+        """The images of this forward, by sample.
+
+        Args:
+            forward: the forward in progress.
+
+        Returns:
+            What `SeenImages.spans` returns.
+
+        Raises:
+            ValueError: features without signals that the method or the family needs.
+            RuntimeError: features that do not match the vision tokens of the samples.
+        """
         reads = bool(self.tower_layers) or self.reads_encoder or self.shortens is not None
         return self.images.spans(forward, reads)
 
     @property
     def shortens(self) -> Method | None:
-        """The method after which the tower makes fewer tokens, if there is one."""
+        """The method that makes the tower emit fewer tokens, or `None`."""
         return self.reducer if self.merger is None else self.merger.method
 
     def mark_uncoded(self, forward: Forward) -> None:
-        """Note the gaps of tokens that the tower never made, if gaps are to close."""
+        """Mark tokens that the tower never made as gaps, if positions are "contiguous".
+
+        Args:
+            forward: the forward in progress; its `gap` changes in place.
+        """
         if self.shortens is None or self.shortens.positions != "contiguous":
             return
         for span in forward.spans:
@@ -428,14 +490,21 @@ class VisionSide:
 
 
 def layers_read(method: Method) -> list[int | float]:
-    """The tower layers that the sequence stage of `method` reads, as it names them."""
+    """The tower layers that the sequence stage of `method` reads, as the method gives them.
+
+    Args:
+        method: a single method.
+
+    Returns:
+        The values of its `vision_layer` and `low_layer`, where its needs include what they name.
+    """
     named = [layer for layer in ("vision_layer", "low_layer") if method.needs & read_at(layer)]
     return [getattr(method, layer) for layer in named]
 
 
 def _rows_of_tiles(crop: Tensor, row: Tensor) -> list[int]:
-    """The tower's row of each of the tiles 0, 1, ..., from the tile and the row (n,) of the tokens;
-    the thumbnail's for a tile of which the picture's shape leaves nothing."""
+    """The tower row of tiles 0, 1, ..., from the tile and the row (n,) of each token. A tile that
+    unpadding leaves no token of takes the thumbnail's."""
     of_tile: dict[int, int] = dict(zip(crop.tolist(), row.tolist(), strict=True))
     return [of_tile.get(tile, of_tile[0]) for tile in range(max(of_tile) + 1)]
 
@@ -446,7 +515,7 @@ def _spread(
     """Put features (r * c, d) at the nearest places of a full grid.
 
     Returns:
-        (rows * columns, d) with zeros elsewhere, and the (r * c,) places that are filled.
+        (rows * columns, d), zeros elsewhere, and the (r * c,) filled places.
     """
     (rows, columns), (r, c) = size, reduced
     row = ((torch.arange(r) + 0.5) * rows / r).long()
