@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state of one forward under a patch, and the choices made in it."""
+"""The state of one forward of a patched model, and the selections made in it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from vtc.runtime.prompt import prompt_ends
 from vtc.runtime.signals import Heard, ImageSpan
 
 Decisions = dict[tuple[Any, ...], Selection | None]
-"""Selections already made, by (method, row, image or layer)."""
+"""Selections by (number, row, image) or ("layers", number, layer, row); the number is that of the
+method."""
 
 
 @dataclass
@@ -28,17 +29,18 @@ class Forward:
     """One call of the model.
 
     Attributes:
-        images_seen: pixels or vision features were passed in.
-        features: what is scattered into the sequence, by modality: (n, d) an image, or
-            (images, n, d).
-        vision: (b, s) bool by modality, the placeholders that hold it.
+        images_seen: the call has pixels or vision features.
+        labels: (b, s) labels, or `None`.
+        features: what is scattered into the sequence, by modality: a list of (n, d), one per image,
+            or (images, n, d).
+        vision: (b, s) bool by modality, True at the placeholders of the features.
         given: the arguments of the base model.
-        logits_to_keep: what the model was given of this name, 0 where it was not; `None` if the
-            base model runs alone.
-        generating: the executor's note of the call of `generate` that this is a step of.
+        logits_to_keep: this argument of the model, 0 by default; `None` if the base model runs
+            alone.
+        generating: the executor's record of the `generate` call of which this is a step, or `None`.
         phase: "plain" leaves the model alone; "prefill" compresses; "decode" continues a
             compressed cache.
-        listeners: are told what is shown and selected.
+        listeners: called with every event.
     """
 
     images_seen: bool = False
@@ -87,15 +89,16 @@ class Forward:
     lm_started: Any = None
 
     def emit(self, event: Event) -> None:
-        """Tell whoever listens."""
+        """Call every listener with `event`."""
         for listener in self.listeners:
             listener(event)
 
     def describe_prompt(self, width: int | None = None) -> None:
-        """Derive `image`, `grid`, `text` and `prompt_length` from spans, mask and labels.
+        """Derive `image`, `grid`, `separator`, `text` and `prompt_length` from spans, mask and
+        labels.
 
         Args:
-            width: tokens of a row of the prompt, if others follow it.
+            width: tokens per row of the prompt, if candidate tokens follow it.
         """
         rows, length = self.valid.shape
         self.image = torch.full((rows, length), -1, device=self.valid.device)
@@ -116,27 +119,33 @@ class Forward:
         self.prompt_length = end.tolist()
 
     def text_at_the_end(self) -> int:
-        """How many of the last tokens are text in every row: these a cache can lose again."""
+        """The number of last tokens that are text in every row, which a cache can crop."""
         kept = self.valid & (self.image < 0) & ~self.separator
         return int(kept.flip(1).long().cumprod(1).sum(1).min())
 
     def rotary_positions(self, number: int) -> Tensor:
-        """(b, k) or (axes, b, k) rotary positions of this forward's tokens in layer group
-        `number`."""
+        """Rotary positions of this forward's tokens in a layer group.
+
+        Args:
+            number: the layer group.
+
+        Returns:
+            (b, k), or (axes, b, k) with M-RoPE.
+        """
         if self.phase == "decode":
             shift = self.ledger.groups[number].shift
             return self.positions if shift is None else self.positions - shift
         index = self.layout.index
         positions = gather_last(self.positions, index)
         if positions.dim() == 3:
-            return positions  # several axes, on which no gap closes
+            return positions  # M-RoPE: gaps never close
         positions = positions - gather_last(self.gap.cumsum(1), index)
         shift = self.past_shift[number]
         positions = positions if shift is None else positions - shift
         return positions.clamp_min(0)
 
     def count_tokens(self, layer: int) -> None:
-        """Note how many tokens of each image decoder layer `layer` and those after it process."""
+        """Record the tokens per image that decoder layers process from `layer` on."""
         image = self.image.gather(1, self.layout.index).masked_fill(~self.layout.valid, -1)
         most = max((span.ordinal for span in self.spans), default=-1) + 2
         counts = image.new_zeros(image.shape[0], most)
@@ -145,14 +154,25 @@ class Forward:
         self.held[layer] = self.layout.valid.sum(1).tolist()
 
     def gather_blocks(self, length: int) -> Tensor | None:
-        """(b, length) blocks of all that a layer group of `length` tokens holds, these last."""
+        """Block numbers of all tokens that a layer group holds.
+
+        Args:
+            length: number of tokens that the group holds, those of this forward last.
+
+        Returns:
+            (b, length), -1 at cached tokens and padding; `None` if the family has no blocks.
+        """
         if self.blocks is None:
             return None
         blocks = self.blocks.gather(1, self.layout.index).masked_fill(~self.layout.valid, -1)
         return torch.nn.functional.pad(blocks, (length - blocks.shape[1], 0), value=-1)
 
     def samples(self, num_layers: int) -> list[Sample]:
-        """The report of this prefill."""
+        """The report of this prefill, one sample per row.
+
+        Args:
+            num_layers: number of decoder layers.
+        """
         totals: dict[int, list[dict[str, Any]]] = {}
         for span in self.spans:
             kept, own = span.signals.kept, span.signals.map

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parts of a composition that have nothing to do, as those before them met their budget."""
+"""Parts of a composition that drop nothing because earlier parts already meet their budget."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from vtc.core import Method, stage_of
 
 
 def dropped_in_sequence(chains: Sequence[tuple[int, Sequence[int]]], parts: list[int]) -> set[int]:
-    """Which parts dropped tokens before the language model.
+    """The parts that dropped tokens before the language model.
 
     Args:
-        chains: for each image its tokens at first, and how many each of the methods left.
+        chains: per image, its number of tokens and how many each method leaves.
         parts: the numbers of these methods in their composition.
+
+    Returns:
+        The numbers of the parts that dropped a token of some image.
     """
     found = set()
     for before, counts in chains:
@@ -28,14 +31,16 @@ def dropped_in_sequence(chains: Sequence[tuple[int, Sequence[int]]], parts: list
 def warn_of_idle(
     method: Method, dropped: Collection[int], told: set[int], num_layers: int, stacklevel: int
 ) -> None:
-    """Name each part that dropped nothing in a forward in which a part that acts before it did.
+    """Warn of each part that drops nothing in a forward where a part that acts before it does.
 
-    A part is held to its budget, so one that has none, or whose second stage looked and found no
-    reason to drop, is not named.
+    The warning is about budgets: it skips parts without one, and parts that keep all tokens.
 
     Args:
-        dropped: numbers of the parts that dropped tokens somewhere.
-        told: of those that were named before; added to.
+        method: the composition.
+        dropped: numbers of the parts that dropped a token.
+        told: numbers of the parts already named; updated in place.
+        num_layers: number of decoder layers.
+        stacklevel: as in `warnings.warn`, from the caller.
     """
     parts = method.parts
     for number, part in enumerate(parts):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tokens of a forward a run of decoder layers holds, as rectangular batches."""
+"""The tokens of a forward that consecutive decoder layers hold, as rectangular batches."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """The tokens that are held, row by row, padded on the left to the longest row.
+    """The tokens held in each row, left-padded to the longest row.
 
     Attributes:
-        index: (b, k) place of each token in the sequence that entered the forward; 0 at padding.
+        index: (b, k) place of each token in the sequence that enters the forward; 0 at padding.
         valid: (b, k) bool, False at padding.
     """
 
@@ -23,7 +23,11 @@ class Layout:
 
     @classmethod
     def whole(cls, valid: Tensor) -> Layout:
-        """The layout of an untouched sequence with this (b, s) mask."""
+        """The layout of an uncompressed sequence.
+
+        Args:
+            valid: (b, s) bool, False at padding.
+        """
         index = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
         return cls(index, valid)
 
@@ -39,7 +43,7 @@ class Layout:
         keep = keep & self.valid
         width = int(keep.sum(1).max())
         place = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
-        # Tokens that go sort before all others, so the last `width` places are left-padded rows.
+        # Dropped tokens sort first, so the last `width` places are left-padded rows.
         place = torch.where(keep, place, -1).sort(dim=1).values[:, keep.shape[1] - width :]
         valid = place >= 0
         place = place.clamp_min(0)
@@ -47,7 +51,15 @@ class Layout:
         return Layout(index, valid), place
 
     def places_of(self, index: Tensor, length: int) -> Tensor:
-        """(b, m) the places here of the tokens at `index` (b, m) of a sequence of `length`."""
+        """Map places in the sequence to places in this layout.
+
+        Args:
+            index: (b, m) places in the sequence.
+            length: length of the sequence.
+
+        Returns:
+            (b, m) places in this layout; 0 for a token that is not held.
+        """
         rows, width = self.index.shape
         where = torch.zeros(rows, length, dtype=torch.long, device=self.index.device)
         here = torch.arange(width, device=self.index.device).expand(rows, -1)
@@ -56,8 +68,14 @@ class Layout:
         return where.gather(1, index)
 
     def nearest(self, length: int) -> Tensor:
-        """(b, length) for each place of the full sequence, the place here of the last token held
-        at or before it (the first token held where there is none)."""
+        """For each place of the full sequence, the last held token at or before it.
+
+        Args:
+            length: length of the sequence.
+
+        Returns:
+            (b, length) places in this layout; the first held token where none comes before.
+        """
         rows, width = self.index.shape
         held = torch.zeros(rows, length, dtype=torch.long, device=self.index.device)
         held.scatter_add_(1, self.index, self.valid.long())
@@ -66,14 +84,30 @@ class Layout:
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
-    """Pick (b, k) places out of x (b, s, d) or (b, s)."""
+    """Gather tokens.
+
+    Args:
+        x: (b, s, d) or (b, s).
+        index: (b, k) places on the second axis.
+
+    Returns:
+        (b, k, d) or (b, k).
+    """
     if x.dim() == 2:
         return x.gather(1, index)
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def gather_last(x: Tensor, index: Tensor) -> Tensor:
-    """Pick (b, k) places on the last axis of x (b, s) or (c, b, s)."""
+    """Gather on the last axis.
+
+    Args:
+        x: (b, s) or (c, b, s).
+        index: (b, k) places on the last axis.
+
+    Returns:
+        (b, k) or (c, b, k).
+    """
     if x.dim() == 3:
         index = index[None].expand(x.shape[0], -1, -1)
     return x.gather(-1, index)

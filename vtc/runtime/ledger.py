@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a compressed cache holds, layer group by layer group."""
+"""What a compressed cache holds, by layer group."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Group:
 
     Attributes:
         first_layer: 0-based index of the first layer of the group.
-        length: tokens held, padding included.
-        valid: (b, length) bool, False at padding; `None` while nothing is padding.
-        shift: (b, 1) what this group's positions lie below the model's own; `None` for zero.
-        diverged: it holds something else than the sequence its user believes in.
+        length: number of tokens held, padding included.
+        valid: (b, length) bool, False at padding; `None` without padding.
+        shift: (b, 1) how far this group's positions lie below the model's own; `None` for zero.
+        diverged: the group holds other tokens than its user fed.
     """
 
     first_layer: int
@@ -28,7 +28,12 @@ class Group:
     diverged: bool = False
 
     def extend(self, valid: Tensor | None, count: int) -> None:
-        """Append `count` tokens with mask `valid` (b, count); `None` for all valid."""
+        """Append tokens.
+
+        Args:
+            valid: (b, count) bool, False at padding; `None` for all valid.
+            count: number of tokens per row.
+        """
         if valid is not None or self.valid is not None:
             some = valid if valid is not None else self.valid
             assert some is not None
@@ -39,12 +44,14 @@ class Group:
         self.length += count
 
     def map_rows(self, index: Tensor) -> None:
+        """Take the rows `index` (b',)."""
         if self.valid is not None:
             self.valid = self.valid[index.to(self.valid.device)]
         if self.shift is not None:
             self.shift = self.shift[index.to(self.shift.device)]
 
     def repeat_rows(self, repeats: int) -> None:
+        """Repeat each row `repeats` times."""
         if self.valid is not None:
             self.valid = self.valid.repeat_interleave(repeats, dim=0)
         if self.shift is not None:
@@ -53,13 +60,13 @@ class Group:
 
 @dataclass
 class Ledger:
-    """All groups of a cache, and the length its user counts.
+    """The groups of a cache, and the length that its user counts.
 
     Attributes:
-        groups: ascending by `first_layer`, the first starts at layer 0.
-        logical: tokens as `generate` counts them.
-        croppable: how many of the last tokens can be removed: those after the last compression.
-        may_write: a patched model is in a forward whose tokens are counted here.
+        groups: ascending by `first_layer`; the first starts at layer 0.
+        logical: number of tokens as `generate` counts them.
+        croppable: number of last tokens that can be removed: those after the last compressed image.
+        may_write: a patched model is in a forward that counts its tokens here.
     """
 
     groups: list[Group]
@@ -69,11 +76,18 @@ class Ledger:
 
     @classmethod
     def fresh(cls, first_layers: tuple[int, ...], past: int, valid: Tensor | None) -> Ledger:
-        """For a cache that holds `past` uncompressed tokens with mask `valid` (b, past)."""
+        """The ledger of a cache of uncompressed tokens.
+
+        Args:
+            first_layers: the first layer of each group.
+            past: number of tokens that the cache holds.
+            valid: (b, past) bool, False at padding; `None` for all valid.
+        """
         groups = [Group(first) for first in first_layers]
         for group in groups:
             group.extend(valid, past)
         return cls(groups, logical=past, croppable=past)
 
     def group_of(self, layer: int) -> int:
+        """The number of the group of a 0-based decoder layer."""
         return max(i for i, group in enumerate(self.groups) if group.first_layer <= layer)

@@ -8,18 +8,19 @@ from torch import Tensor
 
 
 def prompt_ends(vision: Tensor, labels: Tensor | None, width: int | None = None) -> Tensor:
-    """Where the prompt of each row ends: at the answer that is being scored, which `generate` would
-    not have seen, or with the tokens.
+    """The end of each row's prompt: the start of the scored answer, which `generate` would not
+    see, or the end of the row.
 
-    Images are of the prompt: earlier turns, or labels left on all tokens, do not end it.
+    The answer starts after the last image, so labels on earlier turns or on all tokens do not end
+    the prompt.
 
     Args:
-        vision: (b, s) bool, the tokens of images.
-        labels: (b, s) -100 for what is not scored, or `None` without an answer.
-        width: tokens of a row of the prompt, if others follow it.
+        vision: (b, s) bool, True at tokens of images.
+        labels: (b, s), -100 where nothing is scored; `None` without an answer.
+        width: tokens per row of the prompt, if candidate tokens follow it.
 
     Returns:
-        (b,) tokens of each row, padding included.
+        (b,) tokens of the prompt in each row, padding included.
     """
     rows, length = vision.shape
     end = torch.full((rows,), length, device=vision.device)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which stages this executor runs, and the refusal of methods that act in others."""
+"""The stages that this executor runs; methods that act in others are refused."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ RUN = ("pixels", "encoder", "sequence", "layers")
 
 
 def check_stages(method: Method) -> None:
-    """Refuse a method, or a part of one, that does nothing or acts where nothing runs it.
+    """Refuse a method with a part that implements no stage, or one that this executor does not run.
+
+    Args:
+        method: the method, or a composition.
 
     Raises:
-        ValueError: no hook of a stage is overridden, or that of a stage without a runner.
+        ValueError: a part overrides no hook, or the hook of a stage without a runner.
     """
     for part in method.parts:
         if not part.stages:

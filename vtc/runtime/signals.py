@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was seen of an image and of decoder layers, as methods are shown it."""
+"""Signals captured from images and decoder layers, in the form that methods receive."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from vtc.runtime.layout import Layout
 
 @dataclass(frozen=True)
 class TowerSignals:
-    """What one layer of the vision tower shows of the patches of an image.
+    """Signals of one layer of the vision tower for the patches of an image.
 
     Attributes:
-        attention: (n,) attention from [CLS], or received from all.
-        keys: (n, h * d).
-        cls_query, cls_key: (h * d,) or `None`.
-        heads: h.
-        crop_query, crop_key: (c, h * d) the same of each tile of a tiled image, or `None`.
+        attention: (n,) attention from [CLS], or the mean received from all patches.
+        keys: (n, h * d) keys.
+        cls_query, cls_key: (h * d,) of [CLS], or `None`.
+        heads: h, the number of heads.
+        crop_query, crop_key: (c, h * d) of [CLS] in each tile of a tiled image, or `None`.
     """
 
     attention: Tensor
@@ -38,7 +38,11 @@ class TowerSignals:
         return replace(self, attention=self.attention[prefix:], keys=self.keys[prefix:])
 
     def of(self, patches: Tensor) -> TowerSignals:
-        """The means over the patches (n, m) that each vision token is made of."""
+        """The signals of vision tokens, as means over their patches.
+
+        Args:
+            patches: (n, m) the patches of each token.
+        """
         patches = patches.to(self.attention.device)
         if patches.shape[1] == 1:
             patches = patches[:, 0]
@@ -52,15 +56,16 @@ class TowerSignals:
 
 @dataclass(frozen=True)
 class ImageSignals:
-    """What the vision side left for one image.
+    """Signals captured from one image.
 
     Attributes:
-        map: what its placeholders stand for.
-        kept: (k,) places filled by a run on fewer pixels or patches, or `None` if all are.
-        passed: patches that entered each tower layer and left the last, if they were merged there.
-        tower: what each tower layer that is read shows of the tokens that are filled.
-        encoder: (k, d_v) what the projector received of these, if it is read.
-        cls: (d_v,) state of [CLS] beside it, where there is one.
+        map: what its placeholders represent.
+        kept: (k,) places that a run on fewer pixels or patches fills; `None` for all.
+        passed: patches that entered each tower layer and left the last, if the tower merges.
+        tower: signals of the filled tokens, by tower layer that is read.
+        encoder: (k, d_v) projector inputs of the filled tokens, if read; else `None`.
+        cls: (d_v,) the [CLS] state of the layer that the projector reads, or `None`.
+        crop_cls: (c, d_v) the same for each tile of a tiled image, or `None`.
         open_patches: `patches`, if the user's mask hides some of the image's tokens.
     """
 
@@ -75,7 +80,7 @@ class ImageSignals:
 
     @property
     def patches(self) -> Tensor | None:
-        """(n, m) tower patches of each vision token, those that are not filled included."""
+        """(n, m) tower patches of each vision token, filled or not; `None` if unknown."""
         if self.open_patches is not None or self.map.patches is None:
             return self.open_patches
         separator = self.map.separator
@@ -83,12 +88,16 @@ class ImageSignals:
 
     @property
     def filled_patches(self) -> Tensor | None:
-        """(n, m) those of the tokens that are filled."""
+        """(k, m) tower patches of the filled tokens; `None` if unknown."""
         whole = self.patches
         return whole if whole is None or self.kept is None else whole[self.kept.to(whole.device)]
 
     def only(self, seen: Tensor) -> ImageSignals:
-        """The signals of the vision tokens `seen` (n,) bool, as if there were no others."""
+        """The signals restricted to some vision tokens, as if there were no others.
+
+        Args:
+            seen: (n,) bool over the vision tokens.
+        """
         filled = seen if self.kept is None else seen[self.kept.to(seen.device)]
         kept = self.kept
         if kept is not None:
@@ -111,12 +120,14 @@ class ImageSpan:
     """One image of one sample.
 
     Attributes:
-        ordinal: which of the sample's images it is.
-        index: (n,) places of its vision tokens in the sequence, without those that are masked.
+        sample: row of the batch.
+        ordinal: number of the image in its sample, from 0.
+        index: (n,) places of its vision tokens in the sequence, without masked ones.
+        signals: captured from the image.
         grid: (n, 3) their (frame, row, column).
-        crop: (n,) the tile of each, or `None`.
+        crop: (n,) the tile of each token, or `None`.
         separators: (m,) places of the features that end its rows.
-        ends: (m, n) bool, the tokens of the row that each of them ends.
+        ends: (m, n) bool, the tokens of the row that each separator ends.
     """
 
     sample: int
@@ -132,8 +143,16 @@ class ImageSpan:
     def of(
         cls, sample: int, ordinal: int, place: Tensor, signals: ImageSignals, valid: Tensor
     ) -> ImageSpan:
-        """The image whose placeholders are at `place` (n,); of its vision tokens those that `valid`
-        (s,) masks are not there for methods, and in no count."""
+        """The span of an image. Vision tokens that the mask hides are left out, for methods and in
+        all counts.
+
+        Args:
+            sample: row of the batch.
+            ordinal: number of the image in its sample.
+            place: (n,) places of its placeholders in the sequence.
+            signals: captured from the image.
+            valid: (s,) bool mask of the sample.
+        """
         found = signals.map
         grid = found.grid.to(place.device)
         crop = None if found.crop is None else found.crop.to(place.device)
@@ -150,7 +169,7 @@ class ImageSpan:
             return cls(sample, ordinal, place, signals, grid, crop, none, none[:, None].bool())
         planes = grid[:, :2]
         if crop is not None:
-            # Tiles side by side share their rows; the thumbnail has its own.
+            # Adjacent tiles share rows; the thumbnail has its own.
             planes = torch.cat([planes, (crop == 0).long()[:, None]], dim=1)
         closes = (planes[ends][:, None] == planes[~ends][None]).all(-1)
         of_frame = grid[ends][:, 1:2] == -1
@@ -160,21 +179,28 @@ class ImageSpan:
         return cls(sample, ordinal, place[~ends], signals, grid[~ends], crop, place[ends], closes)
 
     def emptied(self, alive: Tensor) -> Tensor:
-        """Places of the separators none of whose row is left, of `alive` (n,) bool. A row that was
-        empty from the start, as in a plane cut to no columns, was not emptied."""
+        """The separators of rows that have lost all tokens. A row without tokens from the start, as
+        after unpadding to no columns, does not count.
+
+        Args:
+            alive: (n,) bool over the vision tokens, True where one is left.
+
+        Returns:
+            Places of the separators in the sequence.
+        """
         return self.separators[self.ends.any(1) & ~(self.ends & alive).any(1)]
 
 
 @dataclass(frozen=True)
 class Heard:
-    """Attention rows of a decoder layer, as the tap of the layer left them.
+    """Captured attention rows of a decoder layer.
 
     Attributes:
-        layout: the tokens held when it ran.
-        rows: for each kind of rows and each sample, their places in that layout.
-        captured: [(b, h or 1, r, past + k)] probabilities, by head or averaged, or [] if no sample
+        layout: the tokens held when the layer ran.
+        rows: by kind of rows and by sample, their places in that layout.
+        captured: [(b, h or 1, r, past + k)] probabilities, per head or averaged; [] if no sample
             has such a row.
-        past: columns that come from the cache, unless a window lost some.
+        past: number of columns from the cache, which a sliding window may have shortened.
     """
 
     layout: Layout
@@ -183,8 +209,19 @@ class Heard:
     past: int
 
     def at(self, kind: Rows, b: int, index: Tensor, length: int, by_head: bool) -> Tensor:
-        """(r, s) the rows `kind` of sample `b`, over the tokens at the (s,) places `index` of a
-        sequence of `length`; (h, r, s) `by_head`."""
+        """The rows of one sample, over tokens that are still held.
+
+        Args:
+            kind: of rows.
+            b: the sample.
+            index: (s,) places of the tokens in the sequence.
+            length: length of the sequence.
+            by_head: keep the heads apart.
+
+        Returns:
+            (r, s) probabilities, or (h, r, s) by head; r is 0 if nothing was captured. Rows of
+            dropped tokens are left out.
+        """
         if not self.captured:
             none = torch.zeros(1, 0, len(index), device=index.device)
             return none if by_head else none[0]
@@ -198,9 +235,9 @@ class Heard:
         if not by_head:
             captured = captured.mean(0, keepdim=True)
         held = torch.isin(self.layout.index[b, places], index)
-        if not bool(held.all()):  # rows of vision tokens that have been dropped since
+        if not bool(held.all()):  # rows of vision tokens dropped since
             captured = captured[:, held.to(captured.device)]
-        # This forward's columns follow the cache's; a static cache has spare room after them.
+        # This forward's columns follow the cached ones; a static cache has spare room at the end.
         width = self.layout.index.shape[1]
         first = min(self.past, captured.shape[-1] - width)
         heads, r = captured.shape[:2]
@@ -210,10 +247,20 @@ class Heard:
 
 
 def still_held(rows: Tensor, layout: Layout, b: int, index: Tensor, length: int) -> Tensor:
-    """Of the rows (k, d) of the tokens that `layout` holds of sample `b`, those at `index`, which
-    are among them; `rows` itself if that is all."""
+    """The rows of tokens that are still held.
+
+    Args:
+        rows: (k, d) rows of the tokens in `layout`.
+        layout: the tokens held when the rows were captured.
+        b: the sample.
+        index: (s,) places in the sequence, all held in `layout`, ascending.
+        length: length of the sequence.
+
+    Returns:
+        (s, d); `rows` itself if nothing was dropped.
+    """
     held, valid = layout.index[b], layout.valid[b]
-    if len(index) == len(held):  # both ascend, so none has left and none is padding
+    if len(index) == len(held):  # both ascend: none dropped, no padding
         return rows
     place = held.new_zeros(length)
     place[held[valid]] = valid.nonzero().squeeze(1)

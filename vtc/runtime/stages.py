@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Methods carried out on a prompt: each image, each sample, one at a time."""
+"""Runs methods on a prompt, one image or one sample at a time."""
 
 from __future__ import annotations
 
@@ -16,12 +16,30 @@ from vtc.runtime.signals import Heard, ImageSpan, still_held
 
 
 def no_autocast(like: Tensor) -> torch.autocast:
-    """For what methods compute: under autocast half precision would turn their near ties."""
+    """A context without autocast for what methods compute: half precision would flip near ties.
+
+    Args:
+        like: a tensor on the device in use.
+    """
     return torch.autocast(like.device.type, enabled=False)
 
 
 def checked(method: Method, selection: Any, n: int) -> Selection:
-    """`selection` if it is one over `n` tokens, else an error that names the method."""
+    """Check what a method returned.
+
+    Args:
+        method: named in the error.
+        selection: what it returned.
+        n: number of tokens that it received.
+
+    Returns:
+        `selection`.
+
+    Raises:
+        TypeError: not a `Selection`.
+        ValueError: indices are not int64 of shape (k,), do not ascend within [0, n), or differ in
+            number from the features.
+    """
     if not isinstance(selection, Selection):
         raise TypeError(f"{method.name}: expected a Selection, got {type(selection).__name__}")
     indices, features = selection.indices, selection.features
@@ -44,8 +62,8 @@ def checked(method: Method, selection: Any, n: int) -> Selection:
 
 
 def _emptied(span: ImageSpan, kept: Tensor, held: Tensor) -> Tensor:
-    """Places, out of those `held` (b, s), of the separators of `span` whose rows are empty once
-    only its tokens `kept` (k,) are left."""
+    """Places among `held` (b, s) bool of the separators of `span` whose rows are empty when only
+    its tokens `kept` (k,) are left."""
     alive = torch.zeros(len(span.index), dtype=torch.bool, device=span.index.device)
     alive[kept.to(alive.device)] = True
     gone = span.emptied(alive)
@@ -65,13 +83,19 @@ def select_in_sequence(
     """Run the sequence-stage methods on every image.
 
     Args:
+        forward: the forward in progress. `decisions` receives the selections; `gap` marks tokens
+            that a method with contiguous positions drops.
+        methods: the methods of the sequence stage, in order.
         embeds: (b, s, d) what would enter the language model.
-        tower_layer: the 0-based tower layer that a method means.
+        tower_layer: maps a method and its layer setting to a 0-based tower layer.
         project: the projector, (k, d_v) to (k, d).
 
     Returns:
-        embeds with merged contents in place, and (b, s) bool of the tokens that stay. Tokens that
-        leave through a method with contiguous positions are marked in `forward.gap`.
+        `embeds` with merged contents in place, and (b, s) bool of the kept tokens.
+
+    Raises:
+        TypeError: a method does not return a `Selection`.
+        ValueError: a selection is invalid.
     """
     keep = forward.valid.clone()
     for span in forward.spans:
@@ -85,7 +109,7 @@ def select_in_sequence(
         if forward.listeners and len(current) and not forward.replay:
             forward.emit(Shown(b, _tokens(span, features, current, patches=signals.filled_patches)))
         for number, method in enumerate(methods):
-            if not len(current):  # all that the tower made of it is masked
+            if not len(current):  # the mask hides all that the tower made
                 break
             key = (number, b, span.ordinal)
             if forward.replay:
@@ -118,7 +142,7 @@ def select_in_sequence(
 
 
 def _tokens(span: ImageSpan, features: Tensor, current: Tensor, **signals: Any) -> VisionTokens:
-    """What a method is shown of the tokens `current` (n,) of an image."""
+    """The `VisionTokens` of the tokens `current` (n,) of an image."""
     grid = span.grid.to(current.device)
     crop = None if span.crop is None else span.crop.to(current.device)
     return VisionTokens(
@@ -166,7 +190,7 @@ def _signals(
 
 
 def _text_of(forward: Forward, span: ImageSpan, segment: bool) -> Tensor:
-    """(s,) bool, the prompt's text; of its `segment` alone up to the next image."""
+    """(s,) bool: the prompt's text, or for a `segment` only the text up to the next image."""
     text = forward.text[span.sample]
     if not segment:
         return text
@@ -185,14 +209,24 @@ def prune_between_layers(
     hidden: Tensor,
     ahead: Heard | None,
 ) -> tuple[Tensor, Tensor]:
-    """Run one layers-stage method on every sample before decoder layer `layer`.
+    """Run one layers-stage method on every sample before a decoder layer.
 
     Args:
+        forward: the forward in progress; `decisions`, `memory`, `dropped` and `gap` are updated.
+        number: of the method in its composition.
+        method: the method.
+        layer: 0-based decoder layer that is about to run.
+        num_layers: number of decoder layers.
         hidden: (b, k, d) hidden states in the current layout.
-        ahead: attention of that layer on them, if the method peeks.
+        ahead: look-ahead attention of that layer, if the method peeks; else `None`.
 
     Returns:
-        hidden with merged contents in place, and (b, k) bool of the tokens that stay.
+        `hidden` with merged contents in place, and (b, k) bool of the kept tokens.
+
+    Raises:
+        TypeError: the method returns neither a `Selection` nor `None`.
+        ValueError: a selection is invalid.
+        RuntimeError: the method writes to tensors of its state in place.
     """
     layout = forward.layout
     keep = layout.valid.clone()
@@ -276,13 +310,21 @@ def prune_between_layers(
 
 
 def _versions(state: LayerState) -> list[int]:
-    """How often each tensor of a state was written to, as far as that is tracked."""
+    """The version counter of each tensor of a state that has one."""
     seen = (state.hidden, *state.recorded.values(), *state.attention.values())
     return [tensor._version for tensor in seen if not tensor.is_inference()]
 
 
 def rows_of(forward: Forward, kinds: set[Rows]) -> dict[Rows, list[Tensor]]:
-    """For each kind of rows and each sample, their places in the current layout."""
+    """The places of attention rows in the current layout.
+
+    Args:
+        forward: the forward in progress.
+        kinds: of rows.
+
+    Returns:
+        By kind, sorted, and by sample: (r,) places.
+    """
     layout = forward.layout
     found: dict[Rows, list[Tensor]] = {}
     for kind in sorted(kinds):
