@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How transformers lays out a family of VLMs, as far as the engine needs to know."""
+"""What the engine needs to know of how transformers implements a family of VLMs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vtc.core.images import ImageMap, Modality, grid_positions
 CACHE = (
     "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 )
-"""What transformers calls the cache: `past_key_values` up to 5.23, `cache` from 5.24 on."""
+"""The name of the cache argument: `past_key_values` up to transformers 5.23, `cache` from 5.24."""
 
 
 class UnsupportedModelError(TypeError):
@@ -35,7 +35,7 @@ _OWN = {
     "rope_deltas": "rotary positions of its vision tokens are places in the picture (m-RoPE)",
     "_deepstack_process": "features of earlier tower layers are added between decoder layers",
 }
-"""What the common shape has not, by the attribute that shows it."""
+"""Features outside the common shape, by the attribute that reveals them."""
 
 
 ADAPTERS: list[type[Adapter]] = []
@@ -43,11 +43,11 @@ ADAPTERS: list[type[Adapter]] = []
 
 
 def _register(cls: type[Adapter]) -> None:
-    """Note a family; of a module that is loaded again, the class takes its own place.
+    """Register a family; if its module is loaded again, the new class replaces the old one.
 
     Raises:
-        TypeError: a family without a name of its own.
-        ValueError: a name or a model type that another family has.
+        TypeError: the family does not define its own name.
+        ValueError: another family has the name or a model type.
     """
     if "name" not in vars(cls):
         raise TypeError(f"{cls.__name__}: a family with model_types has a name of its own as well")
@@ -65,37 +65,36 @@ def _register(cls: type[Adapter]) -> None:
 class Adapter:
     """What is known of one model: its modules, and how its architecture lays out vision tokens.
 
-    This is the common shape: projected features are scattered over placeholder tokens, and a causal
+    This class is the common shape: projected features replace placeholder tokens, and a causal
     decoder with one-dimensional positions runs on the result. A family is a subclass that overrides
     what differs.
 
     Attributes:
-        model: what the user called `vtc.patch` on, without wrappers.
+        model: the model passed to `vtc.patch`, without wrappers.
         base: merges vision features into the text embeddings.
         decoder: called, directly or not, by `base` with `inputs_embeds`; holds the decoder `layers`
             and their `config`.
-        tower: the vision encoder, or `None` where it was not found.
+        tower: the vision encoder, or `None` if none is found.
 
     Class attributes:
-        name: what `vtc models` calls it.
+        name: shown by `vtc models`.
         model_types: the `config.model_type` of its models.
-        stages: where methods can act.
-        merger: the method of the base model that puts features into the sequence.
-        masks_in_base: the base model makes the attention masks, not the decoder.
-        attention: how the tokens of an image see one another, for `vtc models`.
-        positions: what rotary positions tell, for `vtc models`.
-        crosses: vision tokens stand in no sequence; cross-attention layers read them.
-        axial: rotary positions have several axes (m-RoPE), on which vision tokens stand by their
-            place in the picture: gaps of dropped tokens cannot close.
-        joins: modalities of which features that follow one another without text between, and are
-            of one `ImageMap.group`, are one image or clip.
-        video: whether clips are compressed as one, for `vtc models`.
-        frames: clips are sets of images, one a frame, for `vtc models`.
+        stages: the stages in which methods can act.
+        merger: the method of the base model that merges features into the sequence.
+        masks_in_base: the base model builds the attention masks, not the decoder.
+        attention: how the tokens of an image attend to one another, for `vtc models`.
+        positions: what rotary positions encode, for `vtc models`.
+        crosses: the sequence contains no vision tokens; cross-attention layers read them.
+        axial: rotary positions have several axes (M-RoPE) and encode a vision token's place in the
+            picture, so gaps of dropped tokens cannot close.
+        joins: modalities in which adjacent features of one `ImageMap.group` form one image or clip.
+        video: clips are compressed as a whole, for `vtc models`.
+        frames: clips are sets of images, one per frame, for `vtc models`.
         projects_patches: the projector makes one token of each patch state.
-        reads_tower: whether attention and keys of the vision tower can be read.
+        reads_tower: attention and keys of the vision tower can be read.
         clips_as_images: the base model encodes clips with `get_image_features`.
-        since: by model type, the first transformers whose model has what vtc hooks, if that is
-            newer than the oldest transformers that vtc runs on.
+        since: by model type, the first transformers version with what vtc hooks, if newer than the
+            oldest version that vtc supports.
     """
 
     name: ClassVar[str] = "generic"
@@ -141,10 +140,16 @@ class Adapter:
     # ---- where things are ---------------------------------------------------------------------
     @classmethod
     def bind(cls, model: nn.Module) -> Self:
-        """The adapter of `model`.
+        """Find the modules of a model.
+
+        Args:
+            model: the model, without wrappers.
+
+        Returns:
+            The adapter, bound to the model.
 
         Raises:
-            UnsupportedModelError: the model lacks a module that vtc hooks; names which.
+            UnsupportedModelError: the model lacks a module that vtc hooks; the message names it.
         """
         base: Any = model if hasattr(model, cls.merger) else getattr(model, "model", None)
         language_model = getattr(base, "language_model", None)
@@ -168,7 +173,12 @@ class Adapter:
         return cls(model, base, decoder, next((t for t in towers if t is not None), None))
 
     def check(self) -> None:
-        """Raise `UnsupportedModelError` for what this family cannot do right."""
+        """Refuse a model that this family does not support.
+
+        Raises:
+            UnsupportedModelError: the model has its own `generate`, or, in the generic family, a
+                feature outside the common shape.
+        """
         kind = type(self.model).__name__
         own = getattr(type(self.model), "generate", GenerationMixin.generate)
         if own is not GenerationMixin.generate:
@@ -204,16 +214,37 @@ class Adapter:
                 )
 
     def check_layers(self, layers: Sequence[int]) -> None:
-        """Raise `UnsupportedModelError` if tokens cannot be dropped before these decoder layers."""
+        """Refuse to drop tokens where the family cannot; the common shape can everywhere.
+
+        Args:
+            layers: 0-based decoder layers before which tokens would be dropped, ascending.
+
+        Raises:
+            UnsupportedModelError: tokens cannot be dropped before one of them.
+        """
 
     # ---- features and placeholders ------------------------------------------------------------
     def features(self, output: Any) -> Any:
-        """What `get_image_features` returned for the placeholders: one tensor (images, n, d), or
-        a list of (n, d)."""
+        """The features for the placeholders.
+
+        Args:
+            output: what `get_image_features` returned.
+
+        Returns:
+            A tensor (images, n, d), or a list of (n, d).
+        """
         return output.pooler_output
 
     def placeholders(self, output: Any, given: Mapping[str, Any]) -> dict[Modality, Tensor]:
-        """(b, s) bool by modality, from what `merger` was given and returned."""
+        """Locate the placeholders.
+
+        Args:
+            output: what `merger` returned.
+            given: its arguments.
+
+        Returns:
+            (b, s) bool by modality, True at placeholders.
+        """
         names: tuple[Modality, ...] = ("image", "video")
         masks = output if isinstance(output, tuple) else (output,)
         return {
@@ -225,10 +256,15 @@ class Adapter:
     def image_maps(
         self, modality: Modality, given: Mapping[str, Any], features: Any
     ) -> list[list[ImageMap]]:
-        """For each element of `features`, what its placeholders stand for: one map an image.
+        """What the placeholders of each element of `features` represent.
 
         Args:
-            given: the arguments of `get_image_features` (or `get_video_features`).
+            modality: "image" or "video".
+            given: the arguments of `get_image_features` or `get_video_features`.
+            features: (images, n, d), or a list of (n, d).
+
+        Returns:
+            By element, one map per image.
         """
         maps, first = [], 0
         for i, own in enumerate(features):
@@ -242,13 +278,23 @@ class Adapter:
         return None if sizes is None else (int(sizes[i][0]), int(sizes[i][1]))
 
     def plain_map(self, n: int, first: int, image_size: tuple[int, int] | None = None) -> ImageMap:
-        """One patch a token, in raster order, the first being patch `first`."""
+        """A map with one patch per token, in raster order.
+
+        Args:
+            n: number of tokens.
+            first: number of the first patch.
+            image_size: (height, width) in pixels, or `None`.
+        """
         patches = torch.arange(first, first + n)[:, None]
         return ImageMap(self.grid(n, image_size), patches=patches)
 
     def join(self, maps: list[ImageMap], modality: Modality) -> ImageMap:
-        """One map of several that stand side by side: the tiles of an image, the last of them the
-        thumbnail, or the frames of a clip."""
+        """Join adjacent maps: the tiles of an image, the thumbnail last, or the frames of a clip.
+
+        Args:
+            maps: in sequence order.
+            modality: "image" or "video".
+        """
         if len(maps) == 1:
             return maps[0]
         grids, crops = [], []
@@ -272,7 +318,11 @@ class Adapter:
 
     # ---- vision -------------------------------------------------------------------------------
     def tower_attention(self) -> list[nn.Module]:
-        """The attention module of each layer of the vision tower, first to last."""
+        """The attention module of each layer of the vision tower, first to last.
+
+        Raises:
+            UnsupportedModelError: the tower's attention cannot be read.
+        """
         if not self.reads_tower:
             raise UnsupportedModelError(
                 f"model: in the vision tower of {type(self.model).__name__} vtc reads no "
@@ -288,7 +338,11 @@ class Adapter:
         return modules
 
     def encoder_layers(self) -> list[Any]:
-        """The layers of the vision tower, if their parts are where a plain ViT has them."""
+        """The layers of the vision tower, first to last.
+
+        Raises:
+            UnsupportedModelError: they lack the parts of a plain ViT layer.
+        """
         encoder = getattr(self.tower, "encoder", None)
         layers = list(getattr(encoder, "layers", None) or ())
         parts = ("layer_norm1", "self_attn", "layer_norm2", "mlp")
@@ -301,10 +355,14 @@ class Adapter:
         return layers
 
     def encoder_depth(self, given: Mapping[str, Any]) -> int:
-        """How many tower layers the features pass through.
+        """The number of tower layers that the features pass through.
 
         Args:
-            given: the arguments of `get_image_features`, which may differ from the config.
+            given: the arguments of `get_image_features`, which override the config.
+
+        Raises:
+            UnsupportedModelError: features of several layers are joined, or the tower is not a
+                plain ViT.
         """
         count = len(self.encoder_layers())
         wanted = setting(self, given, "vision_feature_layer", -1)
@@ -321,33 +379,42 @@ class Adapter:
         return any(hasattr(embeddings, name) for name in ("class_embedding", "cls_token"))
 
     def prefix(self, given: Mapping[str, Any]) -> int:
-        """Tokens of the tower that stand before an image's patches and make no vision token.
+        """The number of tower tokens before an image's patches that yield no vision token.
 
         Args:
-            given: the arguments of `get_image_features`, which may differ from the config.
+            given: the arguments of `get_image_features`, which override the config.
         """
         full = setting(self, given, "vision_feature_select_strategy", "default") == "full"
         return int(self.has_cls() and not full)
 
     def tower_of(self, modality: Modality) -> Any:
-        """The vision encoder of images, or of clips."""
+        """The vision encoder of a modality."""
         return self.tower
 
     def tower_order(self, given: Mapping[str, Any]) -> Tensor | None:
-        """(patches,) where each patch, in the order that `ImageMap.patches` counts in, stands in
-        the tower, if that is another order."""
+        """The order of patches in the tower, if it differs from that of `ImageMap.patches`.
+
+        Args:
+            given: the arguments of `get_image_features` or `get_video_features`.
+
+        Returns:
+            (patches,) the tower's place of each patch, or `None` for the same order.
+        """
         return None
 
     def projector(self) -> nn.Module | None:
-        """The module from patch states to embeddings, one row each, or `None` if not known."""
+        """The module that maps patch states to embeddings, row by row; `None` if unknown."""
         return getattr(self.base, "multi_modal_projector", None)
 
     def cls_states(self, output: Any, given: Mapping[str, Any]) -> Tensor | None:
-        """(images, d_v) states of [CLS] in the layer that the projector reads, from the tower's
-        output, or `None` where there is no [CLS].
+        """The [CLS] states of the layers that the projector reads.
 
         Args:
-            given: the arguments of `get_image_features`, which may differ from the config.
+            output: of the tower, with hidden states.
+            given: the arguments of `get_image_features`, which override the config.
+
+        Returns:
+            (images, d_v), or `None` without [CLS].
         """
         if not self.has_cls():
             return None
@@ -357,25 +424,33 @@ class Adapter:
         return torch.cat([output.hidden_states[layer][:, 0] for layer in layers], dim=-1)
 
     def grid(self, n: int, image_size: tuple[int, int] | None) -> Tensor:
-        """(n, 3) whole numbers (frame, row, column) of one image's tokens.
+        """The places of one image's tokens.
 
         Args:
-            image_size: (height, width) in pixels where the processor passes it on.
+            n: number of tokens.
+            image_size: (height, width) in pixels; `None` for a square.
+
+        Returns:
+            (n, 3) int64 (frame, row, column); a single row if the tokens fill no rectangle.
         """
         rows = columns = math.isqrt(n)
         if image_size is not None:
             patch = self.tower.config.patch_size
             rows, columns = image_size[0] // patch, image_size[1] // patch
         if rows * columns != n:
-            # Not a full rectangle: one row, which claims nothing about neighbours above or below.
+            # Not a full rectangle: one row, which implies no vertical neighbours.
             rows, columns = 1, n
         return grid_positions(rows, columns)
 
     def check_pixels(self, given: Mapping[str, Any]) -> None:
-        """Raise `UnsupportedModelError` if the tower takes images of one size only.
+        """Refuse to reduce pixels where the tower cannot.
 
         Args:
-            given: the arguments of `get_image_features`, which may differ from the config.
+            given: the arguments of `get_image_features`, which override the config.
+
+        Raises:
+            UnsupportedModelError: the tower does not interpolate position embeddings, or [CLS] is a
+                vision token.
         """
         tower = self.tower
         for wrapped in ("_orig_mod", "original_module"):  # by torch.compile, by peft
@@ -401,10 +476,15 @@ class Adapter:
 
         Args:
             encode: `base.get_image_features`.
+            pixel_values: (images, 3, height, width).
             method: has `target_grid(rows, columns) -> (rows, columns)`.
+            kwargs: further arguments of `encode`.
 
         Returns:
-            What `encode` returned, and for each image its (rows, columns) before and after.
+            What `encode` returned, and per image its (rows, columns) before and after.
+
+        Raises:
+            UnsupportedModelError: `pixel_values` has another number of dimensions.
         """
         if pixel_values.dim() != 4:
             raise UnsupportedModelError(
@@ -428,22 +508,36 @@ class Adapter:
 
     # ---- decoder ------------------------------------------------------------------------------
     def rotary(self, layer: int, hidden: Tensor, positions: Tensor) -> Any:
-        """The position embeddings that decoder layer `layer` takes, at `positions` (b, k)."""
+        """The position embeddings of a decoder layer.
+
+        Args:
+            layer: 0-based decoder layer.
+            hidden: gives dtype and device.
+            positions: (b, k), or (axes, b, k) with M-RoPE.
+
+        Returns:
+            What the layer takes as `position_embeddings`.
+        """
         embed = self.decoder.rotary_emb
         if "layer_type" in inspect.signature(embed.forward).parameters:
             return embed(hidden, positions, self.layer_type(layer))
         return embed(hidden, position_ids=positions)
 
     def rotates(self, layer: int) -> bool:
-        """Whether decoder layer `layer` turns its queries and keys by their positions."""
+        """Whether decoder layer `layer` rotates queries and keys by position."""
         attention: Any = self.layers[layer].self_attn
         if type(attention).__name__.startswith("Cohere2"):
-            # Its layers with a window do, those that see all do not.
+            # Only its sliding-window layers use RoPE.
             return attention.sliding_window is not None or getattr(attention, "force_rope", False)
         return bool(getattr(attention, "use_rope", True))
 
     def check_rotate(self) -> None:
-        """Raise `UnsupportedModelError` if `rotate` cannot turn what this decoder turns."""
+        """Refuse a decoder whose rotation `rotate` cannot apply.
+
+        Raises:
+            UnsupportedModelError: it rotates a part of each key, or has no usual
+                `apply_rotary_pos_emb`.
+        """
         attention = self.layers[0].self_attn
         if hasattr(attention, "qk_rope_head_dim"):
             raise UnsupportedModelError(
@@ -459,7 +553,16 @@ class Adapter:
             )
 
     def rotate(self, layer: int, states: Tensor, rotation: Any) -> Tensor:
-        """`states` (b, h, k, d) turned by what `rotary` returned."""
+        """Rotate states.
+
+        Args:
+            layer: 0-based decoder layer.
+            states: (b, h, k, d).
+            rotation: what `rotary` returned.
+
+        Returns:
+            (b, h, k, d).
+        """
         attention = self.layers[layer].self_attn
         apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
         return apply(states, states, *rotation)[1]
@@ -474,22 +577,24 @@ class Adapter:
         return "sliding_attention" if sliding else "full_attention"
 
     def chunk(self, layer: int) -> int | None:
-        """The length of the chunks within which decoder layer `layer` attends, if it does so."""
+        """Tokens per attention chunk of decoder layer `layer`; `None` without chunks."""
         if self.layer_type(layer) != "chunked_attention":
             return None
         return int(self.decoder.config.attention_chunk_size)
 
     def blocks(self, given: Mapping[str, Any]) -> Tensor | None:
-        """(b, s) whole numbers: tokens with the same one see each other in both directions, -1 for
-        those that see what is before them; `None` if all are such.
+        """Blocks of tokens that attend to each other in both directions.
 
         Args:
             given: the arguments of the base model's forward.
+
+        Returns:
+            (b, s) int64 block numbers, -1 at causal tokens; `None` if all are causal.
         """
         return None
 
     def layer_blocks(self, layer: int, blocks: Tensor | None) -> Tensor | None:
-        """`blocks` as far as decoder layer `layer` heeds them."""
+        """The `blocks` that apply in decoder layer `layer`."""
         return blocks
 
     def mask(
@@ -500,13 +605,19 @@ class Adapter:
         cache: Any,
         blocks: Tensor | None,
     ) -> Any:
-        """The mask that decoder layer `layer` takes for `embeds` (b, q, d) behind its `cache`.
+        """The attention mask of a decoder layer.
 
-        Windows and chunks count the tokens that the layer holds, at prefill as in decoding.
+        Windows and chunks count the tokens that the layer holds, at prefill and in decoding.
 
         Args:
-            valid: (b, k) bool, all tokens held and these, or `None` if none is padding.
-            blocks: (b, k) as in `blocks`, or `None`.
+            layer: 0-based decoder layer.
+            embeds: (b, q, d) its input.
+            valid: (b, k) bool over cached and new tokens, False at padding; `None` without padding.
+            cache: the cache, or `None`.
+            blocks: (b, k) as `blocks` returns, or `None`.
+
+        Returns:
+            The mask in the form that the layer's attention takes.
         """
         build = {
             "sliding_attention": create_sliding_window_causal_mask,
@@ -524,6 +635,13 @@ class Adapter:
 
 
 def setting(adapter: Adapter, given: Mapping[str, Any], name: str, default: Any) -> Any:
-    """What holds of a setting of the config that calls may give another value."""
+    """A config setting that an argument of the call overrides.
+
+    Args:
+        adapter: bound to the model.
+        given: the arguments of the call.
+        name: of the setting.
+        default: the value if neither has it.
+    """
     value = given.get(name)
     return getattr(adapter.model.config, name, default) if value is None else value

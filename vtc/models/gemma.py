@@ -79,7 +79,7 @@ class Gemma3(Adapter):
         sliding = self.layer_type(layer) == "sliding_attention"
         if blocks is None or not sliding:
             return super().mask(layer, embeds, valid, cache, blocks)
-        # In a window, unlike in the common mask, images see no further than the window either.
+        # Unlike in the common mask, the window also limits attention within images.
         spare = embeds.shape[1]
         if cache is not None:
             held, offset = cache.get_mask_sizes(embeds.shape[1], layer)
@@ -106,7 +106,7 @@ class Gemma3n(Adapter):
     reads_tower: ClassVar[bool] = False
 
     def placeholders(self, output: Any, given: Mapping[str, Any]) -> dict[Modality, Tensor]:
-        return super().placeholders(output[0], given)  # the other is of sounds
+        return super().placeholders(output[0], given)  # the other output is for audio
 
     def image_maps(
         self, modality: Modality, given: Mapping[str, Any], features: Any

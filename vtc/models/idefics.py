@@ -80,8 +80,15 @@ class SmolVLM(Idefics3):
 
 
 def placeholder_ids(adapter: Adapter, given: Mapping[str, Any]) -> dict[Modality, Tensor]:
-    """(b, s) bool, where the ids say that features go; without ids, where embeddings are those of
-    the placeholder, as the model itself has it."""
+    """Locate placeholders by id; without ids by embedding, as the model does.
+
+    Args:
+        adapter: bound to the model.
+        given: the arguments of the base model's forward.
+
+    Returns:
+        (b, s) bool under "image".
+    """
     ids, place = given.get("input_ids"), adapter.model.config.image_token_id
     if ids is not None:
         return {"image": ids == place}

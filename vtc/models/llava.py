@@ -43,7 +43,7 @@ class VideoLlava(Adapter):
 
     @classmethod
     def bind(cls, model: nn.Module) -> Self:
-        """As of the common shape, with the tower of images."""
+        """As in `Adapter`, with the image tower."""
         found = super().bind(model)
         return replace(found, tower=found.base.image_tower)
 

@@ -47,7 +47,7 @@ class Mllama(Adapter):
 
     @classmethod
     def bind(cls, model: nn.Module) -> Self:
-        """As of the common shape, without a merger of features."""
+        """As in `Adapter`, without a merger of features."""
         parts = ("language_model", "vision_model", "multi_modal_projector")
         base: Any = getattr(model, "model", model)
         missing = [name for name in parts if not hasattr(base, name)]
@@ -61,7 +61,11 @@ class Mllama(Adapter):
         return cls(model, base, decoder, base.vision_model)
 
     def check(self) -> None:
-        """Raise `UnsupportedModelError` for what this family cannot do right."""
+        """Refuse flash attention, which takes no mask over vision states.
+
+        Raises:
+            UnsupportedModelError: flash attention is on, or as in `Adapter`.
+        """
         super().check()
         if "flash" in (self.decoder.config._attn_implementation or ""):
             raise UnsupportedModelError(
@@ -89,10 +93,14 @@ class Mllama(Adapter):
         return mask.bool() & (ids > 0)[..., None]
 
     def check_inputs(self, given: Mapping[str, Any]) -> None:
-        """Raise `ValueError` for images of which it cannot be told what their states are.
+        """Refuse inputs whose vision states cannot be matched to images.
 
         Args:
             given: the arguments of the base model's forward.
+
+        Raises:
+            ValueError: vision states are passed in, or the cross-attention mask is missing, has the
+                wrong shape or opens padding tiles.
         """
         if given.get("cross_attention_states") is not None:
             raise ValueError(

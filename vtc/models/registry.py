@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which adapter a model gets: those of vtc, and of packages that offer theirs.
+"""Selects the adapter of a model, from vtc and from other packages.
 
 A package offers families by an entry point of the group `vtc.families` that names a module;
 importing it registers the adapters defined there, as importing any module does.
@@ -81,7 +81,13 @@ def models() -> list[FamilyInfo]:
 
 
 def find(model: nn.Module) -> Adapter:
-    """The adapter of `model`, bound to its modules.
+    """Find the adapter of a model.
+
+    Args:
+        model: the model, without wrappers.
+
+    Returns:
+        The adapter, bound to the model.
 
     Warns:
         UserWarning: the family is unknown but has the common shape; says what was assumed.
