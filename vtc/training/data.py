@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the commands that train get a model and batches from: a module that offers both.
+"""The module that gives training commands a model and batches.
 
-The module is given by its name, so that training knows nothing of any data. It has the functions of
-`Data`.
+The module is given by name and has the functions of `Data`, so that training is independent of any
+data set.
 """
 
 from __future__ import annotations
@@ -16,32 +16,56 @@ from vtc.training.loop import Batch
 
 
 class Data(Protocol):
-    """What a module of data offers."""
+    """The functions of a data module."""
 
     def load(self, folder: Path) -> tuple[Any, Any]:
-        """The model in `folder`, in evaluation mode, and its processor."""
+        """Load a model.
+
+        Args:
+            folder: with the model.
+
+        Returns:
+            The model, in evaluation mode, and its processor.
+        """
 
     def batches(
         self, processor: Any, split: str, size: int, first: int, steps: int
     ) -> Iterable[Batch]:
-        """`steps` batches of `size` samples, with labels.
+        """Batches with labels.
 
         Args:
-            split: "train", or "val" to calibrate on.
+            processor: of the model.
+            split: "train", or "val" for calibration.
+            size: samples per batch.
             first: number of the first sample.
+            steps: number of batches.
         """
 
     def measure(
         self, model: Any, processor: Any, folder: Path, count: int, first: int
     ) -> dict[str, Any]:
-        """Figures of what was trained into `folder`, on `count` samples that are for testing."""
+        """Evaluate trained weights on test samples.
+
+        Args:
+            model: the model.
+            processor: of the model.
+            folder: with the trained weights.
+            count: number of samples.
+            first: number of the first sample.
+
+        Returns:
+            Figures by name.
+        """
 
 
 def find_data(name: str) -> Data:
-    """The module of this name.
+    """Import a data module.
+
+    Args:
+        name: of the module.
 
     Raises:
-        ValueError: there is none, or it lacks a function; says which.
+        ValueError: it cannot be imported, or lacks a function; the message names it.
     """
     try:
         found = import_module(name)

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loop that trains the weights of a method: batches, a loss, an optimiser, checkpoints, a log.
 
-Nothing here knows which method it is. What is learnt is a `Trained`: parameters, a loss, and how
-they are saved. A run that was stopped goes on from its checkpoint, and ends bit for bit as one
-without a stop.
+The loop is independent of the method, which is a `Trained`: parameters, a loss, and how to save
+them. An interrupted run resumes from its checkpoint, with the same result bit for bit.
 """
 
 from __future__ import annotations
@@ -25,24 +24,24 @@ from tqdm.auto import tqdm
 
 Batch = Mapping[str, Tensor]
 Batches = Callable[[int], Batch] | Iterable[Batch]
-"""The batch of a step (a pure function of its number), or batches to go through in order, again
-and again. A batch is what the model takes, with `labels`; -100 marks the prompt."""
+"""A pure function from a step's number to its batch, or batches to iterate over repeatedly. A batch
+holds the model's inputs and `labels`; -100 marks the prompt."""
 
 CHECKPOINT = "checkpoint.pt"
 
 
 @dataclass(frozen=True)
 class Loop:
-    """How a loop runs.
+    """Settings of a training loop.
 
     Attributes:
         out: folder for `log.jsonl`, for `checkpoint.pt`, which only resuming needs, and for what
             `Trained.save` writes.
-        steps: updates in all.
-        clip: largest norm of the gradient.
-        precision: of `accelerate.Accelerator`: "no" or "bf16"; losses are not scaled for fp16.
+        steps: number of updates.
+        clip: maximum gradient norm.
+        precision: of `accelerate.Accelerator`: "no" or "bf16"; there is no loss scaling for fp16.
         save_every: steps between checkpoints.
-        made_with: settings that a checkpoint must have been made with.
+        made_with: settings that a checkpoint must match to be resumed.
     """
 
     out: Path
@@ -55,8 +54,13 @@ class Loop:
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters and their learning rate, which is warmed up over the first 5 % of the steps and
-    then goes down to a tenth."""
+    """Parameters and their learning rate, with warm-up over the first 5 % of the steps and cosine
+    decay to a tenth.
+
+    Attributes:
+        parameters: that are trained.
+        rate: peak learning rate.
+    """
 
     parameters: list[nn.Parameter]
     rate: float
@@ -64,7 +68,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Loss:
-    """Of one batch: what is minimised, and the figures for the log."""
+    """The loss of one batch.
+
+    Attributes:
+        value: scalar to minimise, with its gradient.
+        figures: for the log, by name.
+    """
 
     value: Tensor
     figures: Mapping[str, float]
@@ -74,49 +83,73 @@ class Trained(ABC):
     """What a loop trains.
 
     Class attributes:
-        name: shown beside the bar.
+        name: shown beside the progress bar.
     """
 
     name: ClassVar[str]
 
     @abstractmethod
     def start(self, accelerator: Any) -> list[Group]:
-        """Make the parameters that are trained, on the accelerator's device, and name them.
+        """Create the trained parameters.
 
-        The model is on the device by then, frozen and in evaluation mode; the loop has the
-        parameters that are named here require a gradient.
+        The model is already on the device, frozen and in evaluation mode. The loop makes the
+        returned parameters require gradients.
+
+        Args:
+            accelerator: an `accelerate.Accelerator`, with the device to use.
+
+        Returns:
+            The parameters, in groups.
         """
 
     def active(self) -> AbstractContextManager[None]:
-        """What is on the model while it is trained."""
+        """A context that is active on the model during training."""
         return nullcontext()
 
     def prepare(self, feed: Feed) -> None:  # noqa: B027
-        """Before the first step of a run that was not resumed."""
+        """Prepare before the first step; a resumed run skips this.
+
+        Args:
+            feed: the batches of this process.
+        """
 
     @abstractmethod
     def loss(self, batch: Batch, step: int) -> Loss:
-        """Of a batch, with gradients. Called once for each step, in order."""
+        """The loss of a batch, with gradients; called once per step, in order.
+
+        Args:
+            batch: the inputs and labels, on the device.
+            step: number of the step, from 0.
+        """
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """What a checkpoint has to hold, beside "config", "optimizer", "step" and "log"."""
+        """What a checkpoint holds besides "config", "optimizer", "step" and "log"."""
 
     @abstractmethod
     def restore(self, state: dict[str, Any]) -> None:
-        """Take over what `state` returned; of a checkpoint, which has more."""
+        """Restore from a checkpoint.
+
+        Args:
+            state: what `state` returned, and the other entries of the checkpoint.
+        """
 
     @abstractmethod
     def saved(self, out: Path) -> bool:
-        """Whether `save` was called for this folder."""
+        """Whether the folder `out` holds what `save` writes."""
 
     @abstractmethod
     def save(self, out: Path) -> None:
-        """Write what was learnt, at the end."""
+        """Write the trained weights to the folder `out`, after the last step."""
 
 
 class Feed:
-    """The batches of this process, by step, on its device."""
+    """The batches of this process, by step, on its device.
+
+    Args:
+        batches: of all processes.
+        accelerator: an `accelerate.Accelerator`.
+    """
 
     def __init__(self, batches: Batches, accelerator: Any) -> None:
         self.batches, self.accelerator = batches, accelerator
@@ -146,17 +179,24 @@ class Feed:
 
 
 def fit(model: nn.Module, trained: Trained, batches: Batches, loop: Loop) -> Path:
-    """Train, and go on from a checkpoint in `loop.out` if there is one.
+    """Train, resuming from a checkpoint in `loop.out` if there is one.
 
-    The model is frozen but for what `trained` names, and left in the mode that it was in. With
-    several processes (`accelerate launch`) each takes its own batches, and gradients are averaged.
+    The model is frozen except for the parameters of `trained`; its mode is restored afterwards.
+    With several processes (`accelerate launch`), each has its own batches, and gradients are
+    averaged.
+
+    Args:
+        model: the model; it is moved to the device.
+        trained: what to train.
+        batches: of all processes.
+        loop: the settings.
 
     Returns:
         `loop.out`.
 
     Raises:
-        ValueError: a checkpoint that was made with other settings.
-        FloatingPointError: a loss that is not a number.
+        ValueError: the checkpoint was made with other settings, or there is no batch.
+        FloatingPointError: the loss is not finite.
     """
     from accelerate import Accelerator
 
@@ -189,7 +229,7 @@ class _Run:
         self.step, self.log = 0, list[dict[str, float]]()
 
     def whole(self) -> Path:
-        """All steps that are left."""
+        """Run the remaining steps."""
         out, main = self.loop.out, self.accelerator.is_main_process
         self._resume()
         if self.step >= self.loop.steps and self.trained.saved(out):
@@ -249,7 +289,7 @@ class _Run:
         return line
 
     def _save(self) -> None:
-        """Checkpoint and log, each moved into place whole."""
+        """Write checkpoint and log, each atomically."""
         if not self.accelerator.is_main_process:
             return
         out = self.loop.out
