@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How vtc opens pictures: as transformers' `load_image` does, and 16-bit ones without loss of tone.
+"""Opens pictures as `load_image` of transformers does, but keeps the tones of 16-bit pictures.
 
-A picture is turned as its EXIF data say and becomes RGB: palettes are looked up, CMYK is converted,
-an alpha channel is left out (what it hid becomes visible, as with `load_image`). Grey pictures of
-16 bits or more, which Pillow would clip to white, are scaled to 8.
+A picture is rotated by its EXIF orientation and converted to RGB: palettes are resolved, CMYK is
+converted, and an alpha channel is discarded (hidden pixels become visible, as with `load_image`).
+Grey pictures of 16 bits or more, which Pillow would clip to white, are scaled to 8 bits.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ __all__ = ["PictureError", "as_rgb", "open_picture"]
 
 
 class PictureError(ValueError):
-    """A file that is no picture, or a damaged or an oversized one."""
+    """The file is not a picture, or it is damaged or too large."""
 
 
 def open_picture(source: str | os.PathLike[str] | bytes) -> Image.Image:
-    """The picture in a file, or in the bytes of one, ready for a processor: RGB, upright.
+    """Open a picture for a processor: RGB and upright.
 
     Args:
-        source: a path, in which `~` is the home folder, or what is in the file.
+        source: a path, in which `~` is the home folder, or the bytes of a file.
 
     Raises:
-        PictureError: says what is wrong with it, and with which file.
+        PictureError: the picture cannot be opened; the message names the file and the reason.
     """
     file = io.BytesIO(source) if isinstance(source, bytes) else Path(source).expanduser()
     name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
@@ -65,7 +65,7 @@ def open_picture(source: str | os.PathLike[str] | bytes) -> Image.Image:
 
 @contextmanager
 def _whole_files_only() -> Iterator[None]:
-    """Libraries (lmms-eval among them) have Pillow fill what a cut-off file lacks with grey."""
+    """Refuse truncated files, which libraries such as lmms-eval make Pillow fill with grey."""
     before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
         yield
@@ -74,10 +74,16 @@ def _whole_files_only() -> Iterator[None]:
 
 
 def as_rgb(picture: Image.Image) -> Image.Image:
-    """A picture in memory as `open_picture` would have opened it; a copy unless it is so already.
+    """Convert a picture in memory as `open_picture` does.
+
+    Args:
+        picture: in any mode.
+
+    Returns:
+        The picture, RGB and upright.
 
     Raises:
-        PictureError: its pixels are no numbers.
+        PictureError: its pixels are not all finite numbers.
     """
     upright = ImageOps.exif_transpose(picture)
     if upright.mode == "F" or upright.mode.startswith("I"):
@@ -86,7 +92,7 @@ def as_rgb(picture: Image.Image) -> Image.Image:
 
 
 def _eight_bits(picture: Image.Image) -> np.ndarray:
-    """(h, w) uint8 of a picture of 16 or 32 bits, by the range that its numbers have."""
+    """(h, w) uint8 of a 16-bit or 32-bit picture, scaled by the range of its values."""
     values = np.asarray(picture).astype(np.float64)
     if not np.isfinite(values).all():
         raise PictureError("its pixels are not all finite numbers")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures: accuracy against tokens, and which tokens of an image are kept. Needs matplotlib."""
+"""Figures: accuracy against tokens, and the kept tokens of an image. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def figure_of(width: float, height: float) -> Figure:
 
 # ---- accuracy against tokens --------------------------------------------------------------------
 def tradeoff(results: Mapping[str, Any]) -> Figure:
-    """Accuracy against the vision tokens averaged over the layers, one line a method.
+    """Plot accuracy against the vision tokens averaged over the layers, one line per method.
 
     The uncompressed and the blind model are horizontal lines. Bars and bands are 95 % intervals.
 
@@ -156,18 +156,21 @@ def _panel(
 
 
 _APART = 0.024
-"""Of an axis' width, between the bars of neighbours: what a marker takes."""
+"""Distance between the bars of neighbours, as a fraction of the axis: the width of a marker."""
 _MOST = 0.3
-"""Halvings that a group of neighbours may take; in a larger one they stand closer."""
+"""Largest extent of a group of neighbours, in halvings; larger groups are drawn closer."""
 
 
 def side_by_side(tokens: Sequence[float], right: float) -> list[float]:
-    """Where to draw points so that the bars of those at nearly the same tokens can be told apart:
-    evenly spaced around their mean on the logarithmic axis of `token_axis`, in their order.
+    """Spread points with nearly equal token counts, so that their bars do not overlap: evenly
+    around their mean on the logarithmic axis of `token_axis`, in order.
 
     Args:
-        tokens: ascending.
-        right: the end of the axis.
+        tokens: token counts, ascending.
+        right: the end of the axis, in tokens.
+
+    Returns:
+        Where to draw each point, in tokens.
     """
     if not tokens:
         return []
@@ -190,7 +193,7 @@ def side_by_side(tokens: Sequence[float], right: float) -> list[float]:
 
 
 def token_axis(axes: Axes, tokens: Sequence[float], right: float) -> None:
-    """A logarithmic axis with plain numbers: halving the tokens is one step anywhere on it."""
+    """Set a logarithmic token axis with plain numbers, on which each halving is one step."""
     from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, StrMethodFormatter
 
     low = min(tokens, default=right / 2)
@@ -213,10 +216,10 @@ def kept_tokens(
     *,
     title: str | None = None,
 ) -> Figure:
-    """Draw which tokens survive on the image they come from.
+    """Draw the kept tokens of an image on it.
 
     Args:
-        image: what the model was shown.
+        image: the picture that the model saw.
         grid: (rows, columns) of the image's tokens.
         kept: row-major numbers of the tokens kept; or several such lists by name ("before layer
             2", ...), one panel each.
@@ -232,7 +235,7 @@ def kept_tokens(
 
 
 def kept_views(views: Sequence[View], *, title: str | None = None) -> Figure:
-    """Draw which tokens survive on the pictures that they come from, each with its panels.
+    """Draw the kept tokens on their pictures, each with one panel per stage.
 
     Args:
         views: of one image, as in `vtc.viz.trace.Trace`: the plane of its tiles and its thumbnail,
@@ -279,7 +282,7 @@ def kept_views(views: Sequence[View], *, title: str | None = None) -> Figure:
 
 
 def _mask(view: View, left: Sequence[int]) -> np.ndarray:
-    """(rows, columns) bool, the cells whose tokens are left."""
+    """(rows, columns) bool, True at cells with kept tokens."""
     rows, columns = view.grid
     chosen = np.asarray(list(left), dtype=int)
     if chosen.size and not (chosen.min() >= 0 and chosen.max() < rows * columns):
@@ -293,7 +296,7 @@ def _mask(view: View, left: Sequence[int]) -> np.ndarray:
 
 
 def _faded(image: Image.Image, mask: np.ndarray) -> np.ndarray:
-    """(h, w, 3) the image with the cells outside `mask` darkened, kept ones untouched."""
+    """(h, w, 3) the image with the cells outside `mask` darkened."""
     pixels = np.asarray(image, dtype=np.float32)
     h, w = pixels.shape[:2]
     rows, columns = mask.shape
@@ -304,7 +307,7 @@ def _faded(image: Image.Image, mask: np.ndarray) -> np.ndarray:
 
 
 def _outline(axes: Axes, mask: np.ndarray, width: int, height: int) -> None:
-    """A line between kept and dropped cells, so that dark pictures can be read too."""
+    """Outline kept cells, so that dark pictures are readable too."""
     from matplotlib.collections import LineCollection
 
     rows, columns = mask.shape

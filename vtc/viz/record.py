@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which vision tokens of a prompt are left, stage by stage, as a listener to a patch records it."""
+"""Records the vision tokens of a prompt that each stage keeps, as a listener of a patch."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ __all__ = ["TokenRecord"]
 
 @dataclass
 class TokenRecord:
-    """The vision tokens of one prompt, numbered as they stand, and the survivors by stage.
+    """The vision tokens of one prompt, numbered in sequence order, and the kept ones by stage.
 
-    Give `record.hear` to `Patch.listen`. The last prompt is kept, of a batch its first row.
+    Pass `record.hear` to `Patch.listen`. The record holds the last prompt, or of a batch its first
+    row.
     """
 
     shown: list[VisionTokens] = field(default_factory=list)
@@ -28,7 +29,7 @@ class TokenRecord:
     later: dict[str, list[int]] = field(default_factory=dict)
 
     def hear(self, event: Event) -> None:
-        """Note what a patch tells."""
+        """Record an event of a patch."""
         if event.sample != 0:
             return
         if isinstance(event, Shown):
@@ -39,7 +40,7 @@ class TokenRecord:
             self._pruned(event.layer, event.selection.indices)
 
     def _saw(self, tokens: VisionTokens) -> None:
-        """All tokens of an image, or of a tile that is one, before any method acts."""
+        """All tokens of an image, or of a tile that counts as one, before any method acts."""
         if tokens.image == 0:
             self.shown, self.first, self.entered, self.later = [], [], [], {}
         self.first.append(sum(map(len, self.shown)))
@@ -47,22 +48,25 @@ class TokenRecord:
         self.entered.append(list(range(self.first[-1], self.first[-1] + len(tokens))))
 
     def _selected(self, image: int, indices: Tensor) -> None:
-        """Which of its tokens are left of an image before the language model."""
+        """The tokens of an image that enter the language model."""
         self.entered[image] = [self.entered[image][i] for i in indices.tolist()]
 
     def _pruned(self, layer: int, indices: Tensor) -> None:
-        """Which of the prompt's tokens are left before a decoder layer."""
+        """The prompt's tokens that are kept before a decoder layer."""
         before = list(self.stages.values())[-1]
         self.later[f"before layer {layer}"] = [before[i] for i in indices.tolist()]
 
     @property
     def stages(self) -> dict[str, list[int]]:
-        """By stage, the numbers of the tokens left."""
+        """By stage, the numbers of the kept tokens."""
         return {"into the language model": [n for own in self.entered for n in own], **self.later}
 
     def among(self, every: TokenRecord) -> dict[str, list[int]]:
-        """By stage, the tokens left as `every` numbers them, which saw all; fewer are left of it
-        where patches were merged in the tower."""
+        """By stage, the kept tokens in the numbering of another record.
+
+        Args:
+            every: of a run with all tokens; this record has fewer if the tower merges patches.
+        """
         if [len(t) for t in self.shown] == [len(t) for t in every.shown]:
             return self.stages
         number: dict[int, int] = {}
@@ -73,7 +77,7 @@ class TokenRecord:
         return {stage: [number[n] for n in left] for stage, left in self.stages.items()}
 
     def places(self, pixels: Tensor | None, patch_size: int | None) -> Places:
-        """Where the tokens lie; see `places_of`."""
+        """The places of the tokens in the picture; see `places_of`."""
         crops = [tokens.crop for tokens in self.shown if tokens.crop is not None]
         patches = [tokens.patches for tokens in self.shown if tokens.patches is not None]
         every = len(self.shown)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ask a model about one image and record which of its tokens survive, stage by stage."""
+"""Asks a model about one image and records the tokens that each stage keeps."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ __all__ = ["Trace", "trace", "traced", "views"]
 
 @dataclass(frozen=True)
 class Trace:
-    """What became of an image's tokens.
+    """The kept tokens of an image, by stage, and the answers.
 
     Attributes:
-        views: the image with its tokens; of a tiled image the plane of its tiles and its thumbnail.
+        views: the image with its tokens; for a tiled image the plane of tiles and the thumbnail.
         answer, answer_full: with the method, and with all tokens.
-        note: what the model did not see of the picture, in words, or `None`.
+        note: the part of the picture that the model did not see, in words, or `None`.
     """
 
     views: list[View]
@@ -37,7 +37,7 @@ class Trace:
 
     @property
     def image(self) -> Image.Image:
-        """What the vision tower was shown, in the first view."""
+        """The vision tower's input in the first view."""
         return self.views[0].image
 
     @property
@@ -47,17 +47,17 @@ class Trace:
 
     @property
     def kept(self) -> dict[str, list[int]]:
-        """By stage, the row-major numbers of the tokens left in the first view."""
+        """By stage, the row-major numbers of the kept tokens in the first view."""
         return self.views[0].kept
 
     @property
     def counts(self) -> dict[str, int]:
-        """By stage, the tokens left in all views."""
+        """By stage, the number of kept tokens in all views."""
         return {stage: sum(len(v.kept[stage]) for v in self.views) for stage in self.kept}
 
     @property
     def total(self) -> int:
-        """Tokens at first, in all views."""
+        """Number of tokens before compression, in all views."""
         return sum(len(view.cells) for view in self.views)
 
 
@@ -69,12 +69,12 @@ def views(
     processor: Any,
     picture: Image.Image,
 ) -> list[View]:
-    """What is drawn of a prompt with one picture.
+    """The views to draw for a prompt with one picture.
 
     Args:
         record: of a run with the method.
-        every: of a run in which all tokens were seen.
-        inputs: what the model was given.
+        every: of a run with all tokens.
+        inputs: of the model.
         processor: of the model.
 
     Raises:

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the tokens of an image lie: on the picture, on the plane of its tiles, on the thumbnail.
+"""Places the tokens of an image on the picture, the plane of its tiles, or the thumbnail.
 
-Tokens are placed by the tower's patches that they are made of where these are known and lie in the
-pixels that the model was given, and else by their grid, tile by tile in the order in which the
-sequence has them. The pictures are those pixels, so that what a processor cropped, stretched or
-padded away is not to be seen.
+Tokens are placed by their tower patches if these are known and lie within the model's input pixels,
+otherwise by their grid, tile by tile in sequence order. The pictures show the input pixels, after
+the processor's cropping, stretching and padding.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ __all__ = ["Places", "View", "cropped", "places_of", "views_of"]
 
 @dataclass(frozen=True)
 class View:
-    """A picture that the model saw and the tokens that lie on it.
+    """A picture that the model saw, and the tokens on it.
 
     Attributes:
         name: "image", "tiles" or "thumbnail".
-        image: what the vision tower was shown.
+        image: the vision tower's input.
         grid: (rows, columns) of cells that cover it.
-        cells: row-major numbers of the cells that had a token at first.
+        cells: row-major numbers of the cells that have a token before compression.
         kept: by stage ("into the language model", "before layer 3", ...), those of the tokens left.
     """
 
