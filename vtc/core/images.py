@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -58,13 +58,6 @@ class ImageMap:
         if self.padded is not None or self.tiles > 1 or self.patches is None:
             return self.padded
         return int((self.patches >= 0).sum())
-
-
-def shift_patches(found: ImageMap, by: int) -> ImageMap:
-    """The same image with its patches numbered from `by`."""
-    if found.patches is None:
-        return found
-    return replace(found, patches=torch.where(found.patches < 0, -1, found.patches + by))
 
 
 def grid_positions(rows: int, columns: int) -> Tensor:
