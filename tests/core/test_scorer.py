@@ -138,3 +138,18 @@ def test_the_example_of_the_guide_runs(example: Any) -> None:
         patch.model(**collate(samples("one", "clip")))
     assert patch.report.tokens_per_layer == [9] * 8
     assert vtc.describe(example.Norm(), "llava-1.5").entering == 144
+
+
+@dataclass(frozen=True)
+class Whole(Late):
+    """Scores all of the sample, text included."""
+
+    def score_layer(self, state: LayerState) -> Tensor:
+        return state.hidden[:, 0]
+
+
+def test_scores_are_one_for_each_token() -> None:
+    given = state([3.0, 1.0, 2.0, 0.0], (4,))
+    assert len(given.hidden) != len(given.vision)
+    with pytest.raises(ValueError, match=r"one score for each of the 4 tokens, of shape \(4,\)"):
+        Whole(keep=2).prune(given)
