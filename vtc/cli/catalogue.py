@@ -3,7 +3,7 @@
 
 `vtc methods` answers in well under a second because `catalogue.json` holds what the classes say. It
 also holds a digest of the files that define them: after an edit the classes are read instead, until
-`python -m vtc.cli.catalogue` (`make catalogue`) rewrites the file.
+`python -m vtc.cli.catalogue` (`make catalogue`) rewrites the file. `make lint` fails if that is due.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,16 +50,20 @@ def catalogue(live: bool = False) -> list[Entry]:
     Args:
         live: read the classes instead of the file, which lacks those of other packages.
     """
-    if not live:
-        try:
-            found = json.loads(_FILE.read_text("utf-8"))
-        except (OSError, ValueError):
-            found = {}
-        if found.get("digest") == _digest():
-            return [_entry(row) for row in found["methods"]]
+    if not live and (rows := _written()) is not None:
+        return [_entry(row) for row in rows]
     import vtc
 
     return [_described(name, cls) for name, cls in vtc.methods().items()]
+
+
+def _written() -> list[dict[str, Any]] | None:
+    """The rows of the file, or `None` if it is missing, damaged or older than the methods."""
+    try:
+        found = json.loads(_FILE.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found["methods"] if found.get("digest") == _digest() else None
 
 
 def _entry(row: dict[str, Any]) -> Entry:
@@ -128,4 +133,7 @@ def write() -> None:
 
 
 if __name__ == "__main__":
-    write()
+    if "--check" not in sys.argv[1:]:
+        write()
+    elif _written() is None:
+        sys.exit(f"{_FILE.name} is out of date: run `make catalogue`")
