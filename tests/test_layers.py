@@ -61,13 +61,6 @@ is first asked, as it does in the packages of others."""
 NAMED = {"vtc.training.atp.command": {"vtc.eval.embedded.training.atp"}}
 """What is above a module and written in it as a text, for the user to choose another by."""
 
-OWED = {
-    ("vtc.eval.bench.released.measure", "_merge"),
-    ("vtc.eval.bench.released.measure", "_Patches"),
-}
-"""(module, name): private names that are read all the same, until their home makes them public. The
-benchmark times the step in which the tower's hook applies a merging, which has no public name."""
-
 MODULES = read()
 IMPORTS = [found for module in MODULES.values() for found in imports(module, MODULES)]
 
@@ -155,7 +148,7 @@ def test_what_uses_vtc_uses_public_attributes(package: str) -> None:
     for module in MODULES.values():
         for name in private_attributes(module):
             homes.setdefault(name, set()).add(room(module.name))
-    wrong, owed = [], set()
+    wrong = []
     for module in MODULES.values():
         if not f"{module.name}.".startswith(f"{package}."):
             continue
@@ -168,12 +161,8 @@ def test_what_uses_vtc_uses_public_attributes(package: str) -> None:
             owners = {room(modules[base])} if base in modules else homes.get(name, set())
             if not owners or room(module.name) in owners:
                 continue
-            if (module.name, name) in OWED:
-                owed.add((module.name, name))
-            else:
-                wrong.append(f"{module.name}:{line} reads {name} of {', '.join(sorted(owners))}")
+            wrong.append(f"{module.name}:{line} reads {name} of {', '.join(sorted(owners))}")
     assert not wrong, "\n".join(wrong)
-    assert owed == {one for one in OWED if one[0].startswith(f"{package}.")}, "take it off OWED"
 
 
 @pytest.mark.parametrize("package", PACKAGES.values())
@@ -208,7 +197,7 @@ sys.meta_path.insert(0, Blocked)
 
 CHOOSES = """
 import torch
-import vtc.core, vtc.methods, vtc.ops, vtc.runtime.stages, vtc.runtime.runners
+import vtc.core, vtc.methods, vtc.ops, vtc.runtime.stages, vtc.runtime.executors
 from vtc.core import VisionTokens, make, methods
 
 SETTINGS = {"atp": {"theta_r": 0.2, "theta_s": 0.8}}  # it has no defaults: heads are trained

@@ -8,15 +8,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from vtc.core import Method, make
+from vtc.core.errors import ArgumentTypeError
 from vtc.core.events import Listener
-from vtc.models import find
-from vtc.report import Report, Stopwatch
-from vtc.runtime.hf.cross import CrossEngine
-from vtc.runtime.hf.engine import Engine
-from vtc.runtime.runners import check_stages
+from vtc.models.base import UnsupportedModelError
+from vtc.models.registry import not_a_model
+from vtc.report import Report
+from vtc.runtime.executors import Bound, check_stages, executor_of
+from vtc.runtime.hf import executor as _transformers  # noqa: F401  (registers it)
 
 
 class Patch:
@@ -27,27 +27,18 @@ class Patch:
         method: the method.
     """
 
-    def __init__(self, model: nn.Module, engine: Engine | CrossEngine) -> None:
-        self.model, self._engine = model, engine
+    def __init__(self, bound: Bound) -> None:
+        self.model, self._bound = bound.model, bound
         self._disabled = 0
 
     @property
     def method(self) -> Method:
-        return self._engine.method
+        return self._bound.method
 
     @property
     def report(self) -> Report:
         """Tokens, times, FLOPs and bytes of all prefills since patching."""
-        return self._engine.report
-
-    @property
-    def heard(self) -> Stopwatch:
-        """Stopwatch of the captures in the vision tower, in the current or last call.
-
-        It is part of the tower's time; subtract it when timing the tower. Empty for a model whose
-        tower methods do not read.
-        """
-        return Stopwatch() if isinstance(self._engine, CrossEngine) else self._engine.vision.heard
+        return self._bound.report
 
     @property
     def active(self) -> bool:
@@ -69,7 +60,7 @@ class Patch:
         if not self.active:
             raise RuntimeError("this patch is not on its model any more")
         if not self._disabled:
-            self._engine.uninstall()
+            self._bound.uninstall()
         self._disabled += 1
         try:
             yield self.model
@@ -77,7 +68,7 @@ class Patch:
             self._disabled -= 1
             # Not if the model was unpatched or patched again in between.
             if self.active and not self._disabled:
-                self._engine.install()
+                self._bound.install()
 
     @contextmanager
     def listen(self, listener: Listener) -> Iterator[None]:
@@ -92,11 +83,11 @@ class Patch:
         """
         if not self.active:
             raise RuntimeError("this patch is not on its model any more; call vtc.patch again")
-        self._engine.listeners.append(listener)
+        self._bound.listeners.append(listener)
         try:
             yield
         finally:
-            self._engine.listeners.remove(listener)
+            self._bound.listeners.remove(listener)
 
     def __enter__(self) -> Patch:
         if not self.active:
@@ -137,25 +128,23 @@ def patch(model: nn.Module, method: str | Method | dict[str, Any], **settings: A
         >>> vtc.unpatch(model)
     """
     chosen = make(method, **settings)
-    check_stages(chosen)
-    inner = _unwrapped(model)
-    adapter = find(inner)
-    # All checks precede the engine.
-    make_engine: Any = CrossEngine if adapter.crosses else Engine
-    engine = make_engine(adapter, chosen)
-    made = Patch(inner, engine)
-    before = _patch_of(inner)
+    executor = executor_of(model)
+    if executor is None:
+        raise UnsupportedModelError(not_a_model(model))
+    check_stages(chosen, executor.stages)
+    made = Patch(executor.bind(model, chosen))
+    before = _patch_of(model)
     if before is not None:
-        before._engine.uninstall()
+        before._bound.uninstall()
     try:
-        engine.install()
+        made._bound.install()
     except BaseException:
         if before is not None and not before._disabled:
-            before._engine.install()
+            before._bound.install()
         raise
     if before is not None:
         _forget(before)
-    vars(adapter.base)["_vtc_patch"] = made
+    vars(made._bound.holder)["_vtc_patch"] = made
     return made
 
 
@@ -166,19 +155,22 @@ def unpatch(model: nn.Module) -> None:
         model: the model given to `patch`, or its base model, bare or wrapped.
 
     Raises:
-        TypeError: not a model.
+        ArgumentTypeError: not a model.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a model of transformers, got {type(model).__name__}")
-    found = _patch_of(_unwrapped(model))
+    if executor_of(model) is None:
+        raise ArgumentTypeError(
+            "model", f"expected a model of transformers, got {type(model).__name__}"
+        )
+    found = _patch_of(model)
     if found is not None:
-        found._engine.uninstall()
+        found._bound.uninstall()
         _forget(found)
 
 
-def _patch_of(model: nn.Module) -> Patch | None:
-    """The patch on `model`, stored on the part that merges images in, possibly the model itself."""
-    for part in (model, getattr(model, "model", None)):
+def _patch_of(model: Any) -> Patch | None:
+    """The patch on `model`, or `None`."""
+    executor = executor_of(model)
+    for part in () if executor is None else executor.holders(model):
         found = getattr(part, "__dict__", {}).get("_vtc_patch")
         if found is not None:
             return found
@@ -186,22 +178,4 @@ def _patch_of(model: nn.Module) -> Patch | None:
 
 
 def _forget(patch: Patch) -> None:
-    del vars(patch._engine.adapter.base)["_vtc_patch"]
-
-
-def _unwrapped(model: Any) -> Any:
-    """The model inside wrappers of compilers, adapters and multi-device training."""
-    while isinstance(model, nn.Module):
-        base: Any = getattr(model, "get_base_model", None)
-        inside = [model._modules.get(name) for name in _WRAPPED]
-        found = next((part for part in inside if part is not None), None)
-        if found is None and base is not None:
-            found = base()
-        if found is None or isinstance(model, PreTrainedModel):
-            break
-        model = found
-    return model
-
-
-_WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module")
-"""Its attribute in torch.compile, DistributedDataParallel (and similar wrappers) and FSDP."""
+    del vars(patch._bound.holder)["_vtc_patch"]

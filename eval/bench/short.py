@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import vtc
+from vtc.core.events import Encoded, Event
 
 if TYPE_CHECKING:
     import torch
@@ -17,12 +17,11 @@ class Tower:
     """Stands in for `get_image_features` of the plain model: times it, and cuts what it returns."""
 
     def __init__(self, base: Any, device: torch.device, always: Mapping[str, Any]) -> None:
-        from vtc.report import Stopwatch
+        from vtc.core.prefill import Stopwatch
 
         self.base, self.device, self.always = base, device, dict(always)
         self.original, self.clock = base.get_image_features, Stopwatch()
         self.keep: int | None = None
-        self.patch: vtc.Patch | None = None
         self.heard = Stopwatch()
 
     def reset(self) -> None:
@@ -38,15 +37,17 @@ class Tower:
     def __signature__(self) -> inspect.Signature:  # vtc looks at it
         return inspect.signature(self.original)
 
+    def hear(self, event: Event) -> None:
+        """Listen to a patch: what it reads while the tower runs is not the tower's time."""
+        if isinstance(event, Encoded):
+            # Its clock goes on; and asking for milliseconds would wait for the device.
+            self.heard = event.heard.copy()
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         started = self.clock.start(self.device)
         given = inspect.signature(self.original).bind_partial(*args).arguments
         out = self.original(**{**given, **kwargs, **self.always})
         self.clock.stop(started, self.device)
-        if self.patch is not None:
-            # What vtc reads afterwards is on the same clock, and no part of this one. A copy of
-            # the events, as asking for milliseconds would wait for the device.
-            self.heard = self.patch.heard.copy()
         if self.keep is not None:
             out.pooler_output = [features[: self.keep] for features in out.pooler_output]
         return out

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from vtc.report import Stopwatch
+    from vtc.core.prefill import Stopwatch
 
 
 def clock_of(device: torch.device) -> str:
@@ -39,7 +39,7 @@ def clock_of(device: torch.device) -> str:
 @contextmanager
 def host_clock(device: torch.device) -> Iterator[None]:
     """Let stopwatches measure by `clock_of`: other work on the machine then counts less."""
-    from vtc.report import Stopwatch
+    from vtc.core.prefill import Stopwatch
 
     before = Stopwatch.host
     if clock_of(device) == "process":
@@ -159,12 +159,8 @@ class Subject:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # said once, when all were checked
                 patch = vtc.patch(self.model, variant.method)
-            self.tower.patch = patch
-            try:
+            with patch, patch.listen(self.tower.hear):
                 yield patch, self._prompt(self.tokens)
-            finally:
-                self.tower.patch = None
-                patch.unpatch()
             return
         lengths = variant.lengths or self.whole
         tokens = lengths[0] - self.settings.text
@@ -203,7 +199,7 @@ class Subject:
         """Milliseconds of one prefill by part, and of the median step of decoding."""
         import torch
 
-        from vtc.report import Stopwatch
+        from vtc.core.prefill import Stopwatch
 
         def stop(clock: Stopwatch, started: Any) -> None:
             clock.stop(started, self.device)

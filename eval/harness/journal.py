@@ -25,7 +25,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vtc.report import Prefill, Report
+from vtc.core.prefill import Prefill
+from vtc.report import Report
 
 from . import prefills
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from vtc.report import ImageTokens, Prefill, Sample, Stopwatch
+from vtc.core.prefill import ImageTokens, Prefill, Sample, Stopwatch
 
 __all__ = ["from_json", "to_json"]
 

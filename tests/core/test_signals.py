@@ -13,7 +13,7 @@ from vtc.core import SIGNALS, Method, Signal, VisionTokens
 from vtc.core.signals import fields_of, read_at
 
 EVERY_FIELD = {field.name for field in dataclasses.fields(VisionTokens)}
-ALWAYS = {"features", "grid", "image", "crop", "every_grid", "every_crop"}
+ALWAYS = {"features", "grid", "image", "crop", "every_grid", "every_crop", "total"}
 """Fields that are shown to every method."""
 
 

@@ -12,7 +12,7 @@ import pytest
 import vtc
 from tests.reference.models import shared_model
 from vtc.core import STAGES, Method, stage_of
-from vtc.runtime.runners import RUN
+from vtc.runtime.hf.stages import RUNNERS
 
 
 class Own(Method):
@@ -33,7 +33,8 @@ def test_the_stages_are_in_the_order_of_an_image() -> None:
     names = ["pixels", "encoder", "projector", "sequence", "layers", "decoder", "cache"]
     assert [stage.name for stage in STAGES] == names
     assert [stage_of(name).order for name in names] == list(range(7))
-    hooks = {stage.hook for stage in STAGES if stage.name in RUN}
+    hooks = {stage.hook for stage in STAGES if stage.name in RUNNERS}
+    assert list(RUNNERS) == [stage.name for stage in STAGES if stage.name in RUNNERS]
     assert hooks == {stage.hook for stage in STAGES if hasattr(Method, stage.hook)}
 
 

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from tests.reference.families import FAMILIES, LAYERS
+from vtc.core.prefill import ImageTokens, Prefill, Sample, Stopwatch
 from vtc.cost import (
     decode_flops,
     equivalent_tokens,
@@ -38,7 +39,7 @@ from vtc.cost import (
 )
 from vtc.methods import make, methods
 from vtc.ops.greedy import PLAINLY
-from vtc.report import ImageTokens, Prefill, Report, Sample, Stopwatch
+from vtc.report import Report
 
 TEXT = 20
 

@@ -25,9 +25,9 @@ from vtc.eval.bench.subject import Subject, clock_of, host_clock
 from vtc.eval.harness.run import BadInput, Observer
 
 import vtc
+from vtc.core.prefill import Stopwatch
 from vtc.core.registry import _REGISTRY
 from vtc.cost import decode_flops, prefill_flops
-from vtc.report import Stopwatch
 
 TEXT, TOKENS, LAYERS = 12, 36, 4
 SMALL: dict[str, Any] = {

@@ -8,6 +8,7 @@ import torch
 
 import vtc
 from tests.reference.families import FAMILIES
+from tests.reference.masked import NO_PLACES
 from tests.runtime.test_families import here, rows_of, shared, skip_reason
 from vtc.models import UnsupportedModelError
 
@@ -43,7 +44,16 @@ def test_what_is_not_refused_runs(name: str) -> None:
 @pytest.mark.parametrize("name", here())
 def test_of_all_methods_what_is_not_refused_runs(name: str) -> None:
     rest = [method for method in vtc.methods() if method not in ("atp", "divprune", *OFTEN)]
-    assert {"cdpruner", "pool", "random"} <= {*runs(name, rest)}
+    taken = runs(name, rest)
+    assert {"cdpruner", "random"} <= {*taken}
+    assert ("pool" in taken) == (name not in NO_PLACES)
+
+
+@pytest.mark.parametrize("name", sorted(NO_PLACES))
+@pytest.mark.parametrize("method", ["pool", "divprune@frame", "downsample:how=grid"])
+def test_places_of_tokens_that_have_none_are_refused(name: str, method: str) -> None:
+    with pytest.raises(UnsupportedModelError, match="reads the places of vision tokens"):
+        vtc.patch(FAMILIES[name].build("eager"), method)
 
 
 @pytest.mark.parametrize("name", ["got_ocr2", "fast_vlm", "perception_lm"])

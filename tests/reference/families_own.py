@@ -158,9 +158,9 @@ class Idefics2(TinyFamily):
     model_class = "Idefics2ForConditionalGeneration"
     per_row = ("pixel_values", "pixel_attention_mask")
     notes = (
-        "8 latents of a perceiver for each image or tile: they have an order but no places, so "
-        "that grid counts them as columns; image 1 is split into 4 tiles, the whole last; images "
-        "are padded; no get_placeholder_mask; text_model"
+        "8 latents of a perceiver for each image or tile: they have an order but no places; image "
+        "1 is split into 4 tiles, the whole last; images are padded; no get_placeholder_mask; "
+        "text_model"
     )
     shapes = ((28, 42), (28, 28), (42, 28))
 

@@ -33,6 +33,8 @@ TILES_ARE_IMAGES = {
 FRAMES_ARE_IMAGES = {"internvl", "smolvlm", "kimi_k25"}
 PREFIX = {"paligemma"}
 """The whole prompt is seen in both directions."""
+NO_PLACES = {"idefics2"}
+"""Their tokens come from a resampler."""
 BOTH_WAYS = {"gemma3", "gemma4"}
 """The tokens of an image are."""
 
@@ -107,11 +109,13 @@ class Masked:
         self.length = len(row.input_ids)
         self.prompt_length = self.length if prompt_length is None else prompt_length
         self.images = images_of(family, row)
+        self.has_places = family.model_type not in NO_PLACES
         self.image = torch.full((self.length,), -1)
         self.grid = torch.full((self.length, 3), -1)
         for i, image in enumerate(self.images):
             self.image[list(image.index)] = i
-            self.grid[list(image.index)] = torch.tensor(image.grid)
+            if self.has_places:
+                self.grid[list(image.index)] = torch.tensor(image.grid)
         ids = row.input_ids
         fed = (self.image >= 0) | (ids == self.image_id) | (ids == VIDEO)
         self.newline = fed & (self.image < 0)
@@ -237,10 +241,11 @@ class Masked:
                 chosen = part.select(
                     VisionTokens(
                         features=embeds[candidates],
-                        grid=self.grid[candidates],
+                        grid=self.grid[candidates] if self.has_places else None,
                         image=i,
                         crop=crop,
-                        every_grid=self.grid[where],
+                        every_grid=self.grid[where] if self.has_places else None,
+                        total=len(where),
                         every_crop=None if image.crop is None else torch.tensor(image.crop),
                         text=untouched[self.text] if "text" in part.needs else None,
                         segment=untouched[self._segment(i)] if "segment" in part.needs else None,

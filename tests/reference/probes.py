@@ -71,6 +71,7 @@ class Merge(Probe):
         hint = tokens.text.mean(0) if len(tokens.text) else 0.0
         if len(tokens.segment):
             hint = hint + tokens.segment[0]
+        assert tokens.grid is not None
         row = tokens.grid[chosen, 1:2].to(merged.dtype)
         states = tokens.encoder[chosen]
         if tokens.encoder_cls is not None:

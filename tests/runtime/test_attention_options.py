@@ -21,8 +21,8 @@ from tests.reference.probes import Probe
 from tests.runtime.test_exactness import CONTROL, TOLERANCE, difference
 from tests.runtime.test_families import REFUSED, Steps
 from vtc.core import LayerState, Method, Rows, Selection
+from vtc.core.prefill import Stopwatch
 from vtc.models import families, find
-from vtc.report import Stopwatch
 from vtc.runtime.hf import taps
 
 WINDOWS = ["sliding_attention", "full_attention"] * (LAYERS // 2)

@@ -12,7 +12,7 @@ import torch
 
 import vtc
 from tests.reference.families import FAMILIES
-from vtc.core.events import Event, Selected, Shown
+from vtc.core.events import Encoded, Event, Prefilled, Selected, Shown
 
 
 def run(name: str, method: Any, kind: str = "images") -> tuple[list[Event], torch.Tensor, Any]:
@@ -63,7 +63,10 @@ def test_cross_attention_tells_as_well() -> None:
         model(**batch)
     shown = sum(isinstance(e, Shown) for e in events)
     assert shown == sum(len(s.images) for s in patch.report.prefills[0].samples) > 0
-    assert len(events) == 2 * shown
+    assert len(events) == 2 * shown + 1
+    (last,) = (e for e in events if isinstance(e, Prefilled))
+    assert last is events[-1]
+    assert last.prefill is patch.report.prefills[0]
 
 
 def test_generation_without_a_cache_tells_once_and_copies_do_not_tell() -> None:
@@ -72,9 +75,14 @@ def test_generation_without_a_cache_tells_once_and_copies_do_not_tell() -> None:
     batch = family.collate(family.rows("one"))
     with vtc.patch(model, "divprune", keep=0.5) as patch, patch.listen(events.append):
         model.generate(**batch, max_new_tokens=3, min_new_tokens=3, use_cache=False)
-        assert len(events) == 2
-        copy.deepcopy(model)(**batch)
-        assert len(events) == 2
+        told = [Encoded, Shown, Selected, Prefilled]
+        assert [type(e) for e in events if not isinstance(e, Encoded)] == told[1:]
+        before = len(events)
+        copied = copy.deepcopy(model)
+        copied(**batch)
+        assert len(events) == before
+        (patched,) = (m for m in copied.modules() if "_vtc_patch" in vars(m))
+        assert len(patched._vtc_patch.report.prefills) == len(patch.report.prefills) + 1
 
 
 def test_what_a_listener_raises_ends_the_forward_and_nothing_is_left() -> None:
@@ -82,7 +90,8 @@ def test_what_a_listener_raises_ends_the_forward_and_nothing_is_left() -> None:
     model, batch = family.build("eager"), family.collate(family.rows("one"))
 
     def refuse(event: Event) -> None:
-        raise KeyError(type(event).__name__)
+        if not isinstance(event, Encoded):
+            raise KeyError(type(event).__name__)
 
     with vtc.patch(model, "divprune", keep=0.5) as patch, torch.no_grad():
         expected = model(**batch).logits

@@ -29,7 +29,7 @@ from torch.nn.functional import softmax
 import vtc
 from tests.conftest import Recorder
 from tests.reference.families import FAMILIES, SINCE, Row, TinyFamily, Unsupported
-from tests.reference.masked import Masked, images_of
+from tests.reference.masked import NO_PLACES, Masked, images_of
 from tests.reference.probes import Fixed, Probe, Ragged, Spy
 from tests.reference.reference import token_loss
 from tests.runtime.test_exactness import (
@@ -59,7 +59,9 @@ class Blend(Probe):
         assert tokens.text is not None
         assert tokens.segment is not None
         n = len(tokens)
-        score = tokens.features[:, 1] + 0.01 * (tokens.grid * torch.tensor([5, 3, 1])).sum(1)
+        score = tokens.features[:, 1]
+        if tokens.grid is not None:
+            score = score + 0.01 * (tokens.grid * torch.tensor([5, 3, 1])).sum(1)
         if tokens.crop is not None:
             score = score + 0.1 * tokens.crop
         chosen = score.topk(max(1, n // 3 + tokens.image % 2)).indices.sort().values
@@ -489,7 +491,11 @@ def test_methods_are_shown_places_and_tiles(name: str, kind: str) -> None:
     expected = [image for row in rows for image in images_of(family, row)]
     assert len(shown) == len(expected)
     for tokens, image in zip(shown, expected, strict=True):
-        assert tokens.grid.tolist() == [list(place) for place in image.grid]
+        assert len(tokens) == tokens.original == len(image.grid)
+        if family.model_type in NO_PLACES:
+            assert tokens.grid is None
+        else:
+            assert tokens.grid.tolist() == [list(place) for place in image.grid]
         crop = None if tokens.crop is None else tuple(tokens.crop.tolist())
         assert crop == image.crop
 

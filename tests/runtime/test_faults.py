@@ -31,7 +31,8 @@ from vtc.eval.harness.results import of_this_run
 from vtc.eval.tasks import parquet
 
 from vtc.cli import app
-from vtc.report import ImageTokens, Prefill, Report, Sample, Stopwatch
+from vtc.core.prefill import ImageTokens, Prefill, Sample, Stopwatch
+from vtc.report import Report
 
 ROWS = 4
 

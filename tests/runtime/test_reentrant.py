@@ -117,7 +117,7 @@ def test_calls_within_generate(
         kind: Any = Calls if how == "logits_processor" else Stops
         calls = kind(lambda _: ASKS[ask](model))
         found = generate(model, outer(), **settings, **{how: [calls]})
-        assert patch._engine.forward is None
+        assert patch._bound.forward is None
     assert equal(found, around)
     assert len(calls.found) >= 3
     assert all(equal(call, alone) for call in calls.found)

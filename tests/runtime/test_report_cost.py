@@ -15,9 +15,9 @@ from transformers import DynamicCache
 import vtc
 from tests.reference.families import FAMILIES, LAYERS, Row, TinyFamily
 from tests.reference.models import make_sample, shared_model
+from vtc.core.prefill import logits_of
 from vtc.cost import decode_flops, flops_per_layer, kv_bytes_per_layer, prefill_flops
 from vtc.models.base import CACHE
-from vtc.report import logits_of
 
 ALL = (
     "aya_vision", "cohere2_vision", "deepseek_vl", "gemma3", "gemma4", "glm46v", "glm4v",

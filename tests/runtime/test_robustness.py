@@ -156,7 +156,7 @@ def test_an_interrupted_forward_locks_nobody_out(where: str) -> None:
         with pytest.raises(KeyboardInterrupt):
             model.generate(**batch, max_new_tokens=2)
         handle.remove()
-        assert patch._engine.forward is None
+        assert patch._bound.forward is None
         found: list[Tensor] = []
         thread = threading.Thread(target=lambda: found.append(logits_of(model, batch)), daemon=True)
         thread.start()
@@ -377,9 +377,12 @@ def test_a_failed_forward_leaves_nothing_behind() -> None:
             model(**batch)
         blow.remove()
         handle.remove()
-        engine = patch._engine
+        engine = patch._bound
         assert engine.forward is None
-        assert all(not tap.captured and tap.armed is None for tap in engine.decoder.taps.values())
+        (layers,) = engine.runners
+        taps = layers.reader.taps.values()
+        assert taps
+        assert all(not tap.captured and tap.armed is None for tap in taps)
         done = threading.Thread(target=lambda: logits_of(model, batch))
         done.start()
         done.join(30)

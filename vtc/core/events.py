@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Events that a patch reports to listeners (`Patch.listen`).
 
-Events come in order, from the thread that runs the model: for each image of each sample one
-`Shown`, then one `Selected` for every method of the sequence stage; then, before each decoder layer
-at which a method acts, one `Selected` for every sample in which it chose. If it returns `None`, and
-so keeps all, there is no event. Methods on pixels or in the tower show in `Shown`. Steps that
-`generate` repeats without a cache are reported once.
+Events come in order, from the thread that runs the model: `Encoded` when the tower has run on some
+images; for each image of each sample one `Shown`, then one `Selected` for every method of the
+sequence stage; then, before each decoder layer at which a method acts, one `Selected` for every
+sample in which it chose. If it returns `None`, and so keeps all, there is no event. Methods on
+pixels or in the tower show in `Shown`. `Prefilled` ends the forward. Steps that `generate` repeats
+without a cache are reported once.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .method import Method
+from .prefill import Prefill, Stopwatch
 from .states import Selection, VisionTokens
 
-__all__ = ["Event", "Listener", "Selected", "Shown"]
+__all__ = ["Encoded", "Event", "Listener", "Prefilled", "Selected", "Shown"]
 
 
 @dataclass(frozen=True)
@@ -54,5 +56,29 @@ class Selected:
     selection: Selection
 
 
-Event = Shown | Selected
+@dataclass(frozen=True)
+class Encoded:
+    """The vision tower has run on the images of a call, perhaps before the model's forward.
+
+    Attributes:
+        vision: time of the tower and the projector so far, with `heard`.
+        heard: time of the captures in them so far; the clocks go on.
+    """
+
+    vision: Stopwatch
+    heard: Stopwatch
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """A forward with images has ended. `Patch.report` listens to it.
+
+    Attributes:
+        prefill: what was measured.
+    """
+
+    prefill: Prefill
+
+
+Event = Encoded | Shown | Selected | Prefilled
 Listener = Callable[[Event], None]

@@ -19,7 +19,8 @@ class ImageMap:
     Attributes:
         grid: (n, 3) integers (frame, row, column). In a tiled image they count over the plane
             of its tiles, and from 0 in the thumbnail. A separator has the frame and the
-            row that it ends, or row -1 if it belongs to the frame, -2 to the whole image.
+            row that it ends, or row -1 if it belongs to the frame, -2 to the whole image. `None`
+            for tokens without places, as a resampler makes them; then `count` is given.
         crop: (n,) the tile of each token, 0 for the thumbnail, or `None` without tiles.
         separator: (n,) bool, features that are not vision tokens (ends of rows), or `None`.
         patches: (n, m) the tower patches that make up each token, numbered through everything
@@ -29,9 +30,13 @@ class ImageMap:
         group: separates adjacent images, for families that join tiles.
         tiles: tiles (or frames) that the tower ran on for this image, including discarded ones.
         padded: patches of each tile, if the processor pads images to a fixed number of patches.
+        count: n; may be left out if `grid` is given.
+
+    Raises:
+        ValueError: neither `grid` nor `count`, or separators of tokens without places.
     """
 
-    grid: Tensor
+    grid: Tensor | None
     crop: Tensor | None = None
     separator: Tensor | None = None
     patches: Tensor | None = None
@@ -39,15 +44,22 @@ class ImageMap:
     group: int | None = None
     tiles: int = 1
     padded: int | None = None
+    count: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.grid is None and (self.count is None or self.separator is not None):
+            raise ValueError("grid: tokens without places need a count, and have no separators")
 
     def __len__(self) -> int:
-        return self.grid.shape[0]
+        return self.grid.shape[0] if self.grid is not None else int(self.count or 0)
 
     @property
     def extent(self) -> tuple[int, int, int] | None:
-        """(frames, rows, columns) of its vision tokens, or `None` if they do not fill a block."""
-        grid = self.grid if self.separator is None else self.grid[~self.separator]
-        if not len(grid):
+        """(frames, rows, columns) of its vision tokens, or `None` if they fill no block."""
+        grid = self.grid
+        if grid is not None and self.separator is not None:
+            grid = grid[~self.separator]
+        if grid is None or not len(grid):
             return None
         frames, rows, columns = (1 + grid.max(0).values).tolist()
         return (frames, rows, columns) if frames * rows * columns == len(grid) else None

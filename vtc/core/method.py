@@ -47,6 +47,7 @@ class Method:
         each: for a wrapper, the part of an image to which it applies another method; in text it
             follows "@".
         by_tile: whether each tile of an image has its own budget.
+        reads_places: whether it reads the places of tokens, which those of a resampler lack.
         weighs_sizes: whether, after merging in the tower, attention weighs a token by the number of
             patches it stands for: the logarithm of its size is added to the logits.
 
@@ -65,6 +66,7 @@ class Method:
     vision_layer: ClassVar[int | float] = -1
     low_layer: ClassVar[int | float] = 0.25
     by_tile: ClassVar[bool] = False
+    reads_places: ClassVar[bool] = False
     weighs_sizes: ClassVar[bool] = False
 
     positions: Positions = "original"

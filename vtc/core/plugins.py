@@ -26,7 +26,7 @@ def load_group(group: str) -> None:
     the others still load.
 
     Args:
-        group: "vtc.methods" or "vtc.families".
+        group: "vtc.methods", "vtc.families" or "vtc.executors".
     """
     for point in entry_points(group=group):
         try:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .settings import budget
 
@@ -67,7 +67,8 @@ class VisionTokens:
         crop: (n,) integers, the tile of each token (0 is the thumbnail), or `None`
             if the image is not tiled.
         every_grid, every_crop: (N, 3) and (N,), `grid` and `crop` of all original tokens of the
-            image, before any method acted; `None` if none was dropped.
+            image, before any method acted; `None` if none was dropped, or without places and tiles.
+        total: N; `None` if it is `every_grid`'s length, or no token was dropped.
         crop_cls, crop_query, crop_key: (c, ...) `encoder_cls`, `cls_query` and `cls_key` of each of
             the tiles 0 to c - 1 (the plain fields hold the thumbnail's), or `None` if the image is
             not tiled or the tower has no [CLS]. Come with the plain fields.
@@ -94,6 +95,38 @@ class VisionTokens:
     patches: Tensor | None = None
     every_grid: Tensor | None = None
     every_crop: Tensor | None = None
+    total: int | None = None
+
+    @classmethod
+    def among(
+        cls,
+        features: Tensor,
+        grid: Tensor | None,
+        crop: Tensor | None,
+        current: Tensor,
+        total: int,
+        **rest: Any,
+    ) -> VisionTokens:
+        """The tokens `current` of an image.
+
+        Args:
+            features: (n, d) their contents.
+            grid: (N, 3) places of all tokens of the image, or `None`.
+            crop: (N,) tiles of all tokens, or `None`.
+            current: (n,) indices into these.
+            total: N.
+            rest: further fields.
+        """
+        grid, crop = (None if every is None else every.to(current.device) for every in (grid, crop))
+        return cls(
+            features=features,
+            grid=None if grid is None else grid[current],
+            crop=None if crop is None else crop[current],
+            every_grid=grid,
+            every_crop=crop,
+            total=total,
+            **rest,
+        )
 
     def __len__(self) -> int:
         return self.features.shape[0]
@@ -101,6 +134,8 @@ class VisionTokens:
     @property
     def original(self) -> int:
         """Tokens of the image before any method acted."""
+        if self.total is not None:
+            return self.total
         return len(self) if self.every_grid is None else self.every_grid.shape[0]
 
     def places(self, method: str, reason: str) -> Tensor:
@@ -234,10 +269,15 @@ class Selection:
     Attributes:
         indices: (k,) ascending integers into the tokens that the method received: the
             image's tokens in `select`, the sample's vision tokens (all images) in `prune`.
-        features: (k, d) new contents if tokens were merged or replaced, else `None`.
+        features: (k, d) new contents if tokens were merged or replaced, by codes for example, else
+            `None`.
         memory: layers stage only: what the method receives in its next selection for this sample.
+        sources: (n,) integers, for each token that the method received the one of the k tokens into
+            which it went, -1 if it is dropped. For pictures and reports of merges, where each
+            token goes into one; `None` if only the tokens in `indices` stay, each as itself.
     """
 
     indices: Tensor
     features: Tensor | None = None
     memory: Tensor | None = None
+    sources: Tensor | None = None

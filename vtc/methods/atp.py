@@ -337,6 +337,7 @@ class ATP(Method):
 
     name = "atp"
     title = "ATP-LLaVA: adaptive token pruning"
+    reads_places = True
     paper = "arXiv:2412.00447"
     year = 2025
     trained = True

@@ -100,7 +100,7 @@ class Correlation(Method):
         crops = torch.zeros(n, dtype=torch.long, device=device)
         if tokens.crop is not None:
             crops = tokens.crop
-        at_first = crops if tokens.every_grid is None else tokens.every_crop
+        at_first = tokens.crop if tokens.every_crop is None else tokens.every_crop
         indices, contents = [], []
         for crop in crops.unique():
             places = (crops == crop).nonzero().squeeze(1)

@@ -44,6 +44,7 @@ class Downsample(Method):
 
     name = "downsample"
     title = "Down-sampling"
+    reads_places = True
     by_tile = True
 
     keep: float | int = 0.25

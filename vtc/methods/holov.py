@@ -97,6 +97,11 @@ class HoloV(Method):
                 raise ValueError(f"{name}: expected a finite number of at least 0, got {value!r}")
         check_choice("positions", self.positions, ("original", "contiguous"))
 
+    @property
+    def reads_places(self) -> bool:  # type: ignore[override]
+        """Only the crops of the paper are of places."""
+        return self.variant == "paper"
+
     def chunk_count(self, n: int, total: int) -> int:
         """C if `total` of `n` tokens are kept."""
         chunks, reduction = CHUNK_RATE

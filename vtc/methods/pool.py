@@ -34,6 +34,7 @@ class Pool(Method):
 
     name = "pool"
     title = "Average pooling"
+    reads_places = True
     by_tile = True
 
     keep: float | int = 0.25

@@ -110,6 +110,11 @@ class _Split(Method):
         return self.inner.by_tile
 
     @property
+    def reads_places(self) -> bool:  # type: ignore[override]
+        """As in the inner method."""
+        return any(method.reads_places for method in self._methods)
+
+    @property
     def counts_found(self) -> bool:
         """Always `True`: earlier methods may have taken more from some parts than from others."""
         return True
@@ -161,10 +166,13 @@ class _Split(Method):
                 field: None if (value := getattr(tokens, field)) is None else value[places]
                 for field in _OF_TOKENS
             }
-            if every is not None and tokens.every_grid is not None:
-                signals |= {"every_grid": tokens.every_grid[every == name], "every_crop": None}
-                if tokens.every_crop is not None:
-                    signals["every_crop"] = tokens.every_crop[every == name]
+            signals["total"] = None
+            if every is not None:
+                own = every == name
+                signals["total"] = int(own.sum())
+                for field in ("every_grid", "every_crop"):
+                    whole = getattr(tokens, field)
+                    signals[field] = None if whole is None else whole[own]
             for field, of_tiles in _OF_TILES.items() if tiles else ():
                 if (rows := getattr(tokens, of_tiles)) is not None:
                     signals |= {field: rows[name], of_tiles: None}
@@ -340,6 +348,7 @@ class PerFrame(_Split):
     name = "per_frame"
     each = "frame"
     title = "A method for each frame of a clip by itself"
+    reads_places = True
 
     inner: Method
 

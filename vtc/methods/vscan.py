@@ -55,6 +55,7 @@ class VScan(ScorerMethod):
     paper = "arXiv:2505.22654"
     year = 2025
     needs = frozenset({"cls_attention", "low_attention"})
+    reads_places = True
     vision_layer = -2
     low_layer = 0.2084
 

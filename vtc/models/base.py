@@ -93,6 +93,7 @@ class Adapter:
         projects_patches: the projector makes one token of each patch state.
         reads_tower: attention and keys of the vision tower can be read.
         clips_as_images: the base model encodes clips with `get_image_features`.
+        places: its vision tokens have places in the picture.
         since: by model type, the first transformers version with what vtc hooks, if newer than the
             oldest version that vtc supports.
     """
@@ -113,6 +114,7 @@ class Adapter:
     projects_patches: ClassVar[bool] = True
     reads_tower: ClassVar[bool] = True
     clips_as_images: ClassVar[bool] = False
+    places: ClassVar[bool] = True
 
     model: Any
     base: Any
@@ -299,16 +301,18 @@ class Adapter:
             return maps[0]
         grids, crops = [], []
         for i, own in enumerate(maps):
-            grid = own.grid.clone()
-            if modality == "video":
-                grid[:, 0] = i
-            grids.append(grid)
+            if own.grid is not None:
+                grid = own.grid.clone()
+                if modality == "video":
+                    grid[:, 0] = i
+                grids.append(grid)
             crops.append(torch.full((len(own),), (i + 1) % len(maps)))
         patches = [own.patches for own in maps if own.patches is not None]
         states = [own.states for own in maps if own.states is not None]
         ends = [own.separator for own in maps if own.separator is not None]
         return ImageMap(
-            torch.cat(grids),
+            torch.cat(grids) if len(grids) == len(maps) else None,
+            count=sum(map(len, maps)),
             crop=None if modality == "video" else torch.cat(crops),
             separator=torch.cat(ends) if len(ends) == len(maps) else None,
             patches=torch.cat(patches) if len(patches) == len(maps) else None,

@@ -15,12 +15,13 @@ from vtc.models.shuffled import Shuffled
 
 
 class Idefics2(Adapter):
-    """A perceiver makes a fixed number of tokens of each image, which have no places."""
+    """A perceiver makes a fixed number of tokens of each image, which have no places in it."""
 
     name: ClassVar[str] = "idefics2"
     model_types: ClassVar[tuple[str, ...]] = ("idefics2",)
     stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
     reads_tower: ClassVar[bool] = False
+    places: ClassVar[bool] = False
     merger: ClassVar[str] = "inputs_merger"
 
     def placeholders(self, output: Any, given: Mapping[str, Any]) -> dict[Modality, Tensor]:
@@ -30,8 +31,7 @@ class Idefics2(Adapter):
         self, modality: Modality, given: Mapping[str, Any], features: Any
     ) -> list[list[ImageMap]]:
         n = self.model.config.perceiver_config.resampler_n_latents
-        row = torch.stack([torch.zeros(n).long(), torch.zeros(n).long(), torch.arange(n)], dim=1)
-        return [[ImageMap(row)] * (own.shape[:-1].numel() // n) for own in features]
+        return [[ImageMap(None, count=n)] * (own.shape[:-1].numel() // n) for own in features]
 
 
 class Idefics3(Shuffled):

@@ -4,28 +4,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 from vtc.core import Method, stage_of
-
-
-def dropped_in_sequence(chains: Sequence[tuple[int, Sequence[int]]], parts: list[int]) -> set[int]:
-    """The parts that dropped tokens before the language model.
-
-    Args:
-        chains: per image, its number of tokens and how many each method leaves.
-        parts: the numbers of these methods in their composition.
-
-    Returns:
-        The numbers of the parts that dropped a token of some image.
-    """
-    found = set()
-    for before, counts in chains:
-        for number, left in zip(parts, counts, strict=True):
-            if left < before:
-                found.add(number)
-            before = left
-    return found
 
 
 def warn_of_idle(

@@ -124,7 +124,7 @@ class ImageSpan:
         ordinal: number of the image in its sample, from 0.
         index: (n,) places of its vision tokens in the sequence, without masked ones.
         signals: captured from the image.
-        grid: (n, 3) their (frame, row, column).
+        grid: (n, 3) their (frame, row, column), or `None` for tokens without places.
         crop: (n,) the tile of each token, or `None`.
         separators: (m,) places of the features that end its rows.
         ends: (m, n) bool, the tokens of the row that each separator ends.
@@ -134,7 +134,7 @@ class ImageSpan:
     ordinal: int
     index: Tensor
     signals: ImageSignals
-    grid: Tensor
+    grid: Tensor | None
     crop: Tensor | None
     separators: Tensor
     ends: Tensor
@@ -154,7 +154,7 @@ class ImageSpan:
             valid: (s,) bool mask of the sample.
         """
         found = signals.map
-        grid = found.grid.to(place.device)
+        grid = None if found.grid is None else found.grid.to(place.device)
         crop = None if found.crop is None else found.crop.to(place.device)
         none = place.new_empty(0)
         ends = torch.zeros(len(place), dtype=torch.bool, device=place.device)
@@ -163,9 +163,10 @@ class ImageSpan:
         seen = valid[place]
         if not bool((seen | ends).all()):
             signals, left = signals.only(seen[~ends]), seen | ends
-            place, grid, ends = place[left], grid[left], ends[left]
+            place, ends = place[left], ends[left]
+            grid = None if grid is None else grid[left]
             crop = None if crop is None else crop[left]
-        if not bool(ends.any()):
+        if grid is None or not bool(ends.any()):
             return cls(sample, ordinal, place, signals, grid, crop, none, none[:, None].bool())
         planes = grid[:, :2]
         if crop is not None:

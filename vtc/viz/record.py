@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vtc.core import VisionTokens
-from vtc.core.events import Event, Shown
+from vtc.core.events import Event, Selected, Shown
 from vtc.viz.views import Places, places_of
 
 __all__ = ["TokenRecord"]
@@ -30,7 +30,7 @@ class TokenRecord:
 
     def hear(self, event: Event) -> None:
         """Record an event of a patch."""
-        if event.sample != 0:
+        if not isinstance(event, Shown | Selected) or event.sample != 0:
             return
         if isinstance(event, Shown):
             self._saw(event.tokens)

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 
-from vtc.report import Stopwatch
+from vtc.core.prefill import Stopwatch
 from vtc.runtime.hf import taps
 
 HEADS = 16

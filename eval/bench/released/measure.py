@@ -17,7 +17,8 @@ from torch import Tensor
 
 import vtc
 from vtc.core import EncoderState, LayerState, Method, Selection
-from vtc.runtime.hf import encoder, taps
+from vtc.runtime.hf import taps
+from vtc.runtime.hf.stages import encoder
 
 from . import layers, tower
 from .attention import Ahead, Heard
@@ -200,8 +201,8 @@ def _tower(n: int, k: int, d: int) -> Pairs:
     def merged() -> Tensor:
         merging = tome.merge(state)
         assert merging is not None
-        patches = encoder._Patches(n, torch.ones(n), torch.arange(n), None, [])
-        rows = encoder._merge(tome, merging, patches, drawn.hidden[1:])
+        patches = encoder.Patches(n, torch.ones(n), torch.arange(n), None, [])
+        rows = encoder.merge_rows(tome, merging, patches, drawn.hidden[1:])
         return torch.cat([drawn.hidden[:1], rows])
 
     def cut(received: Tensor) -> Tensor:

@@ -6,13 +6,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vtc.core.prefill import Stopwatch
+from vtc.runtime.hf import taps
 from vtc.runtime.hf.cache import cache_in
+from vtc.runtime.hf.images import Recent
 
 _ENCODED = "mm_encoder_outputs"
 PIXELS = ("pixel_values", "pixel_values_videos", "pixel_values_images")
@@ -75,6 +78,24 @@ class Asked:
     generating: Generating | None = None
 
 
+@dataclass
+class Seen:
+    """The images that were encoded since the last forward, or in this one.
+
+    Attributes:
+        recent: the latest features, by modality.
+        clocks: of the last encoding: all of it, and the captures alone.
+    """
+
+    recent: Recent = field(default_factory=dict)
+    clocks: tuple[Stopwatch, Stopwatch] = field(default_factory=lambda: (Stopwatch(), Stopwatch()))
+
+    def take_clocks(self) -> tuple[Stopwatch, Stopwatch]:
+        """Return and reset the clocks."""
+        clocks, self.clocks = self.clocks, (Stopwatch(), Stopwatch())
+        return clocks
+
+
 class Calls(threading.local):
     """The innermost call of each kind in this thread.
 
@@ -82,14 +103,16 @@ class Calls(threading.local):
         generating: the call of `generate`, or `None`.
         asked: the call of the model with its head, until its base model takes it; or `None`.
         forward: the forward of the base model, or `None`.
-        vision: the state of vision encoding between forwards.
+        encoding: the call that encodes images, or `None`.
+        seen: the images that were encoded.
     """
 
     def __init__(self) -> None:
         self.generating: Generating | None = None
         self.asked: Asked | None = None
         self.forward: Any = None
-        self.vision: dict[str, Any] = {}
+        self.encoding: Any = None
+        self.seen = Seen()
 
     def refuse_in_forward(self) -> None:
         """Refuse to remove a patch while the model runs.
@@ -114,12 +137,12 @@ class Calls(threading.local):
         Yields:
             The call.
         """
-        before, vision = self.generating, self.vision
-        self.generating = Generating(images, width)
+        before, seen = self.generating, self.seen
+        self.generating, self.seen = Generating(images, width), Seen(dict(seen.recent))
         try:
             yield self.generating
         finally:
-            self.generating, self.vision = before, vision
+            self.generating, self.seen = before, seen
 
     @contextmanager
     def model(self, labels: Tensor | None, logits: Any) -> Iterator[None]:
@@ -134,6 +157,37 @@ class Calls(threading.local):
             yield
         finally:
             self.asked = before
+
+    @contextmanager
+    def run(self, forward: Any) -> Iterator[None]:
+        """Context of a forward of the base model. A nested one sees nothing of the outer.
+
+        Args:
+            forward: its state.
+        """
+        before = self.forward, self.encoding, self.seen
+        heard = () if self.encoding is None else self.encoding.taps.values()
+        if self.forward is not None:
+            self.seen = Seen()
+        self.forward, self.encoding = forward, None
+        try:
+            with taps.suspended(heard):
+                yield
+        finally:  # also after an error or an interrupt
+            self.forward, self.encoding, self.seen = before
+
+    @contextmanager
+    def encode(self, encoding: Any) -> Iterator[None]:
+        """Context of a call that encodes images.
+
+        Args:
+            encoding: its state.
+        """
+        before, self.encoding = self.encoding, encoding
+        try:
+            yield
+        finally:
+            self.encoding = before
 
     def take_asked(self) -> Asked:
         """Return and clear the arguments of the model that calls its base model now."""

@@ -17,35 +17,29 @@ have. If every image keeps all of its tokens, nothing is removed.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_masks_for_generate
 
-from vtc.core import Method, Selection, VisionTokens
-from vtc.core.events import Event, Selected, Shown
+from vtc.core import Method, VisionTokens
+from vtc.core.prefill import ImageTokens, Prefill, Sample, Stopwatch, logits_of
 from vtc.core.signals import read_in_tower
-from vtc.models import Adapter, UnsupportedModelError
+from vtc.models import UnsupportedModelError
 from vtc.models.mllama import CrossImage, Mllama
-from vtc.report import ImageTokens, Prefill, Sample, Stopwatch, logits_of
+from vtc.runtime.choices import Choices, choose
 from vtc.runtime.hf.arguments import by_name, split_mask
 from vtc.runtime.hf.cache import attach, cache_in, ledger_of
 from vtc.runtime.hf.calls import Generating
 from vtc.runtime.hf.generation import Request
 from vtc.runtime.hf.guards import refuse_packed
 from vtc.runtime.hf.hooked import Hooked
-from vtc.runtime.idle import dropped_in_sequence, warn_of_idle
 from vtc.runtime.layout import Layout, gather_tokens
 from vtc.runtime.ledger import Group, Ledger
 from vtc.runtime.prompt import prompt_ends
-from vtc.runtime.stages import checked, no_autocast
-
-Decisions = dict[tuple[int, int, int], Selection]
-"""Selections already made, by (method, row, image)."""
 
 
 @dataclass
@@ -101,9 +95,8 @@ class _Call:
     ledger: Ledger | None = None
     logical: int = 0
     samples: list[Sample] | None = None
-    decisions: Decisions = field(default_factory=dict)
+    choices: Choices = field(default_factory=Choices)
     prompt_end: Tensor | None = None
-    replay: bool = False
 
 
 class CrossEngine(Hooked):
@@ -121,9 +114,28 @@ class CrossEngine(Hooked):
     adapter: Mllama
 
     def __init__(self, adapter: Mllama, method: Method) -> None:
-        _check(adapter, method)
         super().__init__(adapter, method)
+        for part in method.parts:
+            if read := part.needs & read_in_tower():
+                raise UnsupportedModelError(
+                    f"model: {part.name} reads {', '.join(sorted(read))} of the vision tower, and "
+                    f"the states of {type(adapter.model).__name__} join several layers of two "
+                    "encoders over all tiles, for which this has no meaning; choose a method that "
+                    "reads features or text"
+                )
+        self.parts = tuple(enumerate(method.parts))
         self.cross_layers = adapter.cross_layers()
+
+    def _lacks(self, stage: str) -> str:
+        return (
+            f"{self.method} acts in the stage {stage!r}, which {type(self.adapter.model).__name__} "
+            "has not: its vision states are read by cross-attention layers and are no tokens of "
+            f"the decoder, and all tiles pass its tower together; it has "
+            f"{', '.join(self.adapter.stages)}"
+        )
+
+    def _no_gaps(self) -> str | None:
+        return "whose vision states have no positions"
 
     @property
     def call(self) -> _Call | None:
@@ -156,15 +168,13 @@ class CrossEngine(Hooked):
         asked = self.calls.take_asked()
         given = by_name(self.adapter.base, args, kwargs)
         self.adapter.check_inputs(given)
-        call = _Call(given, asked.labels, asked.logits, asked.generating)
-        with self.lock:
-            outer, self.calls.forward = self.calls.forward, call
+        call = _Call(given, asked.labels, asked.logits, asked.generating, choices=self._choices())
+        with self.lock, self.calls.run(call):
             try:
                 if given.get("pixel_values") is not None:
                     call.vision_started = call.vision.start(given["pixel_values"].device)
                 return original(*args, **kwargs)
             finally:  # also after an error or an interrupt
-                self.calls.forward = outer
                 if call.ledger is not None:
                     call.ledger.may_write = False
 
@@ -248,38 +258,42 @@ class CrossEngine(Hooked):
             left.append([])
             for i, image in enumerate(own):
                 current = image.columns.to(states.device)
-                features, at = states[b, current], torch.arange(len(current))
-                changed = False
-                if self.listeners and not call.replay:
-                    self._emit(Shown(b, _shown(image, i, features, at)))
-                for number, method in enumerate(self.plan.sequence):
-                    key = (number, b, i)
-                    if not call.replay:
-                        texts = self._texts(call, method, b, i, len(own), valid)
-                        shown = _shown(image, i, features, at, **texts)
-                        with no_autocast(states):
-                            chosen = checked(method, method.select(shown), len(shown))
-                        call.decisions[key] = chosen
-                        self._emit(Selected(method, b, i, None, len(shown), chosen))
-                    selection = call.decisions[key]
-                    index = selection.indices.to(states.device)
-                    current, features, at = current[index], features[index], at[index.to(at.device)]
-                    if selection.features is not None:
-                        features, changed = selection.features.to(states), True
+
+                def tokens(
+                    method: Method | None,
+                    features: Tensor,
+                    alive: Tensor,
+                    b: int = b,
+                    i: int = i,
+                    image: CrossImage = image,
+                    count: int = len(own),
+                ) -> VisionTokens:
+                    texts = {}
+                    if method is not None:
+                        texts = self._texts(call, method, b, i, count, valid)
+                    return VisionTokens.among(
+                        features,
+                        image.grid,
+                        image.crop,
+                        alive,
+                        total=len(image.columns),
+                        image=i,
+                        **texts,
+                    )
+
+                chosen = choose(call.choices, self.parts, b, i, states[b, current], tokens)
+                if chosen is not None:
+                    current = current[chosen.alive]
+                    if chosen.replaced:
+                        replaced.append((b, current, chosen.features))
                 keep[b, current] = True
                 keep[b, image.cls.to(states.device)] = True
                 left[b].append(len(current))
-                if changed:
-                    replaced.append((b, current, features))
         if replaced:
             states = states.clone()
             for b, current, features in replaced:
                 states[b, current] = features
         return states, keep, left
-
-    def _emit(self, event: Event) -> None:
-        for listener in tuple(self.listeners):
-            listener(event)
 
     def _texts(
         self, call: _Call, method: Method, b: int, image: int, count: int, valid: Tensor
@@ -316,11 +330,11 @@ class CrossEngine(Hooked):
         """Record where the prompt ends; in `generate` without a cache, repeat the selections of the
         first step."""
         call.prompt_end = self._prompt_end(call, valid)
-        made = call.decisions, call.prompt_end
+        made = call.choices.decisions, call.prompt_end
         found = call.generating and call.generating.chosen(call.given, made)
         if found:
-            call.decisions, call.prompt_end = found
-            call.replay = True
+            decisions, call.prompt_end = found
+            call.choices = replace(call.choices, decisions=decisions, replay=True)
 
     def _prompt_end(self, call: _Call, valid: Tensor) -> Tensor:
         """(b,) end of the prompt: the start of the scored answer, or the end of the tokens."""
@@ -392,21 +406,9 @@ class CrossEngine(Hooked):
         call.lm.stop(call.lm_started, hidden.device)
         if cache is not None and call.ledger is not None:
             attach(cache, call.ledger)
-        if not call.replay and any(sample.images for sample in call.samples):
+        if any(sample.images for sample in call.samples):
             clocks = call.vision, Stopwatch(), call.selector, call.lm
-            self.report.add(Prefill(call.samples, hidden.element_size(), *clocks))
-            self._warn_of_idle_parts(call, call.samples)
-
-    def _warn_of_idle_parts(self, call: _Call, samples: list[Sample]) -> None:
-        """Warn once for each part of a composition whose budget earlier parts already meet."""
-        count = len(self.plan.sequence)
-        chains = [
-            (image.original, [len(call.decisions[n, b, i].indices) for n in range(count)])
-            for b, sample in enumerate(samples)
-            for i, image in enumerate(sample.images)
-        ]
-        dropped = dropped_in_sequence(chains, list(range(count)))
-        warn_of_idle(self.method, dropped, self.warned, len(self.adapter.layers), stacklevel=2)
+            self._finish(call.choices, Prefill(call.samples, hidden.element_size(), *clocks))
 
     def _sample(
         self, call: _Call, tokens: int, held: int, images: list[CrossImage], left: list[int]
@@ -422,48 +424,6 @@ class CrossEngine(Hooked):
         )
         lengths = tuple(held if i in self.cross_layers else tokens for i in range(layers))
         return Sample(tokens, shown, lengths, logits_of(call.logits_to_keep, tokens))
-
-
-def _shown(
-    image: CrossImage, ordinal: int, features: Tensor, at: Tensor, **texts: Any
-) -> VisionTokens:
-    """The `VisionTokens` of the states `features` (n, d), which are at the places `at` (n,)."""
-    grid, place = image.grid.to(features.device), at.to(features.device)
-    crop = None if image.crop is None else image.crop.to(features.device)
-    return VisionTokens(
-        features=features,
-        grid=grid[place],
-        image=ordinal,
-        crop=None if crop is None else crop[place],
-        every_grid=grid,
-        every_crop=crop,
-        **texts,
-    )
-
-
-def _check(adapter: Adapter, method: Method) -> None:
-    """Refuse methods that need what such a model lacks."""
-    kind = type(adapter.model).__name__
-    other = [stage for stage in method.stages if stage not in adapter.stages]
-    if other:
-        raise ValueError(
-            f"method: {method} acts in the stage {other[0]!r}, which {kind} has not: its vision "
-            "states are read by cross-attention layers and are no tokens of the decoder, and all "
-            "tiles pass its tower together; it has sequence"
-        )
-    for part in method.parts:
-        if read := part.needs & read_in_tower():
-            raise UnsupportedModelError(
-                f"model: {part.name} reads {', '.join(sorted(read))} of the vision tower, and the "
-                f"states of {kind} join several layers of two encoders over all tiles, for which "
-                "this has no meaning; choose a method that reads features or text"
-            )
-        if part.closes_gaps_by_choice:
-            warnings.warn(
-                f"{part}: positions='contiguous' has no meaning for {kind}, whose vision states "
-                "have no positions",
-                stacklevel=4,
-            )
 
 
 def _tokens(kwargs: dict[str, Any]) -> Tensor:

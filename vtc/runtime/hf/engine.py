@@ -6,44 +6,47 @@ A forward goes through these points, each a method of `Engine`:
     get_image_features   capture vision signals; reduce pixels (images and clips)
     model, base model    serialize calls; tell prefill from decoding
     the family's merger  locate the vision tokens
-    decoder, in          sequence stage; mask and positions for a compressed cache
-    decoder layers       layers stage; masks and positions for the layers after a prune
+    decoder, in          drop tokens; mask and positions for a compressed cache
+    decoder layers       drop tokens; masks and positions for the layers after a drop
     decoder, out         restore hidden states to full length; attach the ledger to the cache
+
+What is dropped there is the concern of the runners in `stages/`, of which the engine knows only the
+contract.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_masks_for_generate
 
-from vtc.core import Method
+from vtc.core import STAGES, Method, stage_of
+from vtc.core.errors import ArgumentError
 from vtc.core.images import Modality
+from vtc.core.prefill import Prefill
 from vtc.models import Adapter
-from vtc.report import Prefill
-from vtc.runtime.forward import Forward
+from vtc.runtime.forward import Forward, Places
 from vtc.runtime.hf.arguments import by_name, is_per_token, keep_all_states, ones, split_mask, take
 from vtc.runtime.hf.cache import attach, cache_in, ledger_of
 from vtc.runtime.hf.calls import PIXELS
-from vtc.runtime.hf.decoder import DecoderSide
 from vtc.runtime.hf.generation import Request
 from vtc.runtime.hf.groups import LayerGroups
 from vtc.runtime.hf.guards import UNHANDLED, refuse_packed
 from vtc.runtime.hf.hooked import Hooked
 from vtc.runtime.hf.override import Override
-from vtc.runtime.hf.vision import VisionSide
-from vtc.runtime.idle import dropped_in_sequence, warn_of_idle
+from vtc.runtime.hf.stages import RUNNERS, Runner
+from vtc.runtime.hf.vision import Vision
 from vtc.runtime.layout import Layout, gather_tokens
 from vtc.runtime.ledger import Ledger
-from vtc.runtime.stages import prune_between_layers, select_in_sequence
+from vtc.runtime.prompt import Prompt
 
 
 class Engine(Hooked):
@@ -54,17 +57,37 @@ class Engine(Hooked):
         method: what to run.
 
     Raises:
-        ValueError: the method acts in a stage or at a layer that the model lacks, or its parts do
-            not compose.
+        ArgumentError: the method acts in a stage or at a layer that the model lacks, or its parts
+            do not compose.
         UnsupportedModelError: the method reads what vtc cannot capture in this model.
     """
 
     def __init__(self, adapter: Adapter, method: Method) -> None:
         super().__init__(adapter, method)
-        self.vision = VisionSide(adapter, method)
-        self.decoder = DecoderSide(adapter, self.plan)
-        self.groups = LayerGroups(adapter, self.plan)
+        shortening = [
+            (number, stage)
+            for number, part in enumerate(method.parts)
+            for stage in part.stages
+            if RUNNERS[stage].shortens
+        ]
+        if len(shortening) > 1 or (shortening and shortening[0][0] > 0):
+            raise ArgumentError(
+                "method",
+                f"in {method} what acts {_place(shortening[-1][1])} must come first, and once",
+            )
+        self.runners: tuple[Runner, ...] = tuple(
+            RUNNERS[stage.name](adapter, method, self._current)
+            for stage in STAGES
+            if stage.name in method.stages
+        )
+        shortener = next((runner for runner in self.runners if runner.shortens), None)
+        self.vision = Vision(adapter, method, shortener)
+        starts = sorted({layer for runner in self.runners for layer in runner.starts})
+        self.groups = LayerGroups(adapter, method, tuple(starts))
         self.told = False
+
+    def _current(self) -> Forward | None:
+        return self.forward
 
     @property
     def forward(self) -> Forward | None:
@@ -85,16 +108,17 @@ class Engine(Hooked):
         if hasattr(b.decoder, "_deepstack_process"):
             self.overrides.append(Override(b.decoder, "_deepstack_process", self._deepstack))
         for i, layer in enumerate(self.layers):
-            heard = i in self.plan.tapped or i in self.plan.recorded
-            if self.flash or heard or self.plan.group_of[i] > 0:
+            watched = any(runner.watches(i) for runner in self.runners)
+            if self.flash or watched or self.groups.group_of[i] > 0:
                 hook = functools.partial(self._enter_layer, i)
                 self.handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-        self.decoder.install()
+        for runner in self.runners:
+            runner.install()
 
     def _uninstall(self) -> None:
         super()._uninstall()
-        self.vision.forget()
-        self.decoder.uninstall()
+        for runner in self.runners:
+            runner.uninstall()
 
     # ---- generate -----------------------------------------------------------------------------
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -131,30 +155,17 @@ class Engine(Hooked):
     def _encode(
         self, modality: Modality, original: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        # Some models encode clips as images, so this call may be nested.
-        if self.forward is not None or self.vision.listening == threading.get_ident():
-            return self._encode_alone(modality, original, *args, **kwargs)
-        # Features encoded by another thread must not end up in a forward in progress.
-        with self.lock:
-            before = self.vision.exchange(self.calls.vision)
-            try:
-                return self._encode_alone(modality, original, *args, **kwargs)
-            finally:
-                self.calls.vision = self.vision.exchange(before)
-
-    def _encode_alone(
-        self, modality: Modality, original: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:
         if args:
             kwargs = {**inspect.signature(original).bind_partial(*args).arguments, **kwargs}
-        if self.vision.listening:  # some models encode clips as images
+        if self.calls.encoding is not None:  # some models encode clips as images
             return original(**kwargs)
         clip = self.forward is not None and "video" not in self.forward.features
         if modality == "image" and clip and self.adapter.clips_as_images:
             pixels = self.forward.given.get("pixel_values_videos")  # type: ignore[union-attr]
             if pixels is not None and kwargs.get("pixel_values") is pixels:
                 modality = "video"
-        out = self.vision.encode(modality, original, kwargs)
+        with self.lock:  # the threads of a server share the tower that is tapped
+            out = self.vision.encode(self.calls, modality, original, kwargs, self._choices().emit)
         if self.forward is not None:
             self.forward.features[modality] = self.adapter.features(out)
         return out
@@ -180,10 +191,9 @@ class Engine(Hooked):
         forward = self.forward
         if forward is None or forward.phase != "prefill" or forward.deepstack is None:
             return original(hidden_states, visual_pos_masks, visual_embeds)
-        layout, every = forward.layout, forward.deepstack
-        if layout.index.shape == every.shape and torch.equal(layout.valid, forward.valid):
+        every, index = forward.deepstack, forward.layout.index
+        if forward.whole:
             return original(hidden_states, visual_pos_masks, visual_embeds)
-        index = layout.index
         left = every.gather(1, index) & forward.layout.valid
         row = (every.flatten().cumsum(0) - 1).view_as(every).gather(1, index)[left]
         return original(hidden_states, left, visual_embeds[row.to(visual_embeds.device)])
@@ -195,7 +205,8 @@ class Engine(Hooked):
 
     def _check_in_place(self) -> None:
         super()._check_in_place()
-        self.decoder.check_in_place()
+        for runner in self.runners:
+            runner.check_in_place()
 
     def _run_base(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.calls.asked is None:  # otherwise the model with its head has checked
@@ -212,7 +223,7 @@ class Engine(Hooked):
             given=given,
             logits_to_keep=logits,
             generating=asked.generating,
-            listeners=tuple(self.listeners),
+            choices=self._choices(),
         )
         with self._in_forward(forward):
             self._look_at(forward, given)
@@ -227,19 +238,12 @@ class Engine(Hooked):
     @contextmanager
     def _in_forward(self, forward: Forward) -> Iterator[None]:
         """Make `forward` the current one of this thread, and restore the outer one afterwards."""
-        calls = self.calls
-        with self.lock:
-            outer, calls.forward = calls.forward, forward
-            decoder = self.decoder.exchange(None)
-            vision = self.vision.exchange({} if outer is not None else calls.vision)
+        with self.lock, self.calls.run(forward), ExitStack() as outer:
+            for runner in self.runners:
+                outer.enter_context(runner.suspended())
             try:
                 yield
             finally:  # also after an error or an interrupt
-                calls.forward = outer
-                self.decoder.exchange(decoder)
-                left = self.vision.exchange(vision)
-                if outer is None:
-                    calls.vision = left
                 if forward.ledger is not None:
                     forward.ledger.may_write = False
 
@@ -294,53 +298,54 @@ class Engine(Hooked):
         plain = ledger is None
         past = ledger.logical if ledger else int(cache.get_seq_length()) if cache is not None else 0
         past_valid, valid = split_mask(self.groups.padding(forward, kwargs), past, rows, length)
-        forward.valid = valid if valid is not None else ones(embeds, length)
+        valid = valid if valid is not None else ones(embeds, length)
         blocks = self.adapter.blocks(forward.given)
         if blocks is not None:  # candidate tokens of assisted decoding have no type
             blocks = nn.functional.pad(blocks, (0, max(length - blocks.shape[1], 0)), value=-1)
-        forward.blocks = blocks
         forward.deepstack = kwargs.get("visual_pos_masks")
-        forward.ledger = ledger or Ledger.fresh(self.plan.first_layers, past, past_valid)
+        forward.ledger = ledger or Ledger.fresh(self.groups.first_layers, past, past_valid)
         forward.ledger.may_write = True
         self.groups.check(forward.ledger)
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = torch.arange(past, past + length, device=embeds.device)[None]
-        forward.positions = positions.expand(*positions.shape[:-2], rows, -1)
-        axis = forward.positions if positions.dim() == 2 else forward.positions[0]
-        first = axis.gather(1, forward.valid.long().argmax(1, keepdim=True))
+        positions = positions.expand(*positions.shape[:-2], rows, -1)
+        axis = positions if positions.dim() == 2 else positions[0]
+        first = axis.gather(1, valid.long().argmax(1, keepdim=True))
         seen = past if past_valid is None else past_valid.sum(1, keepdim=True)
-        forward.offset = first - seen
-        forward.past_shift = [group.shift for group in forward.ledger.groups]
-        forward.gap = torch.zeros_like(forward.valid)
-        forward.spans = self.vision.spans(forward)
+        shifts = [group.shift for group in forward.ledger.groups]
+        forward.places = Places(positions, torch.zeros_like(valid), first - seen, shifts)
         # Candidate tokens are not part of the prompt, and neither is an answer that is scored.
         step = forward.generating
-        forward.describe_prompt(None if step is None else step.width)
+        forward.prompt = Prompt.of(
+            valid,
+            self.vision.spans(self.calls, forward, valid),
+            [mask for name, mask in forward.vision.items() if name in forward.features],
+            forward.labels,
+            None if step is None else step.width,
+            blocks,
+        )
         self._freeze(forward)
         forward.phase = "prefill"
         if forward.generating is not None:
             forward.generating.handled = True
-        self.decoder.begin(forward)
 
         with forward.selector.measure(embeds.device):
-            new_embeds, keep = select_in_sequence(
-                forward, self.plan.sequence, embeds, self.vision.tower_layer, self.vision.project
-            )
-            self.vision.mark_uncoded(forward)
-            forward.layout = Layout.whole(forward.valid)
-            dropped = not torch.equal(keep, forward.valid)
+            forward.layout, new_embeds = Layout.whole(valid), embeds
+            keep = self.vision.made(forward)
+            for runner in self.runners:
+                new_embeds, chosen = runner.enter(forward, new_embeds, self.vision)
+                keep = keep & chosen
+            dropped = not torch.equal(keep, valid)
             if dropped or new_embeds is not embeds:
                 refuse_packed(forward.given, forward.entering, self.flash)
             if dropped:
-                forward.layout, place = forward.layout.compact(keep)
-                new_embeds = gather_tokens(new_embeds, place)
-                new_embeds = new_embeds.masked_fill(~forward.layout.valid[..., None], 0)
+                new_embeds, place = forward.drop(keep, new_embeds)
                 for name, value in kwargs.items():
                     own = name in ("attention_mask", "position_ids")
                     if not own and is_per_token(value, rows, length):
                         kwargs[name] = take(value, place)
-            forward.count_tokens(0)
+            forward.counts.note(forward.prompt, forward.layout, 0)
         forward.entered = forward.layout
         kwargs["inputs_embeds"] = new_embeds
         self.groups.open(forward, 0)
@@ -375,7 +380,8 @@ class Engine(Hooked):
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = torch.arange(past, past + count, device=embeds.device)[None]
-        forward.positions = positions.expand(*positions.shape[:-2], rows, -1)
+        positions = positions.expand(*positions.shape[:-2], rows, -1)
+        forward.places = Places(positions, positions.new_empty(0), positions.new_empty(0), [])
         for group in ledger.groups:
             self.groups.refuse_padding(group, valid)
         for group in ledger.groups:
@@ -395,10 +401,8 @@ class Engine(Hooked):
         if forward is None or forward.phase != "prefill":
             return
         hidden = output.last_hidden_state
-        length = forward.valid.shape[1]
-        if forward.layout.index.shape[1] != length or not torch.equal(
-            forward.layout.valid, forward.valid
-        ):
+        length = forward.prompt.length
+        if not forward.whole:
             place = forward.layout.nearest(length).to(hidden.device)
             if (last := self._last_wanted(forward)) is not None:
                 place = place[:, -last:]
@@ -406,15 +410,14 @@ class Engine(Hooked):
         forward.lm.stop(forward.lm_started, hidden.device)
         ledger, cache = forward.ledger, cache_in(output)
         ledger.logical += length
-        ledger.croppable = forward.text_at_the_end()
+        ledger.croppable = forward.prompt.text_at_the_end
+        for runner in self.runners:
+            runner.leave(forward, cache)
         if cache is not None and any(group.diverged for group in ledger.groups):
             attach(cache, ledger)
-        if not forward.replay:
-            samples, size = forward.samples(self.num_layers), hidden.element_size()
-            vision, heard = self.vision.take_clocks()
-            clocks = vision, heard, forward.selector, forward.lm
-            self.report.add(Prefill(samples, size, *clocks))
-            self._warn_of_idle_parts(forward)
+        samples = forward.counts.samples(forward.prompt, self.num_layers, forward.logits_to_keep)
+        clocks = *self.calls.seen.take_clocks(), forward.selector, forward.lm
+        self._finish(forward.choices, Prefill(samples, hidden.element_size(), *clocks))
 
     @property
     def _slices_logits(self) -> bool:
@@ -443,29 +446,6 @@ class Engine(Hooked):
                 stacklevel=2,
             )
 
-    def _warn_of_idle_parts(self, forward: Forward) -> None:
-        """Warn once for each part of a composition whose budget earlier parts already meet."""
-        parts = self.method.parts
-        if len(parts) == 1:
-            return
-        chains = [
-            (
-                len(span.index if span.signals.kept is None else span.signals.kept),
-                [len(forward.decisions[i, span.sample, span.ordinal].indices)  # type: ignore[union-attr]
-                 for i in range(len(self.plan.sequence))],
-            )
-            for span in forward.spans
-            # There is no selection where the mask hides every token that the tower made.
-            if all((i, span.sample, span.ordinal) in forward.decisions
-                   for i in range(len(self.plan.sequence)))
-        ]  # fmt: skip
-        numbers = [i for i, part in enumerate(parts) if "sequence" in part.stages]
-        dropped = forward.dropped | dropped_in_sequence(chains, numbers)
-        if any(span.signals.kept is not None for span in forward.spans):
-            early = {"pixels", "encoder"}
-            dropped |= {i for i, part in enumerate(parts) if early & set(part.stages)}
-        warn_of_idle(self.method, dropped, self.warned, self.num_layers, stacklevel=2)
-
     # ---- decoder layers -----------------------------------------------------------------------
     @torch.compiler.disable
     def _enter_layer(
@@ -480,22 +460,24 @@ class Engine(Hooked):
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         checkpointed = module.training and getattr(module, "gradient_checkpointing", False)
-        if checkpointed and self.plan.group_of[layer] > 0:
+        if checkpointed and self.groups.group_of[layer] > 0:
             raise RuntimeError(
                 f"gradient_checkpointing: {self.method} changes lengths between layers, which a "
                 "checkpoint cannot replay; switch it off for training under this patch"
             )
         if forward.phase == "prefill":
-            if layer in self.plan.pruners:
-                hidden = self._prune(forward, layer, hidden, cache_in(kwargs))
+            if layer in self.groups.first_layers[1:]:
+                hidden = self._drop(forward, layer, hidden, cache_in(kwargs))
                 if args:
                     args = (hidden, *args[1:])
                 else:
                     kwargs["hidden_states"] = hidden
-            self.decoder.listen(forward, layer, hidden)
-        if forward.ledger.groups[self.plan.group_of[layer]].diverged:
+            for runner in self.runners:
+                if runner.watches(layer):
+                    runner.watch(forward, layer, hidden)
+        if forward.ledger.groups[self.groups.group_of[layer]].diverged:
             self.groups.adapt_layer(forward, layer, hidden, kwargs)
-            if forward.phase == "prefill" and self.plan.group_of[layer] > 0:
+            if forward.phase == "prefill" and self.groups.group_of[layer] > 0:
                 args = (*args[:1], *(self._cut(forward, value) for value in args[1:]))
                 for name in set(kwargs) - _ADAPTED:
                     kwargs[name] = self._cut(forward, kwargs[name])
@@ -505,27 +487,17 @@ class Engine(Hooked):
                 kwargs["position_ids"] = None
         return args, kwargs
 
-    def _prune(self, forward: Forward, layer: int, hidden: Tensor, cache: Any) -> Tensor:
+    def _drop(self, forward: Forward, layer: int, hidden: Tensor, cache: Any) -> Tensor:
+        """Let the runners drop tokens before a layer at which a group starts."""
+        before = forward.layout, hidden
         with forward.selector.measure(hidden.device):
-            for number, method in self.plan.pruners[layer]:
-                rows, ahead = method.peeks(self.num_layers).get(layer), None
-                if rows is not None and not forward.replay:
-                    ahead = self.decoder.peek(forward, layer, rows, hidden, cache, method.by_head)
-                before = hidden
-                hidden, keep = prune_between_layers(
-                    forward, number, method, layer, self.num_layers, hidden, ahead
-                )
-                dropped = not torch.equal(keep, forward.layout.valid)
-                if dropped or hidden is not before:
-                    refuse_packed(forward.given, forward.entering, self.flash)
-                if not dropped:
-                    continue
-                forward.layout, place = forward.layout.compact(keep)
-                hidden = gather_tokens(hidden, place.to(hidden.device))
-                pads = ~forward.layout.valid[..., None].to(hidden.device)
-                hidden = hidden.masked_fill(pads, 0)
-            forward.count_tokens(layer)
-        self.groups.open(forward, self.plan.group_of[layer])
+            for runner in self.runners:
+                if layer in runner.starts:
+                    hidden = runner.before_layer(forward, layer, hidden, cache)
+            if forward.layout is not before[0] or hidden is not before[1]:
+                refuse_packed(forward.given, forward.entering, self.flash)
+            forward.counts.note(forward.prompt, forward.layout, layer)
+        self.groups.open(forward, self.groups.group_of[layer])
         return hidden
 
     def _cut(self, forward: Forward, value: Any) -> Any:
@@ -533,7 +505,7 @@ class Engine(Hooked):
         first, rows = forward.entered, forward.layout.index.shape[0]
         if first is None or not is_per_token(value, rows, first.index.shape[1]):
             return value
-        return take(value, first.places_of(forward.layout.index, forward.valid.shape[1]))
+        return take(value, first.places_of(forward.layout.index, forward.prompt.length))
 
     # ---- bookkeeping --------------------------------------------------------------------------
     def _flash(self) -> bool:
@@ -541,11 +513,17 @@ class Engine(Hooked):
 
     def _freeze(self, forward: Forward) -> None:
         """In `generate` without a cache, repeat the selections of the first step."""
-        made = forward.decisions, forward.prompt_length
+        made = forward.choices.decisions, forward.prompt.ends
         found = forward.generating and forward.generating.chosen(forward.given, made)
         if found:
-            forward.decisions, forward.prompt_length = found
-            forward.replay = True
+            decisions, ends = found
+            forward.choices = replace(forward.choices, decisions=decisions, replay=True)
+            forward.prompt = replace(forward.prompt, ends=ends)
+
+
+def _place(stage: str) -> str:
+    """Where a stage acts, in words that follow "acts"."""
+    return stage_of(stage).place
 
 
 _ADAPTED = {"hidden_states", "attention_mask", "position_ids", "position_embeddings"}

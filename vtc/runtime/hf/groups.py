@@ -5,28 +5,37 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from vtc.core import Method
 from vtc.models import Adapter
 from vtc.runtime.forward import Forward
 from vtc.runtime.hf.arguments import ones
 from vtc.runtime.hf.cache import cache_in
-from vtc.runtime.hf.plan import Plan
 from vtc.runtime.ledger import Group, Ledger
 
 
 class LayerGroups:
-    """Builds masks and positions for the layers of each group of a plan.
+    """Builds masks and positions for the layers of each group.
 
     Args:
         adapter: bound to the model.
-        plan: the groups and the method.
+        method: named in error messages.
+        starts: 0-based layers, other than the first, at which a group starts; ascending.
+
+    Attributes:
+        first_layers: the first layer of each group.
+        group_of: the group of each layer.
     """
 
-    def __init__(self, adapter: Adapter, plan: Plan) -> None:
-        self.adapter, self.plan, self.method = adapter, plan, plan.method
+    def __init__(self, adapter: Adapter, method: Method, starts: tuple[int, ...]) -> None:
+        self.adapter, self.method = adapter, method
         self.num_layers = len(adapter.layers)
+        self.first_layers = (0, *starts)
+        self.group_of = [
+            max(g for g, first in enumerate(self.first_layers) if first <= layer)
+            for layer in range(self.num_layers)
+        ]
 
     def padding(self, forward: Forward, kwargs: dict[str, Any]) -> Any:
         """The mask that the caller passed, to the base model or to the decoder.
@@ -100,7 +109,7 @@ class LayerGroups:
             hidden: (b, q, d) the layer's input.
             kwargs: the layer's arguments, changed in place.
         """
-        number = self.plan.group_of[layer]
+        number = self.group_of[layer]
         if number == 0:
             return
         kind = self.adapter.layer_type(layer)
@@ -147,7 +156,7 @@ class LayerGroups:
         Raises:
             ValueError: the groups of the ledger begin at other layers than those of the plan.
         """
-        if tuple(group.first_layer for group in ledger.groups) != self.plan.first_layers:
+        if tuple(group.first_layer for group in ledger.groups) != self.first_layers:
             raise ValueError(
                 "past_key_values: this cache was compressed by a method that acts at other layers "
                 f"than {self.method}; start with a new cache after patching anew"
@@ -164,12 +173,11 @@ class LayerGroups:
             ValueError: as `refuse_padding`.
         """
         group, layout = forward.ledger.groups[number], forward.layout
-        whole = layout.index.shape[1] == forward.valid.shape[1]
-        if not (whole and torch.equal(layout.valid, forward.valid)):
+        if not forward.whole:
             group.diverged = True
         valid = None if bool(layout.valid.all()) else layout.valid
         self.refuse_padding(group, valid)
         group.extend(valid, layout.index.shape[1])
-        total = forward.gap.sum(1, keepdim=True)
+        total = forward.places.gap.sum(1, keepdim=True)
         if bool(total.any()) and not self.adapter.axial:
             group.shift = total if group.shift is None else group.shift + total

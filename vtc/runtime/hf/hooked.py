@@ -5,22 +5,28 @@ model's forward."""
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 from vtc.core import Method
-from vtc.core.events import Listener
-from vtc.models import Adapter
+from vtc.core.errors import ArgumentError
+from vtc.core.events import Listener, Prefilled
+from vtc.core.prefill import Prefill
+from vtc.models import Adapter, UnsupportedModelError
 from vtc.report import Report
+from vtc.runtime.choices import Choices
+from vtc.runtime.executors import Bound
 from vtc.runtime.hf.arguments import by_name
 from vtc.runtime.hf.calls import Calls
-from vtc.runtime.hf.decoder import check_in_place
 from vtc.runtime.hf.guards import refuse_hidden_answers
+from vtc.runtime.hf.in_place import check_in_place
 from vtc.runtime.hf.override import Override
 from vtc.runtime.hf.plan import Plan
+from vtc.runtime.idle import warn_of_idle
 
 
-class Hooked:
+class Hooked(Bound):
     """A method bound to one model instance by hooks.
 
     The object holds no state of a call; that is in `calls`, per thread.
@@ -33,19 +39,35 @@ class Hooked:
         adapter: bound to the model.
         method: what runs.
         plan: the layers at which it acts and reads.
-        report: the figures of all prefills.
+        report: the figures of all prefills, from their events.
         calls: the calls in progress, per thread.
         lock: admits one forward at a time, since the threads of a server share the tapped modules.
         warned: numbers of the parts that a warning has named.
         listeners: called with every event of a selection.
 
     Raises:
-        ValueError: the method acts in a stage or at a layer that the model lacks.
+        ArgumentError: the method acts in a stage or at a layer that the model lacks.
         UnsupportedModelError: the method reads what vtc cannot capture in this model.
     """
 
     def __init__(self, adapter: Adapter, method: Method) -> None:
         self.adapter, self.method = adapter, method
+        for stage in method.stages:
+            if stage not in adapter.stages:
+                raise ArgumentError("method", self._lacks(stage))
+        for part in method.parts:
+            if part.reads_places and not adapter.places:
+                raise UnsupportedModelError(
+                    f"model: {part.name} reads the places of vision tokens, and those of "
+                    f"{type(adapter.model).__name__} come from a resampler and have none"
+                )
+        reason = self._no_gaps()
+        if reason is not None and any(part.closes_gaps_by_choice for part in method.parts):
+            warnings.warn(
+                f"{method}: positions='contiguous' has no meaning for "
+                f"{type(adapter.model).__name__}, {reason}",
+                stacklevel=5,
+            )
         self.report = Report(adapter.model.config)
         self.num_layers = len(adapter.layers)
         self.plan = Plan(adapter, method)
@@ -54,6 +76,19 @@ class Hooked:
         self.warned: set[int] = set()
         self.listeners: list[Listener] = []
         self._forget()
+
+    def _lacks(self, stage: str) -> str:
+        """Why a method that acts in `stage` is refused."""
+        return (
+            f"{self.method} acts in the stage {stage!r}, which the family {self.adapter.name} has "
+            f"not; it has {', '.join(self.adapter.stages)}"
+        )
+
+    def _no_gaps(self) -> str | None:
+        """Why gaps in the positions cannot close, or `None` if they can."""
+        if not self.adapter.axial:
+            return None
+        return "whose positions are places in the picture; tokens keep theirs"
 
     def _forget(self) -> None:
         """Start with no call in progress."""
@@ -70,6 +105,16 @@ class Hooked:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget()
+
+    @property
+    def model(self) -> Any:
+        """The model that is patched."""
+        return self.adapter.model
+
+    @property
+    def holder(self) -> Any:
+        """The part that merges images in."""
+        return self.adapter.base
 
     # ---- on and off ---------------------------------------------------------------------------
     def install(self) -> None:
@@ -163,6 +208,16 @@ class Hooked:
             refuse_hidden_answers(self.adapter.model, self.plan, given)
         with self.lock, self.calls.model(labels, given.get("logits_to_keep", 0)):
             return original(*args, **kwargs)
+
+    def _choices(self) -> Choices:
+        """The selections of a forward that begins."""
+        return Choices((self.report.hear, *self.listeners), shows=bool(self.listeners))
+
+    def _finish(self, choices: Choices, prefill: Prefill) -> None:
+        """Report a prefill, unless it repeats an earlier step, and warn of idle parts."""
+        if not choices.replay:
+            choices.emit(Prefilled(prefill))
+            warn_of_idle(self.method, choices.dropped, self.warned, self.num_layers, stacklevel=3)
 
     def _check_in_place(self) -> None:
         """Refuse a model with modules that were replaced under the patch."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,10 @@ from vtc.core.images import Modality
 from vtc.models import Adapter
 from vtc.runtime.forward import Forward
 from vtc.runtime.signals import ImageSignals, ImageSpan, TowerSignals
+
+Ends = tuple[torch.Size, Tensor, list[ImageSignals]]
+Recent = dict[Modality, list[Ends]]
+"""By modality, the shape and the first and last row of the latest features, and their signals."""
 
 
 class SeenImages:
@@ -30,28 +35,26 @@ class SeenImages:
         adapter: bound to the model.
         method: named in error messages.
         signals: the captured signals, by feature tensor, for as long as it lives.
-        recent: by modality, the shape and the first and last row of the latest features, which
-            identify repeated ones.
     """
 
     def __init__(self, adapter: Adapter, method: Method) -> None:
         self.adapter, self.method = adapter, method
         self.signals: Any = WeakTensorKeyDictionary()
-        self.recent: dict[Modality, list[tuple[torch.Size, Tensor, list[ImageSignals]]]] = {}
 
     def remember(
-        self, modality: Modality, features: Any, signals: list[list[ImageSignals]]
+        self, recent: Recent, modality: Modality, features: Any, signals: list[list[ImageSignals]]
     ) -> None:
         """Store the signals of the images that were just encoded.
 
         Args:
+            recent: of this thread; receives them too.
             modality: "image" or "video".
             features: (images, n, d), or a list of (n, d).
             signals: one list per element of `features`.
         """
         self._note(features, signals)
         # Beam search may repeat features as new tensors; first and last rows identify them.
-        self.recent[modality] = [
+        recent[modality] = [
             (own.shape, own.detach().flatten(0, -2)[[0, -1]].clone(), of_one)
             for own, of_one in zip(features, signals, strict=True)
             if len(own)
@@ -65,12 +68,16 @@ class SeenImages:
             for own, of_one in zip(features, signals, strict=True):
                 self.signals[own] = [of_one]
 
-    def spans(self, forward: Forward, reads: bool) -> list[ImageSpan]:
+    def spans(
+        self, recent: Recent, forward: Forward, valid: Tensor, reads: bool
+    ) -> list[ImageSpan]:
         """The images of this forward, by sample and in sequence order. An image that the mask hides
         completely is left out.
 
         Args:
+            recent: of this thread.
             forward: the forward in progress.
+            valid: (b, s) bool mask of the sequence.
             reads: the method needs the captured signals.
 
         Returns:
@@ -85,24 +92,28 @@ class SeenImages:
         found: list[tuple[int, Tensor, ImageSignals]] = []
         for modality, mask in forward.vision.items():
             if modality in forward.features:
-                found += self._pieces(modality, mask.expand_as(forward.valid), forward, reads)
+                given, mask = forward.features[modality], mask.expand_as(valid)
+                found += self._pieces(modality, mask, given, recent, reads)
         found.sort(key=lambda piece: (piece[0], int(piece[1][0])))
-        seen = [0] * len(forward.valid)
+        seen = [0] * len(valid)
         spans = []
         for b, place, signals in found:
-            span = ImageSpan.of(b, seen[b], place, signals, forward.valid[b])
+            span = ImageSpan.of(b, seen[b], place, signals, valid[b])
             if len(span.index):
                 spans.append(span)
                 seen[b] += 1
         return spans
 
     def _pieces(
-        self, modality: Modality, mask: Tensor, forward: Forward, reads: bool
+        self, modality: Modality, mask: Tensor, given: Any, recent: Recent, reads: bool
     ) -> list[tuple[int, Tensor, ImageSignals]]:
         """(sample, places, signals) of each image or clip of one modality."""
         sample, place = mask.nonzero(as_tuple=True)
-        given = forward.features[modality]
-        known = [signals for of_one in self._known(given, modality, reads) for signals in of_one]
+        known = [
+            signals
+            for of_one in self._known(given, recent.get(modality, ()), modality, reads)
+            for signals in of_one
+        ]
         size = sum(len(signals.map) for signals in known)
         if size != len(place):
             raise RuntimeError(
@@ -163,7 +174,9 @@ class SeenImages:
             crop_cls=stacked([own.cls for own in tiles]),
         )
 
-    def _known(self, given: Any, modality: Modality, reads: bool) -> list[list[ImageSignals]]:
+    def _known(
+        self, given: Any, recent: Sequence[Ends], modality: Modality, reads: bool
+    ) -> list[list[ImageSignals]]:
         """For each element of `given`, the signals captured when its images were encoded."""
         if isinstance(given, Tensor):
             known = self.signals.get(given) or [None] * len(given)
@@ -173,7 +186,7 @@ class SeenImages:
         for own, signals in zip(given, known, strict=True):
             if signals is None and len(own):
                 ends = own.detach().flatten(0, -2)[[0, -1]]
-                for shape, known_ends, candidate in self.recent.get(modality, ()):
+                for shape, known_ends, candidate in recent:
                     same = shape == own.shape and known_ends.device == ends.device
                     if same and torch.equal(known_ends.to(ends), ends):
                         signals, repeated = candidate, True

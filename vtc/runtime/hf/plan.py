@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a method acts in a given model and what it reads there, checked when patching."""
+"""Where a method acts between decoder layers and what it reads there, checked when patching."""
 
 from __future__ import annotations
 
 import inspect
-import warnings
 from typing import Any, get_args
 
 from vtc.core import Method, Record, Rows
@@ -21,18 +20,15 @@ class Plan:
         method: the method, or a composition.
 
     Attributes:
-        sequence: the methods of the sequence stage, in order.
         pruners: by decoder layer, the methods that act before it, with their number in the
             composition.
         tapped: by tapped decoder layer, the kinds of attention rows to capture.
         by_head: the layers of `tapped` whose attention is captured per head.
         recorded: by decoder layer, the names of the records to capture.
-        first_layers: the first layer of each group of layers that hold the same tokens.
-        group_of: the group of each layer.
 
     Raises:
-        ValueError: the method acts in a stage that the family lacks or at a layer that the model
-            lacks, or reads a layer or an unknown signal that is not available where it acts.
+        ValueError: the method acts at a layer that the model lacks, or reads a layer or an unknown
+            signal that is not available where it acts.
         UnsupportedModelError: a decoder layer lacks a module that the method reads, or its
             attention has options or rotations that vtc does not support.
     """
@@ -40,17 +36,11 @@ class Plan:
     def __init__(self, adapter: Adapter, method: Method) -> None:
         self.adapter, self.method = adapter, method
         self.num_layers = len(adapter.layers)
-        self.sequence = [m for m in method.parts if "sequence" in m.stages]
         self.pruners: dict[int, list[tuple[int, Method]]] = {}
         self.tapped: dict[int, set[Rows]] = {}
         self.by_head: set[int] = set()
         self.recorded: dict[int, set[Record]] = {}
         self._read()
-        self.first_layers = (0, *sorted(self.pruners))
-        self.group_of = [
-            max(g for g, first in enumerate(self.first_layers) if first <= layer)
-            for layer in range(self.num_layers)
-        ]
 
     @property
     def reads_prompt(self) -> bool:
@@ -67,20 +57,8 @@ class Plan:
 
     def _read(self) -> None:
         kind = type(self.adapter.model).__name__
-        for stage in self.method.stages:
-            if stage not in self.adapter.stages:
-                raise ValueError(
-                    f"method: {self.method} acts in the stage {stage!r}, which the family "
-                    f"{self.adapter.name} has not; it has {', '.join(self.adapter.stages)}"
-                )
         cut = {n for m in self.method.parts for n in m.prune_layers(self.num_layers)}
         self.adapter.check_layers(sorted(cut))
-        if self.adapter.axial and any(m.closes_gaps_by_choice for m in self.method.parts):
-            warnings.warn(
-                f"{self.method}: positions='contiguous' has no meaning for {kind}, whose positions "
-                "are places in the picture; tokens keep theirs",
-                stacklevel=6,
-            )
         for number, method in enumerate(self.method.parts):
             check_needs(method.name, method.needs)  # for a property, which the class cannot check
             layers = method.prune_layers(self.num_layers)

@@ -14,7 +14,7 @@ import inspect
 import math
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from vtc.report import Stopwatch
+from vtc.core.prefill import Stopwatch
 from vtc.runtime.signals import TowerSignals
 
 TAP = "vtc_tap"
@@ -135,6 +135,23 @@ def install(module: Any) -> Tap:
         tap = Tap(module)
         module._vtc_taps.taps.append(tap)
     return tap
+
+
+@contextmanager
+def suspended(found: Iterable[Tap]) -> Iterator[None]:
+    """Context of a nested call, in which taps capture nothing; afterwards they are as before.
+
+    Args:
+        found: the taps of the outer call.
+    """
+    before = [(tap, tap.armed, tap.captured, tap.silent) for tap in found]
+    for tap, *_ in before:
+        tap.armed, tap.captured, tap.silent = None, [], False
+    try:
+        yield
+    finally:
+        for tap, armed, captured, silent in before:
+            tap.armed, tap.captured, tap.silent = armed, captured, silent
 
 
 _OPTIONS = {

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtc.core.prefill import Stopwatch
 from vtc.methods.atp import (
     ATPHeads,
     Normalise,
@@ -30,7 +31,6 @@ from vtc.methods.atp import (
     statistics,
 )
 from vtc.models import UnsupportedModelError, find
-from vtc.report import Stopwatch
 from vtc.runtime.hf import taps
 from vtc.training.loop import Batch
 

@@ -4,27 +4,32 @@
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from vtc.core import EncoderState, Merging, Method
 from vtc.models import Adapter, UnsupportedModelError
+from vtc.runtime.choices import no_autocast
+from vtc.runtime.forward import Forward
 from vtc.runtime.hf import taps
 from vtc.runtime.hf.override import Override
-from vtc.runtime.stages import no_autocast
+from vtc.runtime.hf.stages.base import Runner, Shortened
+
+if TYPE_CHECKING:
+    from vtc.runtime.hf.vision import Encoding
 
 
 @dataclass
-class _Patches:
+class Patches:
     """The tokens of one image in the tower, without [CLS].
 
     Attributes:
+        original: patches before anything was merged or dropped.
         size: (n,) number of patches that each token represents.
         source: (n,) the first of these patches.
         memory: (n,) what the method passes from layer to layer.
@@ -38,78 +43,89 @@ class _Patches:
     counts: list[int]
 
 
-@dataclass(frozen=True)
-class Merged:
-    """The outcome for one image.
-
-    Attributes:
-        places: (m,) places of its tokens on the original grid, ascending.
-        original: number of patches before merging.
-        counts: tokens that entered each layer, and those that left the last.
-    """
-
-    places: Tensor
-    original: int
-    counts: tuple[int, ...]
-
-
-class EncoderSide:
+class EncoderRunner(Runner):
     """Runs the tower image by image, so that each image may keep its own number of patches.
 
     The tower is modified only during a call: other models may share it, and its modules may be
     replaced between calls.
+    """
+
+    stage: ClassVar[str] = "encoder"
+    shortens: ClassVar[bool] = True
+    changes_tower: ClassVar[bool] = True
+
+    def __init__(
+        self, adapter: Adapter, method: Method, current: Callable[[], Forward | None]
+    ) -> None:
+        super().__init__(adapter, method, current)
+        (self.merger,) = (part for _, part in self.parts)
+        MergingTower(self.merger, adapter, {}, lambda: True)
+
+    def encode(
+        self, encoding: Encoding, original: Callable[..., Any], kwargs: dict[str, Any]
+    ) -> tuple[Any, list[Shortened]]:
+        """Run `get_image_features` image by image; see `Runner.encode`.
+
+        Raises:
+            UnsupportedModelError: no layer runs before the one that is read, or [CLS] is a vision
+                token.
+            ValueError: the method returns an invalid merging.
+            RuntimeError: the projector returns another number of tokens, or the method weighs
+                attention and the tower uses flash attention.
+        """
+        if self.merger.keeps_all:
+            return original(**kwargs), []
+        tower = MergingTower(
+            self.merger, encoding.adapter, encoding.given, lambda: encoding.current
+        )
+        with tower.installed():
+            return tower.encode(original, kwargs)
+
+
+class MergingTower:
+    """The tower during one call.
 
     Args:
-        adapter: bound to the model.
         method: what merges the patches.
+        adapter: bound to the model.
+        given: the arguments of the call.
+        current: whether the call is the innermost of this thread.
 
     Raises:
         UnsupportedModelError: no layer runs before the one that is read, or [CLS] is a vision
             token, and the method does not keep all patches.
     """
 
-    def __init__(self, adapter: Adapter, method: Method) -> None:
-        self.method = method
-        self._look_at(adapter, {})
-        self._forget()
-
-    def _look_at(self, adapter: Adapter, given: Mapping[str, Any]) -> None:
-        """Read the tower's layout for this call, or raise if patches cannot be merged in it."""
+    def __init__(
+        self,
+        method: Method,
+        adapter: Adapter,
+        given: Mapping[str, Any],
+        current: Callable[[], bool],
+    ) -> None:
+        self.method, self.current = method, current
         self.layers = adapter.encoder_layers()
         self.used = adapter.encoder_depth(given)
-        if self.used < 1 and not self.method.keeps_all:
+        if self.used < 1 and not method.keeps_all:
             raise UnsupportedModelError(
                 "vision_feature_layer: no layer of the tower runs before the one that is read, "
-                f"and {self.method.name} merges patches in them"
+                f"and {method.name} merges patches in them"
             )
         self.has_cls = adapter.has_cls()
         kept = not adapter.prefix(given)
-        if self.has_cls and kept and not self.method.keeps_all:
+        if self.has_cls and kept and not method.keeps_all:
             raise UnsupportedModelError(
                 "vision_feature_select_strategy: got 'full', in which [CLS] is a vision token, and "
-                f"{self.method.name} merges patches into tokens that have a place; accepted is "
+                f"{method.name} merges patches into tokens that have a place; accepted is "
                 "'default'"
             )
-
-    def _forget(self) -> None:
         self.taps: list[taps.Tap] = []
-        self.patches: _Patches | None = None
-        self.thread = 0
-
-    def __getstate__(self) -> dict[str, Any]:
-        gone = ("layers", "taps", "patches")
-        return {name: value for name, value in self.__dict__.items() if name not in gone}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.layers = []  # read at each call
-        self._forget()
+        self.patches: Patches | None = None
 
     @contextmanager
-    def _installed(self) -> Iterator[None]:
+    def installed(self) -> Iterator[None]:
+        """Context in which the layers of the tower merge."""
         overrides: list[Override] = []
-        before = self.taps, self.patches, self.thread  # of the outer call, if this one is nested
-        self.taps, self.patches, self.thread = [], None, threading.get_ident()
         try:
             for i, layer in enumerate(self.layers[: self.used]):
                 self.taps.append(taps.install(layer.self_attn))
@@ -120,48 +136,16 @@ class EncoderSide:
                 override.remove()
             for tap in self.taps:
                 tap.remove()
-            self.taps, self.patches, self.thread = before
 
     def encode(
-        self,
-        adapter: Adapter,
-        given: Mapping[str, Any],
-        original: Callable[..., Any],
-        kwargs: dict[str, Any],
-    ) -> tuple[Any, list[Merged]]:
-        """Run `get_image_features` image by image.
-
-        Args:
-            adapter: bound to the model.
-            given: the arguments of the call.
-            original: the model's own function.
-            kwargs: its arguments; `pixel_values` is removed.
-
-        Returns:
-            The model's output, with features (m, d) per image in the order of their places, and
-            the outcome for each image.
-
-        Raises:
-            UnsupportedModelError: as for the class.
-            ValueError: the method returns an invalid merging.
-            RuntimeError: the projector returns another number of tokens, or the method weighs
-                attention and the tower uses flash attention.
-        """
-        before = self.layers, self.used, self.has_cls  # of the outer call, if this one is nested
-        self._look_at(adapter, given)
-        try:
-            with self._installed():
-                return self._encode(original, kwargs)
-        finally:
-            self.layers, self.used, self.has_cls = before
-
-    def _encode(
         self, original: Callable[..., Any], kwargs: dict[str, Any]
-    ) -> tuple[Any, list[Merged]]:
+    ) -> tuple[Any, list[Shortened]]:
+        """Run `original` for each image; see `Runner.encode`."""
+        kwargs = dict(kwargs)
         pixels = kwargs.pop("pixel_values")
-        features, merged, out = [], [], None
+        features, shortened, out = [], [], None
         for image in pixels.split(1):
-            self.patches = _Patches(0, pixels.new_empty(0), pixels.new_empty(0), None, [])
+            self.patches = Patches(0, pixels.new_empty(0), pixels.new_empty(0), None, [])
             out = original(pixel_values=image, **kwargs)
             patches = self.patches
             (found,) = out.pooler_output
@@ -172,10 +156,11 @@ class EncoderSide:
                     f"{self.method} cannot tell their places"
                 )
             features.append(found[order])
-            merged.append(Merged(places, patches.original, tuple(patches.counts)))
+            kept = places if len(places) < patches.original else None
+            shortened.append(Shortened(patches.original, kept, tuple(patches.counts)))
         assert out is not None
         out.pooler_output = features
-        return out, merged
+        return out, shortened
 
     def _layer(
         self,
@@ -186,8 +171,7 @@ class EncoderSide:
         **kwargs: Any,
     ) -> Any:
         patches = self.patches
-        # A nested call may read deeper layers, where nothing is merged.
-        if patches is None or i >= self.used or self.thread != threading.get_ident():
+        if patches is None or not self.current():  # of a nested call, or another thread
             return original(hidden_states, attention_mask, **kwargs)
         layer: Any = self.layers[i]
         prefix = int(self.has_cls)
@@ -230,13 +214,13 @@ class EncoderSide:
         with no_autocast(hidden):
             merging = self.method.merge(state)
         if merging is not None:
-            rows = _merge(self.method, merging, patches, hidden[0, prefix:])
+            rows = merge_rows(self.method, merging, patches, hidden[0, prefix:])
             hidden = torch.cat([hidden[:, :prefix], rows[None]], dim=1)
         if i == self.used - 1:
             patches.counts.append(len(patches.size))
         return hidden + layer.mlp(layer.layer_norm2(hidden))
 
-    def _sizes(self, patches: _Patches, hidden: Tensor) -> Tensor | None:
+    def _sizes(self, patches: Patches, hidden: Tensor) -> Tensor | None:
         """(1, 1, t, t) log sizes of the tokens, added to the attention logits."""
         if not self.method.weighs_sizes or len(patches.size) == patches.original:
             return None
@@ -249,8 +233,21 @@ class EncoderSide:
         return sizes.to(hidden.dtype)[None, None, None].expand(1, 1, len(sizes), -1)
 
 
-def _merge(method: Method, merging: Merging, patches: _Patches, rows: Tensor) -> Tensor:
-    """Merge rows (n, d) into contents (m, d); updates the sizes and places in `patches`."""
+def merge_rows(method: Method, merging: Merging, patches: Patches, rows: Tensor) -> Tensor:
+    """Carry out a merging.
+
+    Args:
+        method: named in errors.
+        merging: what it returned.
+        patches: the tokens before; becomes those after.
+        rows: (n, d) their states.
+
+    Returns:
+        (m, d) means of the merged states, weighted by size.
+
+    Raises:
+        ValueError: the merging is not one of n tokens into m.
+    """
     target, n = merging.target, rows.shape[0]
     if target.dtype != torch.long or target.shape != (n,):
         raise ValueError(

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decoder side of a patched model: capture of what methods read in decoder layers."""
+"""Captures what methods read in decoder layers."""
 
 from __future__ import annotations
 
 import copy
 import functools
-from dataclasses import dataclass
-from operator import is_
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,101 +15,26 @@ from vtc.core import Record, Rows
 from vtc.models import CACHE, Adapter
 from vtc.runtime.forward import Forward
 from vtc.runtime.hf import taps
+from vtc.runtime.hf.in_place import REPLACED, check_same
 from vtc.runtime.hf.plan import Plan
 from vtc.runtime.signals import Heard
 from vtc.runtime.stages import rows_of
 
 
-@dataclass(frozen=True)
-class _UnderWay:
-    """A forward and the state of its taps."""
-
-    forward: Forward | None
-    taps: list[Any]
-
-
-def check_in_place(adapter: Adapter, layers: list[Any]) -> None:
-    """Refuse a model with modules that were replaced under the patch.
-
-    Args:
-        adapter: bound to the model when it was patched.
-        layers: the decoder layers that were hooked.
-
-    Raises:
-        RuntimeError: the base model, the language model or a decoder layer was replaced, or the
-            number of layers changed.
-    """
-    found = adapter.bind(adapter.model)
-    same = found.base is adapter.base and found.decoder is adapter.decoder
-    if same and len(layers) == len(found.layers) and all(map(is_, layers, found.layers)):
-        return
-    pairs = [
-        ("base model", adapter.base, found.base),
-        ("language model", adapter.decoder, found.decoder),
-        *(
-            (f"decoder layer {i}", was, now)
-            for i, (was, now) in enumerate(zip(layers, found.layers, strict=False))
-        ),
-    ]
-    for name, was, now in pairs:
-        check_same(name, was, now)
-    if len(layers) != len(found.layers):
-        raise RuntimeError(_REPLACED.format(f"number of decoder layers ({len(found.layers)})"))
-
-
-def check_same(name: str, was: Any, now: Any) -> None:
-    """Refuse a replaced module.
-
-    Args:
-        name: of the module, for the error.
-        was: the module that was patched.
-        now: the module that runs now.
-
-    Raises:
-        RuntimeError: they differ; a module compiled by torch counts as the same.
-    """
-    # A module compiled by torch.compile calls the original one, with its hooks.
-    if _uncompiled(was) is not _uncompiled(now):
-        raise RuntimeError(_REPLACED.format(f"{name}, now a {type(now).__name__},"))
-
-
-def _uncompiled(module: Any) -> Any:
-    return vars(module)["_modules"].get("_orig_mod", module)
-
-
-_REPLACED = (
-    "model: its {} is not the one that was patched, and would run without the patch; unpatch "
-    "before modules are replaced (adapters that save whole modules do that), and patch afterwards"
-)
-
-
-class DecoderSide:
+class LayerReader:
     """Captures what a plan reads in decoder layers: attention rows, inputs, outputs and keys.
 
     Args:
         adapter: bound to the model.
         plan: what to capture, by layer.
+        current: returns the forward in progress in this thread, or `None`.
     """
 
-    def __init__(self, adapter: Adapter, plan: Plan) -> None:
-        self.adapter, self.plan = adapter, plan
+    def __init__(self, adapter: Adapter, plan: Plan, current: Callable[[], Forward | None]) -> None:
+        self.adapter, self.plan, self.current = adapter, plan, current
         self.taps: dict[int, taps.Tap] = {}
         self.handles: list[Any] = []
         self.parts: list[tuple[int, str, Any]] = []
-        self.forget()
-
-    def forget(self) -> None:
-        """Start with no forward in progress."""
-        self.forward: Forward | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        del state["forward"]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.forget()
 
     def install(self) -> None:
         """Install the taps and hooks of the plan."""
@@ -148,9 +72,7 @@ class DecoderSide:
                 check_same(f"{name} of decoder layer {layer}", module, now)
         for layer, tap in self.taps.items():
             if not tap.in_place:
-                raise RuntimeError(
-                    _REPLACED.format(f"config of self_attn of decoder layer {layer}")
-                )
+                raise RuntimeError(REPLACED.format(f"config of self_attn of decoder layer {layer}"))
 
     def uninstall(self) -> None:
         """Remove all taps and hooks."""
@@ -159,29 +81,6 @@ class DecoderSide:
         for tap in self.taps.values():
             tap.remove()
         self.handles, self.taps, self.parts = [], {}, []
-        self.forget()
-
-    def begin(self, forward: Forward) -> None:
-        """Attribute what decoder layers compute from now on to `forward`."""
-        self.forward = forward
-
-    def exchange(self, under_way: _UnderWay | None) -> _UnderWay:
-        """Swap the state of the forward in progress, so that nested calls do not change the outer.
-
-        Args:
-            under_way: the state to resume, as an earlier call returned it; `None` for none.
-
-        Returns:
-            The state that was current.
-        """
-        kept = [(tap.armed, tap.captured, tap.silent) for tap in self.taps.values()]
-        left = _UnderWay(self.forward, kept)
-        for i, tap in enumerate(self.taps.values()):
-            tap.armed, tap.captured, tap.silent = (
-                under_way.taps[i] if under_way else (None, [], False)
-            )
-        self.forward = None if under_way is None else under_way.forward
-        return left
 
     # ---- records ------------------------------------------------------------------------------
     @torch.compiler.disable
@@ -195,21 +94,29 @@ class DecoderSide:
         self, layer: int, name: Record, module: Any, args: tuple[Any, ...], output: Any
     ) -> None:
         value = output[0] if isinstance(output, tuple) else output
-        if name == "normed" and self.forward is not None:
+        if name == "normed" and self._listening() is not None:
             with torch.no_grad():
                 value = self.adapter.decoder.norm(value)
         self._note(layer, name, value)
 
     def _note(self, layer: int, name: Record, value: Tensor) -> None:
-        if self.forward is not None:
-            self.forward.recorded[layer, name] = (self.forward.layout, value.detach())
+        forward = self._listening()
+        if forward is not None:
+            forward.captured.records[layer, name] = (forward.layout, value.detach())
+
+    def _listening(self) -> Forward | None:
+        """The forward to which what a layer computes now belongs, or `None`."""
+        forward = self.current()
+        if forward is None or forward.phase != "prefill" or forward.captured.paused:
+            return None
+        return forward
 
     # ---- attention ----------------------------------------------------------------------------
     def listen(self, forward: Forward, layer: int, hidden: Tensor) -> None:
         """Arm the tap of a decoder layer and record its input, before it runs.
 
         Args:
-            forward: the forward in progress; `recorded` and `attention` receive the captures.
+            forward: the forward in progress; `captured` receives what is read.
             layer: 0-based decoder layer.
             hidden: (b, s, d) the layer's input.
         """
@@ -220,13 +127,13 @@ class DecoderSide:
             self._note(layer, "rotary", self._turned_ones(forward, layer, hidden))
         if layer not in self.plan.tapped:
             return
-        with forward.selector.measure(forward.valid.device):
+        with forward.selector.measure(forward.prompt.valid.device):
             rows = rows_of(forward, self.plan.tapped[layer])
             wide = [
                 nn.utils.rnn.pad_sequence(per_sample, batch_first=True)
                 for per_sample in rows.values()
             ]
-            group = forward.ledger.groups[self.plan.group_of[layer]]
+            group = forward.ledger.groups[forward.ledger.group_of(layer)]
             past = group.length - forward.layout.index.shape[1]
         wide.append(forward.layout.index[:, :0])
         tap, places = self.taps[layer], torch.cat(wide, dim=1)
@@ -235,7 +142,7 @@ class DecoderSide:
 
         def note(keys: Tensor) -> None:
             keys = self._turned_back(forward, layer, keys).transpose(1, 2).flatten(2)
-            forward.recorded[layer, "keys"] = (layout, keys)
+            forward.captured.records[layer, "keys"] = (layout, keys)
 
         wanted = "keys" in recorded
         if places.shape[1] or wanted:
@@ -250,7 +157,7 @@ class DecoderSide:
                 blocks=self._blocks(forward, layer, group.length),
                 chunk=self.adapter.chunk(layer),
             )
-        forward.attention[layer] = Heard(layout, rows, tap.captured, past)
+        forward.captured.attention[layer] = Heard(layout, rows, tap.captured, past)
 
     def _blocks(self, forward: Forward, layer: int, length: int) -> Tensor | None:
         blocks = forward.gather_blocks(length)
@@ -262,13 +169,13 @@ class DecoderSide:
         Padding that counts in the positions rotates all keys of a sample equally. Attention is
         invariant to that, but a method that reads the keys is not.
         """
-        if not bool(forward.offset.any()):
+        if not bool(forward.places.offset.any()):
             return keys
-        return self._rotate(layer, keys, -forward.offset.to(keys.device))
+        return self._rotate(layer, keys, -forward.places.offset.to(keys.device))
 
     def _turned_ones(self, forward: Forward, layer: int, hidden: Tensor) -> Tensor:
         """(b, k, d_head) fp32 ones, rotated to each token's position in its sample."""
-        positions = forward.rotary_positions(self.plan.group_of[layer]) - forward.offset
+        positions = forward.rotary_positions(forward.ledger.group_of(layer)) - forward.places.offset
         attention: Any = self.adapter.layers[layer].self_attn
         ones = torch.ones(*hidden.shape[:2], attention.head_dim, device=hidden.device)
         return self._rotate(layer, ones[:, None], positions.to(hidden.device))[:, 0]
@@ -301,7 +208,7 @@ class DecoderSide:
         """
         rows = rows_of(forward, {kind})
         places = nn.utils.rnn.pad_sequence(rows[kind], batch_first=True)
-        group = forward.ledger.groups[self.plan.group_of[layer]]
+        group = forward.ledger.groups[forward.ledger.group_of(layer)]
         past, valid = group.length, forward.layout.valid
         tap = self.taps[layer]
         captured: list[Tensor] = []
@@ -320,10 +227,10 @@ class DecoderSide:
                 blocks=self._blocks(forward, layer, visible.shape[1]),
                 chunk=self.adapter.chunk(layer),
             )
-            positions = forward.rotary_positions(self.plan.group_of[layer]).to(hidden.device)
+            positions = forward.rotary_positions(forward.ledger.group_of(layer)).to(hidden.device)
             decoder: Any = self.adapter.layers[layer]
             # The look-ahead is not part of the forward, so its inputs are not recorded.
-            self.forward = None
+            forward.captured.paused = True
             try:
                 with tap.alone(), torch.no_grad():
                     decoder.self_attn(
@@ -333,7 +240,7 @@ class DecoderSide:
                         **{CACHE: _ReadOnly(cache) if past else None},
                     )
             finally:
-                self.forward = forward
+                forward.captured.paused = False
             captured, tap.captured = tap.captured, []
         return Heard(forward.layout, rows, captured, past)
 

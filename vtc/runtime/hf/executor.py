@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The executor for models of transformers."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from vtc.core import Method
+from vtc.models import find
+from vtc.runtime.executors import Executor
+from vtc.runtime.hf.cross import CrossEngine
+from vtc.runtime.hf.engine import Engine
+from vtc.runtime.hf.hooked import Hooked
+from vtc.runtime.hf.stages import RUNNERS
+
+
+class Transformers(Executor):
+    """Hooks the modules of a model, bare or in wrappers of compilers, adapters and multi-device
+    training."""
+
+    stages: ClassVar[tuple[str, ...]] = tuple(RUNNERS)
+
+    @classmethod
+    def accepts(cls, model: Any) -> bool:
+        """Whether it is a PyTorch module."""
+        return isinstance(model, nn.Module)
+
+    @classmethod
+    def holders(cls, model: Any) -> tuple[Any, ...]:
+        """The part that merges images in, possibly the model itself."""
+        inner = _unwrapped(model)
+        return inner, getattr(inner, "model", None)
+
+    @classmethod
+    def bind(cls, model: Any, method: Method) -> Hooked:
+        """Bind a method; see `Executor.bind`."""
+        adapter = find(_unwrapped(model))
+        # All checks precede the engine.
+        engine: Any = CrossEngine if adapter.crosses else Engine
+        made: Hooked = engine(adapter, method)
+        return made
+
+
+def _unwrapped(model: Any) -> Any:
+    """The model inside wrappers."""
+    while isinstance(model, nn.Module):
+        base: Any = getattr(model, "get_base_model", None)
+        inside = [model._modules.get(name) for name in _WRAPPED]
+        found = next((part for part in inside if part is not None), None)
+        if found is None and base is not None:
+            found = base()
+        if found is None or isinstance(model, PreTrainedModel):
+            break
+        model = found
+    return model
+
+
+_WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module")
+"""Its attribute in torch.compile, DistributedDataParallel (and similar wrappers) and FSDP."""
