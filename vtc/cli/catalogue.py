@@ -3,7 +3,8 @@
 
 `vtc methods` answers in well under a second because `catalogue.json` holds what the classes say. It
 also holds a digest of the files that define them: after an edit the classes are read instead, until
-`python -m vtc.cli.catalogue` (`make catalogue`) rewrites the file. `make lint` fails if that is due.
+`python -m vtc.cli.catalogue` (`make catalogue`) rewrites the file. `make lint` fails if that is
+due.
 """
 
 from __future__ import annotations
