@@ -661,7 +661,12 @@ def test_settings_go_to_the_method() -> None:
         (("scope", "llava-1.5", 64), {"depth": 3}, TypeError, "depth: scope has no such"),
         (("scope", "llava-1.5", 64), {"version": "v2"}, TypeError, "version: scope has no such"),
         (("scope", "llava-1.5", 64), {"alpha": -1.0}, ValueError, "alpha"),
-        (("fastv", "llava-1.5", 64), {"layer": 40}, ValueError, "at most 31 in a model of 32"),
+        (
+            ("fastv", "llava-1.5", 64),
+            {"layer": 40},
+            ValueError,
+            "up to 31 in a model of 32",
+        ),
     ],
 )
 def test_errors_say_what_is_accepted(

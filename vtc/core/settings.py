@@ -131,7 +131,7 @@ def as_tuple(name: str, value: Any) -> tuple[Any, ...]:
         ArgumentTypeError: for the setting `name`, not a sequence.
     """
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise ArgumentTypeError(name, f"expected several values such as (3, 9), got {value!r}")
+        raise ArgumentTypeError(name, f"expected several values in brackets, got {value!r}")
     return tuple(value)
 
 

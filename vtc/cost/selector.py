@@ -75,7 +75,7 @@ def selector_flops(
         pixels.
 
     Raises:
-        ArgumentError: a size is not positive, the method is unknown, or it refuses its settings.
+        ArgumentError: a size is below 1, the method is unknown, or it refuses its settings.
     """
     sizes = {"tokens": tokens, "d": d, "text": text, "layers": layers, "heads": heads}
     sizes |= {"vision_d": d if vision_d is None else vision_d, "q": d if q is None else q}
