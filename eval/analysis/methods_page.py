@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vtc.core.errors import ArgumentError
 from vtc.core.spec import parse_method, takes_keep
 
 from ..report.page_tables import LEVEL, SIMPLE, Cell, Logs, compare, done, peer
@@ -59,16 +60,16 @@ def write(run: Path, out: Path) -> Path:
 
     Raises:
         FileNotFoundError: `run` is no folder of a run.
-        ValueError: the run has several tasks, cells that failed, or scores without intervals.
+        ArgumentError: the run has several tasks, cells that failed, or scores without intervals.
     """
     results = json.loads((run / "results.json").read_text("utf-8"))
     cells = results["cells"] = [_swept(cell) for cell in results["cells"]]
     tasks = {c["task"] for c in cells}
     if len(tasks) != 1 or len(done(cells)) != len(cells):
         failed = [c["label"] for c in cells if c["status"] != "done"]
-        raise ValueError(f"run: expected one task and no failed cell, got {tasks}, {failed}")
+        raise ArgumentError("run", f"expected one task and no failed cell, got {tasks}, {failed}")
     if any(c["interval"] is None for c in cells):
-        raise ValueError("run: expected scores with intervals, got a cell without")
+        raise ArgumentError("run", "expected scores with intervals, got a cell without")
     logs = {}
     for cell in cells:
         lines = (run / "cells" / f"{cell['key']}.jsonl").read_text("utf-8").splitlines()

@@ -33,6 +33,8 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 import vtc
+from vtc.core.errors import ArgumentError
+from vtc.core.settings import check_choice, check_whole
 from vtc.core.spec import parse_keep, parse_method, split_list, takes_keep
 
 from ..embedded.scenes.parts import Box
@@ -84,14 +86,12 @@ def dialogues(
     The first question is of another type, and its evidence does not touch the second's.
 
     Raises:
-        ValueError: `count` below 1, no types, or an unknown split.
+        ArgumentError: `count` below 1, no types, or an unknown split.
     """
-    if count < 1:
-        raise ValueError(f"count: expected at least 1, got {count}")
+    check_whole("count", count, lowest=1)
     if not types:
-        raise ValueError("types: expected at least one, got none")
-    if split not in SPLITS:
-        raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+        raise ArgumentError("types", "expected at least one, got none")
+    check_choice("split", split, SPLITS)
     number, found = seed * 1_000_000, 0
     while found < count:
         scene = generate(number, split)
@@ -222,10 +222,10 @@ def score(
     """Ask all dialogues with `method` on the model, which is unpatched afterwards.
 
     Raises:
-        ValueError: no dialogues.
+        ArgumentError: no dialogues.
     """
     if not talks:
-        raise ValueError("talks: expected at least one dialogue, got none")
+        raise ArgumentError("talks", "expected at least one dialogue, got none")
     right = []
     with vtc.patch(model, method) as patch:
         for talk in talks:

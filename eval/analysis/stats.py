@@ -12,6 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from vtc.core.errors import ArgumentError
+from vtc.core.settings import check_number
+
 __all__ = [
     "Constant",
     "Paired",
@@ -38,8 +41,10 @@ def wilson(correct: float, n: int) -> tuple[float, float]:
         correct: successes, from 0 to `n`.
         n: trials, at least 1.
     """
-    if n < 1 or not 0 <= correct <= n:
-        raise ValueError(f"expected 0 <= correct <= n and n >= 1, got correct={correct}, n={n}")
+    if n < 1:
+        raise ArgumentError("n", f"expected at least 1, got {n}")
+    if not 0 <= correct <= n:
+        raise ArgumentError("correct", f"expected 0 to {n}, got {correct}")
     p, z2 = correct / n, _Z * _Z
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = _Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
@@ -54,11 +59,11 @@ def interval(scores: Sequence[float], resamples: int = 2000, seed: int = 0) -> t
     tells how far another draw of questions could move the score, not what another seed would do.
 
     Raises:
-        ValueError: no scores.
+        ArgumentError: no scores.
     """
     values = np.asarray(scores, dtype=float)
     if values.size == 0:
-        raise ValueError("scores: expected at least one, got none")
+        raise ArgumentError("scores", "expected at least one, got none")
     if _binary(values):
         return wilson(float(values.sum()), values.size)
     return bootstrap(values, resamples, seed)
@@ -72,11 +77,11 @@ def bootstrap(
     Of equal values it has no width, however few they are.
 
     Raises:
-        ValueError: no values.
+        ArgumentError: no values.
     """
     given = np.asarray(values, dtype=float)
     if given.size == 0:
-        raise ValueError("values: expected at least one, got none")
+        raise ArgumentError("values", "expected at least one, got none")
     rng = np.random.default_rng(seed)
     means = [rng.choice(given, given.size).mean() for _ in range(resamples)]
     low, high = np.percentile(means, (2.5, 97.5))
@@ -117,7 +122,7 @@ def paired(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Pai
     Scores of 0 and 1 are tested with McNemar's exact test, others with a permutation test.
 
     Raises:
-        ValueError: no scores, or not as many of one as of the other.
+        ArgumentError: no scores, or not as many of one as of the other.
     """
     a, b = _pairs(ours, theirs)
     wins, losses = int((a > b).sum()), int((a < b).sum())
@@ -133,8 +138,9 @@ def paired(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Pai
 def _pairs(ours: Sequence[float], theirs: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     a, b = np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float)
     if a.ndim != 1 or a.shape != b.shape or a.size == 0:
-        raise ValueError(
-            f"ours, theirs: expected equally many scores, at least one, got {a.shape} and {b.shape}"
+        raise ArgumentError(
+            "theirs",
+            f"expected as many scores as in ours, at least one, got {b.shape} and {a.shape}",
         )
     return a, b
 
@@ -157,8 +163,9 @@ def mcnemar(wins: int, losses: int) -> float:
         wins, losses: samples that only the first got right, and only the second. The others say
             nothing. Without either, p is 1.
     """
-    if wins < 0 or losses < 0:
-        raise ValueError(f"wins, losses: expected at least 0, got {wins} and {losses}")
+    for name, count in (("wins", wins), ("losses", losses)):
+        if count < 0:
+            raise ArgumentError(name, f"expected at least 0, got {count}")
     if wins + losses == 0:
         return 1.0
     from scipy.stats import binomtest
@@ -175,7 +182,7 @@ def paired_permutation(
     gone through where there are no more than that. Samples without a difference change nothing.
 
     Raises:
-        ValueError: no scores, or not as many of one as of the other.
+        ArgumentError: no scores, or not as many of one as of the other.
     """
     a, b = _pairs(ours, theirs)
     differences = (a - b)[a != b]
@@ -201,11 +208,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
     Those of at most 0.05 name differences of which, with 95 % certainty, not one is chance.
 
     Raises:
-        ValueError: a value outside of 0 to 1.
+        ArgumentError: a value outside of 0 to 1.
     """
     for p in p_values:
-        if not 0 <= p <= 1:
-            raise ValueError(f"p_values: expected numbers from 0 to 1, got {p}")
+        check_number("p_values", p, "[0, 1]")
     corrected = [0.0] * len(p_values)
     largest = 0.0
     for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
@@ -238,13 +244,13 @@ def best_constant(samples: Iterable[tuple[str | None, str]]) -> Constant:
         samples: (type, right answer) of each.
 
     Raises:
-        ValueError: no samples.
+        ArgumentError: no samples.
     """
     counts: defaultdict[str | None, Counter[str]] = defaultdict(Counter)
     for kind, target in samples:
         counts[kind][_plain(target)] += 1
     if not counts:
-        raise ValueError("samples: expected at least one, got none")
+        raise ArgumentError("samples", "expected at least one, got none")
     answers = {}
     for kind, counted in sorted(counts.items(), key=lambda item: item[0] or ""):
         # Of equally frequent ones the first in the alphabet, whatever order the samples have.

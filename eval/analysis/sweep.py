@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import vtc
+from vtc.core.errors import ArgumentError
 
 from ..embedded.scenes.questions import TYPES
 from ..embedded.score import Sample, score
@@ -30,13 +31,13 @@ def grid(texts: Sequence[str]) -> list[dict[str, Any]]:
     """All combinations of `name=value,value` texts.
 
     Raises:
-        ValueError: a text of another form.
+        ArgumentError: a text of another form.
     """
     axes = []
     for text in texts:
         name, equals, values = text.partition("=")
         if not equals or not values:
-            raise ValueError(f"grid: expected name=value,value, got {text!r}")
+            raise ArgumentError("grid", f"expected name=value,value, got {text!r}")
         axes.append([(name, float(value)) for value in values.split(",")])
     return [dict(chosen) for chosen in itertools.product(*axes)]
 

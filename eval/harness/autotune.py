@@ -100,14 +100,14 @@ def paired_interval(
         (mean, low, high); the interval is around the shrunken mean and always holds the mean.
 
     Raises:
-        ValueError: no task, a task without samples, or a difference beyond [-1, 1].
+        ArgumentError: no task, a task without samples, or a difference beyond [-1, 1].
     """
     if not differences or not all(differences):
-        raise ValueError("differences: expected samples of at least one task, got none")
+        raise ArgumentError("differences", "expected samples of at least one task, got none")
     means, centres, variances = [], [], []
     for task in differences:
         if not all(-1.0 <= d <= 1.0 for d in task):
-            raise ValueError("differences: expected all within [-1, 1]: scores are fractions")
+            raise ArgumentError("differences", "expected all within [-1, 1]: scores are fractions")
         n = len(task) + 2
         centre = math.fsum(task) / n
         square = (math.fsum(d * d for d in task) + 1) / n

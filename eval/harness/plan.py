@@ -238,7 +238,7 @@ def parse_arguments(text: str) -> dict[str, Any]:
     try:
         parts = split_list(text)
     except ValueError as error:
-        raise BadInput("--model-args", str(error)) from None
+        raise BadInput("--model-args", message_of(error, "text")) from None
     for part in parts:
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or not name.isidentifier():

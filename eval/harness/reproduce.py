@@ -219,7 +219,7 @@ def _row(check: _Check, number: int, row: Any) -> TableRow:
     if (method := row["method"]) is not None:
         try:
             make(method)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{check.file}: {where}.{error}") from None
     check(isinstance(row["scores"], dict) and row["scores"], f"{where}.scores: expected some")
     for name, score in row["scores"].items():

@@ -21,6 +21,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from vtc.core.errors import ArgumentError
+from vtc.core.settings import check_whole
+
 from ..harness.machine import machine
 from ..harness.results import group_of, grouped
 from ..harness.run import BASELINES, BadInput, plan
@@ -57,11 +60,10 @@ def write_page(out: Path, samples: int | None = None, trace: bool = True) -> Pat
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: `samples` below 0, or a results.json that is not of this version.
+        ArgumentError: `samples` below 0, or a results.json that is not of this version.
     """
     samples = SAMPLES if samples is None else samples
-    if samples < 0:
-        raise ValueError(f"samples: expected at least 0, got {samples}")
+    check_whole("samples", samples)
     if not out.is_dir():
         raise FileNotFoundError(f"out: expected the folder of a run, got {out}")
     file = out / "results.json"
@@ -70,9 +72,9 @@ def write_page(out: Path, samples: int | None = None, trace: bool = True) -> Pat
             results = json.loads(file.read_text("utf-8"))
             known = results["format"] == 1
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"out: {file} is not a result of vtc eval ({error!r})") from error
+            raise ArgumentError("out", f"{file} is not a result of vtc eval ({error!r})") from error
         if not known:
-            raise ValueError(f"out: expected format 1 in {file}, got {results['format']!r}")
+            raise ArgumentError("out", f"expected format 1 in {file}, got {results['format']!r}")
         context = _context(out, results, samples, trace)
         written = datetime.fromtimestamp(file.stat().st_mtime, UTC)
         context["lead"] += f" Results of {written:%Y-%m-%d %H:%M} UTC."

@@ -32,6 +32,7 @@ from typing import Any
 from PIL import Image
 
 from vtc.core import Method, make
+from vtc.core.errors import ArgumentError
 from vtc.core.spec import parse_method
 from vtc.viz.pictures import as_rgb
 from vtc.viz.views import View
@@ -120,11 +121,13 @@ def bits(kept: Sequence[int], size: int) -> str:
     """Which of `size` tokens are in `kept`, as hexadecimal bits; see the module's docstring.
 
     Raises:
-        ValueError: an index out of range.
+        ArgumentError: an index out of range.
     """
     chosen = set(kept)
     if chosen and not (min(chosen) >= 0 and max(chosen) < size):
-        raise ValueError(f"kept: expected numbers below {size}, got {min(chosen)} to {max(chosen)}")
+        raise ArgumentError(
+            "kept", f"expected numbers below {size}, got {min(chosen)} to {max(chosen)}"
+        )
     padded = ["1" if i in chosen else "0" for i in range(-(-size // 4) * 4)]
     return "".join(f"{int(''.join(padded[i : i + 4]), 2):x}" for i in range(0, len(padded), 4))
 

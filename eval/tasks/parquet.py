@@ -18,6 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from vtc.core.settings import check_choice, check_whole
+
 from ..embedded.scenes.questions import TYPES, Question
 from ..embedded.scenes.scenes import generate
 from ..harness.identity import FileHashes, code_of_files
@@ -35,8 +37,7 @@ def scene_questions(
 
     A type counts its answers "yes" and "no" apart, and no scene gives more than three questions.
     """
-    if limit < 1:
-        raise ValueError(f"limit must be at least 1, not {limit}")
+    check_whole("limit", limit, lowest=1)
     quota = {kind: limit // len(TYPES) + (k < limit % len(TYPES)) for k, kind in enumerate(TYPES)}
     halves = {
         (kind, answer): (quota[kind] + (answer == "yes")) // 2
@@ -69,8 +70,7 @@ def task_questions(
     ``vtc_photo`` and ``vtc_mosaic`` are the dev rows in ``VTC_DATA``, every n-th where ``limit``
     asks for fewer than there are; ``seed`` then says where to begin.
     """
-    if name not in OWN_TASKS:
-        raise ValueError(f"task must be one of {OWN_TASKS}, not {name!r}")
+    check_choice("name", name, OWN_TASKS)
     if name == "vtc_scenes":
         yield from scene_questions(DEFAULT_LIMIT if limit is None else limit, seed)
         return
@@ -105,8 +105,7 @@ def build_task(name: str, out_dir: Path | str, limit: int | None = None, seed: i
 
     The same arguments give the same file; it is written whole or not at all.
     """
-    if name not in OWN_TASKS:
-        raise ValueError(f"task must be one of {OWN_TASKS}, not {name!r}")
+    check_choice("name", name, OWN_TASKS)
     settings = {"name": name, "limit": limit, "seed": seed, "of": identity(name, FileHashes())}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     path = Path(out_dir) / f"{name}-{key}.parquet"

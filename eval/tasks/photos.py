@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageEnhance
 
+from vtc.core.settings import check_choice
 from vtc.viz.pictures import open_picture
 
 from ..embedded.scenes.labels import COLOR_INDEX, IMAGE_SIZE, empty_labels, label_tile
@@ -84,8 +85,7 @@ def dev_rows(name: str, split: str = "dev") -> Iterator[tuple[Question, list[Ima
 
     A mosaic is drawn as one picture of 336 pixels; photos, frames and receipts come as they are.
     """
-    if name not in PHOTO_SETS:
-        raise ValueError(f"name must be one of {PHOTO_SETS}, not {name!r}")
+    check_choice("name", name, PHOTO_SETS)
     folder = require_data_folder()
     archive = Archive(folder / ("receipts.zip" if name == "receipt" else "photos.zip"))
     for row in read_rows(folder / f"{name}_{split}.jsonl"):

@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
+from vtc.core.errors import ArgumentError
 from vtc.core.plugins import import_modules
+from vtc.core.settings import check_choice
 from vtc.core.spec import parse_keep, parse_method
 from vtc.patching import Patch
 from vtc.patching import patch as vtc_patch
@@ -348,7 +350,7 @@ def _method(
 ) -> Any:
     if method is None:
         if keep is not None or settings:
-            raise ValueError("method: keep and settings need a method, got none")
+            raise ArgumentError("method", "keep and settings need a method, got none")
         return None
     if isinstance(keep, str):
         keep = parse_keep(keep)
@@ -357,8 +359,8 @@ def _method(
     )
     if fields:
         if "|" in method:
-            raise ValueError(
-                "settings: for a composition write them in the method (todre|fastv:layer=3)"
+            raise ArgumentError(
+                "settings", "for a composition write them in the method (todre|fastv:layer=3)"
             )
         method = method + "".join(f":{key}={value!r}" for key, value in fields.items())
     return parse_method(method, keep)
@@ -377,7 +379,7 @@ def _for_transformers(kwargs: dict[str, Any], accepted: set[str]) -> dict[str, A
     """Takes out of `kwargs` what is for `from_pretrained` and not for the built-in class.
 
     Raises:
-        ValueError: a kind of quantization that is not known.
+        ArgumentError: a kind of quantization that is not known.
         ImportError: bitsandbytes is not installed.
     """
     options: dict[str, Any] = {}
@@ -385,8 +387,7 @@ def _for_transformers(kwargs: dict[str, Any], accepted: set[str]) -> dict[str, A
         options["attn_implementation"] = kwargs.pop("attn_implementation")
     kind = kwargs.pop("quantization", None)
     if kind is not None:
-        if kind not in ("4bit", "8bit"):
-            raise ValueError(f"quantization: expected 4bit or 8bit, got {kind!r}")
+        check_choice("quantization", kind, ("4bit", "8bit"))
         if importlib.util.find_spec("bitsandbytes") is None:
             raise ImportError("quantization: needs `pip install bitsandbytes`")
         from transformers import BitsAndBytesConfig

@@ -43,7 +43,7 @@ def test_eval_prints_a_table_and_writes_results(cli, folder, tmp_path, monkeypat
     ("arguments", "option", "message"),
     [
         (("--methods", "fastvv"), "--methods", "unknown name 'fastvv'"),
-        (("--methods", "todre:depth=1"), "--methods", "unknown setting 'depth'"),
+        (("--methods", "todre:depth=1"), "--methods", "depth: todre has no such setting"),
         (("--methods", "fastv:layer=(1"), "--methods", "brackets"),
         (("--methods", "todre:keep=0.1:keep=0.2"), "--methods", "given twice"),
         (("--keep", "1.5"), "--keep", "a fraction in (0, 1]"),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 from collections.abc import Callable
 
@@ -11,10 +12,18 @@ from vtc.eval.harness.plan import BadInput, of_method
 from vtc.eval.harness.suites import expand
 
 import vtc
-from vtc.core import ArgumentError, ArgumentTypeError, check_choice, check_layer, scale_layers
+from vtc.core import (
+    ArgumentError,
+    ArgumentTypeError,
+    check_choice,
+    check_layer,
+    check_number,
+    scale_layers,
+)
 from vtc.core.errors import argument_of, message_of, within
 from vtc.core.plugins import import_modules
-from vtc.core.spec import keep_is_at_fault, parse_keep, parse_method
+from vtc.core.registry import wrappers
+from vtc.core.spec import keep_is_at_fault, parse_keep, parse_method, split_list
 
 
 @pytest.mark.parametrize(
@@ -26,6 +35,11 @@ from vtc.core.spec import keep_is_at_fault, parse_keep, parse_method
         (lambda: vtc.make("nothing"), "method"),
         (lambda: vtc.make(7), "method"),
         (lambda: vtc.make("fastv", layer=-1), "layer"),
+        (lambda: vtc.make("todre", kep=0.1), "kep"),
+        (lambda: parse_method("todre:kep=0.1"), "kep"),
+        (lambda: vtc.make(vtc.Full(), keep=0.1), "settings"),
+        (lambda: split_list("a,,b"), "text"),
+        (lambda: parse_method("fastv:layer=(3"), "method"),
         (lambda: check_choice("how", "x", ("a", "b")), "how"),
         (lambda: check_layer("layer", "two"), "layer"),
         (lambda: scale_layers(9, (0.5,), 4), "layer"),
@@ -36,6 +50,13 @@ from vtc.core.spec import keep_is_at_fault, parse_keep, parse_method
         (lambda: parse_method("fastv:layer=2:layer=3"), "layer"),
         (lambda: parse_method("divprune@tile:keep=0"), "keep"),
         (lambda: vtc.PerTile(vtc.DivPrune(), thumbnail=0), "thumbnail"),
+        (lambda: parse_method("divprune@tile:thumbnail=0"), "thumbnail"),
+        (lambda: parse_method("fastv@tile"), "method"),
+        (lambda: vtc.FastV(layer=9).prune_layers(4), "layer"),
+        (lambda: vtc.CATP().prune_layers(2), "layer"),
+        (lambda: vtc.SparseVLM(keep=(9, 5), layers=(1, 2, 3)).prune_layers(8), "keep"),
+        (lambda: type("A", (vtc.Method,), {"name": "A B"}), "name"),
+        (lambda: type("B", (vtc.Method,), {"name": "b", "needs": frozenset({"c"})}), "needs"),
         (lambda: vtc.presets("nothing"), "method"),
         (lambda: vtc.preset("fastv", "nowhere", 64), "target"),
         (lambda: vtc.preset("fastv", "llava-1.5", 7), "tokens"),
@@ -51,6 +72,66 @@ def test_errors_name_their_argument(call: Callable[[], object], argument: str) -
     assert argument_of(error) == argument
     assert str(error) == f"{argument}: {error.message}"
     assert isinstance(error, (ValueError, TypeError))
+
+
+SETTINGS = [
+    (cls, field.name)
+    for cls in (*vtc.methods().values(), *wrappers().values())
+    if cls.__module__.startswith("vtc.methods.")
+    for field in dataclasses.fields(cls)
+]
+BASE = {"per_tile": {"inner": "divprune"}, "per_frame": {"inner": "divprune"}}
+WRONG = [{}, object(), "no such value", -7.5, float("nan"), -7]
+
+
+def _with(cls: type[vtc.Method], setting: str, value: object) -> dict[str, object]:
+    fixed = {} if setting == "weights" else {"theta_r": 0.5, "theta_s": 0.5}
+    base = fixed if cls is vtc.ATP else BASE.get(cls.name, {})
+    return {**base, setting: value}
+
+
+@pytest.mark.parametrize(
+    ("cls", "setting"), [pytest.param(*one, id=f"{one[0].name}-{one[1]}") for one in SETTINGS]
+)
+def test_every_setting_is_named_by_the_error_that_refuses_it(
+    cls: type[vtc.Method], setting: str
+) -> None:
+    for value in WRONG:
+        if (cls, setting, value) == (vtc.Correlation, "seed", -7):
+            continue
+        with pytest.raises((ArgumentError, ArgumentTypeError)) as caught:
+            cls(**_with(cls, setting, value))
+        assert caught.value.argument == setting, value
+
+
+def test_a_misspelt_setting_is_named_with_the_one_that_was_meant() -> None:
+    for call in (lambda: vtc.make("todre", kep=0.1), lambda: parse_method("todre:kep=0.1")):
+        with pytest.raises(ArgumentTypeError) as caught:
+            call()
+        assert str(caught.value).startswith("kep: todre has no such setting (did you mean keep?); ")
+
+
+@pytest.mark.parametrize(
+    ("interval", "good", "outside"),
+    [
+        ("[0, 1]", [0, 1, 0.5], [-1e-9, 1.001, float("nan")]),
+        ("(0, 1)", [0.5], [0, 1]),
+        ("[0, 1)", [0, 0.0], [1, 1.0]),
+        ("(-1, inf)", [0, 1e300], [-1, float("inf")]),
+    ],
+)
+def test_an_interval_says_which_of_its_ends_it_holds(
+    interval: str, good: list[float], outside: list[float]
+) -> None:
+    for value in good:
+        check_number("share", value, interval)
+    for value in outside:
+        with pytest.raises(ArgumentError) as caught:
+            check_number("share", value, interval)
+        assert str(caught.value) == f"share: expected a number in {interval}, got {value!r}"
+    for wrong in (True, "0.5", None):
+        with pytest.raises(ArgumentTypeError, match=r"^share: "):
+            check_number("share", wrong, interval)
 
 
 def test_a_name_that_is_said_already_is_not_said_again() -> None:

@@ -107,7 +107,7 @@ ACCEPTED: dict[str, dict[str, tuple[list[Any], list[Any], list[Any]]]] = {
     "catp": {
         "align": ([0, 0.0, 2], SHARES, BELOW_ZERO),
         "guide": ([0, 0.0, 2], SHARES, BELOW_ZERO),
-        "layer": ([2, None], [], [1, 2.0, True]),
+        "layer": ([2, None], [2.0, True], [1]),
         "normalize": ([True], [1, None], []),
         "context_pool": (["image"], [], ["text"]),
     },
@@ -121,16 +121,16 @@ ACCEPTED: dict[str, dict[str, tuple[list[Any], list[Any], list[Any]]]] = {
         "keep": ([None, 1, 1.0], [True, "1"], [0, 0.0, 1.5]),
     },
     "dart": {
-        "layer": ([1, 5], [], [0, None, 1.0]),
-        "image_pivots": ([1], [], [0, True]),
-        "text_pivots": ([0, 3], [], [-1, 0.5]),
+        "layer": ([1, 5], [None, 1.0], [0]),
+        "image_pivots": ([1], [True], [0]),
+        "text_pivots": ([0, 3], [0.5], [-1]),
         "count_pivots": ([False], [1, None], []),
     },
     "downsample": {"how": (["pixels"], [], ["pixel"])},
-    "fastv": {"layer": ([1, 5], [], [0, None, True, 1.0])},
+    "fastv": {"layer": ([1, 5], [None, True, 1.0], [0])},
     "holov": {
         "variant": (["paper"], [], ["text"]),
-        "chunks": ([1, None], [], [0, True]),
+        "chunks": ([1, None], [True], [0]),
         "alpha": ([0, 2.5], SHARES, BELOW_ZERO),
         "tau": ([0, 2.5], SHARES, BELOW_ZERO),
     },
@@ -142,12 +142,12 @@ ACCEPTED: dict[str, dict[str, tuple[list[Any], list[Any], list[Any]]]] = {
     "prumerge": {
         "plus": ([True], [1, None], []),
         "aggregate": ([False], [0, None], []),
-        "neighbours": ([1], [], [0, None, True]),
+        "neighbours": ([1], [None, True], [0]),
         "order": (["raster"], [], ["rows"]),
         "keep": ([None, 1, 1.0], [True, "1"], [0, 0.0, 1.5]),
     },
-    "pyramiddrop": {"layers": ([None, (1, 2, 3)], [], [(0, 2, 3)])},
-    "random": {"seed": ([0, 7], [], [-1, True, 1.0])},
+    "pyramiddrop": {"layers": ([None, (1, 2, 3)], [3, (1, "x"), "12"], [(0, 2, 3)])},
+    "random": {"seed": ([0, 7], [True, 1.0], [-1])},
     "scope": {"alpha": ([0, 2], SHARES, BELOW_ZERO)},
     "sparsevlm": {
         "tau": ([0, 1, 0.5], SHARES, [-0.1, 1.1]),
@@ -159,7 +159,7 @@ ACCEPTED: dict[str, dict[str, tuple[list[Any], list[Any], list[Any]]]] = {
     },
     "todre": {
         "tau": ([0, 1.5], SHARES, BELOW_ZERO),
-        "layer": ([1, None], [], [0, 1.0]),
+        "layer": ([1, None], [1.0], [0]),
         "mode": (["kcenter"], [], ["center"]),
         "second_stage": ([False], [0, None], []),
     },
@@ -178,7 +178,9 @@ ACCEPTED: dict[str, dict[str, tuple[list[Any], list[Any], list[Any]]]] = {
     },
     "v2drop": {
         "keep": ([0.01, 1.0], [1, True, None], [0.0, 1.01]),
-        "layers": ([None, (1, 2, 3)], [], [(0, 2, 3), (1, 2)]),
+        "then": ([(0.3, 0), [1.0], ()], [0.5, (1, 0.5), ("x", 0.5)], [(-0.1, 0.0), (1.1, 0.0)]),
+        "layers": ([None, (1, 2, 3)], [3], [(0, 2, 3), (1, 2)]),
+        "one_stays": ([True], [1, None], []),
     },
     "visionzip": {
         "contextual": ([0, 0.99], SHARES, [-0.1, 1, 1.0]),
@@ -191,7 +193,7 @@ ACCEPTED: dict[str, dict[str, tuple[list[Any], list[Any], list[Any]]]] = {
     "vscan": {
         "then": ([0.01, 1], SHARES, [0, -0.1, 1.01]),
         "windows": ([1, 9], [True, 1.0], [0]),
-        "layer": ([1, None], [], [0, 1.0]),
+        "layer": ([1, None], [1.0], [0]),
     },
 }  # fmt: skip
 
@@ -229,7 +231,7 @@ def test_keep_and_positions_are_checked(name: str) -> None:
 def test_a_layer_that_the_decoder_has_not_is_refused_with_the_last_it_has(name: str) -> None:
     assert vtc.make(name, layer=7).prune_layers(8) == (7,)
     for layer in (8, 9, 40):
-        accepted = "expected at most 7 in a model of 8 decoder layers"
+        accepted = "expected a layer up to 7 in a model of 8 decoder layers"
         with pytest.raises(ValueError, match=f"^layer: {accepted}, got {layer}$"):
             vtc.make(name, layer=layer).prune_layers(8)
 

@@ -104,6 +104,6 @@ def test_a_name_or_a_model_type_of_another_is_refused() -> None:
 
 
 def test_a_method_of_another_module_does_not_take_a_name() -> None:
-    with pytest.raises(ValueError, match=r"'fastv' exists already: vtc.methods.fastv.FastV"):
+    with pytest.raises(ValueError, match=r"^name: vtc.methods.fastv.FastV is named 'fastv'"):
         type("FastV", (vtc.Method,), {"name": "fastv", "__qualname__": "FastV"})
     assert vtc.methods()["fastv"] is vtc.FastV

@@ -49,7 +49,7 @@ def test_layers_are_attributes_of_methods() -> None:
 def test_an_unknown_signal_is_refused_as_the_class_is_made(needs: Any) -> None:
     with pytest.raises(
         ValueError,
-        match=r"^Own: unknown signal in needs 'cls_atention' \(did you mean cls_attention",
+        match=r"^needs: Own: unknown signal 'cls_atention' \(did you mean cls_attention",
     ):
         type("Own", (Method,), {"needs": frozenset(needs)})
 

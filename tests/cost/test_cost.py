@@ -497,5 +497,5 @@ def test_selectors_sizes_are_checked():
     for name in ("text", "layers", "vision_d", "heads", "q"):
         with pytest.raises(ValueError, match=f"{name}: .* got 0"):
             selector_flops("full", 64, 32, **{name: 0})
-    with pytest.raises(ValueError, match=r"tokens: .* got 1.5"):
+    with pytest.raises(TypeError, match=r"tokens: .* got 1.5"):
         selector_flops("full", 1.5, 32)

@@ -288,7 +288,7 @@ def test_a_failing_cell_is_marked_and_the_others_go_on(folder, tmp_path):
     ("changes", "option", "message"),
     [
         ({"methods": ("fastvv",)}, "--methods", "unknown name 'fastvv'"),
-        ({"methods": ("fastv:depth=3",)}, "--methods", "unknown setting 'depth'"),
+        ({"methods": ("fastv:depth=3",)}, "--methods", "depth: fastv has no such setting"),
         ({"methods": ("fastv:layer",)}, "--methods", "setting=value"),
         ({"methods": ()}, "--methods", "at least one"),
         ({"keeps": (1.5,)}, "--keep", "fraction"),

@@ -48,9 +48,9 @@ def test_dialogues_ask_of_two_places_and_are_the_same_again(talks):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"count": 0}, "count: expected at least 1"),
+        ({"count": 0}, "count: expected a whole number of at least 1"),
         ({"count": 1, "types": ()}, "types: expected at least one"),
-        ({"count": 1, "split": "dev"}, "split: expected one of train, val, test, got 'dev'"),
+        ({"count": 1, "split": "dev"}, "split: expected one of 'train', 'val', 'test', got 'dev'"),
     ],
 )
 def test_what_is_no_dialogue_is_refused(options, message):

@@ -459,7 +459,7 @@ def test_empty_runs_give_a_page_that_says_so(out, tmp_path):
 
 
 def test_refusals(out, tmp_path):
-    with pytest.raises(ValueError, match="samples: expected at least 0, got -1"):
+    with pytest.raises(ValueError, match="samples: expected a whole number of at least 0, got -1"):
         write_page(out, samples=-1)
     with pytest.raises(FileNotFoundError, match="out: expected the folder of a run"):
         write_page(tmp_path / "nowhere")

@@ -49,7 +49,7 @@ def test_mcnemar_by_hand(wins, losses, p):
 
 
 def test_mcnemar_refuses_negative_counts():
-    with pytest.raises(ValueError, match="wins, losses: expected at least 0, got -1 and 2"):
+    with pytest.raises(ValueError, match="wins: expected at least 0, got -1"):
         stats.mcnemar(-1, 2)
 
 
@@ -137,7 +137,7 @@ def test_comparison_of_shares():
 @pytest.mark.parametrize(("ours", "theirs"), [([], []), ([1.0], [1.0, 0.0])])
 def test_comparison_refuses_what_is_not_paired(ours, theirs):
     for compare in (stats.paired, stats.paired_permutation):
-        with pytest.raises(ValueError, match="ours, theirs: expected equally many scores"):
+        with pytest.raises(ValueError, match="theirs: expected as many scores as in ours"):
             compare(ours, theirs)
 
 
@@ -175,7 +175,7 @@ def test_holm_rejects_as_the_procedure_step_by_step(p_values, level):
 
 @pytest.mark.parametrize("p", [-0.1, 1.1, float("nan")])
 def test_holm_refuses_what_is_no_p_value(p):
-    with pytest.raises(ValueError, match="p_values: expected numbers from 0 to 1"):
+    with pytest.raises(ValueError, match=r"p_values: expected a number in \[0, 1\]"):
         stats.holm([0.5, p])
 
 

@@ -357,7 +357,7 @@ def test_settings_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         ATP(theta_r=0.5)
     folder = atp.save_heads(heads_of(), tmp_path, SETTINGS)
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"theta_r": 0.1, "theta_s": 0.1}, "theta_r, theta_s"),
+        ({"theta_r": 0.1, "theta_s": 0.1}, "theta_r: trained heads set it"),
         ({"normalise": "log"}, "normalise: the heads were trained with 'minmax'"),
         ({"sampling": 2.0}, "sampling: the heads were trained with 3.0"),
         ({"layers": (1, 2)}, "layers: the heads are for 3 cuts, got 2"),

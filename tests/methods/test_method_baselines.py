@@ -276,14 +276,14 @@ def test_shares_are_no_numbers_of_tokens(name: str) -> None:
     with pytest.raises(TypeError, match=r"^keep: expected a fraction such as 0.25, got 1$"):
         vtc.make(name, keep=1)
     for wrong in (0.0, -0.1, 1.01, float("nan")):
-        with pytest.raises(ValueError, match=r"^keep: expected a fraction in \(0, 1\], got "):
+        with pytest.raises(ValueError, match=r"^keep: expected a number in \(0, 1\], got "):
             vtc.make(name, keep=wrong)
 
 
 def test_v2drop_later_shares() -> None:
     with pytest.raises(TypeError, match=r"then: expected a fraction such as 0.25, got 1"):
         vtc.V2Drop(then=(1, 0.0))
-    with pytest.raises(ValueError, match=r"then: expected a fraction in \[0, 1\], got 1.5"):
+    with pytest.raises(ValueError, match=r"then: expected a number in \[0, 1\], got 1.5"):
         vtc.V2Drop(then=(1.5, 0.0))
 
 

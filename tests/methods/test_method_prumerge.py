@@ -96,7 +96,7 @@ def test_settings_are_documented_kept_and_checked(cls):
         ("plus", 1, TypeError),
         ("aggregate", None, TypeError),
         ("neighbours", 0, ValueError),
-        ("neighbours", None, ValueError),
+        ("neighbours", None, TypeError),
         ("order", "code", ValueError),
         ("positions", "new", ValueError),
     ):

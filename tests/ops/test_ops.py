@@ -748,10 +748,12 @@ def test_pooling_refuses():
     for budget in (0, 7):
         with pytest.raises(ValueError, match=f"budget: .* 6 tokens given, got {budget}"):
             pool_grid(features, grid, budget)
-    with pytest.raises(ValueError, match="features, grid, crop: expected"):
+    with pytest.raises(ValueError, match=r"^grid: expected shape \(6, 3\)"):
         pool_grid(features, grid[:5], 2)
-    with pytest.raises(ValueError, match="features, grid, crop: expected"):
+    with pytest.raises(ValueError, match=r"^crop: expected shape \(6,\)"):
         pool_grid(features, grid, 2, crop=torch.zeros(5))
+    with pytest.raises(ValueError, match=r"^features: expected shape \(n, d\)"):
+        pool_grid(features[0], grid[:2], 1)
 
 
 # ---- source -------------------------------------------------------------------------------------

@@ -658,10 +658,15 @@ def test_settings_go_to_the_method() -> None:
         ),
         (("scope", "llava-1.5", 64), {"keep": 3}, TypeError, r"keep: .* make the method, scope\("),
         (("v2drop", "llava-1.5", 64), {"layers": (1, 2, 3)}, TypeError, "layers: the preset of 64"),
-        (("scope", "llava-1.5", 64), {"depth": 3}, TypeError, "unknown setting 'depth'"),
-        (("scope", "llava-1.5", 64), {"version": "v2"}, TypeError, "unknown setting 'version'"),
+        (("scope", "llava-1.5", 64), {"depth": 3}, TypeError, "depth: scope has no such"),
+        (("scope", "llava-1.5", 64), {"version": "v2"}, TypeError, "version: scope has no such"),
         (("scope", "llava-1.5", 64), {"alpha": -1.0}, ValueError, "alpha"),
-        (("fastv", "llava-1.5", 64), {"layer": 40}, ValueError, "at most 31 in a model of 32"),
+        (
+            ("fastv", "llava-1.5", 64),
+            {"layer": 40},
+            ValueError,
+            "up to 31 in a model of 32",
+        ),
     ],
 )
 def test_errors_say_what_is_accepted(

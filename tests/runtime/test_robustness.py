@@ -499,7 +499,7 @@ class NoDataclass(Probe):
         (NoDataclass(), TypeError, "dataclass"),
         (NoLayers(), ValueError, "before no layer"),
         (NoPrune(), ValueError, "no prune"),
-        (Strange(what="needs"), ValueError, "unknown signal in needs 'cls'"),
+        (Strange(what="needs"), ValueError, "unknown signal 'cls'"),
         (Strange(what="rows"), ValueError, "unknown rows 'all'"),
         (Strange(what="late"), ValueError, "accepted are 0 to 1"),
         (vtc.ToDRE, TypeError, r"give ToDRE\(...\)"),

@@ -38,7 +38,7 @@ def listed(option: str, text: str) -> tuple[str, ...]:
     try:
         return tuple(split_list(text))
     except ValueError as error:
-        raise fail_of(option, error) from None
+        raise fail_of(option, error, "text") from None
 
 
 def budgets(text: str) -> tuple[Keep, ...]:

@@ -8,7 +8,20 @@ from .errors import ArgumentError, ArgumentTypeError
 from .method import Compose, Method
 from .registry import methods
 from .scorer import ScorerMethod
-from .settings import budget, check_choice, check_keep, check_layer, scale_layers
+from .settings import (
+    as_tuple,
+    budget,
+    check_choice,
+    check_flag,
+    check_fraction,
+    check_keep,
+    check_layer,
+    check_layers,
+    check_number,
+    check_positions,
+    check_whole,
+    scale_layers,
+)
 from .signals import SIGNALS, Signal, SignalSpec
 from .spec import make
 from .stages import STAGES, Stage, stage_of
@@ -42,10 +55,17 @@ __all__ = [
     "SignalSpec",
     "Stage",
     "VisionTokens",
+    "as_tuple",
     "budget",
     "check_choice",
+    "check_flag",
+    "check_fraction",
     "check_keep",
     "check_layer",
+    "check_layers",
+    "check_number",
+    "check_positions",
+    "check_whole",
     "make",
     "methods",
     "scale_layers",

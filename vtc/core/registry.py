@@ -12,6 +12,7 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from .errors import ArgumentError
 from .plugins import load_group
 
 if TYPE_CHECKING:
@@ -25,16 +26,18 @@ def register(cls: type[Method], name: str) -> None:
     """Register `cls` under `name`; wrappers around another method go in a separate list.
 
     Raises:
-        ValueError: an invalid name, or one that another method has.
+        ArgumentError: an invalid name, or one that another method has.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise ValueError(f"{cls.__name__}.name must be lower-case letters and digits, got {name!r}")
+        raise ArgumentError(
+            "name", f"expected lower-case letters and digits for {cls.__name__}, got {name!r}"
+        )
     if not cls.__module__.startswith("vtc.methods."):
         import_module("vtc.methods")  # vtc's names are taken even before the first look-up
     known = _REGISTRY.get(name) or _WRAPPERS.get(name)
     # A reloaded module replaces its own class.
     if known is not None and _place(known) != _place(cls):
-        raise ValueError(f"a method named {name!r} exists already: {'.'.join(_place(known))}")
+        raise ArgumentError("name", f"{'.'.join(_place(known))} is named {name!r} already")
     (_REGISTRY if cls.listed else _WRAPPERS)[name] = cls
 
 

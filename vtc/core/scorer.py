@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .method import Method
-from .settings import check_choice, check_keep
+from .settings import check_keep, check_positions
 from .states import LayerState, Selection, VisionTokens
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class ScorerMethod(Method):
         if not hasattr(self, "keep"):
             raise TypeError(f"{type(self).__name__}: a ScorerMethod needs a setting `keep`")
         check_keep(self.keep)
-        check_choice("positions", self.positions, ("original", "contiguous"))
+        check_positions(self.positions)
 
     # ---- what a subclass implements -----------------------------------------------------------
     def score(self, tokens: VisionTokens) -> Tensor:

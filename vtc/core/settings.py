@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -50,21 +51,108 @@ def check_choice(name: str, value: Any, accepted: tuple[Any, ...]) -> None:
         )
 
 
-def check_layer(name: str, value: int | None, lowest: int = 0) -> None:
-    """Refuse a layer that is neither `None` nor a whole number of at least `lowest`.
+def check_positions(value: Any) -> None:
+    """Refuse `positions` that are neither "original" nor "contiguous".
+
+    Raises:
+        ArgumentError: for the setting `positions`.
+    """
+    check_choice("positions", value, ("original", "contiguous"))
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Refuse a `value` that is neither `True` nor `False`.
+
+    Raises:
+        ArgumentTypeError: for the setting `name`.
+    """
+    if not isinstance(value, bool):
+        raise ArgumentTypeError(name, f"expected True or False, got {value!r}")
+
+
+def check_number(name: str, value: Any, interval: str) -> None:
+    """Refuse a `value` that is not a number in `interval`.
 
     Args:
         name: the setting, for the error.
         value: its value.
+        interval: such as "[0, 1)" or "(0, inf)", for the error as well.
+
+    Raises:
+        ArgumentTypeError: for the setting `name`, not a number.
+        ArgumentError: likewise, a number outside of the interval, or NaN.
+    """
+    message = f"expected a number in {interval}, got {value!r}"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ArgumentTypeError(name, message)
+    low, high = map(float, interval[1:-1].split(","))
+    ends = [end for end, open_ in ((low, "("), (high, ")")) if open_ not in interval]
+    if not (low < value < high or value in ends):
+        raise ArgumentError(name, message)
+
+
+def check_fraction(name: str, value: Any, interval: str = "(0, 1]") -> None:
+    """Like `check_number`, for what cannot be a number of tokens: `1` does not mean all."""
+    if not isinstance(value, float):
+        raise ArgumentTypeError(name, f"expected a fraction such as 0.25, got {value!r}")
+    check_number(name, value, interval)
+
+
+def check_whole(name: str, value: Any, lowest: int | None = 0) -> None:
+    """Refuse a `value` that is not a whole number of at least `lowest`.
+
+    Args:
+        name: the setting, for the error.
+        value: its value.
+        lowest: the lowest accepted number; `None` accepts all.
+
+    Raises:
+        ArgumentTypeError: for the setting `name`, not a whole number.
+        ArgumentError: likewise, too low.
+    """
+    least = "" if lowest is None else f" of at least {lowest}"
+    message = f"expected a whole number{least}, got {value!r}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArgumentTypeError(name, message)
+    if lowest is not None and value < lowest:
+        raise ArgumentError(name, message)
+
+
+def check_layer(name: str, value: int | None, lowest: int = 0) -> None:
+    """Like `check_whole`, for a setting that may be `None`: a layer, by default the published."""
+    if value is not None:
+        check_whole(name, value, lowest)
+
+
+def as_tuple(name: str, value: Any) -> tuple[Any, ...]:
+    """The sequence `value` as a tuple: lists come from JSON.
+
+    Raises:
+        ArgumentTypeError: for the setting `name`, not a sequence.
+    """
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise ArgumentTypeError(name, f"expected several values in brackets, got {value!r}")
+    return tuple(value)
+
+
+def check_layers(name: str, value: Any, lowest: int = 0) -> tuple[int, ...] | None:
+    """The checked `value` as a tuple.
+
+    Args:
+        name: the setting, for the error.
+        value: layers, or `None`.
         lowest: the lowest accepted layer.
 
     Raises:
-        ArgumentError: for the setting `name`.
+        ArgumentTypeError: for the setting `name`, not a sequence of whole numbers.
+        ArgumentError: likewise, a layer that is too low.
     """
     if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-        raise ArgumentError(name, f"expected a whole number of at least {lowest}, got {value!r}")
+        return None
+    layers = as_tuple(name, value)
+    for layer in layers:
+        check_whole(name, layer, lowest)
+    return layers
 
 
 def budget(keep: float | int, n: int) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
+from .errors import ArgumentError
 from .names import unknown
 
 Signal = Literal[
@@ -138,8 +139,9 @@ def check_needs(method: str, needs: Iterable[str]) -> None:
     """Refuse unknown signals.
 
     Raises:
-        ValueError: names the method, the unknown signal and the known ones.
+        ArgumentError: names the method, the unknown signal and the known ones.
     """
     for name in sorted(needs):
         if name not in SIGNALS:
-            raise ValueError(f"{method}: {unknown(name, SIGNALS, 'signal in needs', 'accepted')}")
+            message = unknown(name, SIGNALS, "signal", "accepted")
+            raise ArgumentError("needs", f"{method}: {message}")

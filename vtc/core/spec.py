@@ -26,7 +26,7 @@ from typing import Any
 
 from .errors import ArgumentError, ArgumentTypeError, argument_of, within
 from .method import Compose, Method
-from .names import unknown
+from .names import meant, unknown
 from .registry import find, methods, wrappers
 
 __all__ = [
@@ -62,10 +62,10 @@ def make(method: str | Method | Mapping[str, Any], **settings: Any) -> Method:
         settings: the method's settings, with a name only; with other text only `keep`.
 
     Raises:
-        ArgumentError: unknown name.
-        ArgumentTypeError: a setting the method does not have, or not a method.
-        ValueError: a value that the method refuses; most are an `ArgumentError`.
-        TypeError: settings next to a method object, or a required setting is missing.
+        ArgumentError: unknown name, or a value that the method refuses.
+        ArgumentTypeError: a setting the method does not have or of the wrong type, settings next to
+            a method object, or not a method.
+        TypeError: a required setting is missing.
     """
     if isinstance(method, Mapping):
         spec = dict(method)
@@ -91,9 +91,10 @@ def make(method: str | Method | Mapping[str, Any], **settings: Any) -> Method:
                 )
         if settings:
             given = ", ".join(settings)
-            raise TypeError(
-                f"settings ({given}) go with a method's name; {method} is a method already: "
-                "pass them to its constructor"
+            raise ArgumentTypeError(
+                "settings",
+                f"{given} go with a method's name; {method} is a method already: pass them to its "
+                "constructor",
             )
         return method
     if isinstance(method, type) and issubclass(method, Method):
@@ -117,7 +118,10 @@ def make(method: str | Method | Mapping[str, Any], **settings: Any) -> Method:
     accepted = list(_accepted_fields(cls))
     strange = [key for key in settings if key not in accepted]
     if strange:
-        raise ArgumentTypeError(method, unknown(strange[0], accepted, "setting", "accepted"))
+        known = f"accepted are {', '.join(accepted) or 'none'}"
+        raise ArgumentTypeError(
+            strange[0], f"{method} has no such setting{meant(strange[0], accepted)}; {known}"
+        )
     return cls(**settings)
 
 
@@ -129,18 +133,21 @@ def split_list(text: str, separator: str = ",") -> list[str]:
         separator: a single character.
 
     Raises:
-        ValueError: unmatched brackets or quotes, or an empty part.
+        ArgumentError: unmatched brackets or quotes, or an empty part.
     """
     parts = _split(text, separator)
     if parts == [""]:
         return []
     if "" in parts:
-        raise ValueError(f"expected something on both sides of each {separator!r}, got {text!r}")
+        raise ArgumentError(
+            "text", f"expected something on both sides of each {separator!r}, got {text!r}"
+        )
     return parts
 
 
-def _split(text: str, separator: str) -> list[str]:
-    """The stripped parts between separators outside brackets and quotes, including empty ones."""
+def _split(text: str, separator: str, argument: str = "text") -> list[str]:
+    """The stripped parts between separators outside brackets and quotes, including empty ones;
+    `argument` is what `text` is of."""
     parts, start, quote = [], 0, ""
     closers: list[str] = []
     for i, char in enumerate(text):
@@ -152,12 +159,13 @@ def _split(text: str, separator: str) -> list[str]:
             closers.append(_BRACKETS[char])
         elif char in ")]}":
             if not closers or closers.pop() != char:
-                raise ValueError(f"brackets do not match in {text!r}")
+                raise ArgumentError(argument, f"brackets do not match in {text!r}")
         elif char == separator and not closers:
             parts.append(text[start:i])
             start = i + 1
     if closers or quote:
-        raise ValueError(f"{'quotes' if quote else 'brackets'} do not match in {text!r}")
+        what = "quotes" if quote else "brackets"
+        raise ArgumentError(argument, f"{what} do not match in {text!r}")
     return [part.strip() for part in [*parts, text[start:]]]
 
 
@@ -222,12 +230,12 @@ def _comments(text: str) -> bool:
 def _parts(text: str) -> list[Part]:
     """The methods in `text`, with checked names."""
     parts = []
-    for part in _split(text, "|"):
+    for part in _split(text, "|", "method"):
         if not part:
             raise ArgumentError(
                 "method", f"expected a name on both sides of each '|', got {text!r}"
             )
-        whole, *pairs = _split(part, ":")
+        whole, *pairs = _split(part, ":", "method")
         name, at, each = (piece.strip().lower() for piece in whole.partition("@"))
         if name not in methods():
             joined = "+" in name and all(n.strip() in methods() for n in name.split("+"))
@@ -277,11 +285,10 @@ def parse_method(text: str, keep: Keep | None = None, seed: int | None = None) -
         seed: for every method that has a `seed` which `text` does not set.
 
     Raises:
-        ArgumentError: unknown name, malformed or repeated settings, or `@` after a method that
-            cannot act on single tiles.
-        ArgumentTypeError: a setting the method does not have, or `keep` although no method has one
-            left to set.
-        ValueError: a value that the method refuses; most are an `ArgumentError`.
+        ArgumentError: unknown name, malformed or repeated settings, a value that the method
+            refuses, or `@` after a method that cannot act on single tiles.
+        ArgumentTypeError: a setting the method does not have or of the wrong type, or `keep`
+            although no method has one left to set.
         TypeError: a required setting is missing.
     """
     parts = _parts(text)
@@ -328,4 +335,6 @@ def _made(name: str, each: str, settings: dict[str, Any]) -> Method:
     try:
         return wrapper(inner, **{k: v for k, v in settings.items() if k in own})
     except (TypeError, ValueError) as error:
+        if argument_of(error) in settings:
+            raise
         raise within("method", within(f"{name}@{each}", error)) from None

@@ -35,6 +35,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vtc.core.errors import ArgumentError
 from vtc.cost.configs import Unknown, get, text_of
 from vtc.cost.decoder import Decoder, decoder_of
 from vtc.cost.schedule import token_schedule
@@ -90,12 +91,12 @@ _Given = int | Sequence[int] | Sequence[Sequence[int] | None] | None
 def _lengths(config: Any, lengths: Sequence[int]) -> list[int]:
     layers = get(text_of(config), "num_hidden_layers")
     if layers is not None and len(lengths) != layers:
-        raise ValueError(
-            f"lengths: expected one length for each of the {layers} decoder layers, "
-            f"got {len(lengths)}"
+        raise ArgumentError(
+            "lengths",
+            f"expected one length for each of the {layers} decoder layers, got {len(lengths)}",
         )
     if any(n < 0 for n in lengths):
-        raise ValueError(f"lengths: expected lengths of at least 0, got {min(lengths)}")
+        raise ArgumentError("lengths", f"expected lengths of at least 0, got {min(lengths)}")
     return list(lengths)
 
 
@@ -109,13 +110,13 @@ def _images(
     """The checked images, or `None` for a number of images of unknown size."""
     count = images if isinstance(images, int) else len(images)
     if tiles is not None and len(tiles) != count:
-        raise ValueError(
-            f"tiles: expected one number for each of the {count} images, got {len(tiles)}"
+        raise ArgumentError(
+            "tiles", f"expected one number for each of the {count} images, got {len(tiles)}"
         )
     if grids is not None and len(grids) != count:
-        raise ValueError(
-            f"grids: expected (frames, rows, columns) for each of the {count} images, "
-            f"got {len(grids)}"
+        raise ArgumentError(
+            "grids",
+            f"expected (frames, rows, columns) for each of the {count} images, got {len(grids)}",
         )
     if isinstance(images, int):
         try:
@@ -127,9 +128,10 @@ def _images(
             if grid is None:
                 continue
             if len(grid) != 3 or math.prod(grid) != tokens or min(grid) < 1:
-                raise ValueError(
-                    f"grids: expected frames, rows and columns that make the image's {tokens} "
-                    f"tokens, got {tuple(grid)}"
+                raise ArgumentError(
+                    "grids",
+                    f"expected frames, rows and columns that make the image's {tokens} "
+                    f"tokens, got {tuple(grid)}",
                 )
     return Images(images, tiles, grids, _each(patches, count))
 
@@ -144,9 +146,10 @@ def _each(patches: _Given, count: int) -> list[Patches | None] | None:
         same: Any = tuple(patches)
         return [same] * count
     if len(patches) != count or any(isinstance(own, int) or own == () for own in patches):
-        raise ValueError(
-            "patches: expected a whole number, whole numbers by layer, or a sequence of such (or "
-            f"None) for each of the {count} images, got {patches}"
+        raise ArgumentError(
+            "patches",
+            "expected a whole number, whole numbers by layer, or a sequence of such (or "
+            f"None) for each of the {count} images, got {patches}",
         )
     return [None if own is None else tuple(own) for own in patches]  # type: ignore[arg-type]
 
@@ -207,8 +210,8 @@ def prefill_flops(
         FLOPs of the vision tower, the projector and the language model.
 
     Raises:
-        ValueError: `lengths` does not have one entry for each decoder layer, or `tiles`, `grids` or
-            `patches` not one for each image, or a grid does not hold its image's tokens.
+        ArgumentError: `lengths` does not have one entry for each decoder layer, or `tiles`, `grids`
+            or `patches` not one for each image, or a grid does not hold its image's tokens.
     """
     lengths = _lengths(config, lengths)
     given = _images(config, images, tiles, grids, patches)
@@ -242,7 +245,7 @@ def flops_per_layer(config: Any, lengths: Sequence[int], *, decoding: bool = Fal
         One number for each layer, all `nan` for a type without a formula.
 
     Raises:
-        ValueError: `lengths` does not have one entry for each decoder layer, or a negative one.
+        ArgumentError: `lengths` does not have one entry for each decoder layer, or a negative one.
     """
     lengths = _lengths(config, lengths)
     decoder = _decoder(config, len(lengths))
@@ -264,7 +267,7 @@ def decode_flops(config: Any, lengths: Sequence[int]) -> float:
             itself.
 
     Raises:
-        ValueError: as in `flops_per_layer`.
+        ArgumentError: as in `flops_per_layer`.
     """
     layers = flops_per_layer(config, lengths, decoding=True)
     decoder = _decoder(config, len(layers))
@@ -296,7 +299,7 @@ def kv_bytes_per_layer(
         One number for each layer, all `nan` for a type without a formula.
 
     Raises:
-        ValueError: as in `kv_bytes`.
+        ArgumentError: as in `kv_bytes`.
     """
     lengths = _lengths(config, lengths)
     decoder = _decoder(config, len(lengths))
@@ -318,7 +321,7 @@ def kv_bytes(config: Any, lengths: Sequence[int], bytes_per_value: int | None = 
             configuration's dtype (float32 if it has none).
 
     Raises:
-        ValueError: `lengths` does not have one entry for each decoder layer, or a negative one.
+        ArgumentError: `lengths` does not have one entry for each decoder layer, or a negative one.
     """
     return float(sum(kv_bytes_per_layer(config, lengths, bytes_per_value)))
 
@@ -327,10 +330,10 @@ def equivalent_tokens(per_layer: Sequence[int]) -> float:
     """Vision tokens averaged over the decoder layers: the one number to compare budgets by.
 
     Raises:
-        ValueError: no layers.
+        ArgumentError: no layers.
     """
     if not per_layer:
-        raise ValueError("per_layer: expected at least one layer, got none")
+        raise ArgumentError("per_layer", "expected at least one layer, got none")
     return sum(per_layer) / len(per_layer)
 
 

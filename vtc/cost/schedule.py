@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from vtc.core import Compose, Method
+from vtc.core.errors import ArgumentError
 
 
 def token_schedule(method: Method, n: int, layers: int, tiles: int = 1) -> tuple[int, ...]:
@@ -20,7 +21,7 @@ def token_schedule(method: Method, n: int, layers: int, tiles: int = 1) -> tuple
         like.
 
     Raises:
-        ValueError: the number of tokens depends on the image.
+        ArgumentError: the number of tokens depends on the image.
     """
     found = method.token_schedule(n, layers, tiles)
     if found is not None:
@@ -29,13 +30,14 @@ def token_schedule(method: Method, n: int, layers: int, tiles: int = 1) -> tuple
         if part.token_schedule(n, layers, tiles) is not None:
             continue
         hint = "; give it a keep" if _lacks_keep(part) else ""
-        raise ValueError(
-            f"method: the tokens of {part} cannot be computed, as they depend on the image{hint}"
+        raise ArgumentError(
+            "method", f"the tokens of {part} cannot be computed, as they depend on the image{hint}"
         )
     relative = next(part for part in method.parts if part.counts_found)
-    raise ValueError(
-        f"method: the tokens of {method} cannot be computed, as those of {relative.name} depend on "
-        "what the other methods leave"
+    raise ArgumentError(
+        "method",
+        f"the tokens of {method} cannot be computed, as those of {relative.name} depend on "
+        "what the other methods leave",
     )
 
 

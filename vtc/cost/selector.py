@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from vtc.core import SIGNALS, LayerState, Method, VisionTokens, make
+from vtc.core.settings import check_whole
 from vtc.core.signals import Field
 from vtc.ops.greedy import PLAINLY
 
@@ -74,13 +75,12 @@ def selector_flops(
         pixels.
 
     Raises:
-        ValueError: a size is not positive, the method is unknown, or it refuses its settings.
+        ArgumentError: a size is below 1, the method is unknown, or it refuses its settings.
     """
     sizes = {"tokens": tokens, "d": d, "text": text, "layers": layers, "heads": heads}
     sizes |= {"vision_d": d if vision_d is None else vision_d, "q": d if q is None else q}
     for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+        check_whole(name, value, lowest=1)
     made = make(method, **settings)
     if "encoder" in made.stages or any(part.peeks(layers) for part in made.parts):
         return math.nan

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,14 +15,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vtc.core import (
-    LayerState,
-    Method,
-    Positions,
-    Rows,
-    Selection,
+from vtc.core import LayerState, Method, Positions, Rows, Selection
+from vtc.core.errors import ArgumentError
+from vtc.core.settings import (
     check_choice,
-    check_layer,
+    check_layers,
+    check_number,
+    check_positions,
     scale_layers,
 )
 from vtc.ops import top_k
@@ -239,9 +238,10 @@ def _files(weights: str) -> tuple[Path, Path]:
     config = tensors.with_name(_CONFIG)
     for file in (tensors, config):
         if not file.is_file():
-            raise ValueError(
-                f"weights: expected a folder with {_CONFIG} and {_TENSORS}, or the path of the "
-                f"latter, got {weights!r}, where {file.name} is missing"
+            raise ArgumentError(
+                "weights",
+                f"expected a folder with {_CONFIG} and {_TENSORS}, or the path of the "
+                f"latter, got {weights!r}, where {file.name} is missing",
             )
     return tensors, config
 
@@ -255,20 +255,24 @@ def _read_config(tensors: Path, config: Path, stamp: tuple[int, int]) -> dict[st
         check_choice("normalise", found["normalise"], NORMALISE)
         float(found["sampling"])
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(
-            f"weights: {config.name} next to {tensors.name} is not a config of ATP heads: {error!r}"
+        raise ArgumentError(
+            "weights",
+            f"{config.name} next to {tensors.name} is not a config of ATP heads: {error!r}",
         ) from None
     wanted = {name: list(tensor.shape) for name, tensor in heads.state_dict().items()}
     try:
         with safe_open(tensors, framework="pt") as file:
             got = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"weights: {tensors.name} is not a safetensors file: {error}") from None
+        raise ArgumentError(
+            "weights", f"{tensors.name} is not a safetensors file: {error}"
+        ) from None
     for name in sorted(wanted.keys() | got.keys()):
         if wanted.get(name) != got.get(name):
-            raise ValueError(
-                f"weights: tensor {name!r} of {tensors.name} must be {wanted.get(name, 'absent')} "
-                f"by its config, got {got.get(name, 'none')}"
+            raise ArgumentError(
+                "weights",
+                f"tensor {name!r} of {tensors.name} must be {wanted.get(name, 'absent')} "
+                f"by its config, got {got.get(name, 'none')}",
             )
     return cast(dict[str, Any], found)
 
@@ -288,7 +292,7 @@ def load_heads(weights: str, device: torch.device | str = "cpu") -> tuple[ATPHea
         device: where the heads go.
 
     Raises:
-        ValueError: missing or malformed files.
+        ArgumentError: missing or malformed files.
     """
     tensors, config = _files(weights)
     stamp = tensors.stat().st_mtime_ns
@@ -330,9 +334,9 @@ class ATP(Method):
         positions: "original" (as published) or "contiguous".
 
     Raises:
-        ValueError: neither heads nor both thresholds, a value out of range, malformed weights, or
-            settings that contradict them.
-        TypeError: a setting of the wrong type.
+        ArgumentError: neither heads nor both thresholds, a value out of range, malformed weights,
+            or settings that contradict them.
+        ArgumentTypeError: a setting of the wrong type.
     """
 
     name = "atp"
@@ -353,31 +357,23 @@ class ATP(Method):
     def __post_init__(self) -> None:
         fixed = (self.theta_r, self.theta_s)
         if self.weights is None and fixed == (None, None):
-            raise ValueError(
-                "weights: atp needs trained heads, got none; give ATP.from_pretrained(folder), "
-                "weights=folder, or fixed thresholds theta_r and theta_s"
+            raise ArgumentError(
+                "weights",
+                "atp needs trained heads, got none; give ATP.from_pretrained(folder), "
+                "weights=folder, or fixed thresholds theta_r and theta_s",
             )
         if self.weights is not None and fixed != (None, None):
-            raise ValueError("theta_r, theta_s: trained heads set them; give thresholds or weights")
-        for name in ("theta_r", "theta_s", "sampling"):
-            value = getattr(self, name)
-            if value is None and (self.weights is not None or name == "sampling"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name}: expected a number, got {value!r}")
-            highest = 1.0 if name != "sampling" else float("inf")
-            if not 0 <= value <= highest or (name == "sampling" and not 0 < value < highest):
-                accepted = "above 0" if name == "sampling" else "in [0, 1]"
-                raise ValueError(f"{name}: expected a number {accepted}, got {value!r}")
-        if self.layers is not None:
-            if not isinstance(self.layers, Sequence) or isinstance(self.layers, str):
-                raise TypeError(f"layers: expected whole numbers, got {self.layers!r}")
-            object.__setattr__(self, "layers", tuple(self.layers))
-            for layer in self.layers:
-                check_layer("layers", layer, 1)
+            given = "theta_s" if self.theta_r is None else "theta_r"
+            raise ArgumentError(given, "trained heads set it; give both thresholds or weights")
+        if self.weights is None:
+            check_number("theta_r", self.theta_r, "[0, 1]")
+            check_number("theta_s", self.theta_s, "[0, 1]")
+        if self.sampling is not None:
+            check_number("sampling", self.sampling, "(0, inf)")
+        object.__setattr__(self, "layers", check_layers("layers", self.layers, lowest=1))
         if self.normalise is not None:
             check_choice("normalise", self.normalise, NORMALISE)
-        check_choice("positions", self.positions, ("original", "contiguous"))
+        check_positions(self.positions)
         if self.weights is None:
             return
         if not isinstance(self.weights, str):
@@ -386,12 +382,12 @@ class ATP(Method):
         for name in ("normalise", "sampling"):
             value = getattr(self, name)
             if value is not None and value != config[name]:
-                raise ValueError(
-                    f"{name}: the heads were trained with {config[name]!r}, got {value!r}"
+                raise ArgumentError(
+                    name, f"the heads were trained with {config[name]!r}, got {value!r}"
                 )
         if self.layers is not None and len(self.layers) != config["cuts"]:
-            raise ValueError(
-                f"layers: the heads are for {config['cuts']} cuts, got {len(self.layers)}"
+            raise ArgumentError(
+                "layers", f"the heads are for {config['cuts']} cuts, got {len(self.layers)}"
             )
 
     @classmethod
@@ -399,7 +395,7 @@ class ATP(Method):
         """The method with the heads that `vtc.training.atp.train` wrote to `folder`.
 
         Raises:
-            ValueError: missing or malformed files, or settings that contradict them.
+            ArgumentError: missing or malformed files, or settings that contradict them.
         """
         return cls(weights=str(folder), **settings)
 

@@ -10,17 +10,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vtc.core import (
-    LayerState,
-    Method,
-    Positions,
-    Rows,
-    Selection,
-    VisionTokens,
+from vtc.core import LayerState, Method, Positions, Rows, Selection, VisionTokens
+from vtc.core.errors import ArgumentError
+from vtc.core.settings import (
     budget,
     check_choice,
+    check_flag,
     check_keep,
     check_layer,
+    check_number,
+    check_positions,
 )
 from vtc.ops import coverage_greedy, top_k, unit_rows
 
@@ -62,7 +61,7 @@ class CATP(Method):
         positions: of stage 1, "contiguous" or "original"; stage 2 keeps them.
 
     Raises:
-        ValueError, TypeError: a setting that is not accepted.
+        ArgumentError, ArgumentTypeError: a setting that is not accepted.
     """
 
     name = "catp"
@@ -82,16 +81,11 @@ class CATP(Method):
     def __post_init__(self) -> None:
         check_keep(self.keep)
         check_layer("layer", self.layer, lowest=2)
-        for name in ("align", "guide"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name}: expected a number of at least 0, got {value!r}")
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"{name}: expected a number of at least 0, got {value!r}")
-        if not isinstance(self.normalize, bool):
-            raise TypeError(f"normalize: expected True or False, got {self.normalize!r}")
+        check_number("align", self.align, "[0, inf)")
+        check_number("guide", self.guide, "[0, inf)")
+        check_flag("normalize", self.normalize)
         check_choice("context_pool", self.context_pool, ("image", "image+text"))
-        check_choice("positions", self.positions, ("original", "contiguous"))
+        check_positions(self.positions)
 
     @property
     def prune_positions(self) -> Positions:
@@ -132,16 +126,17 @@ class CATP(Method):
         """(K, K + 1).
 
         Raises:
-            ValueError: the model is too shallow.
+            ArgumentError: the model is too shallow.
         """
         k = self.layer
         if k is None:
             share = 0.1875 if num_layers <= _USUAL_DEPTH else 0.25
             k = max(2, math.ceil(share * num_layers))
         if k + 1 >= num_layers:
-            raise ValueError(
-                f"layer: expected 2 to {num_layers - 2} in a model of {num_layers} decoder layers, "
-                f"got {k}"
+            raise ArgumentError(
+                "layer",
+                f"expected 2 to {num_layers - 2} in a model of {num_layers} decoder layers, "
+                f"got {k}",
             )
         return (k, k + 1)
 

@@ -8,7 +8,8 @@ from typing import Literal
 
 import torch
 
-from vtc.core import Method, Positions, Selection, VisionTokens, check_choice, check_keep
+from vtc.core import Method, Positions, Selection, VisionTokens
+from vtc.core.settings import check_choice, check_keep, check_positions
 from vtc.ops import dpp_greedy, unit_rows
 
 
@@ -32,7 +33,7 @@ class CDPruner(Method):
         positions: "contiguous" (as in LLaVA) or "original".
 
     Raises:
-        ValueError, TypeError: a setting that is not accepted.
+        ArgumentError, ArgumentTypeError: a setting that is not accepted.
     """
 
     name = "cdpruner"
@@ -48,7 +49,7 @@ class CDPruner(Method):
     def __post_init__(self) -> None:
         check_keep(self.keep)
         check_choice("relevance", self.relevance, ("text", "none"))
-        check_choice("positions", self.positions, ("original", "contiguous"))
+        check_positions(self.positions)
 
     def select(self, tokens: VisionTokens) -> Selection:
         """Ascending indices, (k,).

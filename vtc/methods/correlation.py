@@ -9,7 +9,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vtc.core import Method, Positions, Selection, VisionTokens, budget, check_choice, check_keep
+from vtc.core import Method, Positions, Selection, VisionTokens
+from vtc.core.settings import (
+    budget,
+    check_choice,
+    check_keep,
+    check_number,
+    check_positions,
+    check_whole,
+)
 from vtc.ops import merge_into_nearest, top_k, unit_rows
 
 
@@ -44,7 +52,7 @@ class Correlation(Method):
         positions: "contiguous" or "original".
 
     Raises:
-        ValueError, TypeError: a setting that is not accepted.
+        ArgumentError, ArgumentTypeError: a setting that is not accepted.
     """
 
     name = "correlation"
@@ -67,17 +75,12 @@ class Correlation(Method):
     def __post_init__(self) -> None:
         if self.keep is not None:
             check_keep(self.keep)
-        for name, accepted in (("alpha", "[-1, 1]"), ("beta", "[0, 1]"), ("least", "(0, 1]")):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name}: expected a number in {accepted}, got {value!r}")
-            lowest = -1 if name == "alpha" else 0
-            if not lowest <= value <= 1 or (name == "least" and value == 0):
-                raise ValueError(f"{name}: expected a number in {accepted}, got {value!r}")
+        check_number("alpha", self.alpha, "[-1, 1]")
+        check_number("beta", self.beta, "[0, 1]")
+        check_number("least", self.least, "(0, 1]")
         check_choice("sampler", self.sampler, ("topk", "multinomial"))
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise TypeError(f"seed: expected a whole number, got {self.seed!r}")
-        check_choice("positions", self.positions, ("original", "contiguous"))
+        check_whole("seed", self.seed, lowest=None)
+        check_positions(self.positions)
 
     def density(self, keys: Tensor) -> float:
         """The fraction of non-redundant patches of a crop with (n, d_k) keys, at least `least`."""

@@ -8,16 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vtc.core import (
-    LayerState,
-    Method,
-    Positions,
-    Record,
-    Selection,
+from vtc.core import LayerState, Method, Positions, Record, Selection
+from vtc.core.settings import (
     budget,
-    check_choice,
+    check_flag,
     check_keep,
-    check_layer,
+    check_positions,
+    check_whole,
+    scale_layers,
 )
 from vtc.ops import top_k, unit_rows
 
@@ -47,7 +45,7 @@ class DART(Method):
         positions: "original" (as in the code) or "contiguous".
 
     Raises:
-        ValueError, TypeError: a setting that is not accepted.
+        ArgumentError, ArgumentTypeError: a setting that is not accepted.
     """
 
     name = "dart"
@@ -64,27 +62,19 @@ class DART(Method):
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
-        if self.layer is None:
-            raise ValueError("layer: expected a whole number of at least 1, got None")
-        check_layer("layer", self.layer, lowest=1)
-        check_layer("image_pivots", self.image_pivots, lowest=1)
-        check_layer("text_pivots", self.text_pivots)
-        if not isinstance(self.count_pivots, bool):
-            raise TypeError(f"count_pivots: expected True or False, got {self.count_pivots!r}")
-        check_choice("positions", self.positions, ("original", "contiguous"))
+        check_whole("layer", self.layer, lowest=1)
+        check_whole("image_pivots", self.image_pivots, lowest=1)
+        check_whole("text_pivots", self.text_pivots)
+        check_flag("count_pivots", self.count_pivots)
+        check_positions(self.positions)
 
     def prune_layers(self, num_layers: int) -> tuple[int, ...]:
         """(K,).
 
         Raises:
-            ValueError: the model has no layer K.
+            ArgumentError: the model has no layer K.
         """
-        if self.layer >= num_layers:
-            raise ValueError(
-                f"layer: expected at most {num_layers - 1} in a model of {num_layers} decoder "
-                f"layers, got {self.layer}"
-            )
-        return (self.layer,)
+        return scale_layers(self.layer, (), num_layers)
 
     def records(self, num_layers: int) -> dict[int, frozenset[Record]]:
         """Keys and normed output of layer K - 1."""

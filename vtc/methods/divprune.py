@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vtc.core import Method, Positions, Selection, VisionTokens, check_choice, check_keep
+from vtc.core import Method, Positions, Selection, VisionTokens, check_keep, check_positions
 from vtc.ops import max_min
 
 
@@ -27,7 +27,7 @@ class DivPrune(Method):
         positions: "contiguous" (as in LLaVA, which renumbers the sequence) or "original".
 
     Raises:
-        ValueError, TypeError: a setting that is not accepted.
+        ArgumentError, ArgumentTypeError: a setting that is not accepted.
     """
 
     name = "divprune"
@@ -40,7 +40,7 @@ class DivPrune(Method):
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
-        check_choice("positions", self.positions, ("original", "contiguous"))
+        check_positions(self.positions)
 
     def select(self, tokens: VisionTokens) -> Selection:
         """Ascending indices, (k,)."""

@@ -9,7 +9,9 @@ from typing import Literal
 
 import torch
 
-from vtc.core import Method, Positions, Selection, VisionTokens, budget, check_choice, check_keep
+from vtc.core import Method, Positions, Selection, VisionTokens
+from vtc.core.errors import ArgumentTypeError
+from vtc.core.settings import budget, check_choice, check_keep, check_positions
 from vtc.ops import cell_grid, pool_grid
 from vtc.ops.pooling import cells_of
 
@@ -39,7 +41,7 @@ class Downsample(Method):
         positions: "original" or "contiguous".
 
     Raises:
-        ValueError, TypeError: a setting that is not accepted.
+        ArgumentError, ArgumentTypeError: a setting that is not accepted.
     """
 
     name = "downsample"
@@ -54,7 +56,7 @@ class Downsample(Method):
     def __post_init__(self) -> None:
         check_keep(self.keep)
         check_choice("how", self.how, ("grid", "pixels"))
-        check_choice("positions", self.positions, ("original", "contiguous"))
+        check_positions(self.positions)
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -81,7 +83,9 @@ class Downsample(Method):
             ValueError: the tokens have no places.
         """
         if self.how == "pixels":
-            raise TypeError("how: 'pixels' acts before the vision tower, not on its tokens")
+            raise ArgumentTypeError(
+                "how", "'pixels' acts before the vision tower, not on its tokens"
+            )
         n = len(tokens)
         b = tokens.budget(self.keep)
         if b >= n:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vtc.core import LayerState, Positions, Rows, ScorerMethod, check_layer
+from vtc.core import LayerState, Positions, Rows, ScorerMethod, check_whole, scale_layers
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class FastV(ScorerMethod):
         positions: "original" (as in the code) or "contiguous".
 
     Raises:
-        ValueError, TypeError: a setting that is not accepted.
+        ArgumentError, ArgumentTypeError: a setting that is not accepted.
     """
 
     name = "fastv"
@@ -48,22 +48,15 @@ class FastV(ScorerMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.layer is None:
-            raise ValueError("layer: expected a whole number of at least 1, got None")
-        check_layer("layer", self.layer, lowest=1)
+        check_whole("layer", self.layer, lowest=1)
 
     def prune_layers(self, num_layers: int) -> tuple[int, ...]:
         """(K,).
 
         Raises:
-            ValueError: the model has no layer K.
+            ArgumentError: the model has no layer K.
         """
-        if self.layer >= num_layers:
-            raise ValueError(
-                f"layer: expected at most {num_layers - 1} in a model of {num_layers} decoder "
-                f"layers, got {self.layer}"
-            )
-        return (self.layer,)
+        return scale_layers(self.layer, (), num_layers)
 
     def taps(self, num_layers: int) -> dict[int, Rows]:
         """The prompt's last row of layer K - 1."""

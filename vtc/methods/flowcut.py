@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vtc.core import EncoderState, Merging, Method, Positions, budget, check_choice, check_keep
+from vtc.core import EncoderState, Merging, Method, Positions, budget, check_keep, check_positions
 from vtc.ops import top_k
 
 
@@ -39,7 +39,7 @@ class FlowCut(Method):
         positions: "contiguous" (the language model sees a shorter image) or "original".
 
     Raises:
-        ValueError, TypeError: a setting that is not accepted.
+        ArgumentError, ArgumentTypeError: a setting that is not accepted.
     """
 
     name = "flowcut"
@@ -53,7 +53,7 @@ class FlowCut(Method):
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
-        check_choice("positions", self.positions, ("original", "contiguous"))
+        check_positions(self.positions)
 
     def merge(self, state: EncoderState) -> Merging | None:
         """Targets of the n tokens, -1 for dropped ones, and the scores of the others; `None` if

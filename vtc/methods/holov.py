@@ -3,22 +3,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from vtc.core import (
-    Method,
-    Positions,
-    Selection,
-    VisionTokens,
-    check_choice,
-    check_keep,
-    check_layer,
-)
+from vtc.core import Method, Positions, Selection, VisionTokens
+from vtc.core.errors import ArgumentError
+from vtc.core.settings import check_choice, check_keep, check_layer, check_number, check_positions
 from vtc.ops import cell_grid, top_k, unit_rows
 
 CHUNK_RATE = (16, 9)
@@ -68,7 +61,7 @@ class HoloV(Method):
         positions: "contiguous" (as in LLaVA) or "original".
 
     Raises:
-        ValueError, TypeError: a setting that is not accepted.
+        ArgumentError, ArgumentTypeError: a setting that is not accepted.
     """
 
     name = "holov"
@@ -89,13 +82,9 @@ class HoloV(Method):
         check_keep(self.keep)
         check_choice("variant", self.variant, ("code", "paper"))
         check_layer("chunks", self.chunks, lowest=1)
-        for name in ("alpha", "tau"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name}: expected a number of at least 0, got {value!r}")
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name}: expected a finite number of at least 0, got {value!r}")
-        check_choice("positions", self.positions, ("original", "contiguous"))
+        check_number("alpha", self.alpha, "[0, inf)")
+        check_number("tau", self.tau, "[0, inf)")
+        check_positions(self.positions)
 
     @property
     def reads_places(self) -> bool:  # type: ignore[override]
@@ -162,13 +151,15 @@ def quotas(weights: Tensor, sizes: Tensor, total: int) -> Tensor:
         (c,) integers up to `sizes` whose sum is `total`.
 
     Raises:
-        ValueError: `total` out of range, or weights that are negative or not finite.
+        ArgumentError: `total` out of range, or weights that are negative or not finite.
     """
     if not 0 <= total <= int(sizes.sum()):
-        raise ValueError(f"total: expected 0 to the {int(sizes.sum())} tokens there, got {total}")
+        raise ArgumentError(
+            "total", f"expected 0 to the {int(sizes.sum())} tokens there, got {total}"
+        )
     wide = weights.double()
     if not bool((torch.isfinite(wide) & (wide >= 0)).all()):
-        raise ValueError("weights: expected finite numbers of at least 0, got others")
+        raise ArgumentError("weights", "expected finite numbers of at least 0, got others")
     if not bool(wide.any()):
         wide = torch.ones_like(wide)
     wide = wide / wide.sum()

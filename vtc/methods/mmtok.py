@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from vtc.core import Method, Positions, Selection, VisionTokens, check_choice, check_keep
+from vtc.core import Method, Positions, Selection, VisionTokens
+from vtc.core.settings import check_keep, check_number, check_positions
 from vtc.ops import coverage_greedy, unit_rows
 
 
@@ -32,7 +33,7 @@ class MMTok(Method):
         positions: "contiguous" (as in LLaVA) or "original".
 
     Raises:
-        ValueError, TypeError: a setting that is not accepted.
+        ArgumentError, ArgumentTypeError: a setting that is not accepted.
     """
 
     name = "mmtok"
@@ -49,14 +50,10 @@ class MMTok(Method):
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
-        for name in ("alpha", "text_temperature", "vision_temperature"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name}: expected a number, got {value!r}")
-            if value < 0 or (value == 0 and name != "alpha") or value == float("inf"):
-                least = "at least 0" if name == "alpha" else "above 0"
-                raise ValueError(f"{name}: expected a number {least}, got {value!r}")
-        check_choice("positions", self.positions, ("original", "contiguous"))
+        check_number("alpha", self.alpha, "[0, inf)")
+        check_number("text_temperature", self.text_temperature, "(0, inf)")
+        check_number("vision_temperature", self.vision_temperature, "(0, inf)")
+        check_positions(self.positions)
 
     def select(self, tokens: VisionTokens) -> Selection:
         """Ascending indices, (k,).

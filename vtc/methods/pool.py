@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vtc.core import Method, Positions, Selection, VisionTokens, budget, check_choice, check_keep
+from vtc.core import Method, Positions, Selection, VisionTokens, budget, check_keep, check_positions
 from vtc.ops import pool_grid
 from vtc.ops.pooling import cells_of
 
@@ -29,7 +29,7 @@ class Pool(Method):
         positions: "original" or "contiguous".
 
     Raises:
-        ValueError, TypeError: a setting that is not accepted.
+        ArgumentError, ArgumentTypeError: a setting that is not accepted.
     """
 
     name = "pool"
@@ -42,7 +42,7 @@ class Pool(Method):
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
-        check_choice("positions", self.positions, ("original", "contiguous"))
+        check_positions(self.positions)
 
     def entering(self, n: int, tiles: int = 1) -> int:
         """The number of cells for square images or tiles; `keep` for others."""

@@ -10,15 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from vtc.core import (
-    Method,
-    Positions,
-    Selection,
-    VisionTokens,
-    check_choice,
-    check_keep,
-    check_layer,
-)
+from vtc.core import Method, Positions, Selection, VisionTokens
+from vtc.core.settings import check_choice, check_flag, check_keep, check_positions, check_whole
 from vtc.ops import top_k, unit_rows
 
 
@@ -50,7 +43,7 @@ class PruMerge(Method):
         positions: "contiguous" (as in LLaVA) or "original".
 
     Raises:
-        ValueError, TypeError: a setting that is not accepted.
+        ArgumentError, ArgumentTypeError: a setting that is not accepted.
     """
 
     name = "prumerge"
@@ -70,14 +63,11 @@ class PruMerge(Method):
     def __post_init__(self) -> None:
         if self.keep is not None:
             check_keep(self.keep)
-        for name in ("plus", "aggregate"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
-        if self.neighbours is None:
-            raise ValueError("neighbours: expected a whole number of at least 1, got None")
-        check_layer("neighbours", self.neighbours, lowest=1)
+        check_flag("plus", self.plus)
+        check_flag("aggregate", self.aggregate)
+        check_whole("neighbours", self.neighbours, lowest=1)
         check_choice("order", self.order, ("published", "raster"))
-        check_choice("positions", self.positions, ("original", "contiguous"))
+        check_positions(self.positions)
 
     def select(self, tokens: VisionTokens) -> Selection:
         """(k,) ascending indices and (k, d) contents.
@@ -168,7 +158,7 @@ class PruMergePlus(PruMerge):
         positions: "contiguous" or "original".
 
     Raises:
-        ValueError, TypeError: a setting that is not accepted.
+        ArgumentError, ArgumentTypeError: a setting that is not accepted.
     """
 
     name = "prumerge_plus"

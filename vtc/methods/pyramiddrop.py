@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vtc.core import LayerState, Positions, Rows, ScorerMethod, check_layer, scale_layers
+from vtc.core import LayerState, Positions, Rows, ScorerMethod, check_layers, scale_layers
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class PyramidDrop(ScorerMethod):
         positions: "contiguous" (as in the code) or "original".
 
     Raises:
-        ValueError, TypeError: a setting that is not accepted.
+        ArgumentError, ArgumentTypeError: a setting that is not accepted.
     """
 
     name = "pyramiddrop"
@@ -46,10 +46,7 @@ class PyramidDrop(ScorerMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
-            for layer in self.layers:
-                check_layer("layers", layer, lowest=1)
+        object.__setattr__(self, "layers", check_layers("layers", self.layers, lowest=1))
 
     def prune_layers(self, num_layers: int) -> tuple[int, ...]:
         """The layers before which it cuts.

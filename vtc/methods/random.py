@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from vtc.core import Method, Positions, Selection, VisionTokens, check_choice, check_keep
+from vtc.core import Method, Positions, Selection, VisionTokens
+from vtc.core.settings import check_keep, check_positions, check_whole
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Random(Method):
         positions: "original" or "contiguous".
 
     Raises:
-        ValueError, TypeError: a setting that is not accepted.
+        ArgumentError, ArgumentTypeError: a setting that is not accepted.
     """
 
     name = "random"
@@ -39,9 +40,8 @@ class Random(Method):
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed: expected a whole number of at least 0, got {self.seed!r}")
-        check_choice("positions", self.positions, ("original", "contiguous"))
+        check_whole("seed", self.seed)
+        check_positions(self.positions)
 
     def select(self, tokens: VisionTokens) -> Selection:
         """Ascending indices, (k,)."""

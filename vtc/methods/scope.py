@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from vtc.core import Method, Positions, Selection, VisionTokens, check_choice, check_keep
+from vtc.core import Method, Positions, Selection, VisionTokens
+from vtc.core.settings import check_keep, check_number, check_positions
 from vtc.ops import coverage_greedy, unit_rows
 
 
@@ -26,7 +27,7 @@ class SCOPE(Method):
         positions: "contiguous" (as in LLaVA) or "original".
 
     Raises:
-        ValueError, TypeError: a setting that is not accepted.
+        ArgumentError, ArgumentTypeError: a setting that is not accepted.
     """
 
     name = "scope"
@@ -42,11 +43,8 @@ class SCOPE(Method):
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)):
-            raise TypeError(f"alpha: expected a number of at least 0, got {self.alpha!r}")
-        if not 0 <= self.alpha < float("inf"):
-            raise ValueError(f"alpha: expected a number of at least 0, got {self.alpha!r}")
-        check_choice("positions", self.positions, ("original", "contiguous"))
+        check_number("alpha", self.alpha, "[0, inf)")
+        check_positions(self.positions)
 
     def select(self, tokens: VisionTokens) -> Selection:
         """Ascending indices, (k,).

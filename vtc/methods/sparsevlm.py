@@ -10,17 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from vtc.core import (
-    LayerState,
-    Method,
-    Positions,
-    Record,
-    Rows,
-    Selection,
+from vtc.core import LayerState, Method, Positions, Record, Rows, Selection
+from vtc.core.errors import ArgumentError
+from vtc.core.settings import (
     budget,
     check_choice,
+    check_flag,
     check_keep,
-    check_layer,
+    check_layers,
+    check_number,
+    check_positions,
     scale_layers,
 )
 from vtc.ops import density_peaks, top_k
@@ -66,7 +65,7 @@ class SparseVLM(Method):
             "original" a mean stands at its cluster's centre.
 
     Raises:
-        ValueError, TypeError: a setting that is not accepted.
+        ArgumentError, ArgumentTypeError: a setting that is not accepted.
     """
 
     name = "sparsevlm"
@@ -88,8 +87,7 @@ class SparseVLM(Method):
         # Lists come from JSON; some defaults depend on the version.
         if isinstance(self.keep, (list, tuple)):
             object.__setattr__(self, "keep", tuple(self.keep))
-        if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "layers", check_layers("layers", self.layers))
         if self.recycle is None:
             object.__setattr__(self, "recycle", self.version == "v1.5")
         if self.positions is None:
@@ -97,25 +95,19 @@ class SparseVLM(Method):
             object.__setattr__(self, "positions", positions)
         for keep in self.keep if isinstance(self.keep, tuple) else (self.keep,):
             check_keep(keep)
-        for layer in self.layers or ():
-            check_layer("layers", layer)
-        if not isinstance(self.recycle, bool):
-            raise TypeError(f"recycle: expected True, False or None, got {self.recycle!r}")
-        for name, highest in (("tau", 1.0), ("theta", 1.0), ("floor", float("inf"))):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name}: expected a number, got {value!r}")
-            if not 0 <= value <= highest or (name == "floor" and value == 0):
-                raise ValueError(f"{name}: expected 0 to {highest:g}, got {value!r}")
-        check_choice("positions", self.positions, ("original", "contiguous"))
+        check_flag("recycle", self.recycle)
+        check_number("tau", self.tau, "[0, 1]")
+        check_number("theta", self.theta, "[0, 1]")
+        check_number("floor", self.floor, "(0, inf)")
+        check_positions(self.positions)
 
     # ---- where it acts ------------------------------------------------------------------------
     def prune_layers(self, num_layers: int) -> tuple[int, ...]:
         """The layers after those of `layers`.
 
         Raises:
-            ArgumentError: layers that do not ascend, or without a layer after them.
-            ValueError: `keep` has another number of entries than `layers`.
+            ArgumentError: layers that do not ascend, or without a layer after them, or a `keep`
+                with another number of entries than `layers`.
         """
         found = scale_layers(self.layers, (0.09375, 0.21875, 0.5), num_layers, after=True)
         if (
@@ -123,9 +115,9 @@ class SparseVLM(Method):
             and isinstance(self.keep, tuple)
             and len(self.keep) != len(found)
         ):
-            raise ValueError(
-                f"keep: expected one number, or one for each of the {len(found)} layers, "
-                f"got {self.keep}"
+            raise ArgumentError(
+                "keep",
+                f"expected one number, or one for each of the {len(found)} layers, got {self.keep}",
             )
         return found
 

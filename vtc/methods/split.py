@@ -20,10 +20,10 @@ from vtc.core import (
     Selection,
     Signal,
     VisionTokens,
-    check_keep,
     make,
 )
-from vtc.core.errors import within
+from vtc.core.errors import ArgumentError, within
+from vtc.core.settings import check_keep
 from vtc.core.signals import fields_of, read_at
 
 _OF_TOKENS = ("features", "grid", "crop", *fields_of("token"))
@@ -206,15 +206,17 @@ def _checked(name: str, method: Any, layers: bool = True) -> Method:
     if found.parts != (found,) or found.stages not in accepted:
         stages = "stage, or there and between layers" if layers else "stage alone"
         acts = ", ".join(found.stages) or "nothing"
-        raise ValueError(
-            f"{name}: expected one method that acts in the sequence {stages}, got {found} "
-            f"({acts}); compose others with `|`"
+        raise ArgumentError(
+            name,
+            f"expected one method that acts in the sequence {stages}, got {found} ({acts}); "
+            "compose others with `|`",
         )
     keep = getattr(found, "keep", 1.0)
     if "layers" in found.stages and not isinstance(keep, float):
-        raise ValueError(
-            f"{name}: expected a fraction as keep of {found.name}, whose stage between layers "
-            f"counts all tokens of an image, got {keep!r}"
+        raise ArgumentError(
+            name,
+            f"expected a fraction as keep of {found.name}, whose stage between layers counts all "
+            f"tokens of an image, got {keep!r}",
         )
     return found
 
@@ -236,9 +238,9 @@ class PerTile(_Split):
             tile.
 
     Raises:
-        ValueError: methods of other stages, or a thumbnail method whose positions or tower layers
-            differ from those of `inner`.
-        TypeError: neither a method nor a `keep`.
+        ArgumentError: methods of other stages, or a thumbnail method whose positions or tower
+            layers differ from those of `inner`.
+        ArgumentTypeError: neither a method nor a `keep`.
     """
 
     name = "per_tile"
@@ -254,9 +256,10 @@ class PerTile(_Split):
         if given is None:
             return
         if "layers" in self.inner.stages:
-            raise ValueError(
-                f"thumbnail: expected None, as {self.inner.name} acts between layers on all tiles "
-                f"together, got {given!r}"
+            raise ArgumentError(
+                "thumbnail",
+                f"expected None, as {self.inner.name} acts between layers on all tiles together, "
+                f"got {given!r}",
             )
         if isinstance(given, (str, Mapping, Method)):
             object.__setattr__(self, "thumbnail", _checked("thumbnail", given, layers=False))
@@ -266,8 +269,8 @@ class PerTile(_Split):
             except (TypeError, ValueError) as error:
                 raise within("thumbnail", error) from None
             if "keep" not in {f.name for f in dataclasses.fields(self.inner)}:  # type: ignore[arg-type]
-                raise ValueError(
-                    f"thumbnail: {self.inner.name} has no keep; expected a method, got {given!r}"
+                raise ArgumentError(
+                    "thumbnail", f"{self.inner.name} has no keep; expected a method, got {given!r}"
                 )
         other = self.of_thumbnail
         shared = self.inner.needs & other.needs
@@ -278,8 +281,9 @@ class PerTile(_Split):
         ):
             mine, its = getattr(self.inner, what), getattr(other, what)
             if counts and mine != its:
-                raise ValueError(
-                    f"thumbnail: expected {what} {mine!r} as {self.inner.name} has it, got {its!r}"
+                raise ArgumentError(
+                    "thumbnail",
+                    f"expected {what} {mine!r} as {self.inner.name} has it, got {its!r}",
                 )
 
     @property
@@ -341,8 +345,8 @@ class PerFrame(_Split):
             its dictionary.
 
     Raises:
-        ValueError: a method of other stages.
-        TypeError: not a method.
+        ArgumentError: a method of other stages.
+        ArgumentTypeError: not a method.
     """
 
     name = "per_frame"

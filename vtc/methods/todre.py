@@ -3,23 +3,21 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from vtc.core import (
-    LayerState,
-    Method,
-    Positions,
-    Rows,
-    Selection,
-    VisionTokens,
+from vtc.core import LayerState, Method, Positions, Rows, Selection, VisionTokens
+from vtc.core.settings import (
     check_choice,
+    check_flag,
     check_keep,
     check_layer,
+    check_number,
+    check_positions,
+    scale_layers,
 )
 from vtc.ops import farthest_first, max_sum
 
@@ -62,7 +60,7 @@ class ToDRE(Method):
             has the same rotation in all layers.
 
     Raises:
-        ValueError, TypeError: a setting that is not accepted.
+        ArgumentError, ArgumentTypeError: a setting that is not accepted.
     """
 
     name = "todre"
@@ -82,14 +80,10 @@ class ToDRE(Method):
     def __post_init__(self) -> None:
         check_keep(self.keep)
         check_choice("mode", self.mode, ("maxsum", "kcenter"))
-        if not isinstance(self.second_stage, bool):
-            raise TypeError(f"second_stage: expected True or False, got {self.second_stage!r}")
+        check_flag("second_stage", self.second_stage)
         check_layer("layer", self.layer, lowest=1)
-        if isinstance(self.tau, bool) or not isinstance(self.tau, (int, float)):
-            raise TypeError(f"tau: expected a number of at least 0, got {self.tau!r}")
-        if not (math.isfinite(self.tau) and self.tau >= 0):
-            raise ValueError(f"tau: expected a number of at least 0, got {self.tau!r}")
-        check_choice("positions", self.positions, ("original", "contiguous"))
+        check_number("tau", self.tau, "[0, inf)")
+        check_positions(self.positions)
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -120,18 +114,13 @@ class ToDRE(Method):
         """(l*,), or () if stage 2 is off or the model has only one layer.
 
         Raises:
-            ValueError: the model has no layer after `layer`.
+            ArgumentError: the model has no layer after `layer`.
         """
         if not self._drops:
             return ()
         if self.layer is None:
             return (7 * num_layers // 8,) if num_layers > 1 else ()
-        if self.layer >= num_layers:
-            raise ValueError(
-                f"layer: expected at most {num_layers - 1} in a model of {num_layers} decoder "
-                f"layers, got {self.layer}"
-            )
-        return (self.layer,)
+        return scale_layers(self.layer, (), num_layers)
 
     def is_bound(self, n: int, tiles: int = 1) -> bool:
         """Whether stage 2 is on, which may drop all tokens."""

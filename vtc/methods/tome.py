@@ -6,7 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from vtc.core import EncoderState, Merging, Method, Positions, budget, check_choice, check_keep
+from vtc.core import EncoderState, Merging, Method, Positions
+from vtc.core.errors import ArgumentError
+from vtc.core.settings import budget, check_choice, check_flag, check_keep, check_positions
 from vtc.ops import bipartite_match
 
 
@@ -33,7 +35,7 @@ class ToMe(Method):
         positions: "contiguous" (the language model sees a shorter image) or "original".
 
     Raises:
-        ValueError, TypeError: a setting that is not accepted.
+        ArgumentError, ArgumentTypeError: a setting that is not accepted.
     """
 
     name = "tome"
@@ -49,13 +51,9 @@ class ToMe(Method):
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
-        if not isinstance(self.proportional_attention, bool):
-            raise TypeError(
-                "proportional_attention: expected True or False, got "
-                f"{self.proportional_attention!r}"
-            )
+        check_flag("proportional_attention", self.proportional_attention)
         check_choice("order", self.order, ("sequence", "similarity"))
-        check_choice("positions", self.positions, ("original", "contiguous"))
+        check_positions(self.positions)
 
     @property
     def weighs_sizes(self) -> bool:  # type: ignore[override]
@@ -66,7 +64,7 @@ class ToMe(Method):
         """Targets of the n tokens: first what A keeps, then B, in sequence order.
 
         Raises:
-            ValueError: halving in every layer would not suffice.
+            ArgumentError: halving in every layer would not suffice.
         """
         n, wanted = len(state), budget(self.keep, state.original)
         r = self.pairs(n, wanted, state.num_layers - state.layer)
@@ -86,7 +84,7 @@ class ToMe(Method):
             layers_left: layers left, including this one.
 
         Raises:
-            ValueError: halving in every layer would not suffice.
+            ArgumentError: halving in every layer would not suffice.
         """
         if n <= wanted:
             return 0
@@ -99,8 +97,9 @@ class ToMe(Method):
             least = n
             for _ in range(layers_left):
                 least -= least // 2
-            raise ValueError(
-                f"keep: {layers_left} tower layers, each of which at best halves, cannot leave "
-                f"{wanted} of {n} tokens; at least {least}"
+            raise ArgumentError(
+                "keep",
+                f"{layers_left} tower layers, each of which at best halves, cannot leave "
+                f"{wanted} of {n} tokens; at least {least}",
             )
         return r

@@ -9,16 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vtc.core import (
-    ArgumentError,
-    ArgumentTypeError,
-    LayerState,
-    Method,
-    Positions,
-    Record,
-    Rows,
-    Selection,
+from vtc.core import LayerState, Method, Positions, Record, Rows, Selection
+from vtc.core.errors import ArgumentError, ArgumentTypeError
+from vtc.core.settings import (
     check_choice,
+    check_fraction,
+    check_number,
+    check_positions,
     scale_layers,
 )
 from vtc.ops import top_k
@@ -67,7 +64,7 @@ class TransPrune(Method):
         positions: "contiguous" (as in the code) or "original".
 
     Raises:
-        ValueError, TypeError: a setting that is not accepted.
+        ArgumentError, ArgumentTypeError: a setting that is not accepted.
     """
 
     name = "transprune"
@@ -87,18 +84,11 @@ class TransPrune(Method):
             check_choice("schedule", self.schedule, tuple(SCHEDULES))
         else:
             object.__setattr__(self, "schedule", _three_shares(self.schedule))
-        # A whole number would be a number of tokens: 1 does not mean all.
-        if not isinstance(self.keep, float):
-            raise ArgumentTypeError("keep", f"expected a fraction such as 0.25, got {self.keep!r}")
-        if not 0 < self.keep <= 1:
-            raise ArgumentError("keep", f"expected a fraction in (0, 1], got {self.keep!r}")
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)):
-            raise TypeError(f"alpha: expected a number in [0, 1], got {self.alpha!r}")
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha: expected a number in [0, 1], got {self.alpha!r}")
+        check_fraction("keep", self.keep)
+        check_number("alpha", self.alpha, "[0, 1]")
         check_choice("direction", self.direction, ("abs", "signed"))
         check_choice("softmax_scope", self.softmax_scope, ("image", "sequence"))
-        check_choice("positions", self.positions, ("original", "contiguous"))
+        check_positions(self.positions)
 
     @property
     def shares(self) -> tuple[float, float, float]:
@@ -210,14 +200,12 @@ class TransPrune(Method):
 
 def _three_shares(given: Any) -> tuple[float, float, float]:
     """The checked fractions of a user-defined schedule."""
-    wanted = (
-        f"schedule: expected one of {', '.join(map(repr, SCHEDULES))}, or three fractions in (0, 1]"
-    )
+    wanted = f"expected one of {', '.join(map(repr, SCHEDULES))}, or three fractions in (0, 1]"
     if not isinstance(given, (tuple, list)):
-        raise TypeError(f"{wanted}, got {given!r}")
+        raise ArgumentTypeError("schedule", f"{wanted}, got {given!r}")
     numbers = [v for v in given if isinstance(v, (int, float)) and not isinstance(v, bool)]
     if len(given) != 3 or len(numbers) != 3 or not 1 >= numbers[0] >= numbers[1] >= numbers[2] > 0:
-        raise ValueError(f"{wanted}, not ascending, got {given!r}")
+        raise ArgumentError("schedule", f"{wanted}, not ascending, got {given!r}")
     first, second, third = map(float, numbers)
     return (first, second, third)
 

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vtc.core import (
-    LayerState,
-    Positions,
-    Record,
-    ScorerMethod,
-    check_choice,
-    check_layer,
+from vtc.core import LayerState, Positions, Record, ScorerMethod
+from vtc.core.errors import ArgumentError
+from vtc.core.settings import (
+    as_tuple,
+    check_flag,
+    check_fraction,
+    check_layers,
+    check_positions,
     scale_layers,
 )
 
@@ -46,7 +47,7 @@ class V2Drop(ScorerMethod):
         positions: "original" (as in the code) or "contiguous".
 
     Raises:
-        ValueError, TypeError: a setting that is not accepted.
+        ArgumentError, ArgumentTypeError: a setting that is not accepted.
     """
 
     name = "v2drop"
@@ -61,24 +62,20 @@ class V2Drop(ScorerMethod):
     positions: Positions = "original"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "then", tuple(self.then))
-        for name, share in (("keep", self.keep), *(("then", share) for share in self.then)):
-            # A whole number would be a number of tokens: 1 does not mean all.
-            if not isinstance(share, float) and (name, share) != ("then", 0):
-                raise TypeError(f"{name}: expected a fraction such as 0.25, got {share!r}")
-            if not (0 < share <= 1 or (name, share) == ("then", 0)):
-                accepted = "(0, 1]" if name == "keep" else "[0, 1]"
-                raise ValueError(f"{name}: expected a fraction in {accepted}, got {share!r}")
-        if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
-            if len(self.layers) != 1 + len(self.then):
-                raise ValueError(
-                    f"layers: expected {1 + len(self.then)}, one for keep and each fraction of "
-                    f"then, got {len(self.layers)}"
-                )
-            for layer in self.layers:
-                check_layer("layers", layer, lowest=1)
-        check_choice("positions", self.positions, ("original", "contiguous"))
+        check_fraction("keep", self.keep)
+        object.__setattr__(self, "then", as_tuple("then", self.then))
+        for share in self.then:
+            if share != 0:
+                check_fraction("then", share, "[0, 1]")
+        object.__setattr__(self, "layers", check_layers("layers", self.layers, lowest=1))
+        if self.layers is not None and len(self.layers) != 1 + len(self.then):
+            raise ArgumentError(
+                "layers",
+                f"expected {1 + len(self.then)}, one for keep and each fraction of then, "
+                f"got {len(self.layers)}",
+            )
+        check_flag("one_stays", self.one_stays)
+        check_positions(self.positions)
 
     def prune_layers(self, num_layers: int) -> tuple[int, ...]:
         """The layers before which it cuts.

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vtc.core import Method, Positions, Selection, VisionTokens, check_choice, check_keep
+from vtc.core import Method, Positions, Selection, VisionTokens
+from vtc.core.settings import check_choice, check_keep, check_number, check_positions
 from vtc.ops import top_k
 from vtc.ops.merging import sums
 
@@ -39,7 +40,7 @@ class VisionZip(Method):
         positions: "contiguous" (as in LLaVA) or "original".
 
     Raises:
-        ValueError, TypeError: a setting that is not accepted.
+        ArgumentError, ArgumentTypeError: a setting that is not accepted.
     """
 
     name = "visionzip"
@@ -56,12 +57,9 @@ class VisionZip(Method):
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
-        if isinstance(self.contextual, bool) or not isinstance(self.contextual, (int, float)):
-            raise TypeError(f"contextual: expected a fraction in [0, 1), got {self.contextual!r}")
-        if not 0 <= self.contextual < 1:
-            raise ValueError(f"contextual: expected a fraction in [0, 1), got {self.contextual!r}")
+        check_number("contextual", self.contextual, "[0, 1)")
         check_choice("merge_by", self.merge_by, ("sum", "mean"))
-        check_choice("positions", self.positions, ("original", "contiguous"))
+        check_positions(self.positions)
 
     def split(self, total: int) -> tuple[int, int]:
         """Dominant ([CLS] included) and contextual tokens out of `total`."""

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vtc.core import Method, Positions, Selection, VisionTokens, check_choice, check_keep
+from vtc.core import Method, Positions, Selection, VisionTokens
+from vtc.core.settings import check_keep, check_number, check_positions, check_whole
 from vtc.ops import top_k, unit_rows
 
 _NEAREST: int = 32
@@ -37,7 +38,7 @@ class VisPruner(Method):
         positions: "contiguous" (as in LLaVA) or "original".
 
     Raises:
-        ValueError, TypeError: a setting that is not accepted.
+        ArgumentError, ArgumentTypeError: a setting that is not accepted.
     """
 
     name = "vispruner"
@@ -54,15 +55,9 @@ class VisPruner(Method):
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
-        if isinstance(self.important, bool) or not isinstance(self.important, (int, float)):
-            raise TypeError(f"important: expected a fraction in [0, 1], got {self.important!r}")
-        if not 0 <= self.important <= 1:
-            raise ValueError(f"important: expected a fraction in [0, 1], got {self.important!r}")
-        if isinstance(self.at_once, bool) or not isinstance(self.at_once, int):
-            raise TypeError(f"at_once: expected a whole number, got {self.at_once!r}")
-        if self.at_once < 1:
-            raise ValueError(f"at_once: expected at least 1, got {self.at_once}")
-        check_choice("positions", self.positions, ("original", "contiguous"))
+        check_number("important", self.important, "[0, 1]")
+        check_whole("at_once", self.at_once, lowest=1)
+        check_positions(self.positions)
 
     def select(self, tokens: VisionTokens) -> Selection:
         """Ascending indices, (k,).

@@ -8,17 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vtc.core import (
-    LayerState,
-    Positions,
-    Rows,
-    ScorerMethod,
-    Selection,
-    VisionTokens,
-    budget,
-    check_layer,
-    scale_layers,
-)
+from vtc.core import LayerState, Positions, Rows, ScorerMethod, Selection, VisionTokens
+from vtc.core.settings import budget, check_layer, check_number, check_whole, scale_layers
 from vtc.ops import merge_into_nearest, top_k
 
 
@@ -47,7 +38,7 @@ class VScan(ScorerMethod):
         positions: "contiguous" (as in LLaVA) or "original", for both stages.
 
     Raises:
-        ValueError, TypeError: a setting that is not accepted.
+        ArgumentError, ArgumentTypeError: a setting that is not accepted.
     """
 
     name = "vscan"
@@ -67,14 +58,8 @@ class VScan(ScorerMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.then, bool) or not isinstance(self.then, (int, float)):
-            raise TypeError(f"then: expected a fraction in (0, 1], got {self.then!r}")
-        if not 0 < self.then <= 1:
-            raise ValueError(f"then: expected a fraction in (0, 1], got {self.then!r}")
-        if isinstance(self.windows, bool) or not isinstance(self.windows, int):
-            raise TypeError(f"windows: expected a whole number, got {self.windows!r}")
-        if self.windows < 1:
-            raise ValueError(f"windows: expected at least 1, got {self.windows}")
+        check_number("then", self.then, "(0, 1]")
+        check_whole("windows", self.windows, lowest=1)
         check_layer("layer", self.layer, lowest=1)
 
     @property

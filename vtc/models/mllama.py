@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from vtc.core.errors import ArgumentError
 from vtc.core.images import grid_positions
 from vtc.models.base import Adapter, UnsupportedModelError
 
@@ -99,13 +100,14 @@ class Mllama(Adapter):
             given: the arguments of the base model's forward.
 
         Raises:
-            ValueError: vision states are passed in, or the cross-attention mask is missing, has the
-                wrong shape or opens padding tiles.
+            ArgumentError: vision states are passed in, or the cross-attention mask is missing, has
+                the wrong shape or opens padding tiles.
         """
         if given.get("cross_attention_states") is not None:
-            raise ValueError(
-                "cross_attention_states: a patched model must encode images itself, to know what "
-                "their states are; pass pixel_values, or unpatch"
+            raise ArgumentError(
+                "cross_attention_states",
+                "a patched model must encode images itself, to know what "
+                "their states are; pass pixel_values, or unpatch",
             )
         names = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
         pixels, *ratios = (given.get(name) for name in names)
@@ -113,23 +115,26 @@ class Mllama(Adapter):
             return  # without the ratios the model itself says what it lacks
         mask = given.get("cross_attention_mask")
         if mask is None:
-            raise ValueError(
-                "cross_attention_mask: a patched model needs it with pixel_values, got None: "
+            raise ArgumentError(
+                "cross_attention_mask",
+                "a patched model needs it with pixel_values, got None: "
                 "without it transformers lets tokens see padding tiles, and in sdpa takes states "
-                "for a causal sequence; the processor makes it"
+                "for a causal sequence; the processor makes it",
             )
         real = self.real_tiles(given)
         if mask.dim() != 4 or mask.shape[0] != real.shape[0] or mask.shape[3] != real.shape[2]:
-            raise ValueError(
-                f"cross_attention_mask: expected shape ({real.shape[0]}, tokens, images, "
-                f"{real.shape[2]}), got {tuple(mask.shape)}"
+            raise ArgumentError(
+                "cross_attention_mask",
+                f"expected shape ({real.shape[0]}, tokens, images, "
+                f"{real.shape[2]}), got {tuple(mask.shape)}",
             )
         # After images of earlier turns, whose states are in the cache.
         newest = mask[:, :, mask.shape[2] - real.shape[1] :].bool()
         if newest.shape[2] == real.shape[1] and bool((newest & ~real[:, None]).any()):
-            raise ValueError(
-                "cross_attention_mask: it opens tiles that aspect_ratio_mask or aspect_ratio_ids "
-                "mark as padding, whose states a patched model drops"
+            raise ArgumentError(
+                "cross_attention_mask",
+                "it opens tiles that aspect_ratio_mask or aspect_ratio_ids "
+                "mark as padding, whose states a patched model drops",
             )
 
     def images(self, given: Mapping[str, Any]) -> list[list[CrossImage]]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from vtc.core.errors import ArgumentError
+
 _TOGETHER_UP_TO = 2**18
 """Limit of values, over all images, that a CPU processes in lockstep: 1 MiB in fp32."""
 
@@ -23,14 +25,27 @@ def check_shape(name: str, given: Tensor, *sizes: str) -> None:
         sizes: names of the sizes of one image's tensor, such as "n", "d".
 
     Raises:
-        ValueError: it has other dimensions.
+        ArgumentError: it has other dimensions.
     """
     more = given.ndim - len(sizes)
     if more not in (0, 1) or (more and not len(given)):
         one = ", ".join(sizes)
-        raise ValueError(
-            f"{name}: expected shape ({one}{',' * (len(sizes) == 1)}) or, for b images, "
-            f"(b, {one}), b at least 1, got {tuple(given.shape)}"
+        raise ArgumentError(
+            name,
+            f"expected shape ({one}{',' * (len(sizes) == 1)}) or, for b images, "
+            f"(b, {one}), b at least 1, got {tuple(given.shape)}",
+        )
+
+
+def check_count(name: str, value: int, lowest: int, n: int, what: str = "tokens") -> None:
+    """Refuse numbers outside of `lowest` to `n`.
+
+    Raises:
+        ArgumentError: for the argument `name`.
+    """
+    if not lowest <= value <= n:
+        raise ArgumentError(
+            name, f"expected a whole number from {lowest} to the {n} {what} given, got {value}"
         )
 
 
@@ -38,10 +53,10 @@ def check_fits(name: str, given: Tensor | None, shape: tuple[int, ...]) -> None:
     """Refuse a tensor whose shape differs from `shape`; `None` fits.
 
     Raises:
-        ValueError: the shapes differ.
+        ArgumentError: the shapes differ.
     """
     if given is not None and given.shape != shape:
-        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(given.shape)}")
+        raise ArgumentError(name, f"expected shape {tuple(shape)}, got {tuple(given.shape)}")
 
 
 def together(given: Tensor, up_to: int = _TOGETHER_UP_TO) -> bool:

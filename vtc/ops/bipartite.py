@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vtc.core.errors import ArgumentError
 from vtc.ops.batch import check_shape
 from vtc.ops.similarity import unit_rows
 
@@ -30,7 +31,7 @@ def bipartite_match(
         what A keeps, then B, in sequence order. Ties go to the first token, of A and of B.
 
     Raises:
-        ValueError: `r` out of range, or a metric of another shape or not finite.
+        ArgumentError: `r` out of range, or a metric of another shape or not finite.
     """
     check_shape("metric", metric, "n", "d")
     rows = unit_rows(metric)
@@ -39,7 +40,7 @@ def bipartite_match(
     a, b = rows[..., first::2, :], rows[..., second::2, :]
     most = a.shape[-2] if b.shape[-2] else 0
     if not 0 <= r <= most:
-        raise ValueError(f"r: expected 0 to {most} pairs of {n} tokens, got {r}")
+        raise ArgumentError("r", f"expected 0 to {most} pairs of {n} tokens, got {r}")
     partner = torch.zeros(*images, a.shape[-2], dtype=torch.long, device=rows.device)
     merged = partner.bool()
     place = torch.arange(a.shape[-2], device=rows.device).expand_as(partner)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vtc.ops.batch import check_fits, check_shape, rows_at, together
+from vtc.ops.batch import check_count, check_fits, check_shape, rows_at, together
 
 _ROWS_AT_ONCE = 512
 
@@ -42,14 +42,13 @@ def coverage_greedy(
         lowest index.
 
     Raises:
-        ValueError: `k` out of range, or other shapes.
+        ArgumentError: `k` out of range, or other shapes.
     """
     check_shape("similarity", similarity, "m", "n")
     *images, m, n = similarity.shape
     for name, given in (("factor", factor), ("bonus", bonus)):
         check_fits(name, given, (*images, n))
-    if not 0 <= k <= n:
-        raise ValueError(f"k: expected a whole number from 0 to the {n} tokens given, got {k}")
+    check_count("k", k, 0, n)
     if not together(similarity, _TOGETHER_UP_TO):
         none = [None] * len(similarity)
         each = zip(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vtc.ops.batch import check_shape, rows_at, together
+from vtc.ops.batch import check_count, check_shape, rows_at, together
 
 TIED = 5e-7
 """Densities, products and distances within this fraction of each other count as equal. Rounding can
@@ -51,15 +51,12 @@ def density_peaks(points: Tensor, clusters: int, neighbours: int) -> tuple[Tenso
         first.
 
     Raises:
-        ValueError: `clusters` or `neighbours` out of range, or points of another shape.
+        ArgumentError: `clusters` or `neighbours` out of range, or points of another shape.
     """
     check_shape("points", points, "n", "d")
     n = points.shape[-2]
     for name, value in (("clusters", clusters), ("neighbours", neighbours)):
-        if not 1 <= value <= n:
-            raise ValueError(
-                f"{name}: expected a whole number from 1 to the {n} points given, got {value}"
-            )
+        check_count(name, value, 1, n, "points")
     if not together(points):
         each = [density_peaks(one, clusters, neighbours) for one in points]
         return torch.stack([c for c, _ in each]), torch.stack([j for _, j in each])

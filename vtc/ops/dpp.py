@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vtc.ops.batch import check_shape, rows_at, times, together
+from vtc.ops.batch import check_count, check_shape, rows_at, times, together
 from vtc.ops.greedy import PLAINLY
 
 SAME = 1e-9
@@ -47,12 +47,11 @@ def dpp_greedy(rows: Tensor, k: int) -> Tensor:
         (k,) or (b, k) indices in order of selection, ties to the lowest index.
 
     Raises:
-        ValueError: `k` out of range, or rows of another shape.
+        ArgumentError: `k` out of range, or rows of another shape.
     """
     check_shape("rows", rows, "n", "d")
     n = rows.shape[-2]
-    if not 0 <= k <= n:
-        raise ValueError(f"k: expected a whole number from 0 to the {n} tokens given, got {k}")
+    check_count("k", k, 0, n)
     many = rows.device.type == "cpu" and n >= _IN_BLOCKS_FROM and not PLAINLY.get()
     if rows.ndim > 2 and (many or not together(rows)):
         return torch.stack([dpp_greedy(one, k) for one in rows])

@@ -22,8 +22,9 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+from vtc.core.errors import ArgumentError
 from vtc.ops import ahead
-from vtc.ops.batch import check_fits, check_shape, rows_at, times, together
+from vtc.ops.batch import check_count, check_fits, check_shape, rows_at, times, together
 from vtc.ops.similarity import unit_rows
 
 PLAINLY: ContextVar[bool] = ContextVar("plainly", default=False)
@@ -53,7 +54,7 @@ def max_sum(features: Tensor, k: int, pivot: int | Tensor = 0) -> Tensor:
         (k,) or (b, k) indices in order of selection, the pivot first.
 
     Raises:
-        ValueError: `k` or `pivot` out of range, features of another shape or not finite.
+        ArgumentError: `k` or `pivot` out of range, features of another shape or not finite.
     """
     return _greedy(features, k, pivot, torch.add)
 
@@ -73,7 +74,7 @@ def farthest_first(features: Tensor, k: int, pivot: int | Tensor = 0) -> Tensor:
         (k,) or (b, k) indices in order of selection, the pivot first.
 
     Raises:
-        ValueError: as in `max_sum`.
+        ArgumentError: as in `max_sum`.
     """
     return _greedy(features, k, pivot, torch.maximum)
 
@@ -89,10 +90,10 @@ def max_min(features: Tensor, k: int) -> Tensor:
         (k,) or (b, k) indices in order of selection.
 
     Raises:
-        ValueError: `k` out of range, features of another shape or not finite.
+        ArgumentError: `k` out of range, features of another shape or not finite.
     """
     check_shape("features", features, "n", "d")
-    _check_k(k, features.shape[-2])
+    check_count("k", k, 1, features.shape[-2])
     if not _in_lockstep(features):
         return torch.stack([max_min(one, k) for one in features])
     rows = unit_rows(features.detach())
@@ -118,7 +119,7 @@ def most_isolated(features: Tensor, rows_at_once: int = 512) -> Tensor:
         0-d or (b,) index, ties to the lowest.
 
     Raises:
-        ValueError: features of another shape or not finite.
+        ArgumentError: features of another shape or not finite.
     """
     rows = unit_rows(features.detach())
     nearest = []
@@ -150,11 +151,6 @@ def _in_lockstep(features: Tensor) -> bool:
     return features.ndim < 3 or (together(features) and not _many_on_cpu(features))
 
 
-def _check_k(k: int, n: int) -> None:
-    if not 1 <= k <= n:
-        raise ValueError(f"k: expected a whole number from 1 to the {n} tokens given, got {k}")
-
-
 def _greedy(
     features: Tensor,
     k: int,
@@ -164,9 +160,9 @@ def _greedy(
 ) -> Tensor:
     check_shape("features", features, "n", "d")
     *images, n, _ = features.shape
-    _check_k(k, n)
+    check_count("k", k, 1, n)
     if isinstance(pivot, int) and not 0 <= pivot < n:
-        raise ValueError(f"pivot: expected an index from 0 to {n - 1}, got {pivot}")
+        raise ArgumentError("pivot", f"expected an index from 0 to {n - 1}, got {pivot}")
     if isinstance(pivot, Tensor) and pivot.numel() > 1:
         check_fits("pivot", pivot, tuple(images))
     if pairs is None and not _in_lockstep(features):

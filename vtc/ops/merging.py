@@ -26,7 +26,7 @@ def merge_into_nearest(
         (k, d) or (b, k, d) means in the order of `kept` and the dtype of `contents`.
 
     Raises:
-        ValueError: mismatched shapes, or a metric that is not finite.
+        ArgumentError: mismatched shapes, or a metric that is not finite.
     """
     check_shape("contents", contents, "n", "d")
     images, n = contents.shape[:-2], contents.shape[-2]

@@ -20,6 +20,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vtc.core.errors import ArgumentError
+from vtc.ops.batch import check_count, check_fits
+
 Kernel = Literal["mean", "bilinear"]
 
 STRETCH = 2.0
@@ -42,11 +45,11 @@ def cell_grid(rows: int, cols: int, budget: int) -> tuple[int, int]:
         nearest to it). Ties go to the better aspect, then to fewer rows.
 
     Raises:
-        ValueError: a size or a budget below 1.
+        ArgumentError: a size or a budget below 1.
     """
     for name, value in (("rows", rows), ("cols", cols), ("budget", budget)):
         if value < 1:
-            raise ValueError(f"{name}: expected a whole number of at least 1, got {value}")
+            raise ArgumentError(name, f"expected a whole number of at least 1, got {value}")
 
     def stretch(r: int, c: int) -> float:
         return max(r * cols, c * rows) / min(r * cols, c * rows)
@@ -117,14 +120,14 @@ def pool_grid(
         (k,) ascending indices, and (k, d) contents in the dtype of `features`.
 
     Raises:
-        ValueError: mismatched shapes, or a budget out of range.
+        ArgumentError: mismatched shapes, or a budget out of range.
     """
     n = features.shape[0]
-    if features.ndim != 2 or grid.shape != (n, 3) or (crop is not None and crop.shape != (n,)):
-        shapes = [tuple(t.shape) for t in (features, grid, crop) if t is not None]
-        raise ValueError(f"features, grid, crop: expected (n, d), (n, 3) and (n,), got {shapes}")
-    if not 1 <= budget <= n:
-        raise ValueError(f"budget: expected a number from 1 to the {n} tokens given, got {budget}")
+    if features.ndim != 2:
+        raise ArgumentError("features", f"expected shape (n, d), got {tuple(features.shape)}")
+    check_fits("grid", grid, (n, 3))
+    check_fits("crop", crop, (n,))
+    check_count("budget", budget, 1, n)
     frame = grid[:, :1]
     planes = frame if crop is None else torch.cat([crop[:, None].to(frame), frame], 1)
     plane = torch.unique(planes, dim=0, return_inverse=True)[1]

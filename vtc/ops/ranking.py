@@ -6,7 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vtc.ops.batch import check_shape
+from vtc.core.errors import ArgumentError
+from vtc.ops.batch import check_count, check_shape
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
@@ -23,15 +24,14 @@ def top_k(scores: Tensor, k: int) -> Tensor:
         (k,) or (b, k) indices by descending score; sort them for sequence order.
 
     Raises:
-        ValueError: `k` out of range, scores of another shape, or NaN.
+        ArgumentError: `k` out of range, scores of another shape, or NaN.
     """
     check_shape("scores", scores, "n")
     n = scores.shape[-1]
-    if not 0 <= k <= n:
-        raise ValueError(f"k: expected a whole number from 0 to the {n} scores given, got {k}")
+    check_count("k", k, 0, n, "scores")
     wide = scores if scores.dtype == torch.float64 else scores.float()
     if torch.isnan(wide).any():
-        raise ValueError("scores: NaN has no rank")
+        raise ArgumentError("scores", "NaN has no rank")
     if wide is scores and wide.device.type == "cpu" and k < n:
         # Without ties the order is unique. Half precisions do tie, and a GPU would have to sync.
         best, indices = wide.topk(k + 1)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vtc.core.errors import ArgumentError
 from vtc.ops.batch import check_shape
 
 
@@ -22,14 +23,14 @@ def unit_rows(features: Tensor) -> Tensor:
         Rows of norm 1 in the same shape, fp32 or fp64.
 
     Raises:
-        ValueError: another shape, or values that are not finite (comparing with NaN would
+        ArgumentError: another shape, or values that are not finite (comparing with NaN would
             silently choose a wrong token).
     """
     check_shape("features", features, "n", "d")
     wide = features if features.dtype == torch.float64 else features.float()
     # A finite sum means finite values, and checking it first is far cheaper; it may overflow.
     if not torch.isfinite(wide.sum()) and not torch.isfinite(wide).all():
-        raise ValueError("features: expected finite values, got NaN or infinity")
+        raise ArgumentError("features", "expected finite values, got NaN or infinity")
     lengths = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(1e-12)
     if wide is features or wide.requires_grad:
         return wide / lengths

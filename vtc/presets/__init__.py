@@ -111,7 +111,7 @@ class Preset:
         """The method, ready for `vtc.patch`.
 
         Raises:
-            ValueError: no such method is registered.
+            ArgumentError: no such method is registered.
         """
         return _made(self.method, self.settings, self.each)
 
@@ -168,7 +168,7 @@ def preset(
             the preset fixes are refused, except a listed `version` ("v2" of SparseVLM).
 
     Raises:
-        ValueError: unknown method, target, tokens or convention, or a target that the method
+        ArgumentError: unknown method, target, tokens or convention, or a target that the method
             cannot meet, with the smallest (or largest) one that it can.
         TypeError: a setting that the method does not have or that the preset fixes.
     """
@@ -189,7 +189,7 @@ def find(
         method, target, tokens, convention, settings: as in `preset`.
 
     Raises:
-        ValueError, TypeError: as in `preset`.
+        ArgumentError, ArgumentTypeError: as in `preset`.
     """
     rows, model = _rows_of(method), target_of(target)
     if convention is not None and convention not in get_args(Convention):

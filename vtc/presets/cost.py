@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
+from vtc.core.errors import ArgumentError
+from vtc.core.settings import check_whole
 from vtc.cost import equivalent_tokens, kv_bytes, prefill_flops, token_schedule, visual_flops
 from vtc.methods import Method
 from vtc.presets.table import target_of
@@ -96,7 +98,7 @@ def describe(method: Method, target: str, *, text: int = 0, image: int | None = 
             a whole number of tiles; pooling treats every tile or image as square if possible.
 
     Raises:
-        ValueError: unknown target, a number of tokens that it cannot have, or a method whose
+        ArgumentError: unknown target, a number of tokens that it cannot have, or a method whose
             number of tokens depends on the image.
     """
     model = target_of(target)
@@ -106,9 +108,10 @@ def describe(method: Method, target: str, *, text: int = 0, image: int | None = 
         good = n % model.tile == 0 and n <= model.tokens
     if not good:
         accepted = f"1 to {model.tiles} times {model.tile}" if model.tile else "1 or more"
-        raise ValueError(f"image: expected {accepted} vision tokens on {model.name}, got {image!r}")
-    if isinstance(text, bool) or not isinstance(text, int) or text < 0:
-        raise ValueError(f"text: expected a whole number of at least 0, got {text!r}")
+        raise ArgumentError(
+            "image", f"expected {accepted} vision tokens on {model.name}, got {image!r}"
+        )
+    check_whole("text", text)
     tiles = model.tiles_of(n)
     seen = token_schedule(method, n, model.layers, tiles)
     lengths = [text + count for count in seen]

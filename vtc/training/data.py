@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from vtc.core.errors import ArgumentError
 from vtc.training.loop import Batch
 
 
@@ -65,13 +66,13 @@ def find_data(name: str) -> Data:
         name: of the module.
 
     Raises:
-        ValueError: it cannot be imported, or lacks a function; the message names it.
+        ArgumentError: it cannot be imported, or lacks a function; the message names it.
     """
     try:
         found = import_module(name)
     except ImportError as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise ArgumentError("name", f"{name}: {error}") from error
     lacking = [n for n in ("load", "batches", "measure") if not callable(getattr(found, n, None))]
     if lacking:
-        raise ValueError(f"{name}: the module lacks {', '.join(lacking)}")
+        raise ArgumentError("name", f"{name}: the module lacks {', '.join(lacking)}")
     return cast(Data, found)

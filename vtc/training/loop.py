@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from vtc.core.errors import ArgumentError
+
 Batch = Mapping[str, Tensor]
 Batches = Callable[[int], Batch] | Iterable[Batch]
 """A pure function from a step's number to its batch, or batches to iterate over repeatedly. A batch
@@ -175,7 +177,7 @@ class Feed:
                 found = True
                 yield batch
             if not found:
-                raise ValueError("batches: expected at least one, got none")
+                raise ArgumentError("batches", "expected at least one, got none")
 
 
 def fit(model: nn.Module, trained: Trained, batches: Batches, loop: Loop) -> Path:
@@ -195,7 +197,7 @@ def fit(model: nn.Module, trained: Trained, batches: Batches, loop: Loop) -> Pat
         `loop.out`.
 
     Raises:
-        ValueError: the checkpoint was made with other settings, or there is no batch.
+        ArgumentError: the checkpoint was made with other settings, or there is no batch.
         FloatingPointError: the loss is not finite.
     """
     from accelerate import Accelerator
@@ -261,9 +263,10 @@ class _Run:
         state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
         for name, value in self.loop.made_with.items():
             if state["config"].get(name) != value:
-                raise ValueError(
-                    f"{name}: the checkpoint in out was made with {state['config'].get(name)!r}, "
-                    f"got {value!r}; give another out, or delete {CHECKPOINT}"
+                raise ArgumentError(
+                    name,
+                    f"the checkpoint in out was made with {state['config'].get(name)!r}, "
+                    f"got {value!r}; give another out, or delete {CHECKPOINT}",
                 )
         self.trained.restore(state)
         self.optimizer.load_state_dict(state["optimizer"])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vtc.core.errors import ArgumentError
 from vtc.viz.pictures import as_rgb
 from vtc.viz.views import View
 
@@ -52,12 +53,12 @@ def tradeoff(results: Mapping[str, Any]) -> Figure:
         A figure with one panel for each task; `figure.savefig("tradeoff.png")` writes it.
 
     Raises:
-        ValueError: no finished cell with tokens to draw.
+        ArgumentError: no finished cell with tokens to draw.
     """
     cells = [c for c in results["cells"] if c["status"] == "done" and c.get("tokens")]
     tasks = list(dict.fromkeys(c["task"] for c in cells))
     if not tasks:
-        raise ValueError("results: no finished cell to draw")
+        raise ArgumentError("results", "no finished cell to draw")
     labels = list(dict.fromkeys(c["label"] for c in cells if c["label"] not in ("full", "blind")))
     styles = _styles(labels)
     across = min(len(tasks), 3)
@@ -226,7 +227,7 @@ def kept_tokens(
         title: over it all.
 
     Raises:
-        ValueError: a token outside the grid, or nothing to draw.
+        ArgumentError: a token outside the grid, or nothing to draw.
     """
     panels = dict(kept) if isinstance(kept, Mapping) else {"": kept}
     cells = list(range(grid[0] * grid[1]))
@@ -243,10 +244,10 @@ def kept_views(views: Sequence[View], *, title: str | None = None) -> Figure:
         title: over it all.
 
     Raises:
-        ValueError: a token outside a grid, or nothing to draw.
+        ArgumentError: a token outside a grid, or nothing to draw.
     """
     if not views or not views[0].kept:
-        raise ValueError("kept: expected at least one list of tokens, got none")
+        raise ArgumentError("kept", "expected at least one list of tokens, got none")
     masks = [{stage: _mask(view, left) for stage, left in view.kept.items()} for view in views]
     total = 1 + len(masks[0])
     across = min(total, 4)
@@ -286,9 +287,10 @@ def _mask(view: View, left: Sequence[int]) -> np.ndarray:
     rows, columns = view.grid
     chosen = np.asarray(list(left), dtype=int)
     if chosen.size and not (chosen.min() >= 0 and chosen.max() < rows * columns):
-        raise ValueError(
-            f"kept: a grid of {rows} x {columns} has tokens 0 to {rows * columns - 1}, got "
-            f"{chosen.min()} to {chosen.max()}"
+        raise ArgumentError(
+            "kept",
+            f"a grid of {rows} x {columns} has tokens 0 to {rows * columns - 1}, got "
+            f"{chosen.min()} to {chosen.max()}",
         )
     mask = np.zeros((rows, columns), dtype=bool)
     mask.flat[chosen] = True

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from vtc.core import Method
+from vtc.core.errors import ArgumentError
 from vtc.patching import patch
 from vtc.viz.pictures import as_rgb
 from vtc.viz.record import TokenRecord
@@ -100,7 +101,7 @@ def trace(
 
     Raises:
         OSError: no such model.
-        ValueError: a method that acts on pixels, and so drops no tokens, or a model whose tokens
+        ArgumentError: a method that acts on pixels, and so drops no tokens, or a model whose tokens
             have no places in the picture.
         PictureError: `picture` cannot be made RGB.
     """
@@ -126,8 +127,8 @@ def traced(
 ) -> Trace:
     """`trace` of a model that is loaded, with its processor."""
     if "pixels" in method.stages:
-        raise ValueError(
-            f"method: {method} makes the image smaller; it drops no tokens to be shown"
+        raise ArgumentError(
+            "method", f"{method} makes the image smaller; it drops no tokens to be shown"
         )
     picture = as_rgb(picture)
     content = [{"type": "image"}, {"type": "text", "text": question}]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from vtc.core.errors import message_of
 from vtc.training.atp.calibration import calibrate
 from vtc.training.atp.config import Config
 from vtc.training.atp.trainer import train
@@ -53,7 +54,7 @@ def main() -> None:
     try:
         data = find_data(args.pop("data"))
     except ValueError as error:
-        parser.error(f"--data: {error}")
+        parser.error(f"--data: {message_of(error, 'name')}")
     for name in ("steps", "target"):
         if args[name] is None and not scenes:
             parser.error(f"--{name} is needed for training")

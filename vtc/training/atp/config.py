@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from vtc.core import check_choice
+from vtc.core.settings import check_number, check_whole
 from vtc.methods.atp import NORMALISE, Normalise
 
 
@@ -66,28 +66,17 @@ class Config:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        positive = ("target", "rate", "temperature", "sampling", "clip", "model_rate")
-        for name in positive:
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)!r}")
+        for name in ("target", "rate", "temperature", "sampling", "clip", "model_rate"):
+            check_number(name, getattr(self, name), "(0, inf)")
         for name in ("steps", "width", "standardise", "save_every"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+            check_whole(name, getattr(self, name), lowest=1)
         for name in ("lambda_atp", "lambda_target"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)!r}")
+            check_number(name, getattr(self, name), "[0, inf)")
         for name in ("start_r", "start_s"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name}: expected a number in (0, 1), got {getattr(self, name)!r}"
-                )
-        if not 0 <= self.smoothing < 1:
-            raise ValueError(f"smoothing: expected a number in [0, 1), got {self.smoothing!r}")
-        if self.temperature_end is not None and not 0 < self.temperature_end < math.inf:
-            raise ValueError(
-                f"temperature_end: expected a number above 0, got {self.temperature_end!r}"
-            )
+            check_number(name, getattr(self, name), "(0, 1)")
+        check_number("smoothing", self.smoothing, "[0, 1)")
+        if self.temperature_end is not None:
+            check_number("temperature_end", self.temperature_end, "(0, inf)")
         check_choice("target_over", self.target_over, ("image", "batch"))
         check_choice("normalise", self.normalise, NORMALISE)
         check_choice("precision", self.precision, ("no", "bf16"))

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtc.core.errors import ArgumentError
 from vtc.core.prefill import Stopwatch
 from vtc.methods.atp import (
     ATPHeads,
@@ -84,15 +85,16 @@ class SoftPruning:
         self.num_layers = len(self.adapter.layers)
         self.cuts = atp_layers(layers, self.num_layers)
         if len(self.cuts) != heads.cuts:
-            raise ValueError(f"layers: the heads are for {heads.cuts} cuts, got {self.cuts}")
+            raise ArgumentError("layers", f"the heads are for {heads.cuts} cuts, got {self.cuts}")
         attends = getattr(self.adapter.decoder.config, "_attn_implementation", None)
         if attends not in ("eager", "sdpa"):
-            raise ValueError(
-                "model: a soft mask needs attention that takes a float mask, 'eager' or 'sdpa', "
-                f"got {attends!r}; load it with attn_implementation='sdpa'"
+            raise ArgumentError(
+                "model",
+                "a soft mask needs attention that takes a float mask, 'eager' or 'sdpa', "
+                f"got {attends!r}; load it with attn_implementation='sdpa'",
             )
         if "_vtc_patch" in vars(model) or "_vtc_patch" in vars(self.adapter.base):
-            raise ValueError("model: it is patched; call vtc.unpatch(model) first")
+            raise ArgumentError("model", "it is patched; call vtc.unpatch(model) first")
         self.heads, self.normalise, self.sampling = heads, normalise, sampling
         self.temperature, self.hard = temperature, hard
         self._handles: list[Any] = []

@@ -30,7 +30,7 @@ def train(model: nn.Module, batches: Batches, config: Config) -> Path:
         `config.out`, ready for `ATP.from_pretrained`.
 
     Raises:
-        ValueError: settings, or a checkpoint that was made with others.
+        ArgumentError: settings, or a checkpoint that was made with others.
         FloatingPointError: a loss that is not a number.
     """
     loop = Loop(
