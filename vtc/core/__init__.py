@@ -22,12 +22,14 @@ from .states import (
     Selection,
     VisionTokens,
 )
+from .tokenizer import Codes, Tokenizer
 
 __all__ = [
     "SIGNALS",
     "STAGES",
     "ArgumentError",
     "ArgumentTypeError",
+    "Codes",
     "Compose",
     "EncoderState",
     "LayerState",
@@ -41,6 +43,7 @@ __all__ = [
     "Signal",
     "SignalSpec",
     "Stage",
+    "Tokenizer",
     "VisionTokens",
     "budget",
     "check_choice",
