@@ -29,6 +29,8 @@ BELOW: dict[str, set[str]] = {
     "ops": set(),
     "core": {"ops"},
     "methods": {"core", "ops"},
+    "tokenizers": {"core", "ops"},
+    "projectors": {"core", "ops"},
     "cost": {"core", "ops"},
     "report": {"core", "cost"},
     "models": {"core"},
@@ -47,6 +49,8 @@ OUTSIDE: dict[str, set[str]] = {
     "ops": {"numpy", "torch"},
     "core": {"torch"},  # in calls only: test_contracts_are_imported_without_torch
     "methods": {"numpy", "safetensors", "torch"},
+    "tokenizers": {"numpy", "safetensors", "torch"},
+    "projectors": {"numpy", "safetensors", "torch"},
     "cost": {"torch"},
     "report": {"torch"},
     "runtime": {"torch"},

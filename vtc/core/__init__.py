@@ -35,12 +35,14 @@ from .states import (
     Selection,
     VisionTokens,
 )
+from .tokenizer import Codes, Tokenizer
 
 __all__ = [
     "SIGNALS",
     "STAGES",
     "ArgumentError",
     "ArgumentTypeError",
+    "Codes",
     "Compose",
     "EncoderState",
     "LayerState",
@@ -54,6 +56,7 @@ __all__ = [
     "Signal",
     "SignalSpec",
     "Stage",
+    "Tokenizer",
     "VisionTokens",
     "as_tuple",
     "budget",
