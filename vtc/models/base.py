@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the engine needs to know of how transformers implements a family of VLMs."""
+"""How transformers implements a family of VLMs, as far as the engine needs to know."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ ADAPTERS: list[type[Adapter]] = []
 
 
 def _register(cls: type[Adapter]) -> None:
-    """Register a family; if its module is loaded again, the new class replaces the old one.
+    """Register a family; if its module is reloaded, the new class replaces the old one.
 
     Raises:
-        TypeError: the family does not define its own name.
-        ValueError: another family has the name or a model type.
+        TypeError: the family does not define a name.
+        ValueError: another family has its name or one of its model types.
     """
     if "name" not in vars(cls):
         raise TypeError(f"{cls.__name__}: a family with model_types has a name of its own as well")
@@ -63,11 +63,11 @@ def _register(cls: type[Adapter]) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """What is known of one model: its modules, and how its architecture lays out vision tokens.
+    """The common shape: projected features replace placeholder tokens of a causal decoder with
+    one-dimensional positions.
 
-    This class is the common shape: projected features replace placeholder tokens, and a causal
-    decoder with one-dimensional positions runs on the result. A family is a subclass that overrides
-    what differs.
+    An adapter is bound to one model: it holds the modules and knows how the architecture lays out
+    vision tokens. A family is a subclass that overrides what differs.
 
     Attributes:
         model: the model passed to `vtc.patch`, without wrappers.
