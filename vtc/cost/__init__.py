@@ -18,7 +18,8 @@ of Gemma 4 that share another layer's keys count for all tokens, as they run in 
 unpatched, transformers runs their prefill only for tokens whose logits are requested.
 
 Norms, activations, softmax and rotary embeddings are not counted: they are not matrix products.
-`selector_flops` gives the cost of a method's selection, `token_schedule` what it leaves to layers.
+`selector_flops` gives the cost of a method's selection, `token_schedule` the tokens it leaves to
+each layer.
 
 In a cross-attention layer (Mllama) a length is the number of vision states, including [CLS] of each
 tile and padding; in other layers it is the number of tokens. Keys of the states are computed only

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The module that gives training commands a model and batches.
+"""The data module that provides training commands with a model and batches.
 
-The module is given by name and has the functions of `Data`, so that training is independent of any
-data set.
+It is given by name and has the functions of `Data`, so that training is independent of any data
+set.
 """
 
 from __future__ import annotations
