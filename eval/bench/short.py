@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What makes the plain model run on a short sequence, and what is timed of its tower."""
+"""Runs the plain model on a short sequence, and times its tower."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Tower:
-    """Stands in for `get_image_features` of the plain model: times it, and cuts what it returns."""
+    """Replaces `get_image_features` of the plain model: times it, and truncates its output."""
 
     def __init__(self, base: Any, device: torch.device, always: Mapping[str, Any]) -> None:
         from vtc.report import Stopwatch
@@ -31,11 +31,11 @@ class Tower:
 
     @property
     def ms(self) -> float:
-        """Time of the tower and the projector, without what was read of them meanwhile."""
+        """Milliseconds of tower and projector, without captures for a method."""
         return self.clock.ms - self.heard.ms
 
     @property
-    def __signature__(self) -> inspect.Signature:  # vtc looks at it
+    def __signature__(self) -> inspect.Signature:  # vtc inspects it
         return inspect.signature(self.original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -44,8 +44,8 @@ class Tower:
         out = self.original(**{**given, **kwargs, **self.always})
         self.clock.stop(started, self.device)
         if self.patch is not None:
-            # What vtc reads afterwards is on the same clock, and no part of this one. A copy of
-            # the events, as asking for milliseconds would wait for the device.
+            # vtc's later captures run on the same clock but do not count here. Copy the events, as
+            # reading milliseconds would wait for the device.
             self.heard = self.patch.heard.copy()
         if self.keep is not None:
             out.pooler_output = [features[: self.keep] for features in out.pooler_output]
@@ -53,7 +53,7 @@ class Tower:
 
 
 class Cut:
-    """Cuts the sequence before decoder layers to `lengths`, keeping the last tokens."""
+    """Truncates the sequence before decoder layers to `lengths`, keeping the last tokens."""
 
     def __init__(self, layers: Any, lengths: Sequence[int]) -> None:
         self.lengths = lengths
@@ -93,7 +93,7 @@ class Cut:
 
 
 def first_cut(lengths: Sequence[int]) -> int | None:
-    """The first layer that is given fewer tokens than the first of all."""
+    """The first layer with fewer tokens than layer 0, or `None`."""
     return next((i for i, n in enumerate(lengths) if n < lengths[0]), None)
 
 

@@ -500,7 +500,7 @@ def test_bad_settings_are_refused(given, option, message):
 @pytest.mark.parametrize(
     ("given", "option", "message"),
     [
-        ({"config": "nonesuch"}, "--config", "no folder nonesuch, and no preset: those are tiny"),
+        ({"config": "nonesuch"}, "--config", "no folder or preset nonesuch; presets are tiny"),
         ({"config": "./nonesuch"}, "--config", "no folder ./nonesuch"),
         ({"device": "nonesuch"}, "--device", "expected cpu, cuda or cuda:0"),
         ({"device": "meta"}, "--device", "cpu and cuda only"),
