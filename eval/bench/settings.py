@@ -188,7 +188,9 @@ def plan(settings: Settings) -> list[Variant]:
     if settings.image is not None and min(settings.image) < 1:
         raise BadInput("--image", f"expected height x width in pixels, got {settings.image}")
     if settings.pretrained and (settings.config in PRESETS or settings.layers is not None):
-        raise BadInput("--pretrained", "needs a folder or an id, with all its layers")
+        raise BadInput(
+            "--pretrained", "needs a checkpoint (a folder or a hub id), without --layers"
+        )
     found: list[Variant] = []
     for label in dict.fromkeys(compact(text) for text in settings.methods):
         try:

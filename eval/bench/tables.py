@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 _NOTE = """
 prefill: the language model's, with selection and vtc's overhead, without tower and projector; \
 medians of {repeats} rounds{spread}. / all: relative to the unpatched model. / short: relative to \
-the same model given the short sequence directly. {more}decode: one token per row. peak: memory \
-beyond weights and inputs. Ratios are computed round by round."""
+the plain model on the short sequence. {more}decode: one token per row. peak: memory beyond \
+weights and inputs. Ratios are computed round by round."""
 _SPREAD = ", ± half their interquartile range"
 _MORE = """\
 beyond: / short without the layers before the first cut. / ideal: relative to the unpatched \

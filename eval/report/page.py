@@ -112,7 +112,7 @@ def _context(out: Path, results: Mapping[str, Any], samples: int, trace: bool) -
     logs, lost = _logs(out, cells)
     alerts = _alerts(out, results)
     if lost:
-        alerts.append(f"No tests, as samples are not logged: {', '.join(lost)}.")
+        alerts.append(f"Samples are not logged, so there are no tests: {', '.join(lost)}.")
     tasks: list[dict[str, Any]] = []
     groups = grouped(cells)
     for number, (title, mine) in enumerate(groups, 1):

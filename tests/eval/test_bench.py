@@ -488,7 +488,7 @@ def rows_of_any(results) -> dict[str, Any]:
         ({"text": 3}, "--text", "at least 4, got 3"),
         ({"seed": -1}, "--seed", "at least 0, got -1"),
         ({"image": (0, 84)}, "--image", "height x width"),
-        ({"pretrained": True}, "--pretrained", "a checkpoint as it is"),
+        ({"pretrained": True}, "--pretrained", "needs a checkpoint"),
     ],
 )
 def test_bad_settings_are_refused(given, option, message):
