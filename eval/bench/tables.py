@@ -20,7 +20,7 @@ the plain model on the short sequence. {more}decode: one token per row. peak: me
 weights and inputs. Ratios are computed round by round."""
 _SPREAD = ", ± half their interquartile range"
 _MORE = """\
-beyond: / short without the layers before the first cut. / ideal: relative to the unpatched \
+beyond: the same without the layers before the first cut. / ideal: relative to the unpatched \
 model's time, scaled by FLOPs. """
 _WITHOUT = """
 With --wide: the tower's time, the spread of prefills, decoding in ms, and the ratios "beyond" \

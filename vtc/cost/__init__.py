@@ -264,6 +264,9 @@ def decode_flops(config: Any, lengths: Sequence[int]) -> float:
         lengths: for each layer, the tokens that its cache holds; the new token sees these and
             itself.
 
+    Returns:
+        FLOPs, or `nan` for a type without a formula.
+
     Raises:
         ValueError: as in `flops_per_layer`.
     """
@@ -318,6 +321,9 @@ def kv_bytes(config: Any, lengths: Sequence[int], bytes_per_value: int | None = 
         bytes_per_value: 2 for bfloat16 and float16, 4 for float32; by default that of the
             configuration's dtype (float32 if it has none).
 
+    Returns:
+        Bytes, or `nan` for a type without a formula.
+
     Raises:
         ValueError: `lengths` does not have one entry for each decoder layer, or a negative one.
     """
@@ -326,6 +332,12 @@ def kv_bytes(config: Any, lengths: Sequence[int], bytes_per_value: int | None = 
 
 def equivalent_tokens(per_layer: Sequence[int]) -> float:
     """Vision tokens averaged over the decoder layers: the one number to compare budgets by.
+
+    Args:
+        per_layer: vision tokens of each layer.
+
+    Returns:
+        Tokens, on average.
 
     Raises:
         ValueError: no layers.
@@ -345,5 +357,8 @@ def visual_flops(per_layer: Sequence[int], d: int, m: int) -> float:
         per_layer: vision tokens n of each layer.
         d: width of the language model.
         m: feed-forward width.
+
+    Returns:
+        FLOPs, 1 per multiply-add.
     """
     return float(sum(4 * n * d * d + 2 * n * n * d + 3 * n * d * m for n in per_layer))

@@ -284,6 +284,9 @@ class Adapter:
             n: number of tokens.
             first: number of the first patch.
             image_size: (height, width) in pixels, or `None`.
+
+        Returns:
+            The map of the n tokens.
         """
         patches = torch.arange(first, first + n)[:, None]
         return ImageMap(self.grid(n, image_size), patches=patches)
@@ -294,6 +297,9 @@ class Adapter:
         Args:
             maps: in sequence order.
             modality: "image" or "video".
+
+        Returns:
+            The map of the whole image or clip.
         """
         if len(maps) == 1:
             return maps[0]
@@ -360,6 +366,9 @@ class Adapter:
         Args:
             given: the arguments of `get_image_features`, which override the config.
 
+        Returns:
+            A number of layers, from 1.
+
         Raises:
             UnsupportedModelError: features of several layers are joined, or the tower is not a
                 plain ViT.
@@ -383,6 +392,9 @@ class Adapter:
 
         Args:
             given: the arguments of `get_image_features`, which override the config.
+
+        Returns:
+            0 or 1: the [CLS] token, unless it counts as a vision token.
         """
         full = setting(self, given, "vision_feature_select_strategy", "default") == "full"
         return int(self.has_cls() and not full)
@@ -642,6 +654,9 @@ def setting(adapter: Adapter, given: Mapping[str, Any], name: str, default: Any)
         given: the arguments of the call.
         name: of the setting.
         default: the value if neither has it.
+
+    Returns:
+        The argument's value unless it is missing or `None`, otherwise the config's.
     """
     value = given.get(name)
     return getattr(adapter.model.config, name, default) if value is None else value

@@ -43,7 +43,7 @@ class VideoLlava(Adapter):
 
     @classmethod
     def bind(cls, model: nn.Module) -> Self:
-        """As in `Adapter`, with the image tower."""
+        """As in `Adapter`; `tower` is the image tower."""
         found = super().bind(model)
         return replace(found, tower=found.base.image_tower)
 

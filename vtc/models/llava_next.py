@@ -60,6 +60,9 @@ class LlavaNext(Adapter):
         Args:
             given: the arguments of `get_image_features`.
             i: number of the image in the batch, from 0.
+
+        Returns:
+            The number of tiles.
         """
         from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
@@ -76,6 +79,9 @@ class LlavaNext(Adapter):
         Args:
             given: the arguments of `get_image_features`.
             i: number of the image in the batch, from 0.
+
+        Returns:
+            The number of columns.
         """
         from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
@@ -138,6 +144,9 @@ class LlavaNext(Adapter):
         Args:
             given: the arguments of `get_video_features`.
             features: a list of (n, d), one per clip.
+
+        Returns:
+            By clip, a list of its one map.
         """
         frames = given["pixel_values_videos"].shape[1]
         area = self.side() ** 2

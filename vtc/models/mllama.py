@@ -49,6 +49,12 @@ class Mllama(Adapter):
     def bind(cls, model: nn.Module) -> Self:
         """As in `Adapter`, but without a `merger`.
 
+        Args:
+            model: the model, without wrappers.
+
+        Returns:
+            The adapter, bound to the model.
+
         Raises:
             UnsupportedModelError: the model lacks a module that vtc hooks; the message names it.
         """

@@ -39,6 +39,9 @@ class Data(Protocol):
             size: samples per batch.
             first: number of the first sample.
             steps: number of batches.
+
+        Returns:
+            `steps` batches.
         """
 
     def measure(
@@ -63,6 +66,9 @@ def find_data(name: str) -> Data:
 
     Args:
         name: of the module.
+
+    Returns:
+        The module.
 
     Raises:
         ValueError: it cannot be imported, or lacks a function; the message names it.

@@ -33,6 +33,9 @@ def open_picture(source: str | os.PathLike[str] | bytes) -> Image.Image:
     Args:
         source: a path, in which `~` is the home folder, or the bytes of a file.
 
+    Returns:
+        The picture, RGB and upright.
+
     Raises:
         PictureError: the picture cannot be opened; the message names the file and the reason.
     """

@@ -193,7 +193,13 @@ def side_by_side(tokens: Sequence[float], right: float) -> list[float]:
 
 
 def token_axis(axes: Axes, tokens: Sequence[float], right: float) -> None:
-    """Set a logarithmic token axis with plain numbers, on which each halving is one step."""
+    """Set a logarithmic token axis with plain numbers, on which each halving is one step.
+
+    Args:
+        axes: the axes.
+        tokens: token counts to cover.
+        right: the right end of the axis, in tokens.
+    """
     from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, StrMethodFormatter
 
     low = min(tokens, default=right / 2)
@@ -225,6 +231,9 @@ def kept_tokens(
             2", ...), one panel each.
         title: title of the figure.
 
+    Returns:
+        A figure with the image and one panel per list.
+
     Raises:
         ValueError: a token outside the grid, or nothing to draw.
     """
@@ -240,6 +249,9 @@ def kept_views(views: Sequence[View], *, title: str | None = None) -> Figure:
     Args:
         views: views of one image with the same stages, as in `vtc.viz.trace.Trace`.
         title: title of the figure.
+
+    Returns:
+        A figure with one block of panels per view.
 
     Raises:
         ValueError: a token outside a grid, or nothing to draw.

@@ -73,6 +73,9 @@ class TokenRecord:
 
         Args:
             every: record of a run with all tokens; this one has fewer if the tower merges patches.
+
+        Returns:
+            By stage, the numbers of the kept tokens.
         """
         if [len(t) for t in self.shown] == [len(t) for t in every.shown]:
             return self.stages

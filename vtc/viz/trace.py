@@ -79,6 +79,9 @@ def views(
         processor: its processor.
         picture: the picture in the prompt.
 
+    Returns:
+        One view, or those of the plane of tiles and the thumbnail.
+
     Raises:
         ValueError: the tokens have no places in the picture.
     """
@@ -107,6 +110,9 @@ def trace(
         method: the method to trace.
         device: "cpu", "cuda", "cuda:1"; `None` for a GPU if there is one.
         max_new_tokens: maximum length of the answers, in tokens.
+
+    Returns:
+        The kept tokens by stage, and both answers.
 
     Raises:
         OSError: no such model.
@@ -140,6 +146,9 @@ def traced(
         network: the model, unpatched.
         processor: its processor.
         picture, question, method, max_new_tokens: as in `trace`.
+
+    Returns:
+        As `trace`.
 
     Raises:
         ValueError, PictureError: as in `trace`.

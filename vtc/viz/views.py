@@ -79,6 +79,9 @@ def places_of(
         pixels: (tiles, 3, height, width) the tower's input, or `None` if it is not a picture.
         patch_size: side of the tower's patches, in pixels, or `None`.
 
+    Returns:
+        The place of each token in its tile.
+
     Raises:
         ValueError: the tokens have no places in the picture.
     """
@@ -125,6 +128,9 @@ def as_pictures(pixels: Tensor, images: Any) -> list[Image.Image]:
     Args:
         pixels: (tiles, 3, height, width).
         images: the image processor.
+
+    Returns:
+        One RGB picture per tile.
     """
     if getattr(images, "do_normalize", True) and getattr(images, "image_mean", None) is not None:
         mean, std = (torch.tensor(v)[:, None, None] for v in (images.image_mean, images.image_std))
@@ -177,6 +183,9 @@ def views_of(
         kept: numbers of the kept tokens, by stage.
         picture: the picture, drawn on if `tiles` is `None`.
         tiles: the tower's input as pictures, or `None`.
+
+    Returns:
+        The views, with the kept cells of each.
     """
     if places.tiles == 1 or tiles is None:
         shown = picture if tiles is None else tiles[0]

@@ -119,7 +119,7 @@ OFFSETS: tuple[tuple[tuple[int, int], ...], ...] = (
 """Initial neighbours (rows, columns) of the heads in each of the first layers."""
 
 PLACE_WIDTH = 64
-"""Number of features that initially hold only a patch's place."""
+"""Number of features that initially hold a patch's place and nothing else."""
 
 SHARPNESS = 4.0
 """Initial margin, in logits, of a head's neighbour over distant patches."""
