@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _NOTE = """
 prefill: the language model's, with selection and vtc's overhead, without tower and projector; \
 medians of {repeats} rounds{spread}. / all: relative to the unpatched model. / short: relative to \
-the plain model on the short sequence. {more}decode: one token per row. peak: memory beyond \
+the plain model with equally many tokens. {more}decode: one token per row. peak: memory beyond \
 weights and inputs. Ratios are computed round by round."""
 _SPREAD = ", ± half their interquartile range"
 _MORE = """\
