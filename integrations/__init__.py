@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bridges from vtc to other projects, imported as `vtc.integrations`."""
+"""Integrations with other projects, imported as `vtc.integrations`."""

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run of many methods as a page of Markdown and a picture of small panels, one a method.
+"""Writes a run of many methods as a Markdown page and a figure with one panel per method.
 
     vtc eval --methods todre,divprune,... --keep 0.25,0.1,0.05 --out results/methods
     python -m vtc.eval.analysis.methods_page results/methods eval/embedded
 
-Every method is compared with random choice, pooling and down-sampling at as many tokens, averaged
-over the decoder layers, on the same samples (`page_tables.peer`); what the page says in words is
-made from these tests.
+Each method is compared with random selection, pooling and down-sampling at equally many tokens,
+averaged over the decoder layers, on the same samples (`page_tables.peer`). The page's text follows
+from these tests.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class Verdict:
     """One method's run against one simple baseline.
 
     Attributes:
-        p: corrected after Holm over all tests of the page.
+        other: the baseline's cell.
+        test: the paired test.
+        p: its p value, Holm-corrected over all tests of the page.
     """
 
     other: Cell
@@ -48,19 +50,23 @@ class Verdict:
 
     @property
     def says(self) -> int:
-        """1 better, -1 worse, 0 not shown to differ."""
+        """1 better, -1 worse, 0 no significant difference."""
         return 0 if self.p > LEVEL else 1 if self.test.difference > 0 else -1
 
 
 def write(run: Path, out: Path) -> Path:
-    """Write METHODS.md and methods.png into `out`, from the results.json and the logs of `run`.
+    """Write METHODS.md and methods.png.
+
+    Args:
+        run: folder that `vtc eval --out` wrote.
+        out: folder for the page and the figure.
 
     Returns:
         The page's path.
 
     Raises:
-        FileNotFoundError: `run` is no folder of a run.
-        ArgumentError: the run has several tasks, cells that failed, or scores without intervals.
+        FileNotFoundError: `run` is not the folder of a run.
+        ArgumentError: the run has several tasks, failed cells, or scores without intervals.
     """
     results = json.loads((run / "results.json").read_text("utf-8"))
     cells = results["cells"] = [_swept(cell) for cell in results["cells"]]
@@ -82,7 +88,7 @@ def write(run: Path, out: Path) -> Path:
 
 
 def _swept(cell: Cell) -> Cell:
-    """A baseline named with its keep, such as random:keep=0.45, as if that had been swept."""
+    """A baseline with its keep in the name, such as random:keep=0.45, as if it had been swept."""
     name, _, settings = cell["label"].partition(":")
     if name in SIMPLE and settings.startswith("keep="):
         return {**cell, "label": name, "keep": cell["method"]["keep"]}
@@ -90,7 +96,7 @@ def _swept(cell: Cell) -> Cell:
 
 
 def judge(cells: Sequence[Cell], logs: Logs) -> dict[str, dict[str, Verdict]]:
-    """For each cell of a method, by key, what the tests against the simple baselines say."""
+    """The tests against the simple baselines, by key of each method's cell and by baseline."""
     found = []
     for cell in cells:
         if cell["label"] in _PLAIN:
@@ -160,7 +166,7 @@ def _keeps(cells: Sequence[Cell]) -> list[str]:
 
 
 def _groups(cells: Sequence[Cell], verdicts: Mapping[str, Mapping[str, Verdict]]) -> list[str]:
-    """Which methods are better than all three baselines: at every budget, at some, at none."""
+    """Sentences: methods better than all three baselines at every budget, at some, at none."""
     kinds: dict[str, dict[str, list[str]]] = {"all": {}, "some": {}, "none": {}}
     worse: list[str] = []
     alone: list[str] = []
@@ -185,11 +191,11 @@ def _groups(cells: Sequence[Cell], verdicts: Mapping[str, Mapping[str, Verdict]]
         named = (f"{name} ({', '.join(where)})" for name, where in kinds["some"].items())
         lines.append(f"Better than all three at some budgets: {', '.join(named)}.")
     if kinds["none"]:
-        lines.append(f"At no budget shown to be better than all three: {', '.join(kinds['none'])}.")
+        lines.append(f"Better than all three at no budget: {', '.join(kinds['none'])}.")
     if worse:
         lines.append(f"Worse than at least one of the three: {', '.join(worse)}.")
     if alone:
-        lines.append(f"Not all three were run at as many tokens: {', '.join(alone)}.")
+        lines.append(f"Without all three baselines at equally many tokens: {', '.join(alone)}.")
     return lines
 
 
@@ -206,7 +212,7 @@ def _page(results: Mapping[str, Any], verdicts: Mapping[str, Mapping[str, Verdic
     versions = cells[0]["versions"]
     keeps = ",".join(f"{k:g}" for k in settings["keeps"])
     lines = textwrap.wrap(", ".join(settings["methods"]), 84, break_on_hyphens=False)
-    # A comma ends each line; the next one begins without a space.
+    # Lines end in a comma and continue without a space.
     named = "\\\n    ".join(line.replace(", ", ",") for line in lines)
     words = "\n".join(f"- {text}" for text in _groups(ranked, verdicts))
     return f"""\
@@ -219,21 +225,21 @@ Written by `python -m vtc.eval.analysis.methods_page`, from one run of {samples}
     {named} \\
     --keep {keeps} --tasks {cells[0]["task"]} --limit {settings["limit"]}
 
-`keep` means what a method's docstring says: compare by tokens. *tokens in*: vision tokens that
-enter the first decoder layer; *tokens, mean*: averaged over the layers; KV bytes and FLOPs are the
-language model's prefill, of these tokens and the text. *against*: points above (+) or below (-)
-random choice, pooling and down-sampling on the same questions, each at the `keep` in brackets: the
-fewest tokens that are no fewer than the method's, give or take a twentieth. **Bold** is better and
-_italic_ worse by McNemar's test after Holm's correction over all tests of this page
-(p <= {LEVEL:g}).
+`keep` differs in meaning between methods (see their docstrings), so compare by tokens. *tokens in*:
+vision tokens that enter the first decoder layer; *tokens, mean*: averaged over the layers. KV cache
+and FLOPs are those of the language model's prefill, including text. *against*: percentage points
+above (+) or below (-) random selection, pooling and down-sampling on the same questions, each at
+the `keep` in brackets, which has the fewest tokens that are at least the method's, within 5 %.
+**Bold** is better and _italic_ worse by McNemar's test with Holm's correction over all tests of
+this page (p <= {LEVEL:g}).
 
-![accuracy against tokens, a panel for each method](methods.png)
+![accuracy against tokens, one panel per method](methods.png)
 
 {words}
 
-This model is small and its attention heads were told where to look (`RECIPE.md`): the order of
-methods on a 7B model may be another. It was trained on single images, so CATP's in-context prompts
-(`multi_dev` icl) are not scored: of these its properties and its exactness are tested, no more.
+This model is small, and its attention was supervised (`RECIPE.md`): the ranking of methods on a 7B
+model may differ. It was trained on single images, so CATP's in-context prompts (`multi_dev` icl)
+are not scored: tests cover only its properties and exactness there.
 
 {chr(10).join(table)}
 
@@ -244,7 +250,7 @@ methods on a 7B model may be another. It was trained on single images, so CATP's
 
 # ---- picture ------------------------------------------------------------------------------------
 def draw(cells: Sequence[Cell]) -> Figure:
-    """Small panels with common axes: a method in colour, over the simple baselines in grey."""
+    """Small panels with common axes: each method in colour, over the simple baselines in grey."""
     from vtc.viz.plots import figure_of, token_axis
 
     cells = [_swept(cell) for cell in cells]
@@ -297,9 +303,9 @@ def _line(axes: Any, cells: Sequence[Cell], label: str, bars: bool = False, **st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write METHODS.md and methods.png of a run.")
+    parser = argparse.ArgumentParser(description="Write METHODS.md and methods.png for a run.")
     parser.add_argument("run", type=Path, help="folder that `vtc eval --out` wrote")
-    parser.add_argument("out", type=Path, help="folder for the page and the picture")
+    parser.add_argument("out", type=Path, help="folder for the page and the figure")
     given = parser.parse_args()
     print(write(given.run, given.out))
 

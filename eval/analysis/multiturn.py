@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A second question on the same image, with the cache kept.
+"""Accuracy of a second question on the same image, on the kept cache.
 
     python -m vtc.eval.analysis.multiturn --methods fastv,sparsevlm,visionzip --keep 0.1 --count 120
 
-A method that reads the question keeps what the *first* question needs; what the second one needs
-may be gone. Here every dialogue has two questions that are read off different places, and each is
-scored three ways: the first question, the second on the cache of the first, and the second asked
-afresh, with the image compressed anew for it. "Cost of the kept cache" is the last minus the
-middle; the full model pays it too, for having been asked something before, and what a method pays
-beyond that is the method's.
+A method that reads the question keeps what the *first* question needs and may drop what the second
+needs. Here every dialogue has two questions with evidence in different places, scored three ways:
+the first question, the second on the cache of the first, and the second asked afresh, with the
+image compressed for it. "Cost of the kept cache" is afresh minus on the cache. The full model pays
+it, too, for the earlier turn; only the excess is due to a method.
 
 The embedded model was trained on single questions (in packs, whose questions do not see one
-another), never on dialogues, so what it can do in a second turn was measured first, on 40 scenes of
-the validation split for each type of second question. Afresh it answers all of them right; in a
-second turn 95 % of "attribute", 90 % of "position" and 75 % of "relation". `SECOND` holds the first
-two; scores are of the test split. Of four ways to write the turn none was clearly better (90 to 96
+another), never on dialogues. Its accuracy in a second turn was therefore measured first, on 40
+scenes of the validation split per type of second question: afresh it answers all of them right; in
+a second turn 95 % of "attribute", 90 % of "position" and 75 % of "relation". `SECOND` holds the
+first two; scores use the test split. Of four formats of the turn none was clearly better (90 to 96
 right of 120); `JOINT` is the shortest.
 """
 
@@ -50,7 +49,7 @@ SECOND: tuple[str, ...] = ("attribute", "position")
 """Types of second questions on which the plain model keeps its accuracy."""
 
 JOINT = "{question} ASSISTANT:"
-"""What follows the end of the first answer."""
+"""Text after the end of the first answer."""
 
 METHODS: dict[str, bool] = {
     "fastv": True,
@@ -61,17 +60,17 @@ METHODS: dict[str, bool] = {
     "divprune": False,
     "todre": False,
 }
-"""Methods to compare, and whether what they keep depends on the question."""
+"""Methods to compare, and whether their selection depends on the question."""
 
 AWARE = {**METHODS, "atp": True, "pyramiddrop": True, "transprune": True, "catp": True}
-"""The same of methods that are compared on request, such as one that needs weights."""
+"""The same, including methods compared only on request, such as those that need weights."""
 
 MAX_NEW_TOKENS = 16
 
 
 @dataclass(frozen=True)
 class Dialogue:
-    """Two questions on one picture, whose answers stand in different places."""
+    """Two questions on one picture, with evidence in different places."""
 
     image: Image.Image
     first: Question
@@ -81,9 +80,15 @@ class Dialogue:
 def dialogues(
     count: int, split: str = "test", seed: int = 0, types: Sequence[str] = SECOND
 ) -> Iterator[Dialogue]:
-    """`count` dialogues, one a scene, the types of second questions in turn.
+    """Dialogues on generated scenes, one per scene, cycling through the types of second questions.
 
-    The first question is of another type, and its evidence does not touch the second's.
+    The first question has another type, and its evidence does not overlap the second's.
+
+    Args:
+        count: number of dialogues.
+        split: of `SPLITS`.
+        seed: number of the first scene.
+        types: types of second questions.
 
     Raises:
         ArgumentError: `count` below 1, no types, or an unknown split.
@@ -114,7 +119,7 @@ def _pair(questions: Sequence[Question], kind: str) -> tuple[Question, Question]
 
 
 def _touch(some: Sequence[Box], others: Sequence[Box]) -> bool:
-    """Whether any box of one overlaps any of the other."""
+    """Whether any box of `some` overlaps any of `others`."""
     return any(
         a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] for a in some for b in others
     )
@@ -127,7 +132,7 @@ def afresh(
     image: Image.Image,
     question: str,
 ) -> str:
-    """The greedy answer to a question alone."""
+    """The greedy answer to a single question."""
     answer, _, _ = _first(model, processor, image, question)
     return answer
 
@@ -139,11 +144,11 @@ def converse(
     first: str,
     second: str,
 ) -> tuple[str, str]:
-    """Greedy answers to two questions; the second runs on the cache that the first left."""
+    """Greedy answers to two questions, the second on the cache of the first."""
     answer, sequence, cache = _first(model, processor, image, first)
     tokenizer: Any = processor.tokenizer
     more = tokenizer.encode(JOINT.format(question=second), add_special_tokens=False)
-    if int(sequence[0, -1]) != tokenizer.eos_token_id:  # cut off at the most tokens
+    if int(sequence[0, -1]) != tokenizer.eos_token_id:  # truncated at the maximum length
         more = [tokenizer.eos_token_id, *more]
     ids = torch.cat([sequence, sequence.new_tensor([more])], dim=1)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), _cache_name(model): cache}
@@ -152,7 +157,7 @@ def converse(
 
 
 def _first(model: Any, processor: Any, image: Image.Image, question: str) -> tuple[str, Any, Any]:
-    """(answer, all tokens (1, n), cache) of a question alone."""
+    """(answer, all tokens (1, n), cache) of a single question."""
     inputs = processor(images=image, text=prompt_of(processor, question), return_tensors="pt")
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     sequence, cache = _generate(model, dict(inputs))
@@ -172,7 +177,7 @@ def _generate(model: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def _cache_name(model: Any) -> str:
-    """What `forward` calls the cache: transformers 5.24 renamed it."""
+    """Name of `forward`'s cache argument, which transformers 5.24 changed."""
     names = inspect.signature(type(model).forward).parameters
     return "cache" if "cache" in names else "past_key_values"
 
@@ -184,19 +189,19 @@ def _text(processor: Any, sequence: Any, start: int) -> str:
 # ---- scoring ------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Scores:
-    """Accuracies of one method, shares, over the same dialogues.
+    """Accuracies of one method on the same dialogues, as fractions.
 
     Attributes:
-        label: the method as text, "full" for the plain model.
+        label: the method as text; "full" for the plain model.
         query_aware: whether it reads the question; `None` for the plain model.
-        dialogues: how many.
-        tokens: vision tokens of an image that a decoder layer processes at prefill, mean.
-        first: of first questions.
-        second: of second questions on the kept cache.
-        fresh: of second questions asked afresh.
+        dialogues: number of dialogues.
+        tokens: vision tokens of an image at prefill, mean over the decoder layers.
+        first: accuracy on first questions.
+        second: accuracy on second questions on the kept cache.
+        fresh: accuracy on second questions asked afresh.
         cost: `fresh` minus `second`.
-        interval: of `cost`, 95 %, paired.
-        right: for each dialogue whether (first, second, fresh) were right.
+        interval: paired 95 % interval of `cost`.
+        right: for each dialogue, whether (first, second, fresh) were right.
     """
 
     label: str
@@ -219,7 +224,15 @@ def score(
     label: str | None = None,
     query_aware: bool | None = None,
 ) -> Scores:
-    """Ask all dialogues with `method` on the model, which is unpatched afterwards.
+    """Ask all dialogues with `method`.
+
+    Args:
+        model: the model, unpatched before and after.
+        processor: its processor.
+        method: the method, or its name.
+        talks: the dialogues.
+        label: label of the result; by default the method's name.
+        query_aware: whether the method reads the question.
 
     Raises:
         ArgumentError: no dialogues.
@@ -251,7 +264,7 @@ def score(
 
 
 def table(scores: Sequence[Scores]) -> Any:
-    """For the terminal."""
+    """The scores as a table for the terminal."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -284,7 +297,7 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", default=list(SECOND))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--out", type=Path, default=None, help="a json file for the scores")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file for the scores")
     args = parser.parse_args()
     if args.threads is not None:
         torch.set_num_threads(args.threads)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores with their uncertainty, from the samples of a run."""
+"""Uncertainty of scores, from the samples of a run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ _Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
 def wilson(correct: float, n: int) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson 1927, JASA 22): good for few samples and near 0 and 1.
+    """95 % interval of a proportion (Wilson 1927, JASA 22), accurate for few samples and near 0 and
+    1.
 
     Args:
         correct: successes, from 0 to `n`.
@@ -48,15 +49,15 @@ def wilson(correct: float, n: int) -> tuple[float, float]:
     p, z2 = correct / n, _Z * _Z
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = _Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    # At 0 and 1 rounding must not put the proportion outside of its interval.
+    # At 0 and 1, rounding must not exclude the proportion.
     return max(0.0, min(centre - half, p)), min(1.0, max(centre + half, p))
 
 
 def interval(scores: Sequence[float], resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
     """95 % interval of the mean of `scores`.
 
-    Wilson's where every score is 0 or 1, else the percentiles of a bootstrap over the samples. It
-    tells how far another draw of questions could move the score, not what another seed would do.
+    Wilson's interval if all scores are 0 or 1, otherwise percentiles of a bootstrap over the
+    samples. It covers the choice of questions, not the seed.
 
     Raises:
         ArgumentError: no scores.
@@ -74,7 +75,7 @@ def bootstrap(
 ) -> tuple[float, float]:
     """95 % interval of the mean of `values`: percentiles of the means of `resamples` draws.
 
-    Of equal values it has no width, however few they are.
+    Equal values have an interval of width 0, however few they are.
 
     Raises:
         ArgumentError: no values.
@@ -95,16 +96,16 @@ def _binary(values: np.ndarray) -> bool:
 # ---- two methods on the same samples ------------------------------------------------------------
 @dataclass(frozen=True)
 class Paired:
-    """What a comparison of two methods on the same samples says.
+    """A comparison of two methods on the same samples.
 
     Attributes:
-        samples: how many both answered.
+        samples: number of samples that both answered.
         difference: mean score of the first minus that of the second.
-        interval: 95 % of the difference: Agresti and Min's for scores of 0 and 1, else a bootstrap
-            over the samples.
-        wins, losses: samples on which the first scored higher, and lower.
+        interval: 95 % interval of the difference: Agresti and Min's for scores of 0 and 1,
+            otherwise a bootstrap over the samples.
+        wins, losses: number of samples on which the first scored higher, and lower.
         test: "McNemar" or "permutation".
-        p: two-sided.
+        p: two-sided p value.
     """
 
     samples: int
@@ -117,12 +118,16 @@ class Paired:
 
 
 def paired(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Paired:
-    """Compare two methods by their scores on the same samples, in the same order.
+    """Compare two methods by their scores on the same samples.
 
-    Scores of 0 and 1 are tested with McNemar's exact test, others with a permutation test.
+    McNemar's exact test for scores of 0 and 1, otherwise a permutation test.
+
+    Args:
+        ours, theirs: scores of the two methods, in the same order of samples.
+        seed: seed of bootstrap and permutations.
 
     Raises:
-        ArgumentError: no scores, or not as many of one as of the other.
+        ArgumentError: no scores, or different numbers of them.
     """
     a, b = _pairs(ours, theirs)
     wins, losses = int((a > b).sum()), int((a < b).sum())
@@ -147,21 +152,21 @@ def _pairs(ours: Sequence[float], theirs: Sequence[float]) -> tuple[np.ndarray, 
 
 def _agresti_min(wins: int, losses: int, n: int) -> tuple[float, float]:
     """95 % interval of a difference of paired proportions (Agresti and Min 2005, Stat. Med. 24):
-    half a sample is added to each of the four outcomes, which keeps it honest for few samples."""
+    adds half a sample to each of the four outcomes, so that it holds for few samples."""
     won, lost, size = wins + 0.5, losses + 0.5, n + 2
     centre = (won - lost) / size
     half = _Z * math.sqrt(won + lost - (won - lost) ** 2 / size) / size
     found = (wins - losses) / n
-    # The centre is drawn towards 0; the difference that was found must not fall outside.
+    # The centre is shrunk towards 0; the interval must include the observed difference.
     return max(-1.0, min(centre - half, found)), min(1.0, max(centre + half, found))
 
 
 def mcnemar(wins: int, losses: int) -> float:
-    """Two-sided p of McNemar's exact test.
+    """Two-sided p value of McNemar's exact test.
 
     Args:
-        wins, losses: samples that only the first got right, and only the second. The others say
-            nothing. Without either, p is 1.
+        wins, losses: number of samples that only the first, and only the second, got right. If both
+            are 0, p is 1.
     """
     for name, count in (("wins", wins), ("losses", losses)):
         if count < 0:
@@ -176,17 +181,22 @@ def mcnemar(wins: int, losses: int) -> float:
 def paired_permutation(
     ours: Sequence[float], theirs: Sequence[float], resamples: int = 9999, seed: int = 0
 ) -> float:
-    """Two-sided p of a paired permutation test of equal means.
+    """Two-sided p value of a paired permutation test of equal means.
 
-    The sign of each sample's difference is drawn at random `resamples` times, or all signs are
-    gone through where there are no more than that. Samples without a difference change nothing.
+    Draws the signs of the samples' differences `resamples` times, or enumerates them if they are no
+    more than that. Samples without a difference do not matter.
+
+    Args:
+        ours, theirs: scores, in the same order of samples.
+        resamples: maximum number of permutations.
+        seed: seed of the draws.
 
     Raises:
-        ArgumentError: no scores, or not as many of one as of the other.
+        ArgumentError: no scores, or different numbers of them.
     """
     a, b = _pairs(ours, theirs)
     differences = (a - b)[a != b]
-    if differences.size < 2:  # of one difference both signs are equally far out
+    if differences.size < 2:  # for one difference both signs are equally extreme
         return 1.0
     from scipy.stats import permutation_test
 
@@ -203,12 +213,12 @@ def paired_permutation(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p values corrected for their number (Holm 1979, Scand. J. Stat. 6), in the order given.
+    """p values corrected for multiple tests (Holm 1979, Scand. J. Stat. 6), in the given order.
 
-    Those of at most 0.05 name differences of which, with 95 % certainty, not one is chance.
+    With 95 % confidence, none of the differences with a corrected value of at most 0.05 is chance.
 
     Raises:
-        ArgumentError: a value outside of 0 to 1.
+        ArgumentError: a value outside [0, 1].
     """
     for p in p_values:
         check_number("p_values", p, "[0, 1]")
@@ -223,11 +233,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
 # ---- chance -------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Constant:
-    """The best answer that needs no picture: one for each type of question.
+    """The best constant answers: one for each type of question, without the picture.
 
     Attributes:
-        score: share of samples that these answers get right.
-        answers: by type: the answer, samples it is right on, samples.
+        score: fraction of samples on which they are right.
+        answers: by type, (answer, number of samples on which it is right, number of samples).
     """
 
     score: float
@@ -235,13 +245,13 @@ class Constant:
 
 
 def best_constant(samples: Iterable[tuple[str | None, str]]) -> Constant:
-    """What always giving the most frequent answer of a question's type scores.
+    """The score of always giving the most frequent answer of a question's type.
 
-    Counted on the samples themselves, so an upper bound: with few samples of a type well above
-    what such an answer would get on others. Answers are compared as `is_match` does.
+    An upper bound, as it is counted on the same samples: with few samples of a type, well above the
+    score on others. Answers are compared by `is_match`.
 
     Args:
-        samples: (type, right answer) of each.
+        samples: (type, right answer) of each sample.
 
     Raises:
         ArgumentError: no samples.
@@ -253,7 +263,7 @@ def best_constant(samples: Iterable[tuple[str | None, str]]) -> Constant:
         raise ArgumentError("samples", "expected at least one, got none")
     answers = {}
     for kind, counted in sorted(counts.items(), key=lambda item: item[0] or ""):
-        # Of equally frequent ones the first in the alphabet, whatever order the samples have.
+        # Ties go to the first in the alphabet, whatever the order of the samples.
         answer, right = min(counted.items(), key=lambda item: (-item[1], item[0]))
         answers[kind] = (answer, right, counted.total())
     right = sum(r for _, r, _ in answers.values())
@@ -261,7 +271,7 @@ def best_constant(samples: Iterable[tuple[str | None, str]]) -> Constant:
 
 
 def is_match(answer: str, target: str) -> bool:
-    """Whether they are the same text, without case, punctuation and surrounding spaces."""
+    """Whether two answers are equal, ignoring case, punctuation and surrounding spaces."""
     return _plain(answer) == _plain(target)
 
 
@@ -272,9 +282,10 @@ def _plain(text: str) -> str:
     return text.lower().translate(_PUNCTUATION).strip()
 
 
-# ---- samples as they are logged -----------------------------------------------------------------
+# ---- logged samples -----------------------------------------------------------------------------
 def sample_score(value: Any) -> float | None:
-    """The score of a logged sample: a number, or the "score" in what was logged; else `None`."""
+    """The score of a logged sample: a number, or the entry "score" of a mapping; otherwise
+    `None`."""
     if isinstance(value, Mapping):
         value = value.get("score")
     if isinstance(value, (bool, int, float, np.number)) and math.isfinite(float(value)):
@@ -283,9 +294,16 @@ def sample_score(value: Any) -> float | None:
 
 
 def agreement(answers: Mapping[str, str], reference: Mapping[str, str]) -> float | None:
-    """Loyalty: the share of samples with the reference's answer, `None` without samples in common.
+    """Agreement ("loyalty"): the fraction of samples with the same answer as the reference.
 
-    Answers are compared as text, without case and surrounding spaces.
+    Answers are compared as text, ignoring case and surrounding spaces.
+
+    Args:
+        answers: answers by sample id.
+        reference: those of the reference.
+
+    Returns:
+        A fraction, or `None` without common samples.
     """
     common = answers.keys() & reference.keys()
     if not common:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Try the settings that a paper leaves open on one type of question on generated scenes.
+"""Sweeps settings that a paper leaves open, on one type of question about generated scenes.
 
     python -m vtc.eval.analysis.sweep correlation --type document --limit 100 \\
         --grid alpha=0.5,0.7,0.9 --grid beta=0.0625,0.25 --out sweep.md
 
-Every combination runs on the same questions; a table says how many are answered right and how many
-vision tokens an image keeps, averaged over the decoder layers.
+Every combination runs on the same questions; the table has the accuracy and the vision tokens of an
+image, averaged over the decoder layers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def grid(texts: Sequence[str]) -> list[dict[str, Any]]:
     """All combinations of `name=value,value` texts.
 
     Raises:
-        ArgumentError: a text of another form.
+        ArgumentError: a malformed text.
     """
     axes = []
     for text in texts:
@@ -45,7 +45,7 @@ def grid(texts: Sequence[str]) -> list[dict[str, Any]]:
 def sweep(
     method: str, combinations: Sequence[dict[str, Any]], samples: Sequence[Sample]
 ) -> list[dict[str, Any]]:
-    """Each combination's settings, share of right answers in percent, and mean vision tokens."""
+    """Each combination's settings, accuracy in percent, and mean vision tokens."""
     model, processor = load(torch.float32)
     rows = []
     for settings in combinations:
@@ -61,10 +61,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("method")
     parser.add_argument("--grid", action="append", default=[], help="name=value,value")
-    parser.add_argument("--type", default="document", help="of question")
+    parser.add_argument("--type", default="document", help="type of question")
     parser.add_argument("--limit", type=int, default=100)
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--out", type=Path, default=None, help="a file for the table")
+    parser.add_argument("--out", type=Path, default=None, help="file for the table")
     args = parser.parse_args()
     if args.threads is not None:
         torch.set_num_threads(args.threads)

@@ -1,54 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vtc bench`: what a method costs and saves, beside the plain model, the short one and arithmetic.
+"""`vtc bench`: what a method costs and saves, against the plain model, a short sequence and theory.
 
-A *row* is one variant at one precision and batch size. Three kinds of variant are run:
+A *row* is one variant at one precision and batch size. There are three kinds of variant:
 
 - `unpatched`: the plain model with all vision tokens.
-- `short`: the plain model that was given the short sequence outright. Its prompt has as many
-  placeholders as a method leaves tokens, and the features are cut to as many behind the vision
-  tower. Where a method drops tokens between decoder layers, the sequence is cut before the same
-  layers, to the same lengths, by a slice. Nothing is chosen, so this is as fast as any method with
-  these lengths can be; what a method takes longer is its selection and vtc's own overhead.
+- `short`: the plain model, given the short sequence directly. Its prompt has as many placeholders
+  as a method keeps tokens, and the features are truncated to as many after the vision tower. If the
+  method drops tokens between decoder layers, a slice cuts the sequence before the same layers, to
+  the same lengths. Nothing is selected, so no method with these lengths can be faster; the
+  difference is a method's selection and vtc's overhead.
 - a method, through `vtc.patch`.
 
 One prefill is one call of the model with pixels, a new cache and the logits of the last position.
 Its time is split:
 
     total      the whole call
-    vision     tower and projector, without what is read of them for a method
-    selector   choosing, and the attention rows computed for it (`Patch.report`)
-    lm         what is left: embedding, merging, decoder layers, output head, vtc's bookkeeping
-    prefill    selector + lm, that is total less vision
+    vision     tower and projector, without captures for a method
+    selector   selection, and the attention rows computed for it (`Patch.report`)
+    lm         the rest: embedding, merging, decoder layers, output head, vtc's bookkeeping
+    prefill    selector + lm, i.e. total minus vision
 
-All variants run the tower on all patches (methods of the stages "pixels" and "encoder" save there),
-so `total` hides what a method does to the language model behind a cost that is the same for all.
-Ratios are therefore of `prefill`, which is what a speed bar is to be put on; those of `total` are
-given too. `beyond` is, for methods whose first layers see everything, the ratio of `after`: the
-time from the first layer with fewer tokens on, and all of the selector's, the part of it that lies
-in that layer's preparation counted twice rather than not at all. `decode` is the median step of
-one new token a row on the cache of that prefill, with an attention mask of the full length, as
-`generate` makes them.
+All variants run the tower on all patches (except methods of the stages "pixels" and "encoder"), so
+`total` dilutes a method's effect on the language model by a constant cost. Targets and ratios
+therefore refer to `prefill`; ratios of `total` are also given. For methods whose first layers see
+all tokens, `beyond` is the ratio of `after`: the time from the first layer with fewer tokens, plus
+the whole selector. (The part of the selector within that layer's preparation counts twice rather
+than not at all.) `decode` is the median step of one new token per row on the cache of that prefill,
+with an attention mask of the full length, as in `generate`.
 
-`ideal` is the time of the unpatched model times the share of FLOPs that `vtc.cost` says are left
-(language model only). Short sequences run at fewer FLOPs a second than long ones, and decoding is
-bound by reading weights, so that a ratio above 1 to the ideal is no fault of a method: `short` is
-the yardstick for overhead, `ideal` that for the hardware.
+`ideal` is the unpatched model's time multiplied by the fraction of FLOPs left according to
+`vtc.cost` (language model only). Short sequences run at fewer FLOP/s than long ones, and decoding
+is bound by reading weights, so a ratio to the ideal above 1 is not a method's fault: `short`
+measures overhead, `ideal` the hardware.
 
-Variants run in turns in one process (A B C A B C ...), garbage collected before each and not
-within. Ratios are formed within a turn, whose runs share the state of the machine, and their
-median and quartiles taken over the turns. On a CPU the clock is `time.perf_counter`; on a GPU CUDA
-events, the device synchronised after the prefill and after each step of decoding.
+Variants are interleaved in one process (A B C A B C ...), with garbage collected before each and
+not during a run. Ratios are computed within a round, whose runs share the machine's state; median
+and quartiles are over the rounds. On a CPU the clock is `time.perf_counter`; on a GPU CUDA events,
+with the device synchronised after the prefill and after each decoding step.
 
-Peak memory is taken in a run of its own that is not timed, one prefill and the decoding steps:
-bytes beyond what was allocated before, so activations, cache and selection, without weights and
-inputs. On a GPU that is the allocator's `torch.cuda.max_memory_allocated`; on a CPU the running sum
-of PyTorch's allocations and frees as `torch.profiler` records them. Resident size would not do: the
-C library keeps freed memory, so that a variant would show the peak of the largest before it. What
-BLAS and oneDNN allocate for themselves is in neither figure.
+Peak memory is measured in a separate, untimed run of a prefill and the decoding steps: bytes beyond
+those allocated before, that is activations, cache and selection, without weights and inputs. On a
+GPU it is `torch.cuda.max_memory_allocated`; on a CPU the running sum of PyTorch's allocations and
+frees in `torch.profiler`. Resident size would not do: the C library keeps freed memory, so a
+variant would show the peak of the largest before it. Neither figure includes the internal buffers
+of BLAS and oneDNN.
 
-Weights are random (or those of the checkpoint if asked for), pixels and text are random, and all
-rows of a batch have equal length. Speed does not depend on them, except for methods whose number of
-tokens does (thresholds); the tokens that were left in each layer are in every row.
+Weights are random (or the checkpoint's, on request), pixels and text are random, and all rows of a
+batch have equal length. Speed does not depend on their values, except for methods whose number of
+tokens does (thresholds); each row of the results lists the tokens of every layer.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model that is measured: its configuration, and weights."""
+"""The measured model: its configuration and weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 
 def config_of(settings: Settings) -> tuple[Any, tuple[int, int]]:
-    """The configuration, and the (height, width) of the image."""
+    """The configuration, and the image's (height, width) in pixels.
+
+    Raises:
+        BadInput: an unknown configuration, or an unsuitable size.
+    """
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -35,7 +39,7 @@ def config_of(settings: Settings) -> tuple[Any, tuple[int, int]]:
     if config.model_type not in PLAIN + TILED + NATIVE:
         raise BadInput(
             "--config",
-            f"{name} is of type {config.model_type!r}; inputs can be made for "
+            f"{name} has the type {config.model_type!r}; inputs can be made for "
             f"{', '.join(PLAIN + TILED + NATIVE)}",
         )
     text = config.get_text_config()
@@ -44,11 +48,11 @@ def config_of(settings: Settings) -> tuple[Any, tuple[int, int]]:
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[: settings.layers]
             if len(text.layer_types) < settings.layers:
-                raise BadInput("--layers", f"{name} names the types of fewer layers")
-    # Small vocabularies of presets have no room at the usual place.
+                raise BadInput("--layers", f"{name} lists the types of fewer layers")
+    # The usual id exceeds the presets' small vocabularies.
     config.image_token_id = min(config.image_token_id, text.vocab_size - 1)
     for part in (text, config):
-        # Random tokens may be any token, and none is to end the sequence.
+        # Any random token may occur; none must end the sequence.
         part.pad_token_id = part.bos_token_id = part.eos_token_id = None
     if config.model_type in NATIVE:
         vision = config.vision_config
@@ -64,7 +68,7 @@ def config_of(settings: Settings) -> tuple[Any, tuple[int, int]]:
 
 
 def _look_up(auto: Any, name: str, **options: Any) -> Any:
-    """`from_pretrained` of a folder or of an id from the hub or its cache."""
+    """`from_pretrained` with a folder, or an id on the hub or in its cache."""
     from ..harness.quiet import hub_answers, offline, without_bars
 
     folder = Path(name).expanduser()
@@ -74,7 +78,7 @@ def _look_up(auto: Any, name: str, **options: Any) -> Any:
                 return auto.from_pretrained(folder, **options)
         if name.startswith((".", "/", "~")) or "/" not in name:
             raise BadInput(
-                "--config", f"no folder {name}, and no preset: those are {', '.join(PRESETS)}"
+                "--config", f"no folder or preset {name}; presets are {', '.join(PRESETS)}"
             )
         with offline(not hub_answers()), without_bars():
             return auto.from_pretrained(name, **options)
@@ -85,7 +89,7 @@ def _look_up(auto: Any, name: str, **options: Any) -> Any:
 
 
 def build(config: Any, settings: Settings, dtype: torch.dtype, device: torch.device) -> Any:
-    """The model in evaluation mode, in `dtype` on `device`, and never in another precision."""
+    """The model in evaluation mode, created directly in `dtype` on `device`."""
     import torch
     from transformers import AutoModelForImageTextToText
     from transformers.initialization import no_init_weights
@@ -101,11 +105,10 @@ def build(config: Any, settings: Settings, dtype: torch.dtype, device: torch.dev
 
 
 def _fill(model: nn.Module, seed: int) -> None:
-    """Random weights of a scale at which activations stay finite in half precision.
+    """Set random weights, scaled so that activations stay finite in half precision.
 
-    One block of random numbers is laid over the weights again and again: drawing billions takes
-    minutes, and time depends on sizes only. Its length shares no factor with usual widths, so no
-    two rows are alike.
+    One block of random numbers is repeated: drawing billions would take minutes, and speed depends
+    on sizes only. Its length is coprime to usual widths, so no two rows are equal.
     """
     import torch
 

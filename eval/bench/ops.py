@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long the shared functions of `vtc.ops` take, beside the ways they could go and their twins.
+"""Times the functions of `vtc.ops` against alternative algorithms and naive references.
 
     python -m vtc.eval.bench.ops                  288 of 2880 tokens at d = 1024
     python -m vtc.eval.bench.ops --n 576 --k 58 --d 4096 --threads 1
-    python -m vtc.eval.bench.ops --official --threads 1     methods beside their released code
+    python -m vtc.eval.bench.ops --official --threads 1     methods against their released code
 
-A selector that compares tokens can work in steps, with products for the similarities that a choice
-needs, or make all pairs at once. Both are timed here, with the library's own function, in turns in
-one process; `ratio` is the library's time over that of the better way. Density peaks need all
-pairs whichever way: beside them stands what PyTorch's own functions take for the distances and the
-nearest points alone. Ranking compares nothing. The naive twins loop in Python and are timed with a
-tenth of the tokens, against the library with as many. So are four images in one call, against four
-calls.
+A selector that compares tokens can work in steps, computing only the similarities that each choice
+needs, or compute all pairs at once. Both are timed, interleaved with the library's function in one
+process; `ratio` is the library's time over the faster one's. Density peaks need all pairs in any
+case: they are compared with PyTorch's functions for distances and nearest points alone. Ranking
+compares no tokens. Naive references loop in Python and run on a tenth of the tokens, as does the
+library beside them; likewise four images in one call against four calls.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ Run = Callable[[], object]
 
 @dataclass(frozen=True)
 class Case:
-    """One function: how it is called, the ways there are, and its twin; on n, k tokens each."""
+    """One function on (x, k): the library's call, the alternatives, and the naive reference."""
 
     name: str
     ours: Callable[[Tensor, int], object]
@@ -77,7 +76,7 @@ def _least_similar(
 
 
 def _max_min_in_steps(x: Tensor, k: int) -> Tensor:
-    """The start needs all pairs, a block of rows at a time; the rest a product for each choice."""
+    """The start needs all pairs, in blocks of rows; then one product per choice."""
     rows, first = unit_rows(x), ops.most_isolated(x)
     return _least_similar(rows.mv(rows[first]), lambda i: rows.mv(rows[i]), k, first)
 
@@ -89,10 +88,10 @@ def _max_min_of_pairs(x: Tensor, k: int) -> Tensor:
 
 
 def _coverage(x: Tensor, k: int, pairs: bool) -> Tensor:
-    """Facility location; each step mends the gains by the rows that are now covered better.
+    """Facility location; each step updates the gains by the rows that are now covered better.
 
-    The first gains need all pairs, in blocks of rows if they are not kept; the rows of a step are
-    looked up in them, or made anew.
+    The first gains need all pairs, in blocks of rows if they are not stored; the rows of a step are
+    looked up or recomputed.
     """
     rows = unit_rows(x)
     similarity = rows @ rows.T if pairs else None
@@ -114,7 +113,7 @@ def _coverage(x: Tensor, k: int, pairs: bool) -> Tensor:
 
 
 def _dpp(x: Tensor, k: int, pairs: bool) -> Tensor:
-    """A determinantal point process whose kernel's rows are looked up, or made when needed."""
+    """A determinantal point process; rows of the kernel are looked up or computed when needed."""
     rows = unit_rows(x)
     kernel = rows @ rows.T if pairs else None
     left, columns = rows.new_ones(len(x)), rows.new_zeros(len(x), k)  # units
@@ -131,7 +130,8 @@ def _dpp(x: Tensor, k: int, pairs: bool) -> Tensor:
 
 
 def _merge(x: Tensor, k: int, pairs: bool) -> Tensor:
-    """Means of the kept and of what is nearest to them, by all similarities or those that count."""
+    """Means of kept tokens and those nearest to them, by all similarities or only the needed
+    ones."""
     rows, kept = unit_rows(x), _even(x, k)
     group = ((rows @ rows.T)[:, kept] if pairs else rows @ rows[kept].T).argmax(1)
     group[kept] = torch.arange(k)
@@ -140,7 +140,7 @@ def _merge(x: Tensor, k: int, pairs: bool) -> Tensor:
 
 
 def _match(x: Tensor, k: int, pairs: bool) -> tuple[Tensor, Tensor]:
-    """The k best pairs, by all similarities or those of every other token with the rest."""
+    """The k best pairs, by all similarities or only those of even with odd tokens."""
     rows = unit_rows(x)
     similarity = (rows @ rows.T)[::2, 1::2] if pairs else rows[::2] @ rows[1::2].T
     best, partner = similarity.max(1)
@@ -217,7 +217,7 @@ def cases() -> list[Case]:
 
 
 def measure(runs: Mapping[str, Run], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each run, taken in turns after one round that does not count."""
+    """Median milliseconds of each run, interleaved, after one warm-up round."""
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats + 1):
         for name, run in runs.items():
@@ -233,8 +233,8 @@ def _in_turn(call: Callable[[Tensor, int], object], images: Tensor, k: int) -> l
 
 
 def bench(n: int, k: int, d: int, dtype: torch.dtype, repeats: int, twins: bool) -> list[list[str]]:
-    """Rows of text: name, ours, in steps, all pairs, ratio; on a tenth, four images at once and one
-    by one, and ours and the twin."""
+    """Rows of text: name, ours, in steps, all pairs, ratio; on a tenth of the tokens: four images
+    in one call and in four, ours and the naive reference."""
     generator = torch.Generator().manual_seed(0)
     x = (torch.randn(n, d, generator=generator) + torch.randn(d, generator=generator)).to(dtype)
     small, few = x[: max(2, n // 10)], max(1, k // 10)
@@ -270,9 +270,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--no-twins", action="store_true", help="leave the naive twins out")
-    parser.add_argument("--official", action="store_true", help="beside the released code")
-    parser.add_argument("--only", default="", help="part of the names, with --official")
+    parser.add_argument("--no-twins", action="store_true", help="skip the naive references")
+    parser.add_argument("--official", action="store_true", help="compare with released code")
+    parser.add_argument("--only", default="", help="with --official, only names containing this")
     args = parser.parse_args()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -283,7 +283,7 @@ def main() -> None:
     title = f"{args.k} of {args.n} tokens, d = {args.d}, {args.dtype}"
     table = Table(box=SIMPLE_HEAD, title=title, collapse_padding=True, pad_edge=False)
     headers = ["ms", "vtc", "in steps", "all pairs", "ratio"]
-    headers += ["4 x a tenth", "in turn"]
+    headers += ["4 x a tenth", "one by one"]
     headers += ["vtc, a tenth", "naive, a tenth"] if twins else []
     for header in headers:
         name = header == "ms"

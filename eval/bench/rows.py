@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of the results, and the table of them in a file."""
+"""Rows of the results, and their CSV table."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _spread(values: Sequence[float]) -> dict[str, Any] | None:
 
 
 def _ratio(mine: Sequence[float], other: Sequence[float]) -> dict[str, Any] | None:
-    """Median, quartiles and the median's 95 % interval of the ratios within each turn."""
+    """Median, quartiles and the median's 95 % interval of the ratios within rounds."""
     if not mine or len(mine) != len(other) or not all(y > 0 for y in other):
         return None
     ratios = [x / y for x, y in zip(mine, other, strict=True)]
@@ -35,9 +35,14 @@ def _ratio(mine: Sequence[float], other: Sequence[float]) -> dict[str, Any] | No
 
 
 def median_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
-    """An interval of the median that assumes no distribution: between two order statistics.
+    """A distribution-free confidence interval of the median, between two order statistics.
 
-    `None` for too few values, of which even the whole range holds the median less often.
+    Args:
+        values: the sample.
+        level: confidence level, in (0, 1).
+
+    Returns:
+        (low, high), or `None` if the values are too few for this level.
     """
     n, ordered = len(values), sorted(values)
     outside, rank = 2 * 0.5**n, 0
@@ -50,13 +55,13 @@ def median_interval(values: Sequence[float], level: float = 0.95) -> tuple[float
 
 
 def _steps(variant: Variant) -> list[float]:
-    """Every step of decoding that was timed, in order."""
+    """All timed decoding steps, in order."""
     named = sorted(name for name in variant.runs if name.startswith("step "))
     return [ms for name in named for ms in variant.runs[name]]
 
 
 def _flops(config: Any, seen: Sequence[tuple[int, ...]]) -> dict[str, float]:
-    """Of the language model for the whole batch, prefill and one step of decoding."""
+    """FLOPs of the language model for the whole batch: prefill and one decoding step."""
     from vtc.cost import decode_flops, prefill_flops
 
     return {
@@ -114,7 +119,7 @@ def row_of(subject: Subject, variant: Variant, plain: Variant) -> dict[str, Any]
     other = variant.reference
     if other is not None and other.error is None:
         against = {name: _ratio(variant.runs[name], other.runs[name]) for name in compared}
-        # Steps are short, and pairs of them many: noise does not decide.
+        # Steps are short but many: compare all pairs.
         against["decode"] = _ratio(_steps(variant), _steps(other))
         ends = [each.runs.get("after", []) for each in (variant, other)]
         row["ratio"]["short"] = {**against, "beyond": _ratio(*ends)}
@@ -129,7 +134,7 @@ def at(row: Mapping[str, Any], *path: str) -> Any:
 
 
 def csv_of(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One line a row; of each figure its median and quartiles."""
+    """One line per row, with the median and quartiles of each figure."""
     columns: dict[str, tuple[str, ...]] = {
         name: (name,) for name in ("dtype", "batch", "label", "keep", "status", "error")
     }

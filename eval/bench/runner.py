@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run: variants in turns, and what the results say of where and with what they were made."""
+"""Runs interleaved variants, and records the machine and versions."""
 
 from __future__ import annotations
 
@@ -31,15 +31,21 @@ if TYPE_CHECKING:
 
 
 def run(settings: Settings, observer: Observer | None = None) -> dict[str, Any]:
-    """Measure all rows, and write bench.json and bench.csv if there is a folder for them.
+    """Measure all rows, and write bench.json and bench.csv to `settings.out`, if given.
 
-    They are written anew, and the observer is told, after each precision and batch size, whose
-    variants take turns; "complete" is false until all are there.
+    Variants of one precision and batch size are interleaved. After each such block the files are
+    rewritten and the observer receives the results; "complete" is false until all are there. A
+    variant that fails, for example for lack of memory, is marked, and the others continue.
 
-    A variant that fails, for lack of memory say, is marked so, and the others go on.
+    Args:
+        settings: what to measure.
+        observer: receives the progress.
+
+    Returns:
+        The contents of bench.json.
 
     Raises:
-        BadInput: something given does not work; nothing was measured then.
+        BadInput: an invalid setting; nothing was measured.
     """
     import torch
 
@@ -52,9 +58,9 @@ def run(settings: Settings, observer: Observer | None = None) -> dict[str, Any]:
     before, threads = load_average(), torch.get_num_threads()
     rows: list[dict[str, Any]] = []
     results: dict[str, Any] = {"format": 1, "settings": _stated(settings, image)}
-    turns = settings.warmup + settings.repeats + 1  # and one for the memory
+    turns = settings.warmup + settings.repeats + 1  # and one for memory
     cells = [(dtype, batch) for dtype in settings.dtypes for batch in settings.batches]
-    # A method may have a short variant of its own.
+    # Each method may have its own `short`.
     observer.planned(turns * len(cells) * (1 + 2 * len(wanted)), len(cells), 0)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
@@ -67,12 +73,12 @@ def run(settings: Settings, observer: Observer | None = None) -> dict[str, Any]:
         made: dict[str, Any] = as_json(given)
         return made
 
-    # What is there already will not be garbage; looking at it before each run takes long.
+    # Existing objects stay: exempt them from the collection before each run.
     gc.collect()
     gc.freeze()
     try:
         for dtype in settings.dtypes:
-            observer.stage(f"making the model in {dtype}")
+            observer.stage(f"creating the model in {dtype}")
             model = build(config, settings, getattr(torch, dtype), device)
             if not rows:
                 checked = _check(model, wanted)
@@ -104,7 +110,7 @@ def _save(settings: Settings, found: Mapping[str, Any]) -> None:
 
 
 def _check(model: nn.Module, wanted: Sequence[Variant]) -> list[str]:
-    """Try every method on the model before anything is timed; the warnings that this gave."""
+    """Try every method on the model before timing; returns the warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         for variant in wanted:
@@ -157,7 +163,7 @@ def _measure(
 
 @contextmanager
 def _noting(variant: Variant) -> Iterator[None]:
-    """An error of `variant` is noted, and is not one of the others."""
+    """Record an error of `variant`, so that the others continue."""
     try:
         yield
     except Exception as error:
@@ -176,14 +182,14 @@ def _attempt(subject: Subject, variant: Variant, observer: Observer, counts: boo
 
 
 def _in_turns(subject: Subject, plain: Variant, methods: list[Variant]) -> list[Variant]:
-    """The order of a turn: the plain model, then methods of equal lengths with their `short`."""
+    """The order of a round: the plain model, then methods of equal lengths with their `short`."""
     short: dict[tuple[int, ...], tuple[Variant, list[Variant]]] = {}
     failed = []
     for method in methods:
         if method.error is not None:
             failed.append(method)
             continue
-        # A batch is as long as its longest row.
+        # A batch has the length of its longest row.
         lengths = longest(method.seen)
         if lengths == subject.whole and plain.error is None:
             method.reference = plain
@@ -205,7 +211,7 @@ def _stated(settings: Settings, image: tuple[int, int]) -> dict[str, Any]:
 
 
 def _name(settings: Settings) -> str:
-    """The configuration's name; of a folder only its last part, which names no machine."""
+    """The configuration's name; of a folder only the last part, without the machine's path."""
     folder = Path(settings.config).expanduser()
     return folder.resolve().name if folder.is_dir() else settings.config
 

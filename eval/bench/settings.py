@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What to measure: sizes of models by name, settings, variants, and the plan made of them."""
+"""What to measure: preset model sizes, settings, and the variants planned from them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # ---- sizes --------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Preset:
-    """Sizes of a model: keyword arguments of its configurations, and (height, width) in pixels."""
+    """Model sizes: keyword arguments of its configurations, and the image's (height, width)."""
 
     kind: str
     text: Mapping[str, Any]
@@ -87,7 +87,7 @@ PRESETS: dict[str, Preset] = {
         "qwen2_vl", _QWEN2_7B | {"rope_parameters": _MROPE}, _qwen_tower(3584), (1008, 1008)
     ),
 }
-"""Sizes by name. "speed-bar" is what vtc's bar for speed is measured on: 48 x 60 = 2880 tokens."""
+"""Sizes by name. "speed-bar" is the model of vtc's speed targets: 48 x 60 = 2880 tokens."""
 
 PLAIN, TILED, NATIVE = ("llava",), ("llava_next",), ("qwen2_vl", "qwen2_5_vl")
 
@@ -97,23 +97,23 @@ class Settings:
     """What to measure.
 
     Attributes:
-        config: a name out of `PRESETS`, a folder with a config.json, or an id from the hub.
-        layers: decoder layers instead of the configuration's.
-        pretrained: load the checkpoint's weights; without it they are random.
-        methods: as text (`vtc.core.spec`).
-        keeps: for each method that has a `keep` left open.
-        batches: rows of a batch, each with one image.
-        dtypes: out of float32, bfloat16, float16.
+        config: a name in `PRESETS`, a folder with a config.json, or a hub id.
+        layers: number of decoder layers; `None` for the configuration's.
+        pretrained: load the checkpoint's weights instead of random ones.
+        methods: methods as text (`vtc.core.spec`).
+        keeps: budgets for each method that does not set its `keep`.
+        batches: batch sizes; each row has one image.
+        dtypes: of "float32", "bfloat16", "float16".
         device: "cpu", "cuda", "cuda:1"; `None` for a GPU if there is one.
-        image: (height, width) in pixels; `None` for the preset's, or the tower's own.
-        text: tokens of text in the prompt, a quarter of them before the image.
-        decode: new tokens after each prefill.
-        unpatched: run the plain model with all tokens, which takes longest; without it there are no
+        image: (height, width) in pixels; `None` for the preset's or the tower's.
+        text: text tokens of the prompt, a quarter of them before the image.
+        decode: decoding steps after each prefill.
+        unpatched: run the plain model with all tokens, which takes longest; otherwise there are no
             ratios to it and to the ideal.
-        warmup, repeats: turns that do not count, and those that do.
-        threads: of PyTorch on a CPU; `None` leaves them.
-        seed: of weights, inputs and sampling methods.
-        out: folder for bench.json and bench.csv; `None` writes nothing.
+        warmup, repeats: number of warm-up rounds and of measured rounds.
+        threads: PyTorch's threads on a CPU; `None` for its default.
+        seed: seed of weights, inputs and sampling methods.
+        out: folder for bench.json and bench.csv, or `None`.
     """
 
     config: str = "speed-bar"
@@ -137,12 +137,12 @@ class Settings:
 
 @dataclass
 class Variant:
-    """One thing to time: a method, the plain model (`method` is `None`), or the plain model cut to
-    `lengths`, the tokens that each decoder layer is given.
+    """One variant: a method, the plain model (`method` is `None`), or the plain model truncated to
+    `lengths`, the tokens of each decoder layer.
 
     Attributes:
-        seen: the tokens that each layer had of each row, once it ran.
-        runs: milliseconds by name, one entry a turn that counts.
+        seen: by batch row, the tokens that each layer processed; set by a run.
+        runs: milliseconds by name, one entry per measured round.
     """
 
     label: str
@@ -161,7 +161,7 @@ def plan(settings: Settings) -> list[Variant]:
     """The methods to measure, in order, without repetition.
 
     Raises:
-        BadInput: something in `settings` does not work, as far as that can be told without a model.
+        BadInput: an invalid setting, as far as can be checked without the model.
     """
     least = {
         "--layers": (settings.layers, 1),
@@ -189,7 +189,7 @@ def plan(settings: Settings) -> list[Variant]:
         raise BadInput("--image", f"expected height x width in pixels, got {settings.image}")
     if settings.pretrained and (settings.config in PRESETS or settings.layers is not None):
         raise BadInput(
-            "--pretrained", "goes with a checkpoint as it is: a folder or an id, all its layers"
+            "--pretrained", "needs a checkpoint (a folder or a hub id), without --layers"
         )
     found: list[Variant] = []
     for label in dict.fromkeys(compact(text) for text in settings.methods):
@@ -216,7 +216,7 @@ def device_of(given: str | None) -> torch.device:
     except RuntimeError:
         raise BadInput("--device", f"expected cpu, cuda or cuda:0, got {given!r}") from None
     if device.type not in ("cpu", "cuda"):
-        raise BadInput("--device", f"can time cpu and cuda only, got {given!r}")
+        raise BadInput("--device", f"expected cpu or cuda, got {given!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device", f"got {given!r}, but PyTorch sees no GPU here")
+        raise BadInput("--device", f"got {given!r}, but PyTorch sees no GPU")
     return device

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What makes the plain model run on a short sequence, and what is timed of its tower."""
+"""Runs the plain model on a short sequence, and times its tower."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Tower:
-    """Stands in for `get_image_features` of the plain model: times it, and cuts what it returns."""
+    """Replaces `get_image_features` of the plain model: times it, and truncates its output."""
 
     def __init__(self, base: Any, device: torch.device, always: Mapping[str, Any]) -> None:
         from vtc.core.prefill import Stopwatch
@@ -30,17 +30,18 @@ class Tower:
 
     @property
     def ms(self) -> float:
-        """Time of the tower and the projector, without what was read of them meanwhile."""
+        """Milliseconds of tower and projector, without captures for a method."""
         return self.clock.ms - self.heard.ms
 
     @property
-    def __signature__(self) -> inspect.Signature:  # vtc looks at it
+    def __signature__(self) -> inspect.Signature:  # vtc inspects it
         return inspect.signature(self.original)
 
     def hear(self, event: Event) -> None:
-        """Listen to a patch: what it reads while the tower runs is not the tower's time."""
+        """Listen to a patch: captures while the tower runs are not the tower's time."""
         if isinstance(event, Encoded):
-            # Its clock goes on; and asking for milliseconds would wait for the device.
+            # Later captures run on the same clock. Copied, as reading milliseconds would wait for
+            # the device.
             self.heard = event.heard.copy()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -54,7 +55,7 @@ class Tower:
 
 
 class Cut:
-    """Cuts the sequence before decoder layers to `lengths`, keeping the last tokens."""
+    """Truncates the sequence before decoder layers to `lengths`, keeping the last tokens."""
 
     def __init__(self, layers: Any, lengths: Sequence[int]) -> None:
         self.lengths = lengths
@@ -94,7 +95,7 @@ class Cut:
 
 
 def first_cut(lengths: Sequence[int]) -> int | None:
-    """The first layer that is given fewer tokens than the first of all."""
+    """The first layer with fewer tokens than layer 0, or `None`."""
     return next((i for i, n in enumerate(lengths) if n < lengths[0]), None)
 
 

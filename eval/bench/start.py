@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What starting costs: `python -m vtc.eval.bench.start`.
+"""Measures start-up time: `python -m vtc.eval.bench.start`.
 
-Each line is a fresh process; they run in turns, and the median of their CPU seconds (user and
-system) is printed, with the ratio to `import torch` alone.
+Each line is a fresh process; processes are interleaved. Printed are the median CPU seconds (user
+and system) and their ratio to those of `import torch`.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _COMMANDS = {
 
 
 def measure(turns: int = 5) -> dict[str, tuple[float, float]]:
-    """(CPU seconds, seconds) of each command, medians over `turns` rounds of all of them."""
+    """(CPU seconds, wall seconds) of each command, medians over `turns` interleaved rounds."""
     seen: dict[str, list[tuple[float, float]]] = {name: [] for name in _COMMANDS}
     for _ in range(turns):
         for name, code in _COMMANDS.items():
-            # The process itself says what it used: children's times add up over all of them.
+            # The process reports its own times: the parent only has the sum over all children.
             script = f"import atexit, os, sys; atexit.register(lambda: sys.stderr.write(\
 '%.4f' % sum(os.times()[:2])))\n{code}"
             started = time.perf_counter()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model on its device, its inputs, and one timed run of a variant on them."""
+"""The measured model with its inputs, and one timed run of a variant."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 
 def clock_of(device: torch.device) -> str:
-    """What is measured: "process", the time that this process had a core, where it is one thread's
-    on a CPU and hence comparable; else "wall"."""
+    """ "process", the CPU time of this process, if it runs one thread on a CPU; otherwise
+    "wall"."""
     import torch
 
     return "process" if device.type == "cpu" and torch.get_num_threads() == 1 else "wall"
@@ -38,7 +38,7 @@ def clock_of(device: torch.device) -> str:
 
 @contextmanager
 def host_clock(device: torch.device) -> Iterator[None]:
-    """Let stopwatches measure by `clock_of`: other work on the machine then counts less."""
+    """Make stopwatches use `clock_of` within the block, so that other load counts less."""
     from vtc.core.prefill import Stopwatch
 
     before = Stopwatch.host
@@ -51,7 +51,14 @@ def host_clock(device: torch.device) -> Iterator[None]:
 
 
 class Subject:
-    """A model on its device, its inputs, and one run of a variant on them."""
+    """A model on its device, with its inputs.
+
+    Args:
+        model: the model, unpatched.
+        image: (height, width) in pixels.
+        batch: batch size, with one image per row.
+        settings: settings of the run.
+    """
 
     def __init__(self, model: Any, image: tuple[int, int], batch: int, settings: Settings) -> None:
         import torch
@@ -86,20 +93,20 @@ class Subject:
 
     @property
     def whole(self) -> tuple[int, ...]:
-        """Tokens of each layer with nothing dropped."""
+        """Tokens of each layer without compression."""
         return (self.settings.text + self.tokens,) * self.layers
 
     def _words(self, *shape: int) -> Tensor:
         import torch
 
-        # Below all special tokens, which families put at the end of their vocabulary.
+        # Below the special tokens, which are at the end of the vocabulary.
         highest = min(self.config.get_text_config().vocab_size, self.config.image_token_id)
         words = torch.randint(3, max(highest, 4), shape, generator=self.generator)
         return words.to(self.device)
 
     def _pixels(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Arguments of the model that hold images, and those that its tower is always called with
-        beside, or instead of, what the model hands on."""
+        """The model's image arguments, and arguments that its tower always receives in addition to,
+        or instead of, those passed on by the model."""
         import torch
 
         (height, width), vision = self.image, self.config.vision_config
@@ -146,7 +153,7 @@ class Subject:
         if self.config.model_type in NATIVE:
             given["mm_token_type_ids"] = (ids == self.config.image_token_id).int()
             if tokens != self.tokens:
-                # An image of one row of tokens, so that positions come out for any number.
+                # An image with a single row of tokens has positions for any number.
                 side = self.config.vision_config.spatial_merge_size
                 grid = given["image_grid_thw"]
                 given["image_grid_thw"] = grid.new_tensor([[1, side, side * tokens]] * self.batch)
@@ -154,10 +161,10 @@ class Subject:
 
     @contextmanager
     def _set_up(self, variant: Variant) -> Iterator[tuple[Any, dict[str, Any]]]:
-        """The model as `variant` wants it: (patch, arguments of the prefill)."""
+        """Set the model up for `variant`; yields (patch, arguments of the prefill)."""
         if variant.method is not None:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # said once, when all were checked
+                warnings.simplefilter("ignore", UserWarning)  # already shown by the initial check
                 patch = vtc.patch(self.model, variant.method)
             with patch, patch.listen(self.tower.hear):
                 yield patch, self._prompt(self.tokens)
@@ -174,8 +181,8 @@ class Subject:
 
     @contextmanager
     def _marked(self, variant: Variant, clock: Stopwatch) -> Iterator[list[Any]]:
-        """Stop `clock` before the first layer that is given fewer tokens, if those before it are
-        given all. The list is for when it was started."""
+        """Stop `clock` before the first layer with fewer tokens, if earlier layers have all. The
+        list is for its start."""
         lengths = variant.lengths or longest(variant.seen) or self.whole
         started: list[Any] = []
         first = first_cut(lengths)
@@ -187,7 +194,7 @@ class Subject:
             if started:
                 clock.stop(started.pop(), self.device)
 
-        # Before vtc's own hook, in which tokens are chosen.
+        # Before vtc's hook, which selects tokens.
         layer = self.adapter.layers[first]
         handle = layer.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
         try:
@@ -196,7 +203,7 @@ class Subject:
             handle.remove()
 
     def once(self, variant: Variant) -> dict[str, float]:
-        """Milliseconds of one prefill by part, and of the median step of decoding."""
+        """Milliseconds of one prefill by part, and of the median decoding step."""
         import torch
 
         from vtc.core.prefill import Stopwatch
@@ -206,7 +213,7 @@ class Subject:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
 
-        # transformers called it `past_key_values` up to 5.23.
+        # transformers up to 5.23 calls it `past_key_values`.
         accepted = inspect.signature(type(self.model).forward).parameters
         name = "cache" if "cache" in accepted else "past_key_values"
         total, until = Stopwatch(), Stopwatch()
@@ -230,7 +237,8 @@ class Subject:
                 for step, longer in zip(steps, masks, strict=True):
                     started = step.start(self.device)
                     given = {"input_ids": self.next}
-                    # Qwen would make positions of the whole length of it; `generate` gives its own.
+                    # Qwen would compute positions from its full length; `generate` passes
+                    # positions.
                     if self.config.model_type not in NATIVE:
                         given["attention_mask"] = longer
                     out = self.model(**given, **{name: cache_of(out)}, use_cache=True)
@@ -258,7 +266,7 @@ class Subject:
         return self.settings.decode
 
     def peak(self, variant: Variant) -> int:
-        """Bytes that one run holds at most, beyond those that were held before it."""
+        """Peak bytes of one run, beyond those allocated before it."""
         import torch
 
         gc.collect()
@@ -267,7 +275,7 @@ class Subject:
             torch.cuda.reset_peak_memory_stats(self.device)
             self.once(variant)
             return torch.cuda.max_memory_allocated(self.device) - before
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it talks on the error stream
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it writes to stderr
         from torch.profiler import ProfilerActivity, profile
 
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rows of a run for a terminal."""
+"""The results of `vtc bench` as tables for a terminal."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 _NOTE = """
-prefill: the language model's, selection and vtc's overhead included, tower and projector not; \
-medians of {repeats} turns{spread}. / all: over the unpatched model. / short: over the same model \
-given the short sequence outright. {more}decode: one token a row. peak: beyond weights and inputs. \
-Ratios are formed turn by turn."""
-_SPREAD = ", and half the distance of their quartiles"
+prefill: the language model's, with selection and vtc's overhead, without tower and projector; \
+medians of {repeats} rounds{spread}. / all: relative to the unpatched model. / short: relative to \
+the plain model with equally many tokens. {more}decode: one token per row. peak: memory beyond \
+weights and inputs. Ratios are computed round by round."""
+_SPREAD = ", ± half their interquartile range"
 _MORE = """\
-beyond: the same without the layers before the first cut. / ideal: over what the FLOPs predict \
-from the unpatched model. """
+beyond: the same without the layers before the first cut. / ideal: relative to the unpatched \
+model's time, scaled by FLOPs. """
 _WITHOUT = """
 With --wide: the tower's time, the spread of prefills, decoding in ms, and the ratios "beyond" \
-(without the layers before the first cut) and "/ ideal" (over what the FLOPs predict)."""
+(without the layers before the first cut) and "/ ideal" (relative to what the FLOPs predict)."""
 
 
 def table(results: Mapping[str, Any], width: int | None = None) -> RenderableType:
-    """The rows of `results`, which `run` returned.
+    """The results as tables, with their head and notes.
 
     Args:
-        results: they.
-        width: of the terminal; below `FULL_WIDTH` there are fewer columns, which fit 80. `None`
-            shows all, 120 wide at most.
+        results: what `vtc.eval.bench.runner.run` returned.
+        width: columns of the terminal; below `FULL_WIDTH` the tables have fewer columns, to fit 80.
+            `None` shows all, in at most 120.
     """
     from rich.console import Group
 
@@ -41,7 +41,7 @@ def table(results: Mapping[str, Any], width: int | None = None) -> RenderableTyp
 
 
 def head(results: Mapping[str, Any]) -> RenderableType:
-    """What was measured, and where."""
+    """The model and the machine."""
     from rich.text import Text
 
     machine, model = results["machine"], results["model"]
@@ -56,7 +56,7 @@ def head(results: Mapping[str, Any]) -> RenderableType:
 
 
 def blocks(results: Mapping[str, Any], width: int | None = None) -> Iterator[RenderableType]:
-    """A table for each precision and batch size."""
+    """One table per precision and batch size."""
     from itertools import groupby
 
     narrow = _narrow(width)
@@ -69,7 +69,7 @@ def _narrow(width: int | None) -> bool:
 
 
 def notes(results: Mapping[str, Any], width: int | None = None) -> RenderableType:
-    """How to read the tables that a terminal of this width has, and the errors of what failed."""
+    """Explanations of the tables' columns at this width, and the errors of failed variants."""
     from rich.console import Group
     from rich.text import Text
 
@@ -102,7 +102,7 @@ def _block(title: str, rows: Sequence[Mapping[str, Any]], narrow: bool) -> Rende
     drawn.add_column("tokens ×\nlayers", overflow="fold", min_width=8)
     headers = "tower,\nms|prefill, ms\n± half IQR|selector,\nms|\n/ all|\n/ short|\nbeyond|"
     headers += "\n/ ideal|decode,\nms|\n/ short|peak,\nMiB"
-    # What a method costs and saves; the others are the parts that this is made of.
+    # The main figures; the others are their parts.
     chosen = (1, 2, 3, 4, 8, 9) if narrow else tuple(range(10))
     for number, header in enumerate(headers.split("|")):
         if number in chosen:

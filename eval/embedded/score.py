@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores a checkpoint directly: greedy answers, exact match by type, full, blind and random.
+"""Scores a checkpoint directly: greedy answers and exact match by type; full, blind and random.
 
     python -m vtc.eval.embedded.score --tasks vtc_scenes vtc_mosaic vtc_photo --out scores.json
 
-*full* is the model as it is; *blind* sees a grey picture; *random* keeps a random share of the
-vision tokens (the others are masked for the language model). These runs need neither lmms-eval nor
-the engine, so they are what training checkpoints are judged by; published scores come from the
-harness.
+*full* is the plain model; *blind* sees a grey picture; *random* keeps a random fraction of the
+vision tokens (the language model does not attend to the others). This needs neither lmms-eval nor
+the engine, so it serves to judge training checkpoints; published scores come from the harness.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ Sample = tuple[Question, Image.Image]
 
 
 def prompt_of(processor: LlavaProcessor, question: str) -> str:
-    """The prompt of ``question`` on one picture, up to where the answer begins."""
+    """The prompt of `question` on one picture, up to the start of the answer."""
     content: Any = [{"type": "image"}, {"type": "text", "text": question}]
     messages = [{"role": "user", "content": content}]
     return str(processor.apply_chat_template(messages, add_generation_prompt=True))
@@ -52,7 +51,20 @@ def answers(
     seed: int = 0,
     max_new_tokens: int = 16,
 ) -> list[str]:
-    """Greedy answers to one batch of questions."""
+    """Greedy answers to one batch of questions.
+
+    Args:
+        model: the model.
+        processor: its processor.
+        samples: (question, picture) pairs.
+        mode: "full", "blind" or "random".
+        keep: with "random", the fraction of vision tokens to keep.
+        seed: with "random", the seed.
+        max_new_tokens: maximum length of an answer.
+
+    Raises:
+        ValueError: unknown mode.
+    """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, not {mode!r}")
     images = [
@@ -70,14 +82,14 @@ def answers(
             dropped = places[torch.randperm(len(places), generator=generator)[count:]]
             inputs["attention_mask"][row, dropped] = 0
     with torch.inference_mode():
-        engine: Any = model  # the stub of ``generate`` does not know this class
+        engine: Any = model  # the stub of `generate` lacks this class
         out = engine.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     new = out[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
 
 
 def hash_of(text: str, seed: int) -> int:
-    """A seed that depends on ``text`` and ``seed`` only, on every platform."""
+    """A platform-independent seed from `text` and `seed`."""
     import zlib
 
     return zlib.crc32(f"{seed}:{text}".encode())
@@ -97,7 +109,12 @@ def score(
     batch_size: int = 16,
     seed: int = 0,
 ) -> dict[str, tuple[int, int]]:
-    """Right answers and questions by type, and in all under "all"."""
+    """(right answers, questions) by type, with the totals under "all".
+
+    Args:
+        model, processor, samples, mode, keep, seed: as in `answers`.
+        batch_size: questions per batch.
+    """
     found: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     queue: Iterator[Sample] = iter(samples)
     while batch := list(islice(queue, batch_size)):
@@ -118,7 +135,7 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.05)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--out", type=Path, default=None, help="a json file for the scores")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file for the scores")
     args = parser.parse_args()
 
     if args.threads is not None:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The embedded VLM: a small LLaVA that ships with the project.
 
-:func:`load` reads the trained weights; :func:`build_model` and :func:`build_processor` make the
-same model untrained. It is an ordinary ``LlavaForConditionalGeneration``: a CLIP tower with [CLS]
-(336 pixels, 14-pixel patches, 576 vision tokens, features from the layer before the last), a
-two-layer projector, and a Llama decoder of eight layers.
+`load` reads the trained weights; `build_model` and `build_processor` create the untrained model. It
+is an ordinary `LlavaForConditionalGeneration`: a CLIP tower with [CLS] (336 pixels, 14-pixel
+patches, 576 vision tokens, features of the penultimate layer), a two-layer projector, and a Llama
+decoder of eight layers.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ CHAT_TEMPLATE = """\
 {%- if message['role'] == 'assistant' -%}{{ eos_token }}{%- else -%}{{ ' ' }}{%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}"""
-"""``USER: <image>\\nquestion ASSISTANT: answer</s>``; contents are strings or lists of parts."""
+"""`USER: <image>\
+question ASSISTANT: answer</s>`; contents are strings or lists of parts."""
 
 
 def embedded_path() -> Path:
@@ -54,23 +55,28 @@ def embedded_path() -> Path:
 
 
 def embedded_atp_path() -> Path:
-    """The folder with the heads of ATP that were trained on the embedded VLM."""
+    """The folder with the ATP heads trained for the embedded VLM."""
     return Path(__file__).resolve().parent / "atp"
 
 
 def load(
     dtype: torch.dtype | str = torch.float32, path: Path | None = None
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """The trained model, in evaluation mode, and its processor."""
+    """The trained model, in evaluation mode, and its processor.
+
+    Args:
+        dtype: dtype of the weights.
+        path: folder of the model; by default `embedded_path()`.
+    """
     folder = embedded_path() if path is None else path
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
     return model.eval(), AutoProcessor.from_pretrained(folder)
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over ``texts``: words are whole tokens, digits and capitals single ones.
+    """Byte-level BPE over `texts`: words are whole tokens; digits and capitals are single tokens.
 
-    A capital that begins a lower-case word stays with it. Bytes are all in the vocabulary, so any
+    An initial capital of a lower-case word stays with it. The vocabulary includes all bytes, so any
     text can be encoded.
     """
     tokenizer = Tokenizer(models.BPE())
@@ -105,7 +111,7 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> PreTrainedT
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """The processor of LLaVA-1.5: shorter edge to 336 pixels, central crop, CLIP's statistics."""
+    """LLaVA-1.5's processor: shorter edge to 336 pixels, centre crop, CLIP's statistics."""
     tokenizer.chat_template = CHAT_TEMPLATE
     images = CLIPImageProcessor(
         size={"shortest_edge": IMAGE_SIZE},
@@ -122,7 +128,8 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 
 
 def build_config(vocab_size: int, width: int = 192) -> LlavaConfig:
-    """Seven tower layers, of which LLaVA reads the sixth, and eight decoder layers."""
+    """The configuration: seven tower layers, of which LLaVA reads the sixth, and eight decoder
+    layers."""
     vision = CLIPVisionConfig(
         hidden_size=width,
         intermediate_size=4 * width,

@@ -97,16 +97,16 @@ BENCHMARKS: dict[str, Benchmark] = {
     "GQA": Benchmark("gqa", ("exact_match",), f"{_LMMS}GQA"),
     "MMB": Benchmark(
         "mmbench_en_dev_static", ("gpt_eval_score",), f"{_LMMS}MMBench", 1.0,
-        "answers are read by a pattern, where the published ones may have been by a judge",
+        "answers are parsed by a pattern, the published ones possibly by a judge",
     ),
     "MME": Benchmark("mme", ("mme_perception_score", "mme_cognition_score"), f"{_LMMS}MME", 1.0),
     "MME-P": Benchmark("mme", ("mme_perception_score",), f"{_LMMS}MME", 1.0),
     # The tables do not say which of POPE's figures they print.
-    "POPE": Benchmark("pope", ("pope_f1_score",), f"{_LMMS}POPE", 100.0, "F1 is taken for granted"),
+    "POPE": Benchmark("pope", ("pope_f1_score",), f"{_LMMS}POPE", 100.0, "F1 is assumed"),
     "SQA": Benchmark("scienceqa_img", ("exact_match",), f"{_LMMS}ScienceQA"),
     "TextVQA": Benchmark(
         "textvqa_val", ("exact_match",), f"{_LMMS}textvqa", 100.0,
-        "asked without OCR tokens in the prompt; published runs differ in having them",
+        "prompts contain no OCR tokens; published runs differ in this",
     ),
     "SEED-I": Benchmark("seedbench", ("seed_image",), f"{_LMMS}SEED-Bench"),
     "MMMU": Benchmark("mmmu_val", ("mmmu_acc",), f"{_LMMS}MMMU"),

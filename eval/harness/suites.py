@@ -92,7 +92,7 @@ SUITES: dict[str, Suite] = {
         ),
     ),
     "reasoning": Suite(
-        "problems that take more than a look",
+        "problems that need reasoning",
         _entries(
             mmmu_val="mmmu_acc",
             mmmu_pro_standard="mmmu_acc",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One HTML page for a run of `vtc eval`: plots, tables, tests, samples with their kept tokens.
+"""The HTML report of a `vtc eval` run: plots, tables, tests, and samples with their kept tokens.
 
     python -m vtc.eval.report.page results        # writes results/report.html
 
@@ -114,7 +114,7 @@ def _context(out: Path, results: Mapping[str, Any], samples: int, trace: bool) -
     logs, lost = _logs(out, cells)
     alerts = _alerts(out, results)
     if lost:
-        alerts.append(f"No logged samples, and so no tests: {', '.join(lost)}.")
+        alerts.append(f"Samples are not logged, so there are no tests: {', '.join(lost)}.")
     tasks: list[dict[str, Any]] = []
     groups = grouped(cells)
     for number, (title, mine) in enumerate(groups, 1):
@@ -124,7 +124,7 @@ def _context(out: Path, results: Mapping[str, Any], samples: int, trace: bool) -
             {
                 "name": _title(title),
                 "results": results_table(number, mine, constant),
-                "failed": [(name_of(c), c["error"] or "no reason is known") for c in failed],
+                "failed": [(name_of(c), c["error"] or "unknown error") for c in failed],
                 "tests": tests(number, mine, logs),
                 "split": split(number, mine, logs),
                 "types": types(number, mine, constant),
@@ -186,7 +186,7 @@ def _alerts(out: Path, results: Mapping[str, Any]) -> list[str]:
     try:
         planned = plan(settings_of(out, results))
     except (BadInput, KeyError, TypeError) as error:
-        return [*alerts, f"It is unknown whether the run is complete: {error}"]
+        return [*alerts, f"Cannot check whether the run is complete: {error}"]
     there = {(c["task"], c["label"], c["keep"]) for c in cells}
     missing = [c for c in planned if (c.task, c.label, c.keep) not in there]
     if missing:
@@ -204,9 +204,9 @@ def _title(title: str) -> str:
 
 
 def _plot(title: str, cells: Sequence[Mapping[str, Any]]) -> dict[str, str] | None:
-    """The trade-off of a group as a data address, or `None` without anything to draw.
+    """The trade-off plot of a group as a data URL, or `None` if there is nothing to draw.
 
-    The legend stands below, where it is seen on a narrow screen as well.
+    The legend is below the plot, so that it fits narrow screens.
     """
     import matplotlib
 
@@ -256,7 +256,7 @@ def _viewer(
         shown = found["samples"].get(group, {})
         for name, differs in chosen[group].items():
             entry = _sample(name, shown.get(name), group, finished, logs, found["kept"])
-            if title != mine[0]["task"]:  # other setups may have asked the same sample
+            if title != mine[0]["task"]:  # other setups may have the same sample
                 entry["id"] = f"{name} ({_title(title)})"
             entry["differs"] = differs
             size += len(json.dumps(entry))
@@ -348,7 +348,7 @@ def _facts(results: Mapping[str, Any], model: str) -> list[tuple[str, list[tuple
 def _where(results: Mapping[str, Any]) -> dict[str, Any]:
     """Device, precision and processes actually used."""
     known: dict[str, Any] = {}
-    for name in ("device", "dtype"):  # of results that say it of their cells only
+    for name in ("device", "dtype"):  # older results record these per cell only
         found = [(c.get("setup") or {}).get(name) for c in results["cells"]]
         if values := list(dict.fromkeys(value for value in found if value is not None)):
             known[name] = values

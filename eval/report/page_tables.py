@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tables of a run's page: results, tests, the VTC-Bench split, types of questions.
 
-Cells are those of results.json; logs are their samples, by the cell's key and the sample's id.
+Cells are those of results.json; logs are their samples, by cell key and sample id.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["Cell", "Logs", "Row", "Table", "Value", "chance", "compare", "done",
 __all__ += ["results_table", "split", "tests", "types"]
 
 SIMPLE = ("random", "pool", "downsample")
-"""What every method is tested against, at its number of tokens (`peer`)."""
+"""Baselines that every method is tested against, at equally many tokens (`peer`)."""
 REFERENCES = ("full", *SIMPLE)
 
 LEVEL = 0.05
@@ -70,7 +70,7 @@ def _digits(value: float | None, scale: float) -> Value:
 
 
 def _range(interval: Sequence[float] | None, form: str = ".1f") -> Value:
-    """In percent or points; sorted by the lower end."""
+    """An interval in percent or percentage points, sorted by its lower end."""
     if interval is None:
         return Value(_NONE)
     low, high = (100 * x for x in interval)
@@ -140,12 +140,12 @@ def results_table(
         ]
         rows.append(Row(values, "baseline" if cell["label"] in BASELINES else ""))
     notes = [
-        "blind: the same images in grey. same as full: loyalty, the share of answers that are "
-        "those of the full model. tokens, mean: vision tokens of an image averaged over the "
-        "language model's layers; compare methods at equal ones. prefill: the language model's, "
-        "without the selector; medians. FLOPs and KV cache: of one sample's prefill, 2 FLOPs per "
-        "multiply-add. Intervals: Wilson's where scores are 0 or 1, else a bootstrap over the "
-        "samples; they are over the samples, not over the seeds of methods that sample."
+        "blind: with grey images. same as full: agreement, the fraction of answers equal to those "
+        "of the full model. tokens, mean: vision tokens of an image, averaged over the language "
+        "model's layers; compare methods at equal tokens. prefill: the language model's, without "
+        "the selector; medians. FLOPs and KV cache: of one sample's prefill, 2 FLOPs per "
+        "multiply-add. Intervals: Wilson's if scores are 0 or 1, otherwise a bootstrap; over "
+        "samples, not over the seeds of sampling methods."
     ]
     if isinstance(constant, str):
         notes.append(f"chance: {constant}")
@@ -161,32 +161,31 @@ def results_table(
             )
         )
         notes.append(
-            "chance: always the most frequent right answer of the question's type, counted on "
-            f"these samples and so an upper bound; {'; '.join(kinds)}."
+            "chance: always the most frequent right answer of the question's type; an upper bound, "
+            f"as it is counted on these samples: {'; '.join(kinds)}."
         )
     return Table(f"results-{number}", "Results", columns, rows, notes)
 
 
 def chance(cells: Sequence[Mapping[str, Any]], logs: Logs) -> stats.Constant | str:
-    """The best constant answers, or why there are none."""
+    """The best constant answers, or why they are unknown."""
     known = [logs[c["key"]] for c in done(cells) if c["key"] in logs]
     if not known:
-        return "not known, no samples are logged."
+        return "unknown, as no samples are logged."
     for samples in known:
         for sample in samples.values():
             target, score = sample["target"], sample["score"]
             plain = isinstance(target, str) and score is not None
             if not plain or score != stats.is_match(sample["answer"], target):
                 return (
-                    "not computed, for this task's scores are not the match of the answer with "
-                    "one right answer."
+                    "not computed, as this task does not compare answers with a single right one."
                 )
     return stats.best_constant((s["type"], s["target"]) for s in known[0].values())
 
 
 def peer(cell: Cell, others: Sequence[Cell], label: str) -> Cell | None:
-    """The run of `label` that `cell` is fairly compared with: the one with the fewest tokens,
-    averaged over the layers, that are no fewer than its own. A twentieth less passes: grids round.
+    """The run of `label` to compare `cell` with: the one with the fewest tokens, averaged over the
+    layers, that are at least the cell's. 5 % fewer are accepted, as grids round.
     """
     tokens = _tokens(cell)
     if tokens is None:
@@ -228,7 +227,7 @@ def tests(number: int, cells: Sequence[Cell], logs: Logs) -> Table | None:
     rows = []
     for (cell, other, test), q in zip(found, corrected, strict=True):
         if q > LEVEL:
-            says = Value("not shown to differ", "b")
+            says = Value("no significant difference", "b")
         elif test.difference > 0:
             says = Value("better", "a", "good")
         else:
@@ -251,14 +250,14 @@ def tests(number: int, cells: Sequence[Cell], logs: Logs) -> Table | None:
     kinds = sorted({test.test for _, _, test in found})
     how = {
         "McNemar": "McNemar's exact test (scores of 0 and 1; intervals after Agresti and Min 2005)",
-        "permutation": "a paired permutation test of 9999 draws (intervals by bootstrap)",
+        "permutation": "a paired permutation test with 9999 draws (bootstrap intervals)",
     }
     notes = [
         f"Two-sided p by {' or '.join(how[kind] for kind in kinds)}; p, Holm: corrected after Holm "
-        f"1979 for the {len(found)} tests of this table. Better and worse: at most {LEVEL:g} after "
-        "the correction; intervals are not corrected. higher, lower: samples on which the method "
-        "scores higher or lower. random, pool and downsample are taken at the fewest tokens, "
-        "averaged over the layers, that are at least the method's, within a twentieth."
+        f"1979 for the {len(found)} tests of this table. Better and worse: corrected p of at most "
+        f"{LEVEL:g}; intervals are not corrected. higher, lower: number of samples on which the "
+        "method scores higher or lower. random, pool and downsample have the fewest tokens, "
+        "averaged over the layers, that are at least the method's, within 5 %."
     ]
     if alone:
         notes.append(f"Not every baseline ran at the same number of tokens: {', '.join(alone)}.")
@@ -305,15 +304,15 @@ def split(number: int, cells: Sequence[Mapping[str, Any]], logs: Logs) -> Table 
     if not rows:
         return None
     notes = [
-        "After VTC-Bench (ACL 2026): of the samples that the full model gets right, group A are "
-        "those that down-sampling at the same keep gets wrong, group B those it gets right. Group "
-        "A shows what a method adds to a smaller image. VTC-Bench makes the image smaller; "
-        "here “downsample” shrinks the grid of features, which every model allows."
+        "After VTC-Bench (ACL 2026): of the samples that the full model gets right, down-sampling "
+        "at the same keep gets group A wrong and group B right. Group A shows what a method gains "
+        "over a smaller image. VTC-Bench shrinks the image; here “downsample” shrinks the grid of "
+        "features, which works with every model."
     ]
     parts = ("samples", "accuracy, %", "95 % interval")
     columns = tuple((f"{group}: {part}", True) for group in "AB" for part in parts)
     head = (("method", False), ("keep", True))
-    title = "Samples that need the tokens (split of VTC-Bench)"
+    title = "Samples that need the tokens (VTC-Bench split)"
     return Table(f"split-{number}", title, (*head, *columns), rows, notes)
 
 

@@ -24,10 +24,10 @@ FULL_WIDTH = 118
 
 _NONE = "–"
 _NOTE = """\
-blind: the same images in grey. tokens, mean: vision tokens of an image averaged over the language \
-model's layers; compare methods at equal ones. prefill: the language model's, without the \
-selector; medians. FLOPs: 2 per multiply-add. Intervals are over the samples, not over the seeds \
-of methods that sample."""
+blind: with grey images. tokens, mean: vision tokens of an image, averaged over the language \
+model's layers; compare methods at equal tokens. prefill: the language model's, without the \
+selector; medians. FLOPs: 2 per multiply-add. Intervals are over samples, not over the seeds of \
+sampling methods."""
 
 
 _MORE = """
@@ -77,8 +77,8 @@ def table(results: Mapping[str, Any], width: int | None = None) -> RenderableTyp
 
     Args:
         results: what `vtc.eval.harness.run.run` returns.
-        width: of the terminal; below `FULL_WIDTH` there are fewer columns, which fit 80. `None`
-            shows all.
+        width: columns of the terminal; below `FULL_WIDTH` the table has fewer columns, to fit 80.
+            `None` shows all.
     """
     asked = {id(cell) for cell in of_this_run(results)}
     groups = grouped(results["cells"])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tasks of vtc as parquet files, ready for ``datasets`` and so for lmms-eval.
+"""vtc's tasks as parquet files for `datasets`, and thus for lmms-eval.
 
-Columns: ``id``, ``image`` (a PNG as the ``Image`` feature of ``datasets`` stores it), ``question``,
-``answer`` and ``type``.
+Columns: `id`, `image` (a PNG, as stored by the `Image` feature of `datasets`), `question`, `answer`
+and `type`.
 """
 
 from __future__ import annotations
@@ -33,9 +33,17 @@ _MOST_FROM_ONE_SCENE = 3
 def scene_questions(
     limit: int, seed: int = 0, split: str = "test"
 ) -> Iterator[tuple[Question, Image.Image]]:
-    """``limit`` questions on generated scenes, evenly over the types, yes and no evenly too.
+    """Questions on generated scenes, balanced over types and over the answers yes and no.
 
-    A type counts its answers "yes" and "no" apart, and no scene gives more than three questions.
+    A scene contributes at most three questions, of different types.
+
+    Args:
+        limit: number of questions, at least 1.
+        seed: seed of the scenes.
+        split: "train", "val" or "test".
+
+    Raises:
+        ValueError: `limit` below 1.
     """
     check_whole("limit", limit, lowest=1)
     quota = {kind: limit // len(TYPES) + (k < limit % len(TYPES)) for k, kind in enumerate(TYPES)}
@@ -65,10 +73,18 @@ def scene_questions(
 def task_questions(
     name: str, limit: int | None = None, seed: int = 0
 ) -> Iterator[tuple[Question, Image.Image]]:
-    """The questions of a task with their pictures; ``limit=None`` means the task's own number.
+    """The questions of a task with their pictures.
 
-    ``vtc_photo`` and ``vtc_mosaic`` are the dev rows in ``VTC_DATA``, every n-th where ``limit``
-    asks for fewer than there are; ``seed`` then says where to begin.
+    `vtc_photo` and `vtc_mosaic` are the dev rows in `VTC_DATA`.
+
+    Args:
+        name: one of `OWN_TASKS`.
+        limit: number of questions; `None` for the task's default. Of photo rows, every n-th.
+        seed: seed of the scenes, or the offset among photo rows.
+
+    Raises:
+        ValueError: unknown task.
+        FileNotFoundError: the photos are missing.
     """
     check_choice("name", name, OWN_TASKS)
     if name == "vtc_scenes":
@@ -76,13 +92,13 @@ def task_questions(
         return
     rows = [(question, images[0]) for question, images in dev_rows(name.removeprefix("vtc_"))]
     count = len(rows) if limit is None else min(limit, len(rows))
-    # rows come in groups of one question of each type; a stride prime to the group keeps the mix
+    # rows are grouped by one question of each type; a stride coprime to the group keeps the mix
     for k in range(count):
         yield rows[(seed + k * len(rows) // count) % len(rows)]
 
 
 def size_of(name: str) -> int:
-    """The number of questions of a task without a limit."""
+    """The default number of questions of a task."""
     if name == "vtc_scenes":
         return DEFAULT_LIMIT
     rows = require_data_folder() / f"{name.removeprefix('vtc_')}_dev.jsonl"
@@ -90,8 +106,8 @@ def size_of(name: str) -> int:
 
 
 def identity(name: str, hashes: FileHashes) -> list[str]:
-    """What the questions and pictures of a task depend on beside `limit` and `seed`, as hashes:
-    the code that makes them, and the rows and photos."""
+    """Hashes of what a task's questions and pictures depend on besides `limit` and `seed`: the
+    generating code, the rows and the photos."""
     parts = [code_of_files([Path(__file__)])]
     if name != "vtc_scenes":
         folder = require_data_folder()
@@ -101,9 +117,21 @@ def identity(name: str, hashes: FileHashes) -> list[str]:
 
 
 def build_task(name: str, out_dir: Path | str, limit: int | None = None, seed: int = 0) -> Path:
-    """Writes a task into ``out_dir`` unless it is there already, and returns the parquet's path.
+    """Write a task's parquet file, atomically, unless it exists.
 
-    The same arguments give the same file; it is written whole or not at all.
+    The same arguments give the same file.
+
+    Args:
+        name: one of `OWN_TASKS`.
+        out_dir: folder.
+        limit, seed: as in `task_questions`.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        ValueError: unknown task.
+        FileNotFoundError: the photos are missing.
     """
     check_choice("name", name, OWN_TASKS)
     settings = {"name": name, "limit": limit, "seed": seed, "of": identity(name, FileHashes())}
@@ -131,7 +159,7 @@ def build_task(name: str, out_dir: Path | str, limit: int | None = None, seed: i
             ("answer", pa.string()),
             ("type", pa.string()),
         ],
-        # what lets ``datasets`` read the struct as a picture
+        # makes `datasets` read the struct as a picture
         metadata={"huggingface": json.dumps({"info": {"features": _FEATURES}})},
     )
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The real photo set: photographs, mosaics of them, and questions.
+"""The photo set: photographs, mosaics of them, and questions.
 
-The photographs are not part of the project. ``VTC_DATA`` names their folder; without it the folder
-``shared/data`` beside the project is tried, and without that :func:`data_folder` returns ``None``.
-Training questions are composed from the training photos only; dev rows are only ever read.
+The photographs are not part of the project. `VTC_DATA` names their folder, by default `shared/data`
+beside the project; without either, `data_folder` returns `None`. Training questions use training
+photos only; dev rows are only for evaluation.
 """
 
 from __future__ import annotations
@@ -33,14 +33,18 @@ PHOTO_SETS: tuple[str, ...] = ("photo", "mosaic", "multi", "clip", "receipt")
 
 
 def data_folder() -> Path | None:
-    """The folder of the photo set, or ``None`` where there is none."""
+    """The folder of the photo set, or `None` if there is none."""
     default = Path(__file__).resolve().parents[3] / "shared" / "data"
     folder = Path(os.environ.get("VTC_DATA") or default)
     return folder if (folder / "photos_train.jsonl").is_file() else None
 
 
 def require_data_folder() -> Path:
-    """The folder of the photo set; raises where there is none."""
+    """The folder of the photo set.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
     folder = data_folder()
     if folder is None:
         raise FileNotFoundError(
@@ -57,7 +61,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 class Archive:
-    """Pictures in a zip file, decoded on demand and kept."""
+    """Pictures in a zip file, decoded on demand and cached."""
 
     def __init__(self, path: Path) -> None:
         self._zip = zipfile.ZipFile(path)
@@ -71,7 +75,7 @@ class Archive:
 
 
 def draw_mosaic(tiles: list[Image.Image], g: int) -> Image.Image:
-    """A g x g mosaic of ``tiles``, row by row, 336 x 336."""
+    """A g x g mosaic of `tiles`, row by row, 336 x 336 pixels."""
     side = IMAGE_SIZE // g
     canvas = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE))
     for k, tile in enumerate(tiles):
@@ -81,9 +85,16 @@ def draw_mosaic(tiles: list[Image.Image], g: int) -> Image.Image:
 
 
 def dev_rows(name: str, split: str = "dev") -> Iterator[tuple[Question, list[Image.Image]]]:
-    """Questions of ``name`` (one of :data:`PHOTO_SETS`) with their pictures, in file order.
+    """Questions of a photo set with their pictures, in file order.
 
-    A mosaic is drawn as one picture of 336 pixels; photos, frames and receipts come as they are.
+    A mosaic is one picture of 336 x 336 pixels; photos, frames and receipts are unchanged.
+
+    Args:
+        name: one of `PHOTO_SETS`.
+        split: suffix of the file of rows, such as "dev".
+
+    Raises:
+        ValueError: unknown set.
     """
     check_choice("name", name, PHOTO_SETS)
     folder = require_data_folder()
@@ -98,7 +109,7 @@ def dev_rows(name: str, split: str = "dev") -> Iterator[tuple[Question, list[Ima
 
 @dataclass(frozen=True)
 class Photo:
-    """One training photo: where its pixels are, and what it shows."""
+    """A training photo: the index of its pixels, and what it shows."""
 
     index: int
     name: str
@@ -108,7 +119,7 @@ class Photo:
 
 
 class PhotoLibrary:
-    """The training photos, decoded once into a memory-mapped array beside ``cache``."""
+    """The training photos, decoded once into a memory-mapped array next to `cache`."""
 
     def __init__(self, cache: Path) -> None:
         folder = require_data_folder()
@@ -127,7 +138,7 @@ class PhotoLibrary:
 
     @staticmethod
     def _pixels(folder: Path, rows: list[dict[str, Any]], path: Path) -> np.ndarray:
-        """Pixels (photos, 160, 160, 3) uint8."""
+        """(photos, 160, 160, 3) uint8 pixels."""
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             archive = Archive(folder / "photos.zip")
@@ -138,9 +149,9 @@ class PhotoLibrary:
         return np.load(path, mmap_mode="r")
 
     def sample(self, rng: np.random.Generator, g: int) -> Mosaic:
-        """A g x g mosaic of random photos; rare names are drawn more often than they occur."""
+        """A g x g mosaic of random photos, with rare names over-sampled."""
         names = [self.names[i] for i in rng.choice(len(self.names), size=g * g, p=self.weights)]
-        if g > 1 and rng.random() < 0.4:  # repeat a name, so that counts above one occur
+        if g > 1 and rng.random() < 0.4:  # repeat a name, for counts above one
             for i in rng.permutation(g * g)[: int(rng.integers(1, 1 + g * g // 2))].tolist():
                 names[i] = names[0]
             names = [names[i] for i in rng.permutation(g * g).tolist()]
@@ -150,7 +161,7 @@ class PhotoLibrary:
 
 @dataclass(frozen=True)
 class Mosaic:
-    """A training picture: g x g photos (g = 1: one photo), with labels and questions."""
+    """A training picture of g x g photos (one photo if g = 1), with labels and questions."""
 
     library: PhotoLibrary
     g: int
@@ -158,14 +169,14 @@ class Mosaic:
     seed: int
 
     def pixels(self) -> np.ndarray:
-        """The picture (336, 336, 3) uint8; every photo is cropped, flipped and toned at random."""
+        """(336, 336, 3) uint8; every photo is randomly cropped, flipped and toned."""
         rng = np.random.default_rng(self.seed)
         tiles = [_augmented(self.library.pixels[p.index], rng) for p in self.photos]
         return np.asarray(draw_mosaic(tiles, self.g))
 
     @property
     def labels(self) -> np.ndarray:
-        """Dense labels (fields, 24, 24) uint8."""
+        """(fields, 24, 24) uint8 dense labels."""
         labels = empty_labels()
         for k, photo in enumerate(self.photos):
             label_tile(

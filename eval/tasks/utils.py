@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the task files ask of each row (id, image, question, answer, type) of a task of vtc.
+"""Functions of vtc's task files on their rows (id, image, question, answer, type).
 
-This file is copied beside the data, so it imports nothing of vtc.
+This file is copied next to the data, so it does not import vtc.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 
 def doc_to_visual(doc: Mapping[str, Any]) -> list[Image.Image]:
-    """The image, decoded by `datasets` or still as the bytes it is stored as."""
+    """The image, decoded by `datasets` or from its bytes."""
     image = doc["image"]
     if not isinstance(image, Image.Image):
         image = Image.open(io.BytesIO(image["bytes"]))
@@ -24,6 +24,6 @@ def doc_to_visual(doc: Mapping[str, Any]) -> list[Image.Image]:
 def doc_to_text(
     doc: Mapping[str, Any], lmms_eval_specific_kwargs: Mapping[str, str] | None = None
 ) -> str:
-    """The question, and what is to be asked of the model's answer."""
+    """The question, and the instruction on the answer's form."""
     options = lmms_eval_specific_kwargs or {}
     return f"{options.get('pre_prompt', '')}{doc['question']}{options.get('post_prompt', '')}"

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""lmms-eval with compressed vision tokens, without an edit to lmms-eval.
+"""lmms-eval with compressed vision tokens, without changes to lmms-eval.
 
-The entry point `lmms_eval.models` hands `manifests` to lmms-eval, which then knows, beside every
-built-in Hugging Face model class `X`, the same class with a patch on its model, as `vtc_X`:
+Through the entry point `lmms_eval.models`, lmms-eval calls `manifests`. For every built-in Hugging
+Face model class `X` it then also has `vtc_X`, the same class with a patched model:
 
     python -m lmms_eval --model vtc_llava_hf --tasks pope,mme \\
         --model_args pretrained=llava-hf/llava-1.5-7b-hf,method=todre,keep=0.1
 
-`vtc_embedded` is `vtc_llava_hf` on the model that comes with vtc. The arguments are those of the
-built-in class and `VtcModel`'s.
+`vtc_embedded` is `vtc_llava_hf` with vtc's embedded model. The arguments are those of the built-in
+class and of `VtcModel`.
 
-One thing cannot be had through lmms-eval's own command line: a task's prompt for a model is looked
-up by the model's name, so a task with a special prompt for `qwen2_5_vl` gives `vtc_qwen2_5_vl` its
-default one. `vtc eval` passes the built-in's name and gets the special prompt.
+A limitation of lmms-eval's command line: it looks up a task's model-specific prompt by the model's
+name, so a task with a special prompt for `qwen2_5_vl` gives `vtc_qwen2_5_vl` the default one. `vtc
+eval` passes the built-in name and gets the special prompt.
 """
 
 from __future__ import annotations
@@ -31,20 +31,21 @@ PREFIX = "vtc_"
 EMBEDDED = "embedded"
 _MODULE = f"{__name__}.models"
 # AutoModelFor...from_pretrained(, LlavaFor...from_pretrained(, model_cls.from_pretrained(, but not
-# AutoProcessor.from_pretrained(, which classes for servers call as well.
+# AutoProcessor.from_pretrained(, which classes for servers also call.
 _LOADS_A_MODEL = re.compile(r"(AutoModel\w*|\w+For[A-Z]\w+|model_\w+)\.from_pretrained\(")
 
 
 def builtin_name(name: str) -> str:
-    """lmms-eval's own name of the class behind `vtc_...`."""
+    """lmms-eval's name of the built-in class behind `vtc_...`."""
     name = name.removeprefix(PREFIX)
     return "llava_hf" if name == EMBEDDED else name
 
 
 def _loads_from_the_hub(model_id: str, folder: Path) -> bool:
-    """Whether a built-in class is one that loads a Hugging Face model.
+    """Whether a built-in class loads a Hugging Face model.
 
-    Told from its source, as importing a hundred modules with their dependencies is out of question.
+    Inferred from its source: importing a hundred modules with their dependencies would take too
+    long.
     """
     files = [folder / kind / f"{model_id}.py" for kind in ("simple", "chat")]
     return any(f.is_file() and _LOADS_A_MODEL.search(f.read_text("utf-8")) for f in files)
@@ -52,7 +53,7 @@ def _loads_from_the_hub(model_id: str, folder: Path) -> bool:
 
 def manifests() -> list[ModelManifest]:
     """One manifest `vtc_X` for each built-in Hugging Face class `X`, and `vtc_embedded`."""
-    # lmms-eval calls this while it imports `lmms_eval.models`, whose tables are complete by then.
+    # lmms-eval calls this while importing `lmms_eval.models`, whose tables are complete by then.
     from lmms_eval.models import AVAILABLE_CHAT_TEMPLATE_MODELS as CHAT
     from lmms_eval.models import AVAILABLE_SIMPLE_MODELS as SIMPLE
     from lmms_eval.models.registry_v2 import ModelManifest

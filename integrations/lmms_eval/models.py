@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""lmms-eval's model classes with a patch on their model.
+"""lmms-eval's model classes with patched models.
 
-`simple_X` and `chat_X` of this module are subclasses of lmms-eval's built-in classes of the name
-`X`, made when first asked for (PEP 562), for lmms-eval looks classes up with `getattr`.
+This module's `simple_X` and `chat_X` are subclasses of lmms-eval's built-in classes `X`, created on
+first access (PEP 562), as lmms-eval looks classes up with `getattr`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["VTC_ARGUMENTS", "VtcModel", "accepted_arguments", "grey"]
 
 VTC_ARGUMENTS = ("method", "keep", "blind", "settings", "report")
-"""Of `VtcModel`, and none of the built-in class."""
+"""Arguments of `VtcModel` that are not passed to the built-in class."""
 
 _GREY = (128, 128, 128)
 
@@ -52,10 +52,13 @@ class _Stop(BaseException):
 
 
 def grey(value: Any) -> Any:
-    """`value` (what a task hands to a model) with every image replaced by a grey one of its size.
+    """Replace every image by a grey one of the same size.
+
+    Args:
+        value: what a task passes to a model.
 
     Raises:
-        NotImplementedError: for anything with media other than loaded images (videos, paths).
+        NotImplementedError: `value` contains media other than loaded images (videos, paths).
     """
     if isinstance(value, Image.Image):
         return Image.new("RGB", value.size, _GREY)
@@ -64,7 +67,7 @@ def grey(value: Any) -> Any:
         if kind in ("video", "audio") or (
             kind == "image" and any(isinstance(value.get(k), str) for k in ("url", "image", "path"))
         ):
-            raise NotImplementedError(f"blind: only images in memory can be greyed, got a {kind}")
+            raise NotImplementedError(f"blind: supports only images in memory, got a {kind}")
         return {k: grey(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(grey(v) for v in value)
@@ -72,32 +75,36 @@ def grey(value: Any) -> Any:
 
 
 def _grey_visuals(value: Any) -> Any:
-    """`grey` for what `doc_to_visual` returns, where a bare string is the path of a video."""
+    """`grey` for the output of `doc_to_visual`, in which a string is the path of a video."""
     if any(isinstance(v, str) for v in value or ()):
-        raise NotImplementedError("blind: only images in memory can be greyed, got a path")
+        raise NotImplementedError("blind: supports only images in memory, got a path")
     return grey(value)
 
 
 class VtcModel:
-    """Mixed into a built-in class: patches its model and lets no failure pass for a wrong answer.
+    """Mixin for built-in classes: patches the model, and raises failures instead of scoring them.
 
     Args:
-        method: a method as text (`fastv:layer=3`, `todre|fastv`; see `vtc.core.spec`); without it
+        method: a method as text (`fastv:layer=3`, `todre|fastv`; see `vtc.core.spec`); without one
             the model is not patched.
-        keep: for the method; a fraction, or a whole number of tokens per image.
-        blind: show the model grey images, to see what it answers without seeing.
+        keep: the method's budget: a fraction, or a whole number of tokens per image.
+        blind: show the model grey images, for its accuracy without vision.
         settings: further settings of a single method, a dictionary or JSON.
-        report: a file to write the report (tokens, times, FLOPs) to at the end.
-        kwargs: the built-in class's. `device` is a GPU if there is one and else the CPU, and
-            `device_map` is that device, where the class takes them and they are not given.
-            `attn_implementation` is handed to transformers where the class does not take it, and so
-            is `quantization`, "4bit" or "8bit" of bitsandbytes. `vtc_import` names modules with
-            methods of one's own, with spaces between.
+        report: file for the report (tokens, times, FLOPs), written at the end.
+        kwargs: arguments of the built-in class. If it takes them, `device` defaults to a GPU if
+            there is one, otherwise the CPU, and `device_map` to that device. `attn_implementation`
+            is passed to transformers if the class does not take it, as is `quantization`, "4bit" or
+            "8bit" of bitsandbytes. `vtc_import` names modules with user-defined methods, separated
+            by spaces.
 
-    The first five may also be written with `vtc_` before them.
+    The first five may also have the prefix `vtc_`.
+
+    Raises:
+        ValueError: an unknown method, or invalid settings.
+        TypeError: the class has no PyTorch model to patch.
     """
 
-    # Parts of a run that `vtc eval` sets; see `VtcModel.reuse`.
+    # Set by `vtc eval` for a run; see `VtcModel.reuse`.
     vtc_patch: Patch | None = None
     vtc_blind: bool = False
     vtc_progress: Callable[[int], None] | None = None
@@ -120,23 +127,28 @@ class VtcModel:
         settings = kwargs.pop("vtc_settings", settings)
         self._vtc_report_path = kwargs.pop("vtc_report", report)
         import_modules(str(kwargs.pop("vtc_import", "")).split())
-        chosen = _method(method, keep, settings)  # before the model is loaded: loading is slow
+        chosen = _method(method, keep, settings)  # before loading the model, which is slow
         accepted = accepted_arguments(type(self))
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if "device" in accepted:
             kwargs.setdefault("device", device)
         if "device_map" in accepted:
-            # Built-in defaults ("", "auto") fail in transformers 5 or assume a GPU.
+            # Built-in defaults ("", "auto") fail with transformers 5 or assume a GPU.
             kwargs.setdefault("device_map", kwargs.get("device", device))
         with _loading_with(_for_transformers(kwargs, accepted)):
             super().__init__(**kwargs)
         if not isinstance(getattr(self, "model", None), torch.nn.Module):
-            raise TypeError(f"{type(self).__name__} has no PyTorch model that could be patched")
+            raise TypeError(f"{type(self).__name__} has no PyTorch model to patch")
         self.vtc_apply(chosen, blind=bool(blind))
 
     # ---- the patch ------------------------------------------------------------------------------
     def vtc_apply(self, method: Any, *, blind: bool = False) -> None:
-        """Patch the model with `method` (`None`: leave it plain) in place of what it had."""
+        """Replace the model's patch.
+
+        Args:
+            method: the new method; `None` leaves the model unpatched.
+            blind: whether to show grey images.
+        """
         if self.vtc_patch is not None:
             self.vtc_patch.unpatch()
             self.vtc_patch = None
@@ -145,8 +157,8 @@ class VtcModel:
             self.vtc_patch = vtc_patch(self.model, method)  # type: ignore[attr-defined]
 
     def clean(self) -> None:
-        """What lmms-eval calls after a run: write the report, and drop the model (unless it is
-        to serve for another run)."""
+        """Called by lmms-eval after a run: write the report, and free the model unless it is
+        reused."""
         if self._vtc_report_path and self.vtc_patch is not None:
             report = {"method": self.vtc_patch.method.to_dict(), **self.vtc_patch.report.to_dict()}
             Path(self._vtc_report_path).write_text(json.dumps(report, indent=2), "utf-8")
@@ -156,9 +168,9 @@ class VtcModel:
     # ---- runs -----------------------------------------------------------------------------------
     @contextmanager
     def _vtc_guard(self) -> Iterator[None]:
-        """While it lasts, an exception in the model's `generate` ends the run.
+        """Make exceptions in the model's `generate` end the run, within the block.
 
-        Built-in classes catch every `Exception` and go on with an empty answer, so that a broken
+        Built-in classes catch every `Exception` and continue with an empty answer, so a broken
         patch would look like a bad score.
         """
         model: Any = self.model  # type: ignore[attr-defined]
@@ -186,15 +198,16 @@ class VtcModel:
                 del model.generate
             else:
                 model.generate = own
-        if raised:  # also where a bare `except:` held the carrier up
+        if raised:  # even if a bare `except:` caught the carrier
             error = raised[0]
             raise RuntimeError(f"generate failed: {type(error).__name__}: {error}") from error
 
     def _vtc_requests(self, requests: Sequence[Any]) -> list[Any]:
-        """The requests as they are, or with the images greyed."""
+        """The requests, with grey images if the model is blind."""
         if not self.vtc_blind:
             return list(requests)
-        # (context, doc_to_messages, ...) of chat classes, (context, _, doc_to_visual, ...) else
+        # (context, doc_to_messages, ...) in chat classes, otherwise (context, _, doc_to_visual,
+        # ...)
         at, how = (2, _grey_visuals) if self.is_simple else (1, grey)  # type: ignore[attr-defined]
         out = []
         for request in requests:
@@ -213,11 +226,11 @@ class VtcModel:
     def _vtc_answers(
         self, kind: str, requests: Sequence[Any], ask: Callable[[list[Any]], list[Any]]
     ) -> list[Any]:
-        """Answers to requests: from the journal those that are there, the others from `ask`."""
+        """Answers to requests: from the journal if it has them, otherwise from `ask`."""
         if self.vtc_journal is None:
             return ask(list(requests))
         if self.vtc_patch is None:
-            raise RuntimeError("vtc_journal: expected a patched model, as it notes the report")
+            raise RuntimeError("vtc_journal: expected a patched model, whose report it records")
         return self.vtc_journal.answers(
             kind, requests, ask, self.vtc_patch.report, self.vtc_progress
         )
@@ -225,10 +238,10 @@ class VtcModel:
     def _vtc_shared(
         self, kind: str, requests: Sequence[Any], ask: Callable[[list[Any]], list[Any]]
     ) -> list[Any]:
-        """Answers to requests, of which other processes may have others.
+        """Answers to this process's requests.
 
-        lmms-eval gives each process as many, the last of them copies where samples do not divide.
-        That is for models spread over processes; here it would only count samples twice.
+        lmms-eval gives all processes equally many, padded with copies if samples do not divide
+        evenly. That is meant for models spread over processes; here it would count samples twice.
         """
         from vtc.eval.harness.parallel import together
 
@@ -247,7 +260,7 @@ class VtcModel:
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[Any]:
         if self.vtc_blind:
-            raise NotImplementedError("blind: not for tasks of several rounds")
+            raise NotImplementedError("blind: not supported for tasks with several rounds")
 
         def ask(mine: list[Any]) -> list[Any]:
             with self._vtc_guard():
@@ -256,7 +269,7 @@ class VtcModel:
         return self._vtc_shared("generate_until_multi_round", requests, ask)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
-        """(loss, greedy) pairs as `GenerationResult`s: lmms-eval 0.7.3 makes text of bare pairs,
+        """(loss, greedy) pairs as `GenerationResult`s: lmms-eval 0.7.3 converts bare pairs to text
         and then cannot score them."""
         from lmms_eval.api.instance import GenerationResult
 
@@ -270,18 +283,18 @@ class VtcModel:
 
 
 class _LlavaScores:
-    """Log-likelihoods for `llava_hf`, whose own fail in transformers 5.
+    """Log-likelihoods for `llava_hf`, whose implementation fails with transformers 5.
 
-    (They tokenise the prompt through the processor without its images, which it refuses now.)
+    (It tokenises the prompt with the processor but without images, which is now an error.)
     """
 
     @torch.inference_mode()
     def loglikelihood(self: Any, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """[(mean negative log-likelihood of a continuation, whether it is the greedy one)].
+        """(mean negative log-likelihood, whether it is the greedy answer) of each continuation.
 
-        The mean loss, not a log-probability, is what lmms-eval's built-in classes return, and what
-        its multiple-choice scoring takes the least of. Greedy is judged with the logits *before*
-        each token, which the built-in forgets to shift.
+        lmms-eval's built-in classes return the mean loss, not a log-probability, and
+        multiple-choice scoring takes the smallest. Greedy compares with the logits *before* each
+        token; the built-in class omits this shift.
         """
         results = []
         for request in requests:
@@ -299,8 +312,8 @@ class _LlavaScores:
             inputs = inputs.to(self._device, self.model.dtype)
             alone = self._image_processor(text=[prompt], **options)["input_ids"][0]
             ids = inputs["input_ids"][0]
-            # Tokens shared from the left: where a word of the prompt and one of the answer merge
-            # into one token, that token belongs to the answer.
+            # Length of the common prefix: a token that joins the end of the prompt and the start of
+            # the answer belongs to the answer.
             n = min(len(alone), len(ids))
             same = (alone[:n].to(ids.device) == ids[:n]).long().cumprod(0)
             start = int(same.sum())
@@ -317,7 +330,7 @@ class _LlavaScores:
         return results
 
     def _vtc_texts(self: Any, context: str, continuation: str) -> tuple[str, str]:
-        """Prompt, and prompt with answer, through the chat template."""
+        """The prompt, and the prompt with the answer, by the chat template."""
         from lmms_eval.models.simple.llava_hf import VICUNA_CHAT_TEMPLATE
 
         template = self.chat_template or self.tokenizer.chat_template or VICUNA_CHAT_TEMPLATE
@@ -334,7 +347,7 @@ class _LlavaScores:
 
 
 class _Embedded:
-    """`llava_hf` with vtc's own model, unless another is given."""
+    """`llava_hf` with vtc's embedded model by default."""
 
     def __init__(self, **kwargs: Any) -> None:
         from vtc.eval.embedded.vlm import embedded_path
@@ -360,7 +373,7 @@ def _method(
     if fields:
         if "|" in method:
             raise ArgumentError(
-                "settings", "for a composition write them in the method (todre|fastv:layer=3)"
+                "settings", "with a composition, write them in the method (todre|fastv:layer=3)"
             )
         method = method + "".join(f":{key}={value!r}" for key, value in fields.items())
     return parse_method(method, keep)
@@ -376,10 +389,11 @@ def accepted_arguments(cls: type) -> set[str]:
 
 
 def _for_transformers(kwargs: dict[str, Any], accepted: set[str]) -> dict[str, Any]:
-    """Takes out of `kwargs` what is for `from_pretrained` and not for the built-in class.
+    """Remove from `kwargs`, and return, arguments for `from_pretrained` that the class does not
+    take.
 
     Raises:
-        ArgumentError: a kind of quantization that is not known.
+        ArgumentError: unknown quantization.
         ImportError: bitsandbytes is not installed.
     """
     options: dict[str, Any] = {}
@@ -398,8 +412,8 @@ def _for_transformers(kwargs: dict[str, Any], accepted: set[str]) -> dict[str, A
 
 @contextmanager
 def _loading_with(options: Mapping[str, Any]) -> Iterator[None]:
-    """While it lasts, models are loaded with `options` as well: built-in classes that do not take
-    them have no other way to `from_pretrained`."""
+    """Add `options` to every `from_pretrained` within the block, for built-in classes that cannot
+    pass them."""
     from transformers import PreTrainedModel
 
     if not options:
@@ -419,16 +433,16 @@ def _loading_with(options: Mapping[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def _without_decord() -> Iterator[None]:
-    """Where decord, which exists for x86-64 only, is missing, a module in its place for a while.
+    """If decord, which exists for x86-64 only, is missing, provide a stub within the block.
 
-    lmms-eval's classes import it whether there are videos or not; with one they fail by its name.
+    lmms-eval's classes import it even without videos; with a video, the stub's error names decord.
     """
     if sys.modules.get("decord") is not None or importlib.util.find_spec("decord") is not None:
         yield
         return
 
     def missing(*_: Any, **__: Any) -> Any:
-        raise ImportError("decord is needed for videos, and is not installed")
+        raise ImportError("videos need decord, which is not installed")
 
     module = types.ModuleType("decord")
     vars(module).update(VideoReader=missing, cpu=missing)
@@ -436,7 +450,7 @@ def _without_decord() -> Iterator[None]:
     try:
         yield
     finally:
-        # Others ask whether it is there.
+        # Other packages check whether it is installed.
         del sys.modules["decord"]
 
 
@@ -456,7 +470,7 @@ def _patched(kind: str, name: str) -> type:
     before: tuple[type, ...] = (_Embedded,) if name == EMBEDDED else ()
     after: tuple[type, ...] = (_LlavaScores,) if builtin == "llava_hf" else ()
     bases = (*before, VtcModel, *after, base)
-    doc = f"lmms-eval's {builtin} ({kind}) with a patch on its model; see `VtcModel`."
+    doc = f"lmms-eval's {builtin} ({kind}) with a patched model; see `VtcModel`."
     return type(f"{kind}_{name}", bases, {"__module__": __name__, "__doc__": doc})
 
 

@@ -488,7 +488,7 @@ def rows_of_any(results) -> dict[str, Any]:
         ({"text": 3}, "--text", "at least 4, got 3"),
         ({"seed": -1}, "--seed", "at least 0, got -1"),
         ({"image": (0, 84)}, "--image", "height x width"),
-        ({"pretrained": True}, "--pretrained", "a checkpoint as it is"),
+        ({"pretrained": True}, "--pretrained", "needs a checkpoint"),
     ],
 )
 def test_bad_settings_are_refused(given, option, message):
@@ -500,10 +500,10 @@ def test_bad_settings_are_refused(given, option, message):
 @pytest.mark.parametrize(
     ("given", "option", "message"),
     [
-        ({"config": "nonesuch"}, "--config", "no folder nonesuch, and no preset: those are tiny"),
-        ({"config": "./nonesuch"}, "--config", "no folder ./nonesuch"),
+        ({"config": "nonesuch"}, "--config", "no folder or preset nonesuch; presets are tiny"),
+        ({"config": "./nonesuch"}, "--config", "no folder or preset ./nonesuch"),
         ({"device": "nonesuch"}, "--device", "expected cpu, cuda or cuda:0"),
-        ({"device": "meta"}, "--device", "cpu and cuda only"),
+        ({"device": "meta"}, "--device", "expected cpu or cuda"),
         ({"image": (85, 84)}, "--image", "multiples of 14"),
         ({"methods": ("fastv:layer=9",)}, "--methods", "fastv:layer=9: layer: expected a layer"),
     ],
@@ -519,7 +519,7 @@ def test_a_configuration_that_is_no_vlm_is_refused(tmp_path):
     from transformers import LlamaConfig
 
     LlamaConfig(num_hidden_layers=1).save_pretrained(tmp_path)
-    with pytest.raises(BadInput, match="of type 'llama'; inputs can be made for llava"):
+    with pytest.raises(BadInput, match="has the type 'llama'; inputs can be made for llava"):
         run(Settings(**{**SMALL, "config": str(tmp_path)}))
 
 

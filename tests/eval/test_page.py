@@ -318,7 +318,7 @@ def test_tests_by_hand(out):
         assert row["difference, points"] == f"{100 * (wins - losses) / N:+.1f}"
         assert row["p"] == f"{p[name]:.3f}"
         assert row["p, Holm"] == f"{corrected[name]:.3f}"
-        assert row["it is"] == "not shown to differ"
+        assert row["it is"] == "no significant difference"
     page = Page(out / "report.html")
     (note,) = (t for t in page.texts("p") if t.startswith("Two-sided p"))
     assert "McNemar's exact test" in note
@@ -364,7 +364,7 @@ def test_a_clear_difference_is_called_one(out):
         _log(out, f"key-{label}", samples)
     rows = {row["against"]: row["it is"] for row in Page(write_page(out)).table("tests-1")}
     assert rows["random"] == "better"
-    assert rows["full"] == "not shown to differ"
+    assert rows["full"] == "no significant difference"
     _log(out, "key-todre", [{**s, "score": 0.0} for s in _samples("todre")])
     rows = {row["against"]: row["it is"] for row in Page(write_page(out)).table("tests-1")}
     assert rows["full"] == rows["pool"] == "worse"

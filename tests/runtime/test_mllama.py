@@ -759,7 +759,7 @@ def test_inputs_that_cannot_be_told_apart_are_refused() -> None:
     unmarked = {**batch, "input_ids": batch["input_ids"].masked_fill(batch["input_ids"] == 2, 30)}
     wrong = [
         ({**batch, "cross_attention_mask": None}, "needs it with pixel_values"),
-        (opened, "opens tiles that"),
+        (opened, "unmasks tiles that"),
         (short, r"expected shape \(3, tokens, images, 2\)"),
         (unmarked, "row 0 has 0 image tokens for 1 images"),
         ({**without, "inputs_embeds": embeds}, "reads the prompt's text"),

@@ -18,7 +18,8 @@ of Gemma 4 that share another layer's keys count for all tokens, as they run in 
 unpatched, transformers runs their prefill only for tokens whose logits are requested.
 
 Norms, activations, softmax and rotary embeddings are not counted: they are not matrix products.
-`selector_flops` gives the cost of a method's selection, `token_schedule` what it leaves to layers.
+`selector_flops` gives the cost of a method's selection, `token_schedule` the tokens it leaves to
+each layer.
 
 In a cross-attention layer (Mllama) a length is the number of vision states, including [CLS] of each
 tile and padding; in other layers it is the number of tokens. Keys of the states are computed only
@@ -266,6 +267,9 @@ def decode_flops(config: Any, lengths: Sequence[int]) -> float:
         lengths: for each layer, the tokens that its cache holds; the new token sees these and
             itself.
 
+    Returns:
+        FLOPs, or `nan` for a type without a formula.
+
     Raises:
         ArgumentError: as in `flops_per_layer`.
     """
@@ -320,6 +324,9 @@ def kv_bytes(config: Any, lengths: Sequence[int], bytes_per_value: int | None = 
         bytes_per_value: 2 for bfloat16 and float16, 4 for float32; by default that of the
             configuration's dtype (float32 if it has none).
 
+    Returns:
+        Bytes, or `nan` for a type without a formula.
+
     Raises:
         ArgumentError: `lengths` does not have one entry for each decoder layer, or a negative one.
     """
@@ -328,6 +335,12 @@ def kv_bytes(config: Any, lengths: Sequence[int], bytes_per_value: int | None = 
 
 def equivalent_tokens(per_layer: Sequence[int]) -> float:
     """Vision tokens averaged over the decoder layers: the one number to compare budgets by.
+
+    Args:
+        per_layer: vision tokens of each layer.
+
+    Returns:
+        Tokens, on average.
 
     Raises:
         ArgumentError: no layers.
@@ -347,5 +360,8 @@ def visual_flops(per_layer: Sequence[int], d: int, m: int) -> float:
         per_layer: vision tokens n of each layer.
         d: width of the language model.
         m: feed-forward width.
+
+    Returns:
+        FLOPs, 1 per multiply-add.
     """
     return float(sum(4 * n * d * d + 2 * n * n * d + 3 * n * d * m for n in per_layer))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vision tokens that a method leaves to every decoder layer, by arithmetic; no model runs."""
+"""The vision tokens that a method leaves to each decoder layer, computed without a model."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from vtc.core.signals import Field
 from vtc.ops.greedy import PLAINLY
 
 _PRODUCTS = {
-    # PyTorch counts only products of matrices; greedy selections use one vector at a time.
+    # PyTorch counts only matrix products; greedy selections multiply one vector at a time.
     torch.ops.aten.mv: lambda matrix, vector, **_: 2 * matrix[0] * matrix[1],
     torch.ops.aten.addmv: lambda bias, matrix, vector, **_: 2 * matrix[0] * matrix[1],
     torch.ops.aten.dot: lambda one, other, **_: 2 * one[0],

@@ -44,6 +44,13 @@ class Images:
 def vision_flops(config: Any, images: Images) -> float:
     """FLOPs of the vision tower over all images.
 
+    Args:
+        config: a vision-language configuration.
+        images: the images of a sample.
+
+    Returns:
+        FLOPs, 2 per multiply-add.
+
     Raises:
         Unknown: a tower without a formula.
     """
@@ -66,6 +73,13 @@ def vision_flops(config: Any, images: Images) -> float:
 
 def projector_flops(config: Any, images: Images) -> float:
     """FLOPs of the projector over all images.
+
+    Args:
+        config: a vision-language configuration.
+        images: the images of a sample.
+
+    Returns:
+        FLOPs, 2 per multiply-add.
 
     Raises:
         Unknown: a family without a formula.

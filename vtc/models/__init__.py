@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of each architecture: one file per family; `find` binds the adapter of a model.
+"""The supported architectures, one file per family; `find` binds a model's adapter.
 
 Importing this package registers all families of vtc.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the engine needs to know of how transformers implements a family of VLMs."""
+"""How transformers implements a family of VLMs, as far as the engine needs to know."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ ADAPTERS: list[type[Adapter]] = []
 
 
 def _register(cls: type[Adapter]) -> None:
-    """Register a family; if its module is loaded again, the new class replaces the old one.
+    """Register a family; if its module is reloaded, the new class replaces the old one.
 
     Raises:
-        TypeError: the family does not define its own name.
-        ValueError: another family has the name or a model type.
+        TypeError: the family does not define a name.
+        ValueError: another family has its name or one of its model types.
     """
     if "name" not in vars(cls):
         raise TypeError(f"{cls.__name__}: a family with model_types has a name of its own as well")
@@ -63,11 +63,11 @@ def _register(cls: type[Adapter]) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """What is known of one model: its modules, and how its architecture lays out vision tokens.
+    """The common shape: projected features replace placeholder tokens of a causal decoder with
+    one-dimensional positions.
 
-    This class is the common shape: projected features replace placeholder tokens, and a causal
-    decoder with one-dimensional positions runs on the result. A family is a subclass that overrides
-    what differs.
+    An adapter is bound to one model: it holds the modules and knows how the architecture lays out
+    vision tokens. A family is a subclass that overrides what differs.
 
     Attributes:
         model: the model passed to `vtc.patch`, without wrappers.
@@ -286,6 +286,9 @@ class Adapter:
             n: number of tokens.
             first: number of the first patch.
             image_size: (height, width) in pixels, or `None`.
+
+        Returns:
+            The map of the n tokens.
         """
         patches = torch.arange(first, first + n)[:, None]
         return ImageMap(self.grid(n, image_size), patches=patches)
@@ -296,6 +299,9 @@ class Adapter:
         Args:
             maps: in sequence order.
             modality: "image" or "video".
+
+        Returns:
+            The map of the whole image or clip.
         """
         if len(maps) == 1:
             return maps[0]
@@ -364,6 +370,9 @@ class Adapter:
         Args:
             given: the arguments of `get_image_features`, which override the config.
 
+        Returns:
+            A number of layers, from 1.
+
         Raises:
             UnsupportedModelError: features of several layers are joined, or the tower is not a
                 plain ViT.
@@ -387,6 +396,9 @@ class Adapter:
 
         Args:
             given: the arguments of `get_image_features`, which override the config.
+
+        Returns:
+            0 or 1: the [CLS] token, unless it counts as a vision token.
         """
         full = setting(self, given, "vision_feature_select_strategy", "default") == "full"
         return int(self.has_cls() and not full)
@@ -646,6 +658,9 @@ def setting(adapter: Adapter, given: Mapping[str, Any], name: str, default: Any)
         given: the arguments of the call.
         name: of the setting.
         default: the value if neither has it.
+
+    Returns:
+        The argument's value unless it is missing or `None`, otherwise the config's.
     """
     value = given.get(name)
     return getattr(adapter.model.config, name, default) if value is None else value

@@ -9,7 +9,7 @@ from vtc.models.shuffled import Shuffled
 
 
 class CohereVision(Shuffled):
-    """Aya Vision and Command A Vision. Each tile is an image of its own."""
+    """Aya Vision and Command A Vision. Each tile is a separate image."""
 
     name: ClassVar[str] = "aya_vision, cohere2_vision"
     model_types: ClassVar[tuple[str, ...]] = ("aya_vision", "cohere2_vision")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GOT-OCR 2, FastVLM and Perception LM, of whose towers nothing is read."""
+"""GOT-OCR 2, FastVLM and Perception LM, whose towers cannot be read."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from vtc.models.base import Adapter
 
 
 class Convolutional(Adapter):
-    """Towers without attention of a plain kind: tokens have a grid, but nothing of the tower can
-    be read."""
+    """Towers without plain attention: tokens have a grid, but the tower cannot be read."""
 
     name: ClassVar[str] = "got_ocr2, fast_vlm"
     model_types: ClassVar[tuple[str, ...]] = ("got_ocr2", "fast_vlm")
@@ -28,8 +27,8 @@ class Convolutional(Adapter):
 
 
 class PerceptionLM(Convolutional):
-    """A tower of timm. The thumbnail and the tiles, or the frames of a clip, stand side by side
-    and are one image."""
+    """A tower of timm. The thumbnail and the tiles are adjacent and form one image, as do the
+    frames of a clip."""
 
     name: ClassVar[str] = "perception_lm"
     model_types: ClassVar[tuple[str, ...]] = ("perception_lm",)

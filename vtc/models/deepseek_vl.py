@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DeepSeek-VL, also the hybrid with two towers."""
+"""DeepSeek-VL, including the hybrid with two towers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vtc.models.base import Adapter
 
 
 class DeepseekVL(Adapter):
-    """A SigLIP tower (the hybrid has a SAM tower beside it) and an aligner."""
+    """A SigLIP tower (in the hybrid also a SAM tower) and an aligner."""
 
     name: ClassVar[str] = "deepseek_vl"
     model_types: ClassVar[tuple[str, ...]] = ("deepseek_vl", "deepseek_vl_hybrid")

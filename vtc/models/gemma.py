@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PaliGemma, Gemma 3 and Gemma 4: the tokens of an image see one another in both directions, and
-the base model makes the masks."""
+"""PaliGemma, Gemma 3, Gemma 3n and Gemma 4: mostly bidirectional attention within an image, with
+masks from the base model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vtc.models.base import CACHE, Adapter, UnsupportedModelError
 
 
 class PaliGemma(Adapter):
-    """All of the prompt sees all of it (prefix LM); the answer is causal."""
+    """Attention is bidirectional over the whole prompt (prefix LM) and causal in the answer."""
 
     name: ClassVar[str] = "paligemma"
     model_types: ClassVar[tuple[str, ...]] = ("paligemma",)
@@ -34,8 +34,8 @@ class PaliGemma(Adapter):
 
 
 class Gemma3(Adapter):
-    """Images see themselves, within the window of a layer that has one. A window counts the tokens
-    that its layer holds."""
+    """Attention within an image is bidirectional, limited by a layer's window. A window counts the
+    tokens that its layer holds."""
 
     name: ClassVar[str] = "gemma3"
     model_types: ClassVar[tuple[str, ...]] = ("gemma3",)
@@ -97,7 +97,7 @@ class Gemma3(Adapter):
 
 
 class Gemma3n(Adapter):
-    """A convolutional tower, causal attention, hidden states in several streams (AltUp), so that
+    """A convolutional tower and causal attention. Hidden states have several streams (AltUp), so
     methods act before the language model only."""
 
     name: ClassVar[str] = "gemma3n"
@@ -115,8 +115,8 @@ class Gemma3n(Adapter):
 
 
 class Gemma4(Gemma3):
-    """As Gemma 3; images of any size, pooled; layers that share keys and values with earlier ones,
-    before which nothing can be dropped once these have run."""
+    """As Gemma 3, with pooled images of any size. Late layers reuse keys and values of earlier
+    ones, after which no token can be dropped."""
 
     name: ClassVar[str] = "gemma4"
     model_types: ClassVar[tuple[str, ...]] = ("gemma4",)
@@ -131,7 +131,7 @@ class Gemma4(Gemma3):
         return super().blocks(given)
 
     def layer_blocks(self, layer: int, blocks: Tensor | None) -> Tensor | None:
-        # Full layers are causal, images included.
+        # Full layers are causal, even within images.
         full = self.layer_type(layer) != "sliding_attention"
         return None if full else blocks
 
@@ -166,7 +166,7 @@ class Gemma4(Gemma3):
         late = [layer for layer in layers if layer > min(sources, default=config.num_hidden_layers)]
         if late:
             raise UnsupportedModelError(
-                f"model: from decoder layer {own} on, layers of Gemma 4 read keys that layers "
-                f"{', '.join(map(str, sorted(sources)))} made; tokens cannot be dropped before "
-                f"layer {late[0]}, accepted are layers up to {min(sources)}"
+                f"model: from decoder layer {own} on, Gemma 4 reuses the keys of layers "
+                f"{', '.join(map(str, sorted(sources)))}; tokens cannot be dropped before layer "
+                f"{late[0]}, only before layers up to {min(sources)}"
             )

@@ -15,7 +15,7 @@ from vtc.models.shuffled import Shuffled
 
 
 class Idefics2(Adapter):
-    """A perceiver makes a fixed number of tokens of each image, which have no places in it."""
+    """A perceiver resamples each image to a fixed number of tokens, which have no places."""
 
     name: ClassVar[str] = "idefics2"
     model_types: ClassVar[tuple[str, ...]] = ("idefics2",)
@@ -35,8 +35,8 @@ class Idefics2(Adapter):
 
 
 class Idefics3(Shuffled):
-    """Each tile, and each frame of a clip, is an image of its own: the model
-    is not told which belong together."""
+    """Each tile, and each frame of a clip, is a separate image: the model does not know which
+    belong together."""
 
     name: ClassVar[str] = "idefics3"
     model_types: ClassVar[tuple[str, ...]] = ("idefics3",)
@@ -67,7 +67,7 @@ class Idefics3(Shuffled):
 
 
 class SmolVLM(Idefics3):
-    """As Idefics 3, with a mask of placeholders."""
+    """As Idefics 3, with a placeholder mask."""
 
     name: ClassVar[str] = "smolvlm"
     model_types: ClassVar[tuple[str, ...]] = ("smolvlm",)
@@ -80,7 +80,7 @@ class SmolVLM(Idefics3):
 
 
 def placeholder_ids(adapter: Adapter, given: Mapping[str, Any]) -> dict[Modality, Tensor]:
-    """Locate placeholders by id; without ids by embedding, as the model does.
+    """Locate placeholders by token id, or without ids by embedding, as the model does.
 
     Args:
         adapter: bound to the model.

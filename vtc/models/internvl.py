@@ -10,8 +10,8 @@ from vtc.models.shuffled import Shuffled
 
 
 class InternVL(Shuffled):
-    """Tiles stand side by side, the thumbnail last: together they are one image. A frame of a clip
-    is an image of its own."""
+    """Tiles are adjacent, the thumbnail last, and form one image. Each frame of a clip is a
+    separate image."""
 
     name: ClassVar[str] = "internvl"
     model_types: ClassVar[tuple[str, ...]] = ("internvl",)

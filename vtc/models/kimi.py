@@ -11,7 +11,7 @@ from vtc.models.base import Adapter
 
 
 class KimiK25(Adapter):
-    """Kimi K2.5: images of any size, latent attention, a mixture of experts."""
+    """Images of any size, latent attention, a mixture of experts."""
 
     name: ClassVar[str] = "kimi_k25"
     model_types: ClassVar[tuple[str, ...]] = ("kimi_k25",)

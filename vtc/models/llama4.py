@@ -9,10 +9,10 @@ from vtc.models.shuffled import Shuffled
 
 
 class Llama4(Shuffled):
-    """Chunked and full attention layers, complex rotations. Each tile is an image of its own.
+    """Chunked and full attention layers, complex rotations. Each tile is a separate image.
 
-    Layers without rotary positions may scale queries by their place (`attn_temperature_tuning`),
-    in steps of `floor_scale` tokens: below one step, by default 8192 tokens, results are exact.
+    Layers without rotary positions may scale queries by position (`attn_temperature_tuning`), in
+    steps of `floor_scale` tokens: results are exact below one step, by default 8192 tokens.
     """
 
     name: ClassVar[str] = "llama4"

@@ -23,7 +23,7 @@ class Llava(Adapter):
 
 
 class VipLlava(Adapter):
-    """Features of several tower layers joined, then as LLaVA."""
+    """Concatenated features of several tower layers, then as LLaVA."""
 
     name: ClassVar[str] = "vipllava"
     model_types: ClassVar[tuple[str, ...]] = ("vipllava",)
@@ -31,8 +31,8 @@ class VipLlava(Adapter):
 
 
 class VideoLlava(Adapter):
-    """Two towers, for images and for clips. The [CLS] of a frame is a separator: it goes when its
-    frame is empty."""
+    """Two towers, for images and for clips. A frame's [CLS] is a separator, dropped if its frame is
+    empty."""
 
     name: ClassVar[str] = "video_llava"
     model_types: ClassVar[tuple[str, ...]] = ("video_llava",)
@@ -43,7 +43,7 @@ class VideoLlava(Adapter):
 
     @classmethod
     def bind(cls, model: nn.Module) -> Self:
-        """As in `Adapter`, with the image tower."""
+        """As in `Adapter`; `tower` is the image tower."""
         found = super().bind(model)
         return replace(found, tower=found.base.image_tower)
 
@@ -59,7 +59,7 @@ class VideoLlava(Adapter):
             grid = torch.cat([torch.tensor([[0, -1, 0]]), self.grid(n, None)])
             separator = torch.zeros(n + 1, dtype=torch.bool)
             separator[0] = True
-            # [CLS] goes through the projector as well.
+            # [CLS] passes the projector, too.
             states = torch.arange(i * (n + 1), (i + 1) * (n + 1))
             patches = torch.where(separator, -1, states - i - 1)
             maps.append(

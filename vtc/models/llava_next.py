@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaVA-NeXT, LLaVA-NeXT-Video and LLaVA-OneVision: tiles laid side by side, rows that end in a
-newline."""
+"""LLaVA-NeXT, LLaVA-NeXT-Video and LLaVA-OneVision: tiles side by side, in rows that end in
+`image_newline` tokens."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from vtc.models.base import Adapter
 
 
 class LlavaNext(Adapter):
-    """An image is a thumbnail and a plane of tiles, cut to the picture's shape, each row of which
-    ends in a learned newline. Newlines are no vision tokens; that of an emptied row goes."""
+    """An image is a thumbnail and a plane of tiles, cropped to the picture's shape, whose rows end
+    in `image_newline` tokens. These do not count as vision tokens; that of an empty row is
+    dropped."""
 
     name: ClassVar[str] = "llava_next"
     model_types: ClassVar[tuple[str, ...]] = ("llava_next", "llava_next_video")
@@ -36,7 +37,7 @@ class LlavaNext(Adapter):
         for i, own in enumerate(features):
             tiles = self.tiles(given, i)
             across = self.across(given, i) if tiles > 1 else 1
-            # The model's own packing, run on places: each token says where it comes from.
+            # The model's packing, applied to places, shows which patch each token comes from.
             tile = torch.arange(tiles)[:, None].clamp_min(1) - 1
             place = torch.arange(side * side)[None]
             row = tile // across * side + place // side
@@ -49,12 +50,20 @@ class LlavaNext(Adapter):
         return maps
 
     def side(self) -> int:
-        """Patches along a side of a tile."""
+        """Patches along a tile's side."""
         vision = self.model.config.vision_config
         return vision.image_size // vision.patch_size
 
     def tiles(self, given: Mapping[str, Any], i: int) -> int:
-        """Tiles of image `i`, the thumbnail included."""
+        """Number of tiles of image `i`, including the thumbnail.
+
+        Args:
+            given: the arguments of `get_image_features`.
+            i: number of the image in the batch, from 0.
+
+        Returns:
+            The number of tiles.
+        """
         from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
         config = self.model.config
@@ -65,7 +74,15 @@ class LlavaNext(Adapter):
         )
 
     def across(self, given: Mapping[str, Any], i: int) -> int:
-        """Columns of tiles of image `i`."""
+        """Number of columns in the plane of tiles of image `i`.
+
+        Args:
+            given: the arguments of `get_image_features`.
+            i: number of the image in the batch, from 0.
+
+        Returns:
+            The number of columns.
+        """
         from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
         config = self.model.config
@@ -74,8 +91,16 @@ class LlavaNext(Adapter):
         )[1]
 
     def pack(self, given: Mapping[str, Any], i: int, places: Tensor) -> Tensor:
-        """(n, 2) what the model makes of two numbers a patch, (tiles, patches, 2); -1 at
-        newlines."""
+        """Pack values of patches as the model packs their features.
+
+        Args:
+            given: the arguments of `get_image_features`.
+            i: number of the image in the batch, from 0.
+            places: (tiles, patches, 2) two values per patch.
+
+        Returns:
+            (n, 2) those of each token, -1 at newlines.
+        """
         packed, _ = self.base.pack_image_features(
             [places],
             given["image_sizes"][i : i + 1],
@@ -89,7 +114,7 @@ class LlavaNext(Adapter):
             raise RuntimeError(f"an image has {n} features, but its tiles give {len(packed)}")
         area = side * side
         separator = packed[:, 0] < 0
-        # Shrinking of large planes leaves fractions: the nearest patch stands for them.
+        # Large planes are resampled, which gives fractions: use the nearest patch.
         row, column = (packed + 0.5).floor().long().unbind(1)
         tile = row // side * across + column // side + 1
         tile[:area] = 0
@@ -106,7 +131,7 @@ class LlavaNext(Adapter):
             last = torch.where(ends, torch.arange(n) + 1, area).cummax(0).values
             last = torch.cat([last.new_full((1,), area), last[:-1]])
             grid[plane, 2] = (torch.arange(n) - last)[plane]
-        if int(plane.sum()) == 1:  # one tile, and a newline after it that ends the image
+        if int(plane.sum()) == 1:  # one tile, followed by a newline that ends the image
             grid[separator] = torch.tensor([0, -2, 0])
             return ImageMap(grid, separator=separator, patches=patch[:, None])
         # A newline belongs to the plane of tiles, not to the thumbnail.
@@ -114,7 +139,15 @@ class LlavaNext(Adapter):
         return ImageMap(grid, crop=crop, separator=separator, patches=patch[:, None])
 
     def clip_maps(self, given: Mapping[str, Any], features: Any) -> list[list[ImageMap]]:
-        """Frames pooled to fewer tokens, one after the other."""
+        """The map of each clip: frames pooled to fewer tokens, one after the other.
+
+        Args:
+            given: the arguments of `get_video_features`.
+            features: a list of (n, d), one per clip.
+
+        Returns:
+            By clip, a list of its one map.
+        """
         frames = given["pixel_values_videos"].shape[1]
         area = self.side() ** 2
         patches, states = self.pooled()
@@ -122,7 +155,7 @@ class LlavaNext(Adapter):
         for i, own in enumerate(features):
             frame = torch.arange(i * frames, (i + 1) * frames)[:, None, None]
             plain = self._clip(frames, math.isqrt(len(patches)), len(own))
-            spare = (0, 0, 0, len(own) - frames * len(patches))  # a newline after all
+            spare = (0, 0, 0, len(own) - frames * len(patches))  # a newline at the end
             of_clip = [
                 torch.nn.functional.pad((frame * count + places).flatten(0, 1), spare, value=-1)
                 for count, places in ((area, patches), (int(states.max()) + 1, states))
@@ -131,8 +164,12 @@ class LlavaNext(Adapter):
         return maps
 
     def pooled(self) -> tuple[Tensor, Tensor]:
-        """(n, m) patches of a frame, and (n, k) rows of what the projector receives of it, that
-        each of the frame's tokens is made of."""
+        """Where a frame's n tokens come from.
+
+        Returns:
+            (n, m) its patches, and (n, k) its rows in the projector's input, that each token is
+            pooled from.
+        """
         side, by = self.side(), self.model.config.spatial_pool_stride
         patches = merged_patches(side, side, by)
         return patches, torch.arange(len(patches))[:, None]  # pooled before the projector
@@ -149,8 +186,8 @@ class LlavaNext(Adapter):
 
 
 class LlavaOnevision(LlavaNext):
-    """As LLaVA-NeXT; large planes are shrunk, several images have no tiles, and a clip ends in a
-    newline."""
+    """As LLaVA-NeXT, but large planes are resampled, prompts with several images are not tiled, and
+    a clip ends in an `image_newline`."""
 
     name: ClassVar[str] = "llava_onevision"
     model_types: ClassVar[tuple[str, ...]] = ("llava_onevision",)
@@ -164,7 +201,7 @@ class LlavaOnevision(LlavaNext):
         return super().tiles(given, i)
 
     def pooled(self) -> tuple[Tensor, Tensor]:
-        # Bilinear, after the projector: a token lies between two rows and two columns.
+        # Bilinear, after the projector: each token mixes two rows and two columns.
         side = self.side()
         count = math.ceil(side / 2)
         middle = ((torch.arange(count) + 0.5) * side / count - 0.5).clamp_min(0)

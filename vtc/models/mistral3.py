@@ -11,7 +11,8 @@ from vtc.models.base import Adapter
 
 
 class Mistral3(Adapter):
-    """Images of any size in one packed sequence of the tower; squares of patches become tokens."""
+    """Images of any size, packed into one tower sequence; each square of patches becomes one
+    token."""
 
     name: ClassVar[str] = "mistral3"
     model_types: ClassVar[tuple[str, ...]] = ("mistral3",)

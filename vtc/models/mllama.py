@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mllama (Llama 3.2 Vision): no vision token stands in the sequence. Some decoder layers attend to
-the states of the vision tower instead, tile by tile, [CLS] first in each tile."""
+"""Mllama (Llama 3.2 Vision): the sequence contains no vision tokens. Cross-attention layers attend
+to the states of the vision tower instead, tile by tile, [CLS] first in each tile."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from vtc.models.base import Adapter, UnsupportedModelError
 
 @dataclass(frozen=True)
 class CrossImage:
-    """One image among the cross-attention states of its row.
+    """An image's places among the cross-attention states of its batch row.
 
     Attributes:
-        columns: (n,) places of its patches among the row's states, tile by tile, without tiles of
-            padding.
-        cls: (t,) places of the [CLS] states of its t tiles.
-        grid: (n, 3) whole numbers (frame, row, column), counted from 0 in each tile.
-        crop: (n,) the tile of each patch, from 1 on, or `None` if there is only one.
+        columns: (n,) indices of its patches in the row's states, tile by tile, without padding
+            tiles.
+        cls: (t,) indices of its t tiles' [CLS] states.
+        grid: (n, 3) int64 (frame, row, column), from 0 in each tile.
+        crop: (n,) the tile of each patch, from 1; `None` for a single tile.
     """
 
     columns: Tensor
@@ -35,8 +35,8 @@ class CrossImage:
 
 
 class Mllama(Adapter):
-    """No vision token stands in the sequence: keys and values of the cross-attention layers go.
-    Each tile has a grid of its own, and its [CLS] stays."""
+    """The sequence contains no vision tokens: methods drop keys and values of the cross-attention
+    layers. Each tile has its own grid and keeps its [CLS]."""
 
     name = "mllama"
     model_types = ("mllama",)
@@ -48,7 +48,17 @@ class Mllama(Adapter):
 
     @classmethod
     def bind(cls, model: nn.Module) -> Self:
-        """As in `Adapter`, without a merger of features."""
+        """As in `Adapter`, but without a `merger`.
+
+        Args:
+            model: the model, without wrappers.
+
+        Returns:
+            The adapter, bound to the model.
+
+        Raises:
+            UnsupportedModelError: the model lacks a module that vtc hooks; the message names it.
+        """
         parts = ("language_model", "vision_model", "multi_modal_projector")
         base: Any = getattr(model, "model", model)
         missing = [name for name in parts if not hasattr(base, name)]
@@ -62,34 +72,37 @@ class Mllama(Adapter):
         return cls(model, base, decoder, base.vision_model)
 
     def check(self) -> None:
-        """Refuse flash attention, which takes no mask over vision states.
+        """Refuse flash attention, which does not take a cross-attention mask.
 
         Raises:
-            UnsupportedModelError: flash attention is on, or as in `Adapter`.
+            UnsupportedModelError: the decoder uses flash attention, or as in `Adapter`.
         """
         super().check()
         if "flash" in (self.decoder.config._attn_implementation or ""):
             raise UnsupportedModelError(
-                "model: flash attention takes no mask of the states that a token sees; load "
+                "model: flash attention does not take a cross-attention mask; load "
                 f"{type(self.model).__name__} with attn_implementation='sdpa'"
             )
 
     def cross_layers(self) -> tuple[int, ...]:
-        """0-based decoder layers that read vision states, ascending."""
+        """The cross-attention layers: 0-based decoder layers, ascending."""
         layers = set(self.decoder.config.cross_attention_layers)
         return tuple(i for i in range(len(self.layers)) if i in layers)
 
     def image_token(self) -> int:
-        """The id of the token that stands for an image in the text."""
+        """Id of the image token."""
         return int(self.model.config.image_token_index)
 
     def real_tiles(self, given: Mapping[str, Any]) -> Tensor:
-        """(b, images, tiles) bool, False for tiles of padding and for images of padding.
+        """Which tiles are not padding.
 
         Args:
             given: the arguments of the base model's forward.
+
+        Returns:
+            (b, images, tiles) bool, False for padding tiles and padding images.
         """
-        # Padding images have id 0; the image processor opens the first tile of them all the same.
+        # Padding images have id 0, but the image processor unmasks their first tile, too.
         ids, mask = given["aspect_ratio_ids"], given["aspect_ratio_mask"]
         return mask.bool() & (ids > 0)[..., None]
 
@@ -101,25 +114,24 @@ class Mllama(Adapter):
 
         Raises:
             ArgumentError: vision states are passed in, or the cross-attention mask is missing, has
-                the wrong shape or opens padding tiles.
+                the wrong shape or unmasks padding tiles.
         """
         if given.get("cross_attention_states") is not None:
             raise ArgumentError(
                 "cross_attention_states",
-                "a patched model must encode images itself, to know what "
-                "their states are; pass pixel_values, or unpatch",
+                "a patched model must encode images itself, to know which patches their states belong "
+                "to; pass pixel_values, or unpatch",
             )
         names = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
         pixels, *ratios = (given.get(name) for name in names)
         if pixels is None or any(value is None for value in ratios):
-            return  # without the ratios the model itself says what it lacks
+            return  # without the ratios the model raises its own error
         mask = given.get("cross_attention_mask")
         if mask is None:
             raise ArgumentError(
                 "cross_attention_mask",
-                "a patched model needs it with pixel_values, got None: "
-                "without it transformers lets tokens see padding tiles, and in sdpa takes states "
-                "for a causal sequence; the processor makes it",
+                "a patched model needs it with pixel_values, got None; pass the processor's: without "
+                "it transformers attends to padding tiles, and with sdpa masks the states causally",
             )
         real = self.real_tiles(given)
         if mask.dim() != 4 or mask.shape[0] != real.shape[0] or mask.shape[3] != real.shape[2]:
@@ -128,20 +140,23 @@ class Mllama(Adapter):
                 f"expected shape ({real.shape[0]}, tokens, images, "
                 f"{real.shape[2]}), got {tuple(mask.shape)}",
             )
-        # After images of earlier turns, whose states are in the cache.
+        # Skip images of earlier turns, whose states are in the cache.
         newest = mask[:, :, mask.shape[2] - real.shape[1] :].bool()
         if newest.shape[2] == real.shape[1] and bool((newest & ~real[:, None]).any()):
             raise ArgumentError(
                 "cross_attention_mask",
-                "it opens tiles that aspect_ratio_mask or aspect_ratio_ids "
-                "mark as padding, whose states a patched model drops",
+                "it unmasks tiles that aspect_ratio_mask or aspect_ratio_ids mark as padding, whose "
+                "states a patched model drops",
             )
 
     def images(self, given: Mapping[str, Any]) -> list[list[CrossImage]]:
-        """The images of each row of the batch, in order.
+        """The images of each batch row, in order.
 
         Args:
             given: the arguments of the base model's forward.
+
+        Returns:
+            By row, its images without padding images.
         """
         vision = self.tower.config
         side = vision.image_size // vision.patch_size

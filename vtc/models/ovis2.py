@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ovis 2, whose tower joins patches into visual words."""
+"""Ovis 2, whose tower maps patches to visual words."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vtc.models.base import Adapter
 
 
 class Ovis2(Adapter):
-    """Visual tokens are mixtures of a table of visual words; indicators of the image are text."""
+    """Vision tokens are mixtures of visual-word embeddings; image indicators count as text."""
 
     name: ClassVar[str] = "ovis2"
     model_types: ClassVar[tuple[str, ...]] = ("ovis2",)
@@ -21,5 +21,5 @@ class Ovis2(Adapter):
     def image_maps(
         self, modality: Modality, given: Mapping[str, Any], features: Any
     ) -> list[list[ImageMap]]:
-        # The tower joins patches into visual words; its attention does not map onto these here.
+        # The tower joins patches into visual words, which its attention does not refer to.
         return [[ImageMap(self.grid(len(own), None))] for own in features]

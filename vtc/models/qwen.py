@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen-VL and GLM-V: images and clips of any size, rotary positions with three axes (m-RoPE)."""
+"""Qwen-VL and GLM-V: images and clips of any size, rotary positions with three axes (M-RoPE)."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from vtc.models.base import Adapter, UnsupportedModelError
 class QwenVL(Adapter):
     """Qwen2-VL, Qwen2.5-VL, Qwen3-VL (dense and MoE), GLM-4.1V, GLM-4.5V and GLM-4.6V.
 
-    A vision token's position is its place in the picture, so it keeps it: "contiguous" is as
-    "original" here, as in the official code of the methods for these models. Qwen3-VL adds features
-    of earlier tower layers after its first decoder layers; a merged token gets those of the place
-    at which it stands.
+    A vision token's position is its place in the picture, so tokens keep theirs: "contiguous"
+    equals "original" here, as in the methods' official code for these models. Qwen3-VL adds
+    features of earlier tower layers after its first decoder layers; a merged token gets those of
+    its place.
     """
 
     model_types: ClassVar[tuple[str, ...]] = (
@@ -46,7 +46,7 @@ class QwenVL(Adapter):
             r, c = rows // by, columns // by
             grid = torch.stack([place // (r * c), place // c % r, place % c], dim=1)
             assert len(own) == frames * r * c
-            # The processor lays patches out so that those of one token follow one another.
+            # The processor orders patches so that those of one token are adjacent.
             count = len(own) * by * by
             patches = torch.arange(first, first + count).view(-1, by * by)
             first += count
@@ -55,7 +55,7 @@ class QwenVL(Adapter):
 
     def tower_order(self, given: Mapping[str, Any]) -> Tensor | None:
         tower = self.tower
-        if not hasattr(tower, "fullatt_block_indexes"):  # no windows, no other order
+        if not hasattr(tower, "fullatt_block_indexes"):  # no windows: the same order
             return None
         grid = given.get("image_grid_thw", given.get("video_grid_thw"))
         if hasattr(tower, "get_window_index"):  # transformers up to 5.23
@@ -92,8 +92,8 @@ class QwenVL(Adapter):
 
 
 class Qwen3_5(QwenVL):
-    """Qwen3.5: most layers are recurrent, and what such a layer has read cannot be dropped from it
-    later. Methods act before the language model."""
+    """Qwen3.5: most layers are recurrent, and a token cannot be dropped from a recurrent state.
+    Methods act before the language model only."""
 
     name: ClassVar[str] = "qwen3_5"
     model_types: ClassVar[tuple[str, ...]] = ("qwen3_5",)
@@ -102,8 +102,8 @@ class Qwen3_5(QwenVL):
     def check_layers(self, layers: Sequence[int]) -> None:
         if layers:
             raise UnsupportedModelError(
-                "model: the recurrent layers of Qwen3.5 have read every token by then: none can be "
-                "dropped between layers; use a method that acts before the language model"
+                "model: tokens cannot be dropped between layers of Qwen3.5, whose recurrent layers "
+                "have already read them; use a method that acts before the language model"
             )
 
 

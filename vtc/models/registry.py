@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Selects the adapter of a model, from vtc and from other packages.
+"""Selects a model's adapter, among those of vtc and of other packages.
 
-A package offers families by an entry point of the group `vtc.families` that names a module;
-importing it registers the adapters defined there, as importing any module does.
+A package provides families through an entry point of the group `vtc.families` that names a module;
+importing it registers the adapters that it defines.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from .base import ADAPTERS, Adapter, UnsupportedModelError
 
 @dataclass(frozen=True)
 class FamilyInfo:
-    """What `vtc.models()` tells of a family.
+    """A family, as listed by `vtc.models()`.
 
     Attributes:
-        name: of the family.
-        model_types: the `config.model_type` of its models; none for the generic family.
-        stages: where methods can act.
-        video: "clips", "frames" (each an image of its own) or "none".
-        positions: "one axis", on which gaps can close, "places in the picture" (m-RoPE), or "none".
-        attention: how the tokens of an image see one another.
-        tower: what methods can read of the vision tower: "attention, keys", with "patch states"
-            where the projector makes one token of each, or "nothing".
-        tested: whether it is held to the reference; else it works with a warning.
-        about: what is particular to it.
+        name: name of the family.
+        model_types: the `config.model_type` of its models; empty for the generic family.
+        stages: stages in which methods can act.
+        video: "clips", "frames" (each a separate image) or "none".
+        positions: "one axis", on which gaps can close, "places in the picture" (M-RoPE), or "none".
+        attention: how the tokens of an image attend to one another.
+        tower: what methods can read of the vision tower: "attention, keys", plus "patch states" if
+            the projector maps each to one token, or "nothing".
+        tested: whether tests compare it with the reference; otherwise it works with a warning.
+        about: its particularities, from the class's docstring.
     """
 
     name: str
@@ -50,7 +50,7 @@ class FamilyInfo:
 
 
 def families() -> list[type[Adapter]]:
-    """All registered adapters, in alphabetical order of their names."""
+    """All registered adapters, sorted by name."""
     _load()
     return sorted(ADAPTERS, key=lambda cls: cls.name)
 
@@ -102,10 +102,11 @@ def find(model: nn.Module) -> Adapter:
         The adapter, bound to the model.
 
     Warns:
-        UserWarning: the family is unknown but has the common shape; says what was assumed.
+        UserWarning: the family is unknown but has the common shape; states the assumptions.
 
     Raises:
-        UnsupportedModelError: not a VLM, or of a shape that vtc does not cover.
+        UnsupportedModelError: not a VLM, of a shape that vtc does not cover, or of a family that
+            needs a newer transformers.
     """
     supported = _supported()
     config = getattr(model, "config", None)
@@ -132,9 +133,9 @@ def find(model: nn.Module) -> Adapter:
     if family is Adapter:
         warnings.warn(
             f"{type(model).__name__} ({kind}) is not a family that vtc is tested on. Assumed: "
-            "vision features replace placeholder tokens one by one, a square grid of patches an "
-            "image, causal attention and one-dimensional rotary positions. Compare its outputs "
-            "with a run in which the dropped tokens are masked before you rely on it",
+            "vision features replace placeholder tokens one by one, a square grid of patches per "
+            "image, causal attention and one-dimensional rotary positions. Before you rely on it, "
+            "compare its outputs with a run in which the dropped tokens are masked",
             stacklevel=4,
         )
     return adapter

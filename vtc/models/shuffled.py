@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What families share whose projector joins neighbouring patches into a token."""
+"""The base of families whose projector joins neighbouring patches into one token."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from vtc.models.base import Adapter
 
 
 class Shuffled(Adapter):
-    """Square images, of which squares of patches become one token each ("pixel shuffle")."""
+    """Square images in which each square of patches becomes one token ("pixel shuffle")."""
 
     stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
     projects_patches: ClassVar[bool] = False
 
     def per_side(self) -> int:
-        """Patches along a side of the square that one token is made of."""
+        """Patches along the side of a token's square."""
         config = self.model.config
         if hasattr(config, "downsample_ratio"):
             return round(1 / config.downsample_ratio)

@@ -136,6 +136,9 @@ def presets(method: str | None = None, target: str | None = None) -> list[Preset
         method: only those of this method.
         target: only those of this model.
 
+    Returns:
+        The presets; empty if the method is not registered or has none on the target.
+
     Raises:
         ArgumentError: a method without presets, or an unknown target.
     """
@@ -167,6 +170,9 @@ def preset(
         settings: other settings of the method, which solved ones take into account. Settings that
             the preset fixes are refused, except a listed `version` ("v2" of SparseVLM).
 
+    Returns:
+        The method with its settings; applied per tile if the preset says so.
+
     Raises:
         ArgumentError: unknown method, target, tokens or convention, or a target that the method
             cannot meet, with the smallest (or largest) one that it can.
@@ -187,6 +193,9 @@ def find(
 
     Args:
         method, target, tokens, convention, settings: as in `preset`.
+
+    Returns:
+        The preset, with the settings solved.
 
     Raises:
         ArgumentError, ArgumentTypeError: as in `preset`.

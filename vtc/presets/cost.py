@@ -97,6 +97,9 @@ def describe(method: Method, target: str, *, text: int = 0, image: int | None = 
         image: vision tokens before compression, by default those of the target. A tiled image has
             a whole number of tiles; pooling treats every tile or image as square if possible.
 
+    Returns:
+        Tokens per layer and their cost.
+
     Raises:
         ArgumentError: unknown target, a number of tokens that it cannot have, or a method whose
             number of tokens depends on the image.

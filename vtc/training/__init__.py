@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training for methods that need trained weights: one loop, and one folder or file per method."""
+"""Training for methods with weights: one loop, and a folder or file per method."""

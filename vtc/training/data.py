@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The module that gives training commands a model and batches.
+"""The data module that provides training commands with a model and batches.
 
-The module is given by name and has the functions of `Data`, so that training is independent of any
-data set.
+It is given by name and has the functions of `Data`, so that training is independent of any data
+set.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ class Data(Protocol):
             size: samples per batch.
             first: number of the first sample.
             steps: number of batches.
+
+        Returns:
+            `steps` batches.
         """
 
     def measure(
@@ -64,6 +67,9 @@ def find_data(name: str) -> Data:
 
     Args:
         name: of the module.
+
+    Returns:
+        The module.
 
     Raises:
         ArgumentError: it cannot be imported, or lacks a function; the message names it.

@@ -122,6 +122,9 @@ class Trained(ABC):
         Args:
             batch: the inputs and labels, on the device.
             step: number of the step, from 0.
+
+        Returns:
+            The loss, and figures for the log.
         """
 
     @abstractmethod

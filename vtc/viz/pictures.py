@@ -33,6 +33,9 @@ def open_picture(source: str | os.PathLike[str] | bytes) -> Image.Image:
     Args:
         source: a path, in which `~` is the home folder, or the bytes of a file.
 
+    Returns:
+        The picture, RGB and upright.
+
     Raises:
         PictureError: the picture cannot be opened; the message names the file and the reason.
     """
@@ -42,13 +45,15 @@ def open_picture(source: str | os.PathLike[str] | bytes) -> Image.Image:
         raise PictureError(f"{name}: {'is a folder' if file.is_dir() else 'no such file'}")
     try:
         with warnings.catch_warnings():
-            # Between Pillow's limit and twice of it there is only a warning of it.
+            # Between its limit and twice that, Pillow only warns.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with _whole_files_only(), Image.open(file) as found:
                 found.load()
                 return as_rgb(found)
     except UnidentifiedImageError:
-        raise PictureError(f"{name}: not a picture, or of a kind that Pillow cannot read") from None
+        raise PictureError(
+            f"{name}: not a picture, or in a format that Pillow cannot read"
+        ) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         limit = Image.MAX_IMAGE_PIXELS
         raise PictureError(
@@ -65,7 +70,7 @@ def open_picture(source: str | os.PathLike[str] | bytes) -> Image.Image:
 
 @contextmanager
 def _whole_files_only() -> Iterator[None]:
-    """Refuse truncated files, which libraries such as lmms-eval make Pillow fill with grey."""
+    """Refuse truncated files, which libraries such as lmms-eval let Pillow fill with grey."""
     before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
         yield
@@ -101,6 +106,6 @@ def _eight_bits(picture: Image.Image) -> np.ndarray:
         full = 65535.0
     elif picture.mode == "F" and highest <= 1.0:
         full = 1.0
-    else:  # the mode has no range of its own
+    else:  # the mode does not define a range
         full = next((top for top in (255.0, 65535.0) if highest <= top), highest)
     return (values.clip(0.0) * (255.0 / full)).round().astype(np.uint8)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["figure_of", "kept_tokens", "kept_views", "token_axis", "tradeoff"]
 
-# Okabe and Ito's palette, told apart by colour-blind readers; markers differ as well.
+# Okabe and Ito's palette, distinguishable for colour-blind readers; markers differ, too.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _GREYS = {"random": ("#8C8C8C", "o"), "pool": ("#8C8C8C", "s"), "downsample": ("#8C8C8C", "^")}
@@ -47,7 +47,7 @@ def tradeoff(results: Mapping[str, Any]) -> Figure:
     The uncompressed and the blind model are horizontal lines. Bars and bands are 95 % intervals.
 
     Args:
-        results: what `vtc.eval.harness.run.run` returns, or a results.json of it.
+        results: what `vtc.eval.harness.run.run` returns, or its results.json.
 
     Returns:
         A figure with one panel for each task; `figure.savefig("tradeoff.png")` writes it.
@@ -147,7 +147,7 @@ def _panel(
         )  # fmt: skip
     token_axis(axes, [c["tokens"]["equivalent"] for c in cells if c["label"] in styles], right)
     moved = any(abs(place[id(c)] / c["tokens"]["equivalent"] - 1) > 0.001 for c in drawn)
-    note = "\n(points that would lie on one another stand side by side)" if moved else ""
+    note = "\n(overlapping points are drawn side by side)" if moved else ""
     axes.set_xlabel(f"vision tokens of an image, mean over the layers{note}", fontsize=9.5)
     metric = next((c["metric"] for c in cells), "score")
     axes.set_ylabel("accuracy, %" if percent == 100.0 else metric)
@@ -186,7 +186,7 @@ def side_by_side(tokens: Sequence[float], right: float) -> list[float]:
     groups: list[list[float]] = []
     for log in logs:
         groups.append([log])
-        # A group that has grown may have come too near to the one before it.
+        # A larger group may overlap the previous one.
         while len(groups) > 1 and spread(groups[-1])[0] - spread(groups[-2])[-1] < apart - 1e-9:
             last = groups.pop()
             groups[-1] += last
@@ -194,7 +194,13 @@ def side_by_side(tokens: Sequence[float], right: float) -> list[float]:
 
 
 def token_axis(axes: Axes, tokens: Sequence[float], right: float) -> None:
-    """Set a logarithmic token axis with plain numbers, on which each halving is one step."""
+    """Set a logarithmic token axis with plain numbers, on which each halving is one step.
+
+    Args:
+        axes: the axes.
+        tokens: token counts to cover.
+        right: the right end of the axis, in tokens.
+    """
     from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, StrMethodFormatter
 
     low = min(tokens, default=right / 2)
@@ -224,7 +230,10 @@ def kept_tokens(
         grid: (rows, columns) of the image's tokens.
         kept: row-major numbers of the tokens kept; or several such lists by name ("before layer
             2", ...), one panel each.
-        title: over it all.
+        title: title of the figure.
+
+    Returns:
+        A figure with the image and one panel per list.
 
     Raises:
         ArgumentError: a token outside the grid, or nothing to draw.
@@ -239,9 +248,11 @@ def kept_views(views: Sequence[View], *, title: str | None = None) -> Figure:
     """Draw the kept tokens on their pictures, each with one panel per stage.
 
     Args:
-        views: of one image, as in `vtc.viz.trace.Trace`: the plane of its tiles and its thumbnail,
-            each with the same stages.
-        title: over it all.
+        views: views of one image with the same stages, as in `vtc.viz.trace.Trace`.
+        title: title of the figure.
+
+    Returns:
+        A figure with one block of panels per view.
 
     Raises:
         ArgumentError: a token outside a grid, or nothing to draw.
@@ -252,7 +263,7 @@ def kept_views(views: Sequence[View], *, title: str | None = None) -> Figure:
     total = 1 + len(masks[0])
     across = min(total, 4)
     down = -(-total // across)
-    # Wide and high planes of tiles fill their panels; the panels of a row are of one shape.
+    # Wide and tall planes of tiles fill their panels; the panels of a row have one shape.
     heights = [3.1 * min(max(v.image.height / v.image.width, 0.2), 2.5) for v in views]
     lines = textwrap.wrap(title or "", 42 * across)
     room = sum((height + 0.35) * down for height in heights)
@@ -309,7 +320,7 @@ def _faded(image: Image.Image, mask: np.ndarray) -> np.ndarray:
 
 
 def _outline(axes: Axes, mask: np.ndarray, width: int, height: int) -> None:
-    """Outline kept cells, so that dark pictures are readable too."""
+    """Outline kept cells, for dark pictures."""
     from matplotlib.collections import LineCollection
 
     rows, columns = mask.shape

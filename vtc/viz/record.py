@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records the vision tokens of a prompt that each stage keeps, as a listener of a patch."""
+"""Records which vision tokens of a prompt each stage keeps, as a listener of a patch."""
 
 from __future__ import annotations
 
@@ -17,10 +17,16 @@ __all__ = ["TokenRecord"]
 
 @dataclass
 class TokenRecord:
-    """The vision tokens of one prompt, numbered in sequence order, and the kept ones by stage.
+    """The vision tokens of one prompt, numbered in sequence order, and those kept by each stage.
 
-    Pass `record.hear` to `Patch.listen`. The record holds the last prompt, or of a batch its first
+    Pass `record.hear` to `Patch.listen`. The record holds the last prompt; of a batch, its first
     row.
+
+    Attributes:
+        shown: tokens of each image before compression.
+        first: number of each image's first token.
+        entered: for each image, the numbers of its tokens that enter the language model.
+        later: by stage between decoder layers, the numbers of the prompt's kept tokens.
     """
 
     shown: list[VisionTokens] = field(default_factory=list)
@@ -40,7 +46,8 @@ class TokenRecord:
             self._pruned(event.layer, event.selection.indices)
 
     def _saw(self, tokens: VisionTokens) -> None:
-        """All tokens of an image, or of a tile that counts as one, before any method acts."""
+        """Record an image's tokens, or those of a tile that counts as one, before any method
+        acts."""
         if tokens.image == 0:
             self.shown, self.first, self.entered, self.later = [], [], [], {}
         self.first.append(sum(map(len, self.shown)))
@@ -48,24 +55,27 @@ class TokenRecord:
         self.entered.append(list(range(self.first[-1], self.first[-1] + len(tokens))))
 
     def _selected(self, image: int, indices: Tensor) -> None:
-        """The tokens of an image that enter the language model."""
+        """Record an image's tokens that enter the language model."""
         self.entered[image] = [self.entered[image][i] for i in indices.tolist()]
 
     def _pruned(self, layer: int, indices: Tensor) -> None:
-        """The prompt's tokens that are kept before a decoder layer."""
+        """Record the prompt's tokens kept before a decoder layer."""
         before = list(self.stages.values())[-1]
         self.later[f"before layer {layer}"] = [before[i] for i in indices.tolist()]
 
     @property
     def stages(self) -> dict[str, list[int]]:
-        """By stage, the numbers of the kept tokens."""
+        """The numbers of the kept tokens, by stage."""
         return {"into the language model": [n for own in self.entered for n in own], **self.later}
 
     def among(self, every: TokenRecord) -> dict[str, list[int]]:
-        """By stage, the kept tokens in the numbering of another record.
+        """The kept tokens by stage, in the numbering of another record.
 
         Args:
-            every: of a run with all tokens; this record has fewer if the tower merges patches.
+            every: record of a run with all tokens; this one has fewer if the tower merges patches.
+
+        Returns:
+            By stage, the numbers of the kept tokens.
         """
         if [len(t) for t in self.shown] == [len(t) for t in every.shown]:
             return self.stages
@@ -77,7 +87,14 @@ class TokenRecord:
         return {stage: [number[n] for n in left] for stage, left in self.stages.items()}
 
     def places(self, pixels: Tensor | None, patch_size: int | None) -> Places:
-        """The places of the tokens in the picture; see `places_of`."""
+        """The places of the tokens in the picture.
+
+        Args:
+            pixels, patch_size: as in `places_of`.
+
+        Raises:
+            ValueError: the tokens have no places in the picture.
+        """
         crops = [tokens.crop for tokens in self.shown if tokens.crop is not None]
         patches = [tokens.patches for tokens in self.shown if tokens.patches is not None]
         every = len(self.shown)

@@ -23,12 +23,12 @@ __all__ = ["Trace", "trace", "traced", "views"]
 
 @dataclass(frozen=True)
 class Trace:
-    """The kept tokens of an image, by stage, and the answers.
+    """The kept tokens of an image by stage, and the answers.
 
     Attributes:
-        views: the image with its tokens; for a tiled image the plane of tiles and the thumbnail.
-        answer, answer_full: with the method, and with all tokens.
-        note: the part of the picture that the model did not see, in words, or `None`.
+        views: the image with its tokens; for a tiled image, the plane of tiles and the thumbnail.
+        answer, answer_full: the answer with the method, and with all tokens.
+        note: which part of the picture the processor cropped, in words, or `None`.
     """
 
     views: list[View]
@@ -48,12 +48,12 @@ class Trace:
 
     @property
     def kept(self) -> dict[str, list[int]]:
-        """By stage, the row-major numbers of the kept tokens in the first view."""
+        """Row-major numbers of the kept tokens in the first view, by stage."""
         return self.views[0].kept
 
     @property
     def counts(self) -> dict[str, int]:
-        """By stage, the number of kept tokens in all views."""
+        """Number of kept tokens in all views, by stage."""
         return {stage: sum(len(v.kept[stage]) for v in self.views) for stage in self.kept}
 
     @property
@@ -73,10 +73,15 @@ def views(
     """The views to draw for a prompt with one picture.
 
     Args:
-        record: of a run with the method.
-        every: of a run with all tokens.
-        inputs: of the model.
-        processor: of the model.
+        record: record of a run with the method.
+        every: record of a run with all tokens.
+        inputs: inputs of the model.
+        model: the model.
+        processor: its processor.
+        picture: the picture in the prompt.
+
+    Returns:
+        One view, or those of the plane of tiles and the thumbnail.
 
     Raises:
         ValueError: the tokens have no places in the picture.
@@ -97,12 +102,23 @@ def trace(
     device: str | None = None,
     max_new_tokens: int = 24,
 ) -> Trace:
-    """Ask `model`, a folder or an id on the hub, about `picture`, twice.
+    """Ask a model about a picture, with a method and with all tokens.
+
+    Args:
+        model: a folder, or an id on the hub.
+        picture: in any mode.
+        question: the question.
+        method: the method to trace.
+        device: "cpu", "cuda", "cuda:1"; `None` for a GPU if there is one.
+        max_new_tokens: maximum length of the answers, in tokens.
+
+    Returns:
+        The kept tokens by stage, and both answers.
 
     Raises:
         OSError: no such model.
-        ArgumentError: a method that acts on pixels, and so drops no tokens, or a model whose tokens
-            have no places in the picture.
+        ArgumentError: the method acts on pixels, so it drops no tokens, or the model's tokens have no
+            places in the picture.
         PictureError: `picture` cannot be made RGB.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -125,7 +141,19 @@ def traced(
     method: Method,
     max_new_tokens: int = 24,
 ) -> Trace:
-    """`trace` of a model that is loaded, with its processor."""
+    """`trace` with a loaded model.
+
+    Args:
+        network: the model, unpatched.
+        processor: its processor.
+        picture, question, method, max_new_tokens: as in `trace`.
+
+    Returns:
+        As `trace`.
+
+    Raises:
+        ValueError, PictureError: as in `trace`.
+    """
     if "pixels" in method.stages:
         raise ArgumentError(
             "method", f"{method} makes the image smaller; it drops no tokens to be shown"
@@ -145,7 +173,7 @@ def traced(
 
     with torch.inference_mode():
         every, record = TokenRecord(), TokenRecord()
-        # Nothing is dropped, which leaves the model as it is bit for bit.
+        # Drops nothing: outputs are those of the plain model, bit for bit.
         with patch(network, "full") as patched, patched.listen(every.hear):
             full = answer()
         with patch(network, method) as patched, patched.listen(record.hear):

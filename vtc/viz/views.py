@@ -44,11 +44,11 @@ class Places:
     """Where the n tokens of a picture lie.
 
     Attributes:
-        tile: (n,) which of the tower's tiles, in the order of its pixels.
-        row, column: (n,) of the cell in its tile.
-        rows, columns: cells of a tile.
-        thumbnail: the tile that is known to be the thumbnail, or `None`.
-        tiles: in how many tiles the tower saw the picture.
+        tile: (n,) the tower's tile of each, in the order of its pixels.
+        row, column: (n,) the cell of each in its tile.
+        rows, columns: number of a tile's rows and columns of cells.
+        thumbnail: the thumbnail's tile, or `None` if unknown.
+        tiles: number of tiles that the picture was divided into.
     """
 
     tile: Tensor
@@ -71,20 +71,23 @@ def places_of(
     """Where the n tokens of a picture lie.
 
     Args:
-        image: (n,) the image that each belongs to; models that are not told which tiles belong
-            together make each an image.
+        image: (n,) the image of each; models that do not know which tiles belong together treat
+            each as an image.
         crop: (n,) the tile of each, 0 for the thumbnail, or `None`.
         grid: (n, 3) the (frame, row, column) of each.
-        patches: (n, m) the tower's patches that it is made of, or `None`.
-        pixels: (tiles, 3, height, width) what the tower was given, or `None` if it is no picture.
-        patch_size: of the tower, in pixels.
+        patches: (n, m) the tower's patches of each, or `None`.
+        pixels: (tiles, 3, height, width) the tower's input, or `None` if it is not a picture.
+        patch_size: side of the tower's patches, in pixels, or `None`.
+
+    Returns:
+        The place of each token in its tile.
 
     Raises:
         ValueError: the tokens have no places in the picture.
     """
     part = image if crop is None else image * (int(crop.max()) + 1) + crop
     found, number = part.unique(return_inverse=True)
-    # Tiles stand in the sequence in the order of their pixels.
+    # Tiles have the same order in the sequence as in the pixels.
     first = torch.full((len(found),), len(part)).scatter_reduce(
         0, number, torch.arange(len(part)), "amin"
     )
@@ -102,7 +105,7 @@ def places_of(
             row, column = r.amin(1) // by, c.amin(1) // by
             rows, columns = down // by, across // by
     elif rows == 1 and columns > 8 and (pixels is None or pixels.shape[-1] < 8 * pixels.shape[-2]):
-        raise ValueError("its vision tokens have no places in the picture that could be drawn")
+        raise ValueError("its vision tokens have no places in the picture to draw")
     thumbnail = None
     if crop is not None and bool((crop == 0).any()) and len(found) > 1:
         thumbnail = int(tile[crop == 0][0])
@@ -111,7 +114,7 @@ def places_of(
 
 # ---- pictures -----------------------------------------------------------------------------------
 def pixels_of(inputs: Mapping[str, Any]) -> Tensor | None:
-    """(tiles, 3, height, width) what the tower is given, or `None` if that is no picture."""
+    """(tiles, 3, height, width) the tower's input, or `None` if it is not a picture."""
     pixels = inputs.get("pixel_values")
     if pixels is None or pixels.dim() < 3 or pixels.shape[-3] != 3:
         return None
@@ -120,10 +123,14 @@ def pixels_of(inputs: Mapping[str, Any]) -> Tensor | None:
 
 
 def as_pictures(pixels: Tensor, images: Any) -> list[Image.Image]:
-    """`pixels` (tiles, 3, height, width) as they were before the processor normalised them.
+    """Undo the processor's normalisation.
 
     Args:
+        pixels: (tiles, 3, height, width).
         images: the image processor.
+
+    Returns:
+        One RGB picture per tile.
     """
     if getattr(images, "do_normalize", True) and getattr(images, "image_mean", None) is not None:
         mean, std = (torch.tensor(v)[:, None, None] for v in (images.image_mean, images.image_std))
@@ -135,7 +142,12 @@ def as_pictures(pixels: Tensor, images: Any) -> list[Image.Image]:
 
 
 def cropped(picture: Image.Image, images: Any) -> str | None:
-    """What the processor `images` cuts off a picture that is one tile, in words, or `None`."""
+    """What the processor crops from a picture of a single tile, in words, or `None`.
+
+    Args:
+        picture: the picture.
+        images: the image processor.
+    """
     if not getattr(images, "do_center_crop", False) or hasattr(images, "image_grid_pinpoints"):
         return None
     crop, size = _size(images.crop_size), _size(images.size)
@@ -164,13 +176,16 @@ def views_of(
     picture: Image.Image,
     tiles: Sequence[Image.Image] | None,
 ) -> list[View]:
-    """The pictures to draw on: one, or the plane of the tiles and the thumbnail.
+    """The pictures to draw on: one, or the plane of tiles and the thumbnail.
 
     Args:
-        places: of the n tokens of the picture.
-        kept: by stage, the numbers of the tokens left.
-        picture: what was given, which is drawn on where there are no tiles.
-        tiles: what the tower was shown.
+        places: places of the picture's n tokens.
+        kept: numbers of the kept tokens, by stage.
+        picture: the picture, drawn on if `tiles` is `None`.
+        tiles: the tower's input as pictures, or `None`.
+
+    Returns:
+        The views, with the kept cells of each.
     """
     if places.tiles == 1 or tiles is None:
         shown = picture if tiles is None else tiles[0]
@@ -224,7 +239,7 @@ def _joined(
 
 
 _SIDE = 96
-"""Pixels to which pictures are shrunk to compare them."""
+"""Side in pixels of the thumbnails that are compared."""
 
 
 def _arrangement(
@@ -232,7 +247,7 @@ def _arrangement(
 ) -> tuple[int | None, tuple[int, int]]:
     """(the thumbnail, if any; rows and columns of the others) that look most like `picture`.
 
-    Processors tell neither, and differ in both; of each other arrangement the picture is another.
+    Processors do not report the arrangement, and differ in it; any other gives another picture.
     """
     count = len(tiles)
     ends = [thumbnail] if thumbnail is not None else [count - 1, 0, None]
@@ -242,7 +257,7 @@ def _arrangement(
         for rows in (r for r in range(1, len(plane) + 1) if len(plane) % r == 0):
             shape = rows, len(plane) // rows
             off = _unlike(picture, _joined(tiles, plane, shape))
-            if end is not None:  # as much as the plane, so that a tile is not taken for one
+            if end is not None:  # weighted like the plane, so that no tile passes for a thumbnail
                 off = (off + _unlike(picture, tiles[end])) / 2
             if best is None or off < best[0] - 1e-6:
                 best = off, end, shape
@@ -252,7 +267,7 @@ def _arrangement(
 
 
 def _unlike(picture: Image.Image, shown: Image.Image) -> float:
-    """How far `shown` is from `picture`, stretched or padded to its shape."""
+    """Distance of `shown` from `picture`, stretched or padded to its shape."""
     small = np.asarray(shown.resize((_SIDE, _SIDE), Image.Resampling.BILINEAR), dtype=np.float32)
     found = []
     for whole in (picture.resize(shown.size), ImageOps.pad(picture, shown.size)):

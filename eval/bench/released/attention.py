@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention that methods read, as the library finds it and as released code makes it."""
+"""Attention for methods, as captured by the library and as computed by released code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HEADS = 16
 
 
 class Heard:
-    """Queries, keys and values of a causal layer that has run, (1, h, s, d_head) each."""
+    """Random queries, keys and values of a causal layer that has run, (1, h, s, d_head) each."""
 
     def __init__(self, length: int, d: int, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -28,7 +28,7 @@ class Heard:
         self.query, self.key, self.value = (
             torch.randn(*shape, generator=generator) for _ in range(3)
         )
-        # The model makes its mask once for all of its layers.
+        # The model computes one mask for all layers.
         self.mask = torch.full((length, length), torch.finfo(torch.float32).min).triu_(1)
 
     def rows(self, places: Tensor) -> Tensor:
@@ -40,17 +40,17 @@ class Heard:
         return tap.captured[0][0, 0]
 
     def fused(self) -> Tensor:
-        """What the layer's attention returns, from the implementation that models have."""
+        """The layer's attention output, by the fused kernel."""
         return scaled_dot_product_attention(self.query, self.key, self.value, is_causal=True)
 
     def whole(self) -> Tensor:
-        """(1, h, s, s) what eager attention makes: logits, mask and softmax of all rows."""
+        """(1, h, s, s) eager attention: logits, mask and softmax of all rows."""
         logits = self.query @ self.key.transpose(2, 3) / self.query.shape[3] ** 0.5 + self.mask
         return logits.softmax(-1, dtype=torch.float32)
 
 
 class Ahead:
-    """A decoder layer about to run, of random weights: its norm, projections and rotation."""
+    """A decoder layer about to run, with random weights: its norm, projections and rotation."""
 
     def __init__(self, length: int, d: int, seed: int = 0) -> None:
         config = LlamaConfig(
@@ -65,7 +65,7 @@ class Ahead:
         self.turns = self.rotary(torch.empty(0), torch.arange(length)[None])
 
     def rows(self, hidden: Tensor, places: Tensor) -> Tensor:
-        """(r, s) rows of attention on `hidden` (s, d): what the library's `peek` does."""
+        """(r, s) look-ahead rows on `hidden` (s, d), by the library's `peek`."""
         s = hidden.shape[0]
         visible = torch.ones(1, s, dtype=torch.bool)
         taps.listen_rows(self.tap, places[None], visible, 0, Stopwatch())
@@ -78,8 +78,8 @@ class Ahead:
         return self.tap.captured[0][0, 0]
 
     def released(self, hidden: Tensor, rows: slice) -> Tensor:
-        """(r, s) the same as PyramidDrop, VScan and TransPrune make it: queries, keys and values of
-        a copy of all tokens, all rotated, and a mask of all pairs, of which `rows` are used."""
+        """(r, s) the same as in PyramidDrop, VScan and TransPrune: queries, keys and values of a
+        copy of all tokens, all rotated, and a mask of all pairs, of which only `rows` are used."""
         s = hidden.shape[0]
         normed = self.norm(hidden.clone()[None])
         parts = (self.attend.q_proj, self.attend.k_proj, self.attend.v_proj)

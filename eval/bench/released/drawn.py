@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random tokens and decoder states, with all that a method may ask for."""
+"""Random tokens and decoder states, with all signals that methods may need."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from vtc.core import LayerState, VisionTokens
 from .attention import HEADS
 
 BEFORE, AFTER = 16, 48
-"""Words before and after the image."""
+"""Text tokens before and after the image."""
 
 
 def tokens_of(n: int, d: int, seed: int = 0) -> VisionTokens:
-    """Random tokens of one image, with all that a method may ask for."""
+    """Random tokens of one image, with all signals."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -41,7 +41,8 @@ def tokens_of(n: int, d: int, seed: int = 0) -> VisionTokens:
 
 
 def state_of(n: int, d: int, layer: int = 2, seed: int = 0) -> LayerState:
-    """A random sample before decoder layer `layer` of 32: 16 words, an image, 48 words."""
+    """A random sample before decoder layer `layer` of 32: 16 text tokens, an image, 48 text
+    tokens."""
     generator = torch.Generator().manual_seed(seed)
     length = BEFORE + n + AFTER
     image = torch.full((length,), -1)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Released code of methods that act between decoder layers, stated anew.
+"""Released code of methods that act between decoder layers, reimplemented.
 
-VScan's second stage ranks and drops as PyramidDrop does: `pyramiddrop` stands for both.
+VScan's second stage ranks and drops like PyramidDrop: `pyramiddrop` covers both.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from vtc.core import LayerState
 from .attention import Heard
 
 Span = tuple[int, int]
-"""Where the image begins and ends in the sequence: released code knows it by its literals."""
+"""Start and end of the image in the sequence; released code has constants."""
 
 
 def fastv(row: Tensor, span: Span, k: int) -> Tensor:
-    """The k largest of the image's part of the last row, sorted."""
+    """The k largest of the last row's image columns, sorted."""
     return row[slice(*span)].topk(k).indices.sort().values
 
 
 def fastv_attending(heard: Heard, span: Span, k: int) -> Tensor:
-    """The layer runs eagerly; its map is averaged over the heads, all rows of it, for the last."""
+    """The layer runs eagerly; its whole map is averaged over the heads, for the last row."""
     attention = heard.whole()
-    (attention @ heard.value).transpose(1, 2).contiguous()  # what the layer goes on with
+    (attention @ heard.value).transpose(1, 2).contiguous()  # the layer's output
     return fastv(attention.mean(1)[0][-1], span, k)
 
 
 def pyramiddrop(rows: Tensor, span: Span, k: int) -> Tensor:
-    """The mean over the rows, of which there is one, and the k largest, sorted."""
+    """The mean over the single row, and the k largest, sorted."""
     return rows[:, slice(*span)].mean(0).topk(k).indices.sort().values
 
 
 def v2drop(state: LayerState, span: Span, k: int) -> Tensor:
-    """Candidates gathered before and after the layer, and the norm of their difference."""
+    """Gathers candidates before and after the layer, and takes the norm of their difference."""
     candidates = torch.arange(*span)
     now = state.hidden[None][:, candidates]
     before = state.recorded[state.layer - 1, "input"][None][:, candidates]
@@ -47,7 +47,7 @@ def v2drop(state: LayerState, span: Span, k: int) -> Tensor:
 
 
 def sparsevlm_raters(state: LayerState, span: Span) -> Tensor:
-    """Places of the text tokens above the mean share of a softmax of products."""
+    """Places of the text tokens above the mean of a softmax of products."""
     start, end = span
     embeds = state.recorded[0, "input"]
     share = (embeds[start:end] @ embeds[end:].T).softmax(1).mean(0)
@@ -55,10 +55,10 @@ def sparsevlm_raters(state: LayerState, span: Span) -> Tensor:
 
 
 def sparsevlm(rows: Tensor, raters: Tensor, state: LayerState, span: Span, k: int) -> Tensor:
-    """Masks of kept and pruned tokens; density peaks of the best pruned ones by the differences of
-    all pairs, each a vector of its own; returns what the image's tokens become.
+    """Masks of kept and pruned tokens, and density peaks of the best pruned ones from the
+    difference vectors of all pairs; returns the image's new tokens.
 
-    `rows` is (r, s), and `raters` says which of them count.
+    `rows` is (r, s); `raters` selects those that count.
     """
     start, end = span
     score = rows[raters][:, start:end].mean(0)
@@ -91,8 +91,8 @@ def _clustered(x: Tensor, clusters: int) -> Tensor:
 
 
 def sparsevlm_rows(heard: Heard) -> Tensor:
-    """(s, s) beside attention of its own, a softmax of all logits with a mask made on the spot, and
-    the mean over heads of all rows."""
+    """(s, s) besides its attention, a softmax of all logits with a new mask, averaged over
+    heads."""
     length = heard.query.shape[2]
     bias = torch.zeros(length, length)
     bias.masked_fill_(torch.ones(length, length, dtype=torch.bool).tril().logical_not(), -torch.inf)
@@ -102,7 +102,7 @@ def sparsevlm_rows(heard: Heard) -> Tensor:
 
 
 def transition(before: Tensor, after: Tensor) -> Tensor:
-    """(s,) from copies: two norms, a cosine, and an exponential divided by its sum over all."""
+    """(s,) from copies: two norms, a cosine, and a normalised exponential."""
     before, after = before.clone(), after.clone()
     ratio = after.norm(dim=-1) / before.norm(dim=-1)
     turned = (1 - cosine_similarity(before, after, dim=-1)).exp()
@@ -112,8 +112,8 @@ def transition(before: Tensor, after: Tensor) -> Tensor:
 def transprune(
     weights: Sequence[Tensor], rows: Tensor, span: Span, k: int
 ) -> tuple[Tensor, list[Tensor]]:
-    """Weights of the layers so far, added up, and the mean of the text's rows, each over its sum;
-    returns the k best of the image, and all weights of the tokens that stay."""
+    """Accumulated weights of the layers so far, and the mean of the text's rows, each normalised;
+    returns the image's k best, and the kept tokens' weights."""
     start, end = span
     variation = torch.zeros(end - start)
     for weight in weights:
@@ -126,7 +126,7 @@ def transprune(
 
 
 def dart(state: LayerState, k: int) -> Tensor:
-    """For each pivot the cosines to all that is left, and the lowest of them."""
+    """For each pivot, its cosines to the remaining tokens, and the lowest of these."""
     vision, text = state.vision, state.text.nonzero().squeeze(1)
     norms = state.recorded[1, "keys"].abs().sum(1)
     states = state.recorded[1, "normed"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vtc's choices and those of released code on the same tensors, and how long they take."""
+"""Times vtc's selections and those of released code on the same tensors."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _layers(n: int, k: int, d: int) -> Pairs:
 
 
 class _Transitions:
-    """TransPrune's three cuts, of what its layers did to the tokens that they held."""
+    """TransPrune's three cuts, with random states of the tokens that its layers hold."""
 
     def __init__(self, n: int, d: int, look: bool) -> None:
         self.method = vtc.TransPrune(direction="signed", softmax_scope="sequence")
@@ -117,7 +117,7 @@ class _Transitions:
             for layer in self.method.watched(32)
             for part in parts
         }
-        # Which tokens each layer held, by the method's own choices.
+        # The tokens that each layer holds, by the method's choices.
         self.states, place, memory = [], torch.arange(shape[0]), None
         self.held: dict[int, Tensor] = {}
         for cut in self.cuts:
@@ -228,9 +228,9 @@ def _tower(n: int, k: int, d: int) -> Pairs:
 
 
 def pairs(n: int, k: int, d: int) -> Pairs:
-    """For each method, vtc's choice and that of the released code, on the same tensors.
+    """For each method, vtc's selection and that of the released code, on the same tensors.
 
-    Both return which tokens stay, or what these hold where they are merged.
+    Both return the kept tokens, or their contents if tokens are merged.
     """
     given, looking = _Transitions(n, d, False), _Transitions(n, d, True)
     return {
@@ -245,13 +245,19 @@ def pairs(n: int, k: int, d: int) -> Pairs:
 def measure(
     n: int, k: int, d: int, repeats: int, only: str = ""
 ) -> dict[str, tuple[float, float, float]]:
-    """Medians of vtc's and the released code's milliseconds, and of the quotients of pairs.
+    """Median milliseconds of vtc's and the released code, and the median ratio of their pairs.
 
-    Times are of the process, not of the clock, so that what else runs on the machine counts less;
-    the two take turns.
+    Times are process time, so that other load counts less; the two are interleaved.
 
     Args:
-        only: a part of the names of those to measure.
+        n: number of tokens.
+        k: number of tokens to keep.
+        d: width of the tokens.
+        repeats: number of rounds.
+        only: measure only names that contain this.
+
+    Returns:
+        By name: (vtc, released, ratio of released to vtc).
     """
     found = {}
     with torch.no_grad():
@@ -272,10 +278,10 @@ def measure(
 
 
 def show(n: int, k: int, d: int, repeats: int, only: str = "") -> None:
-    """Print what `measure` finds."""
+    """Print the results of `measure`."""
     title = f"{k} of {n} tokens, d = {d}, float32, process time"
     table = Table("ms", box=SIMPLE_HEAD, title=title, collapse_padding=True, pad_edge=False)
-    for header in ("vtc", "released", "times as fast"):
+    for header in ("vtc", "released", "speed-up"):
         table.add_column(header, justify="right")
     for name, (ours, theirs, ratio) in measure(n, k, d, repeats, only).items():
         shown = (f"{ms:.{1 if ms >= 10 else 2}f}" for ms in (ours, theirs))

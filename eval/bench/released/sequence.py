@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Released code of methods that choose before the language model, stated anew."""
+"""Released code of methods that select before the language model, reimplemented."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vtc.core import VisionTokens
 
 
 def divprune(tokens: VisionTokens, k: int) -> Tensor:
-    """All distances; the minimum over those chosen is taken anew at each step."""
+    """All distances; each step recomputes the minimum over the chosen."""
     rows = normalize(tokens.features.float(), dim=1)
     distance = 1.0 - rows @ rows.T
     chosen = torch.empty(k, dtype=torch.long)
@@ -27,7 +27,7 @@ def divprune(tokens: VisionTokens, k: int) -> Tensor:
 
 
 def cdpruner(tokens: VisionTokens, k: int) -> Tensor:
-    """A kernel of all pairs, and a step of Cholesky over all tokens for each choice."""
+    """A kernel of all pairs, and a Cholesky step over all tokens per choice."""
     assert tokens.text is not None
     rows = normalize(tokens.features.float(), dim=1)
     found = (rows @ normalize(tokens.text.float(), dim=1).T).mean(1)
@@ -46,7 +46,7 @@ def cdpruner(tokens: VisionTokens, k: int) -> Tensor:
 
 
 def visionzip(tokens: VisionTokens, k: int) -> Tensor:
-    """Contextual tokens by a one-hot product; all of the patches that are left are copied."""
+    """Contextual tokens by a one-hot product; copies all remaining patches."""
     assert tokens.cls_attention is not None
     assert tokens.keys is not None
     assert tokens.encoder is not None
@@ -68,7 +68,7 @@ def visionzip(tokens: VisionTokens, k: int) -> Tensor:
 
 
 def vispruner(tokens: VisionTokens, k: int) -> Tensor:
-    """All similarities of the two halves of what is left are made anew at each step."""
+    """Each step recomputes all similarities between the two halves of the rest."""
     assert tokens.cls_attention is not None
     assert tokens.encoder is not None
     ranked = tokens.cls_attention.argsort(descending=True)
@@ -83,7 +83,7 @@ def vispruner(tokens: VisionTokens, k: int) -> Tensor:
 
 
 def _covering(similarity: Tensor, k: int, factor: Tensor | float = 1.0) -> Tensor:
-    """Facility location; every gain is taken anew from all similarities at each step."""
+    """Facility location; each step recomputes all gains from all similarities."""
     covered = similarity.new_zeros(len(similarity), 1)
     barred = torch.zeros(similarity.shape[1], dtype=torch.bool)
     for _ in range(k):
@@ -113,7 +113,8 @@ def mmtok(tokens: VisionTokens, k: int) -> Tensor:
 
 
 def holov(tokens: VisionTokens, k: int) -> Tensor:
-    """A variance of cosines for each part, a share of the budget, and the best of each part."""
+    """A variance of cosines per part gives its fraction of the budget; then the best of each
+    part."""
     assert tokens.cls_attention is not None
     n, scores = len(tokens), []
     parts = torch.tensor_split(torch.arange(n), max(1, 16 * n // (9 * k)))
@@ -151,7 +152,7 @@ def _prumerged(tokens: VisionTokens, attention: Tensor, kept: Tensor) -> Tensor:
 
 
 def _of_cls(tokens: VisionTokens) -> Tensor:
-    """(n,) attention of one head, of which only the row of [CLS] is made here."""
+    """(n,) attention of one head, computed for the [CLS] row only."""
     assert tokens.keys is not None
     assert tokens.cls_query is not None
     assert tokens.cls_key is not None
@@ -160,13 +161,13 @@ def _of_cls(tokens: VisionTokens) -> Tensor:
 
 
 def prumerge(tokens: VisionTokens, k: int) -> Tensor:
-    """For each kept patch in turn its neighbours among all others, added by attention."""
+    """For each kept patch, one after the other, the attention-weighted sum of its neighbours."""
     attention = _of_cls(tokens)
     return _prumerged(tokens, attention, attention.topk(k - 1).indices)
 
 
 def prumerge_plus(tokens: VisionTokens, k: int) -> Tensor:
-    """The same with an even grid for half of the patches, some of which may be kept twice."""
+    """The same, with half of the patches on an even grid, so that some may be kept twice."""
     attention, even = _of_cls(tokens), (k - 1) // 2
     step = len(tokens) // even
     grid = torch.arange(step // 2, len(tokens), step)[:even]
@@ -176,8 +177,8 @@ def prumerge_plus(tokens: VisionTokens, k: int) -> Tensor:
 
 
 def vscan(tokens: VisionTokens, k: int) -> Tensor:
-    """The best of each of 4 x 4 windows of the early map, then of the late one without them; what
-    goes is added to the kept token that is most like it, and divided by how many there are."""
+    """The best of each of 4 x 4 windows of the early map, then of the rest by the late one; dropped
+    tokens are averaged into the most similar kept token."""
     assert tokens.cls_attention is not None
     assert tokens.low_attention is not None
     rows, columns = (int(x) + 1 for x in tokens.places("vscan", "has windows")[-1, 1:])

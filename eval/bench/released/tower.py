@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Released code of methods that act inside the vision tower, stated anew.
+"""Released code of methods that act inside the vision tower, reimplemented.
 
-FlowCut's repository could not be read when this was written: `flowcut` follows the library's notes
-on it, and takes the cheaper way wherever these leave one open.
+FlowCut's repository was unavailable at the time of writing: `flowcut` follows the library's notes
+on it, with the cheaper variant where these are ambiguous.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .attention import HEADS
 
 @dataclass(frozen=True)
 class TowerLayer:
-    """What a tower layer makes of [CLS] and n patches: (1, h, n + 1, d_head) each, and (n + 1, d)
-    what leaves its attention."""
+    """A tower layer's queries, keys and values for [CLS] and n patches, (1, h, n + 1, d_head) each,
+    and its attention output, (n + 1, d)."""
 
     query: Tensor
     key: Tensor
@@ -36,14 +36,14 @@ class TowerLayer:
         return cls(query, key, value, torch.randn(n + 1, d, generator=generator))
 
     def whole(self) -> Tensor:
-        """(1, h, n + 1, n + 1) what eager attention makes."""
+        """(1, h, n + 1, n + 1) eager attention."""
         logits = self.query @ self.key.transpose(2, 3) * self.query.shape[3] ** -0.5
         return logits.softmax(-1)
 
 
 def tome(layer: TowerLayer, r: int) -> Tensor:
-    """Keys averaged over heads and scaled, all products of the two halves, a sort of the best of
-    each row; contents and sizes are gathered, added up by a scatter, and divided. (n + 1 - r, d)"""
+    """Keys averaged over heads and normalised, all products of the two halves, a sort of each row's
+    best; contents and sizes are gathered, summed by a scatter, and divided. (n + 1 - r, d)"""
     metric = layer.key.mean(1)
     metric = metric / metric.norm(dim=-1, keepdim=True)
     first, second = metric[:, ::2], metric[:, 1::2]
@@ -68,7 +68,7 @@ def tome(layer: TowerLayer, r: int) -> Tensor:
 
 def flowcut(layer: TowerLayer, state: EncoderState, k: int) -> Tensor:
     """Softmax of the products of [CLS]'s value with all, L1 norm of the mean value, the average
-    with the scores before, an entropy for the number that goes, the best of the rest, sorted."""
+    with earlier scores, an entropy for the number to drop, the best of the rest, sorted."""
     assert state.memory is not None
     n, relation, values = len(state), state.attention, layer.value[0]
     products = values[:, :1] @ values.transpose(1, 2)
@@ -85,7 +85,7 @@ def flowcut(layer: TowerLayer, state: EncoderState, k: int) -> Tensor:
 
 
 def flowcut_attention(layer: TowerLayer) -> Tensor:
-    """(n,) the layer runs eagerly; of its map the row of [CLS], mean over heads."""
+    """(n,) the layer runs eagerly; its map's [CLS] row, mean over heads."""
     attention = layer.whole()
-    (attention @ layer.value).transpose(1, 2).contiguous()  # what the layer goes on with
+    (attention @ layer.value).transpose(1, 2).contiguous()  # the layer's output
     return attention[0, :, 0].mean(0)[1:]

@@ -20,13 +20,13 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "white": (250, 250, 250),
     "black": (16, 16, 16),
 }
-"""Colour names and their central RGB values; scenes jitter them a little."""
+"""Colour names and their central RGB values, which scenes jitter slightly."""
 
 _SUPERSAMPLING = 3
 
 
 def _noise(rng: np.random.Generator, size: int, cells: int, channels: int) -> np.ndarray:
-    """Smooth noise (size, size, channels), about unit variance."""
+    """(size, size, channels) smooth noise of about unit variance."""
     coarse = rng.standard_normal((cells, cells, channels)).astype(np.float32)
     layers = [
         np.asarray(Image.fromarray(coarse[:, :, c]).resize((size, size), Image.Resampling.BICUBIC))
@@ -36,9 +36,9 @@ def _noise(rng: np.random.Generator, size: int, cells: int, channels: int) -> np
 
 
 def background(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A textured background (size, size, 3) float in mid tones and of low saturation.
+    """(size, size, 3) float textured background in mid tones of low saturation.
 
-    Mid tones, so that white and black objects stand out as well as coloured ones.
+    Mid tones, so that white and black objects stand out like coloured ones.
     """
     tone = rng.uniform(95, 190) + rng.uniform(-16, 16, 3)
     canvas = np.empty((size, size, 3), dtype=np.float32)
@@ -57,7 +57,7 @@ def background(rng: np.random.Generator, size: int) -> np.ndarray:
     elif kind == 1:  # checks
         cell = int(rng.integers(12, 60))
         canvas += rng.uniform(3, 10) * (((xx // cell + yy // cell) % 2) * 2 - 1)[..., None]
-    elif kind == 2:  # a slope of light
+    elif kind == 2:  # a light gradient
         angle = rng.uniform(0, 2 * math.pi)
         slope = (xx * math.cos(angle) + yy * math.sin(angle)) / size
         canvas += rng.uniform(10, 40) * (slope - slope.mean())[..., None]
@@ -68,7 +68,7 @@ def background(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def clutter(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
-    """Thin grey strokes and specks that belong to no object; returns a new canvas."""
+    """Add thin grey strokes and specks that belong to no object; returns a new canvas."""
     size = canvas.shape[0]
     picture = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
     draw = ImageDraw.Draw(picture)
@@ -91,7 +91,7 @@ def _turned(points: list[tuple[float, float]], angle: float) -> list[tuple[float
 
 
 def shape_mask(shape: str, radius: float, angle: float) -> np.ndarray:
-    """Coverage (side, side) in [0, 1] of ``shape``, centred; ``radius`` bounds it (pixels)."""
+    """(side, side) coverage in [0, 1] of a centred shape within `radius` pixels."""
     half = math.ceil(radius) + 2
     scale = radius * _SUPERSAMPLING
     middle = half * _SUPERSAMPLING
@@ -160,9 +160,14 @@ def shape_mask(shape: str, radius: float, angle: float) -> np.ndarray:
 def paint(
     canvas: np.ndarray, mask: np.ndarray, x: float, y: float, color: np.ndarray, shade: float
 ) -> None:
-    """Paints ``mask`` in ``color`` centred at ``(x, y)`` into ``canvas``, in place.
+    """Paint a shape onto a canvas, in place.
 
-    ``shade`` is the difference in tone between the top and the bottom of the shape.
+    Args:
+        canvas: (H, W, 3) float.
+        mask: (side, side) coverage.
+        x, y: centre, in pixels.
+        color: (3,) RGB.
+        shade: difference in tone between top and bottom of the shape.
     """
     side = mask.shape[0]
     top, left = round(y - side / 2), round(x - side / 2)

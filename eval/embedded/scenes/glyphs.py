@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fonts and the layout of printed characters.
 
-Every character is placed on its own, so that its centre and its box are known exactly: the dense
-labels (which character lies under which patch) and the rendered picture come from the same numbers.
+Every character is placed separately, so its centre and box are known exactly: the dense labels
+(which character lies under which patch) and the rendered picture use the same numbers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FONTS: tuple[str, ...] = (
     "DejaVuSansMono-Oblique.ttf",
     "cmtt10.ttf",
 )
-"""Fonts shipped with matplotlib whose characters are all of one width."""
+"""Monospaced fonts shipped with matplotlib."""
 
 SIZES: dict[str, tuple[int, ...]] = {
     name: (23, 24, 25) if name.startswith("cm") else (19, 20, 21, 22) for name in FONTS
@@ -28,16 +28,16 @@ SIZES: dict[str, tuple[int, ...]] = {
 """Font sizes in pixels at which a character fills one 14-pixel cell."""
 
 SCALES: tuple[int, ...] = (1, 2)
-"""By how much a text is larger than that: its characters fill 14 or 28 pixels."""
+"""Scales of texts: characters fill 14 or 28 pixels."""
 
 ADVANCE = 14
-"""Distance in pixels between two characters: the side of a patch. Texts are set on the raster of
-the patches, a character to a patch, so that a tower trained for minutes can read them."""
+"""Distance in pixels between characters: the side of a patch. Texts are aligned with the patches,
+one character per patch, so that a tower can learn to read them in minutes."""
 
 
 @dataclass(frozen=True)
 class Glyph:
-    """One printed character: its box centre (pixels of the picture) and the size of its cell."""
+    """A printed character: the centre of its box, in pixels of the picture, and its cell's size."""
 
     char: str
     x: float
@@ -55,7 +55,7 @@ def _font_folder() -> Path:
 
 @lru_cache(maxsize=64)
 def load_font(name: str, size: int) -> ImageFont.FreeTypeFont:
-    """The font ``name`` of :data:`FONTS` at ``size`` pixels."""
+    """The font `name` of `FONTS` at `size` pixels."""
     return ImageFont.truetype(
         str(_font_folder() / name), size, layout_engine=ImageFont.Layout.BASIC
     )
@@ -64,9 +64,14 @@ def load_font(name: str, size: int) -> ImageFont.FreeTypeFont:
 def place(
     text: str, size: int, column: int, row: int, dx: float, dy: float, scale: int = 1
 ) -> tuple[Glyph, ...]:
-    """Sets ``text`` from the patch at ``row`` and ``column`` on, shifted by a pixel or so.
+    """Lay out a text.
 
-    ``size`` is the font's, already times ``scale``; a character takes ``scale`` patches each way.
+    Args:
+        text: the text.
+        size: the font's size in pixels, including `scale`.
+        column, row: the patch of the first character.
+        dx, dy: shift in pixels.
+        scale: patches per character, in each direction.
     """
     y = (row + scale / 2) * ADVANCE + dy
     width = float(ADVANCE * scale)
@@ -78,12 +83,12 @@ def place(
 
 @lru_cache(maxsize=32768)
 def _mask(font: str, size: int, char: str) -> np.ndarray:
-    """Coverage (side, side) in [0, 1] of one character, its cap height centred."""
+    """(side, side) coverage in [0, 1] of one character, with its cap height centred."""
     side = 2 * size
     picture = Image.new("L", (side, side), 0)
     draw = ImageDraw.Draw(picture)
-    # "ms" anchors at the baseline, so that all characters of a line stand on one line; a cap is
-    # about 0.72 of the font size high, which puts its middle at the centre of the mask
+    # "ms" anchors at the baseline, which all characters of a line share; a cap's height is about
+    # 0.72 of the font size, so its middle is at the centre of the mask
     draw.text(
         (side / 2, side / 2 + 0.36 * size), char, font=load_font(font, size), fill=255, anchor="ms"
     )
@@ -97,7 +102,7 @@ def draw_glyphs(
     size: int,
     color: np.ndarray,
 ) -> None:
-    """Paints the characters into ``canvas`` (H, W, 3) float, in place."""
+    """Paint the characters onto `canvas`, (H, W, 3) float, in place."""
     height, width = canvas.shape[:2]
     for glyph in glyphs:
         mask = _mask(font, size, glyph.char)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dense labels: what each of the 24 x 24 patches of a 336-pixel picture shows.
 
-The labels are local on purpose: a patch is told about the object, the character or the tile that
-it lies on, and nothing about the rest of the picture. The vision tower trained on them keeps
-information where it belongs, so that dropping tokens drops information.
+The labels are deliberately local: they describe the object, character or tile under a patch, and
+nothing else in the picture. A vision tower trained on them keeps information in its place, so that
+dropping tokens drops information.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CHARS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ."
 MAX_CHARS = 8
 MAX_TILES = 4
 PHOTO_CLASSES, PHOTO_BRANDS, PHOTO_KINDS = 64, 16, 8
-"""Room for the classes of the photo set, whose names come with its data."""
+"""Maximum number of classes of the photo set, whose names come with its data."""
 
 FIELDS: Mapping[str, int] = MappingProxyType(
     {
@@ -50,12 +50,12 @@ FIELDS: Mapping[str, int] = MappingProxyType(
         "tile_col": 1 + MAX_TILES,
     }
 )
-"""Number of classes of each label; class 0 says that the label does not apply.
+"""Number of classes of each label; class 0 means that the label does not apply.
 
-``centre`` marks the one patch that holds the centre of an object, a character or a tile; ``dx`` and
-``dy`` are the way from the patch to its object's centre in patches, -3 to 3, plus 4; ``index`` is
-the place of a character in its text, from 1, and ``last`` marks the last one; ``region`` is the
-ninth of the picture that an object's centre is in.
+`centre` marks the patch with the centre of an object, a character or a tile; `dx` and `dy` are the
+offset from the patch to its object's centre in patches, -3 to 3, plus 4; `index` is a character's
+position in its text, from 1, and `last` marks the last one; `region` is the ninth of the picture
+with an object's centre.
 """
 
 FIELD_INDEX: Mapping[str, int] = MappingProxyType({name: i for i, name in enumerate(FIELDS)})
@@ -67,7 +67,7 @@ KEY_INDEX = {key: 1 + i for i, key in enumerate(DOCUMENT_KEYS)}
 
 
 def empty_labels() -> np.ndarray:
-    """Labels (fields, 24, 24) uint8 of an empty picture."""
+    """(fields, 24, 24) uint8 labels of an empty picture."""
     return np.zeros((len(FIELDS), GRID, GRID), dtype=np.uint8)
 
 
@@ -76,7 +76,7 @@ _PATCH_Y = _PATCH_X.T
 
 
 def patch_of(x: float, y: float) -> tuple[int, int]:
-    """Row and column of the patch that holds pixel ``(x, y)``."""
+    """(row, column) of the patch at pixel (x, y)."""
     return (
         min(max(int(y // PATCH_SIZE), 0), GRID - 1),
         min(max(int(x // PATCH_SIZE), 0), GRID - 1),
@@ -86,7 +86,7 @@ def patch_of(x: float, y: float) -> tuple[int, int]:
 def label_object(
     labels: np.ndarray, shape: str, color: str, region: int, x: float, y: float, radius: float
 ) -> None:
-    """Labels the patches of an object, in place."""
+    """Label an object's patches, in place."""
     inside = (_PATCH_X - x) ** 2 + (_PATCH_Y - y) ** 2 <= (0.9 * radius) ** 2
     row, col = patch_of(x, y)
     inside[row, col] = True
@@ -110,9 +110,9 @@ def label_glyph(
     key: str,
     box: tuple[float, float, float, float],
 ) -> None:
-    """Labels the patches of one character, in place; ``box`` is (x, y, width, height), centred.
+    """Label a character's patches, in place; `box` is (x, y, width, height) around the centre.
 
-    The centre of a character of two patches lies on their border: its first patch stands for it.
+    The centre of a character of two patches lies on their border: its first patch is marked.
     """
     x, y, width, height = box
     inset = (width - PATCH_SIZE) / 2
@@ -132,7 +132,7 @@ def label_glyph(
     )
     for name, value in values:
         plane = labels[FIELD_INDEX[name]]
-        # a patch already claimed as another character's centre stays that character's
+        # a patch that is another character's centre keeps its label
         block = plane[top : bottom + 1, left : right + 1]
         free = labels[FIELD_INDEX["centre"], top : bottom + 1, left : right + 1] == 0
         block[free] = value
@@ -143,7 +143,7 @@ def label_glyph(
 def label_tile(
     labels: np.ndarray, g: int, row: int, col: int, photo: int, brand: int, kind: int, color: int
 ) -> None:
-    """Labels the patches of tile ``(row, col)``, counted from 0, of a g x g mosaic, in place."""
+    """Label the patches of tile (row, col), from 0, of a g x g mosaic, in place."""
     side = GRID // g
     area = (slice(row * side, (row + 1) * side), slice(col * side, (col + 1) * side))
     values = (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a scene is made of: objects and printed texts, and the boxes that they fill."""
+"""The parts of a scene: objects and printed texts, and their boxes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class SceneObject:
-    """A coloured shape; ``x``, ``y``, ``radius`` in pixels, ``region`` 0 to 8 in reading order."""
+    """A coloured shape; `x`, `y`, `radius` in pixels, `region` 0 to 8 in reading order."""
 
     shape: str
     color: str
@@ -26,7 +26,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Print:
-    """A printed text. ``role``: number, word, key or value; ``key`` names the document's line."""
+    """A printed text. `role`: number, word, key or value; `key` names the document's line."""
 
     role: str
     text: str

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Questions on a scene.
 
-A question names only what is unique in its scene, yes and no are asked equally often of the same
-scene, and counts are drawn evenly over the counts that occur, so that guessing does not pay.
+A question refers only to unique things, yes and no are equally frequent in each scene, and counts
+are drawn uniformly from those that occur, so that guessing does not pay.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from .parts import Box, Print, SceneObject
 
 
 class Asked(NamedTuple):
-    """A question with its answer, and where in the picture the answer stands.
+    """A question with its answer and its evidence in the picture.
 
-    ``evidence`` has one box for each object or tile that the answer is about, both objects of a
-    relation in the order in which the question names them, or one box for each character that is
-    read. It is empty where the answer is no or 0 because there is no such thing.
+    `evidence` has one box per object or tile that the answer refers to (both objects of a relation,
+    in the question's order), or one per character to read. It is empty if the answer is no or 0
+    because there is no such thing.
     """
 
     question: str
@@ -34,7 +34,7 @@ class Asked(NamedTuple):
 
 @dataclass(frozen=True)
 class Question:
-    """A question on one picture, its only right answer, and the boxes it can be read from."""
+    """A question on one picture, its only right answer, and the boxes of its evidence."""
 
     id: str
     question: str
@@ -48,13 +48,13 @@ TYPES: tuple[str, ...] = (
 )  # fmt: skip
 
 _APART = 34.0
-"""Least distance in pixels along an axis for "left of" and "above" to be asked about."""
+"""Minimum distance in pixels along an axis for questions on "left of" and "above"."""
 
 
 def compose(
     objects: tuple[SceneObject, ...], prints: tuple[Print, ...], rng: np.random.Generator
 ) -> list[Asked]:
-    """All that is asked about a scene of these, in random order."""
+    """All questions on a scene with these objects and texts, in random order."""
     triples: list[Asked] = []
     if objects:
         triples += _existence(objects, rng)
@@ -77,7 +77,7 @@ def _box(item: SceneObject) -> Box:
 
 
 def _boxes(objects: tuple[SceneObject, ...], description: str) -> tuple[Box, ...]:
-    """Boxes of the objects that ``description`` ("red", "square", "red square") fits."""
+    """Boxes of the objects that match `description` ("red", "square", "red square")."""
     words = [w for w in description.split() if w in COLORS or w in SHAPES]
     return tuple(_box(o) for o in objects if all(w in (o.color, o.shape) for w in words))
 
@@ -95,13 +95,13 @@ def _plural(noun: str) -> str:
 
 
 def _unique(objects: tuple[SceneObject, ...]) -> list[SceneObject]:
-    """Objects whose colour and shape together occur once."""
+    """Objects whose combination of colour and shape occurs once."""
     names = Counter(_name(o) for o in objects)
     return [o for o in objects if names[_name(o)] == 1]
 
 
 def _existence(objects: tuple[SceneObject, ...], rng: np.random.Generator) -> list[Asked]:
-    """One yes and one no: a shape, a colour, or both; a no on both is about parts that occur."""
+    """One yes and one no, on a shape, a colour, or both; a no on both combines parts that occur."""
     shapes, colors = sorted({o.shape for o in objects}), sorted({o.color for o in objects})
     names = {_name(o) for o in objects}
     draw = rng.random()
@@ -145,7 +145,7 @@ def _attribute(objects: tuple[SceneObject, ...], rng: np.random.Generator) -> li
 
 
 def _count(objects: tuple[SceneObject, ...], rng: np.random.Generator) -> list[Asked]:
-    """Two counts of a colour, a shape or all objects, even over the counts that occur."""
+    """Two counts of a colour, a shape or all objects, uniform over the counts that occur."""
     shapes, colors = Counter(o.shape for o in objects), Counter(o.color for o in objects)
     pools: dict[int, list[tuple[str, str]]] = {}
     for shape in SHAPES:
@@ -164,7 +164,7 @@ def _count(objects: tuple[SceneObject, ...], rng: np.random.Generator) -> list[A
 
 
 def _position(objects: tuple[SceneObject, ...], rng: np.random.Generator) -> list[Asked]:
-    """What is in a ninth of the picture, and in which ninth an object is."""
+    """Which object is in a ninth of the picture, and in which ninth an object is."""
     chosen: list[Asked] = []
     for i in rng.permutation(len(objects))[:2].tolist():
         item = objects[i]
@@ -202,7 +202,8 @@ def _relation(objects: tuple[SceneObject, ...], rng: np.random.Generator) -> lis
 
 
 def _reading(prints: tuple[Print, ...], rng: np.random.Generator) -> list[Asked]:
-    """Every printed number, word and value; a text is named by its colour or by being the only."""
+    """Every printed number, word and value; a text is identified by its colour, unless it is the
+    only one."""
     triples: list[Asked] = []
     for role, kind in (("number", "digits"), ("word", "word")):
         texts = [p for p in prints if p.role == role]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generated pictures with questions: the project's own task, and what its VLM is trained on.
+"""Generated pictures with questions: the embedded VLM's task and training data.
 
-``generate(seed, split)`` is a pure function. Its splits draw from disjoint seed streams, and the
-numbers, words and amounts they show are disjoint too. Three kinds of scene: objects, objects with
-printed numbers and words, and small documents whose lines have a name and a value.
+`generate(seed, split)` is a pure function. Splits have disjoint seed streams, and disjoint numbers,
+words and amounts. There are three kinds of scene: objects, objects with printed numbers and words,
+and small documents whose lines have a name and a value.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ KINDS: tuple[str, ...] = ("objects", "text", "document")
 _KIND_WEIGHTS = (0.38, 0.40, 0.22)
 
 INKS: tuple[str, ...] = ("black", "red", "blue", "green", "purple")
-"""Colours of printed text: those that are dark on pale ground."""
+"""Colours of printed text, dark on a pale background."""
 
 TILT = 25.0
-"""How far, in degrees, an object is turned at most, either way."""
+"""Maximum rotation of an object in either direction, in degrees."""
 
 _CELL = IMAGE_SIZE / 3
 _PLACES = (-21, -7, 7, 21)
-"""How far, in pixels, an object's centre may lie from the centre of its ninth: on the raster of the
-patches, like texts, and at least 33 px from the ninth's border."""
+"""Offsets in pixels of an object's centre from the centre of its ninth: aligned with the patches,
+like texts, and at least 33 pixels from the ninth's border."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows; the picture, its labels and its questions follow from it."""
+    """The contents of a picture, which determine its pixels, labels and questions."""
 
     seed: int
     split: str
@@ -54,7 +54,7 @@ class Scene:
         return Image.fromarray(self.pixels())
 
     def pixels(self) -> np.ndarray:
-        """The picture as (336, 336, 3) uint8."""
+        """(336, 336, 3) uint8 pixels of the picture."""
         rng = _stream(self.seed, self.split, 1)
         canvas = background(rng, IMAGE_SIZE)
         if self.paper is not None:
@@ -70,7 +70,7 @@ class Scene:
             shade = float(rng.uniform(-30, 30))
             paint(canvas, mask, item.x, item.y, _jittered(rng, item.color), shade)
         for text in self.prints:
-            if self.paper is None:  # a text outside a document stands on a plate of its own
+            if self.paper is None:  # a text outside a document has its own plate
                 left, top, right, bottom = (round(v) for v in _box(text))
                 canvas[top:bottom, left:right] = rng.uniform(225, 250) + rng.uniform(-5, 5, 3)
         inks: dict[str, np.ndarray] = {}
@@ -82,7 +82,7 @@ class Scene:
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """Dense labels (fields, 24, 24) uint8; see :mod:`.labels`."""
+        """(fields, 24, 24) uint8 dense labels; see `labels`."""
         labels = empty_labels()
         for item in self.objects:
             where = (item.x, item.y, item.radius)
@@ -117,7 +117,15 @@ def _jittered(rng: np.random.Generator, color: str) -> np.ndarray:
 
 
 def generate(seed: int, split: str) -> Scene:
-    """The scene number ``seed`` of ``split`` ("train", "val" or "test")."""
+    """The scene number `seed` of a split.
+
+    Args:
+        seed: number of the scene, from 0.
+        split: "train", "val" or "test".
+
+    Raises:
+        ValueError: unknown split.
+    """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, not {split!r}")
     rng = _stream(seed, split, 0)
@@ -135,7 +143,7 @@ def _choice(rng: np.random.Generator, pool: tuple[str, ...] | list[str]) -> str:
 
 
 def _box(text: Print) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom of a printed text, in pixels, a little generous."""
+    """Left, top, right and bottom of a printed text in pixels, with a margin."""
     xs = [g.x - g.width / 2 for g in text.glyphs] + [g.x + g.width / 2 for g in text.glyphs]
     ys = [g.y - g.height / 2 for g in text.glyphs] + [g.y + g.height / 2 for g in text.glyphs]
     return min(xs) - 4, min(ys) - 4, max(xs) + 4, max(ys) + 4
@@ -144,9 +152,9 @@ def _box(text: Print) -> tuple[float, float, float, float]:
 def _objects(
     rng: np.random.Generator, count: int, printed: tuple[Print, ...]
 ) -> tuple[SceneObject, ...]:
-    """Up to ``count`` objects, at most one to a ninth of the picture, none touching another."""
+    """Up to `count` objects, at most one per ninth of the picture, without contact."""
     palette, shapes = list(COLORS), list(SHAPES)
-    # now and then one colour or one shape is frequent, so that counts above two occur
+    # sometimes one colour or shape is frequent, for counts above two
     theme = rng.random()
     share = rng.uniform(0.3, 0.9)
     color, shape = _choice(rng, palette), _choice(rng, shapes)
@@ -180,7 +188,7 @@ def _objects(
 
 
 def _prints(rng: np.random.Generator, split: str) -> tuple[Print, ...]:
-    """One to three numbers and words of different colours, none touching another."""
+    """One to three numbers and words of different colours, without contact."""
     colors = [INKS[i] for i in rng.permutation(len(INKS))]
     prints: list[Print] = []
     for k in range(int(rng.integers(1, 4))):
@@ -211,7 +219,7 @@ def _prints(rng: np.random.Generator, split: str) -> tuple[Print, ...]:
 def _document(
     rng: np.random.Generator, split: str
 ) -> tuple[tuple[Print, ...], tuple[float, float, float, float]]:
-    """A sheet of three to six lines, each a key on the left and a value on the right."""
+    """A sheet of three to six lines, each with a key on the left and a value on the right."""
     lines = int(rng.integers(3, 7))
     keys = [DOCUMENT_KEYS[i] for i in rng.permutation(len(DOCUMENT_KEYS))[:lines]]
     values = [sample_amount(rng, split) for _ in range(lines)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The words that scenes show and documents name, and how texts are divided over the splits."""
+"""The words of scenes and documents, and their division into splits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DOCUMENT_KEYS: tuple[str, ...] = (
     "salt", "cake", "juice", "sugar", "paper", "pen", "book", "lamp", "room", "seat", "gate",
     "table", "date",
 )  # fmt: skip
-"""What a line of a document may be called; printed in capitals."""
+"""Names of a document's lines, printed in capitals."""
 
 _WORD_LIST = """
     ACE ACID AGE AIR ANT APEX ARCH ARM ART ASH ATLAS AXE BAG BAKE BAND BANK BARN BASE BAT
@@ -37,13 +37,13 @@ _WORD_LIST = """
     WHEEL WIND WINTER WOLF WOOD WOOL YARN YACHT ZEBRA ZERO ZINC ZONE
 """
 WORDS: tuple[str, ...] = tuple(_WORD_LIST.split())
-"""Short words that scenes show."""
+"""Short words for scenes."""
 
 _CONSONANTS, _VOWELS = "BCDFGHJKLMNPQRSTVWXYZ", "AEIOU"
 
 
 def split_of(text: str) -> str:
-    """The one split in which ``text`` may be shown: about 7 in 10 texts are for training."""
+    """The only split that may show `text`; about 7 in 10 texts are for training."""
     bucket = zlib.crc32(b"vtc:" + text.encode()) % 10
     return "train" if bucket < 7 else "val" if bucket == 7 else "test"
 
@@ -62,7 +62,7 @@ _BY_SPLIT = {s: tuple(w for w in WORDS if split_of(w) == s) for s in ("train", "
 
 
 def sample_word(rng: np.random.Generator, split: str) -> str:
-    """A word of ``split``; two of three training words are made up, so none can be memorised."""
+    """A word of `split`; two of three training words are made up, against memorisation."""
     if split == "train" and rng.random() < 0.67:
         while split_of(word := _made_up(rng)) != "train":
             pass
@@ -72,7 +72,7 @@ def sample_word(rng: np.random.Generator, split: str) -> str:
 
 
 def sample_number(rng: np.random.Generator, split: str, digits: int) -> str:
-    """A number of ``digits`` digits, without leading zeros, that belongs to ``split``."""
+    """A number of `split` with `digits` digits, without leading zeros."""
     while True:
         number = str(int(rng.integers(10 ** (digits - 1), 10**digits)))
         if split_of(number) == split:
@@ -80,7 +80,7 @@ def sample_number(rng: np.random.Generator, split: str, digits: int) -> str:
 
 
 def sample_amount(rng: np.random.Generator, split: str) -> str:
-    """The value of a line of a document: a whole number or an amount with two decimals."""
+    """A document line's value: a whole number or an amount with two decimals."""
     while True:
         if rng.random() < 0.5:
             value = str(int(rng.integers(10, 1000)))

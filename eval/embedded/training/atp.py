@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The embedded VLM and generated scenes as the data that `python -m vtc.training.atp` trains on.
-
-It has the functions of `vtc.training.data.Data`.
+"""The embedded VLM and generated scenes as the data module of `python -m vtc.training.atp`; see
+`vtc.training.data.Data`.
 """
 
 from __future__ import annotations
@@ -31,20 +30,28 @@ def load(folder: Path) -> tuple[Any, Any]:
 
 
 def batches(processor: Any, split: str, size: int, first: int, steps: int) -> SceneBatches:
-    """Batches of scenes from number `first` on."""
+    """Batches of scenes, starting with number `first`."""
     return SceneBatches(processor, split, size, first, steps)
 
 
 def measure(
     model: Any, processor: Any, folder: Path, count: int, first: int = 0, seeds: int = 3
 ) -> dict[str, Any]:
-    """Hard pruning through `vtc.patch` on scenes of the test split from number `first` on, each
-    with one question.
+    """Evaluate hard pruning through `vtc.patch` on scenes of the test split, each with one
+    question.
+
+    Args:
+        model: the model.
+        processor: its processor.
+        folder: folder of the heads.
+        count: number of scenes.
+        first: number of the first scene.
+        seeds: number of runs of Random.
 
     Returns:
-        Target and mean equivalent tokens; accuracy of the full model, with the heads, and of
-        Random with as many tokens; and correlations of the tokens kept of an image with what its
-        scene shows.
+        Target and mean equivalent tokens; accuracies of the full model, with the heads, and of
+        Random with equally many tokens; and correlations of an image's kept tokens with its scene's
+        contents.
     """
     source = SceneBatches(processor, "test", 1, 0)
     samples = [source.sample(number) for number in range(first, first + count)]
@@ -55,12 +62,15 @@ def measure(
 
 @dataclass(frozen=True)
 class SceneBatches:
-    """Batches of generated scenes with one question each, evenly over the types of question that
-    a scene allows; a pure function of the step.
+    """Batches of generated scenes with one question each, uniform over a scene's types of question;
+    a pure function of the step.
 
     Args:
+        processor: the model's processor.
         split: "train", "val" or "test" of `scenes.scenes`.
-        first: number of the first scene. `steps`: batches when iterated over.
+        size: scenes per batch.
+        first: number of the first scene.
+        steps: number of batches when iterated over.
     """
 
     processor: Any
@@ -86,7 +96,7 @@ class SceneBatches:
         return scene, draw.choice([q for q in scene.questions if q.type == kind])
 
     def batch(self, samples: Sequence[tuple[Any, Any]]) -> dict[str, Tensor]:
-        """What the model takes, left-padded, with labels on the answers."""
+        """The model's inputs, left-padded, with labels on the answers."""
         tokenizer = self.processor.tokenizer
         texts = [
             f"{prompt_of(self.processor, question.question)} {question.answer}{tokenizer.eos_token}"
@@ -108,7 +118,7 @@ class SceneBatches:
 
 
 def judge(model: Any, processor: Any, samples: Sequence[tuple[Any, Any]]) -> list[bool]:
-    """Whether the model answers each question on its scene right: greedy, exact match."""
+    """Whether the model answers each question right: greedy, exact match."""
     found: list[bool] = []
     for start in tqdm(range(0, len(samples), 16), desc="measure"):
         chunk = [(question, scene.image) for scene, question in samples[start : start + 16]]
@@ -124,7 +134,7 @@ def summarise(
     mine: Sequence[bool],
     drawn: Sequence[Sequence[bool]],
 ) -> dict[str, Any]:
-    """The figures of `measure` from tokens per layer and right answers, one entry a scene each."""
+    """The figures of `measure`, from tokens per layer and right answers by scene."""
     from scipy.stats import pearsonr, spearmanr
 
     kept = [sum(counts) / len(counts) for counts in per_image]

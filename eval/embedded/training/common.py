@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all training stages share: data in, forward passes, the optimiser and checkpoints.
+"""Common parts of the training stages: inputs, forward passes, the optimiser and checkpoints.
 
-The forward passes use the modules of ``transformers`` but call them layer by layer: on a CPU,
-attention by plain matrix products is about 1.6 times as fast as the fused kernel with its backward
-pass, and a window of a picture can be passed with the position embeddings of its true place.
-``tests/eval/test_embedded.py`` holds them to the ordinary forward pass of the model.
+The forward passes use the modules of transformers but call them layer by layer: on a CPU, attention
+by plain matrix products is about 1.6 times as fast as the fused kernel with its backward pass, and
+windows of a picture can have the position embeddings of their true place.
+`tests/eval/test_embedded.py` compares them with the model's ordinary forward.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from transformers import CLIPVisionModel, LlamaModel
 from ..scenes.labels import FIELDS, GRID, PATCH_SIZE
 
 RUNS = Path(__file__).resolve().parent / "runs"
-"""Where checkpoints and logs of training go; ignored by git."""
+"""Folder for checkpoints and logs; ignored by git."""
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
 
 
 def to_pixels(images: np.ndarray) -> torch.Tensor:
-    """Pictures (n, H, W, 3) uint8 to what the tower takes: (n, 3, H, W) bf16, normalised."""
+    """Pictures (n, H, W, 3) uint8 as the tower's input: (n, 3, H, W) bf16, normalised."""
     pixels = (torch.from_numpy(images).float() / 255 - MEAN) / STD
     return pixels.permute(0, 3, 1, 2).contiguous().to(torch.bfloat16)
 
@@ -43,7 +43,7 @@ def _vision(tower: CLIPVisionModel) -> Any:
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """Attention of (b, heads, n, d) by plain products; ``mask`` is added to the scores."""
+    """Attention of (b, heads, n, d) by plain products; `mask` is added to the scores."""
     scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
     if mask is not None:
         scores = scores + mask
@@ -67,16 +67,24 @@ def vision_layer(layer: Any, x: torch.Tensor, heads: int) -> torch.Tensor:
 def vision_forward(
     tower: CLIPVisionModel, pixels: torch.Tensor, places: torch.Tensor | None, last: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """States (b, 1 + n, d) that LLaVA reads (one layer before the last) and, if ``last``, after it.
+    """Run the tower.
 
-    ``places`` (b, n) are the patches' places in the 24 x 24 grid; ``None`` for whole pictures.
+    Args:
+        tower: the tower.
+        pixels: (b, 3, H, W).
+        places: (b, n) the patches' places in the 24 x 24 grid; `None` for whole pictures.
+        last: whether to run the last layer.
+
+    Returns:
+        (b, 1 + n, d) states that LLaVA reads (of the penultimate layer), and those of the last
+        layer or `None`.
     """
     vision = _vision(tower)
     embeddings = vision.embeddings
     kernel = embeddings.patch_embedding.weight.flatten(1)
     b, _, height, width = pixels.shape
     rows, cols = height // PATCH_SIZE, width // PATCH_SIZE
-    # the convolution as a matrix product: its stride is its size
+    # the convolution as a matrix product, as its stride equals its size
     patches = pixels.view(b, 3, rows, PATCH_SIZE, cols, PATCH_SIZE).permute(0, 2, 4, 1, 3, 5)
     x = patches.reshape(b, rows * cols, -1) @ kernel.T
     positions = embeddings.position_embedding.weight
@@ -91,7 +99,7 @@ def vision_forward(
 
 
 def rotary(model: LlamaModel, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine (b, 1, n, d) of the rotary embedding at ``positions`` (b, n)."""
+    """(b, 1, n, d) cosine and sine of the rotary embedding at `positions` (b, n)."""
     frequencies = model.rotary_emb.inv_freq.float()
     angles = positions[..., None].float() * frequencies
     angles = torch.cat([angles, angles], dim=-1)[:, None]
@@ -104,7 +112,7 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 
 
 LOOKING_LAYERS, LOOKING_HEADS = (3, 5), (0, 2)
-"""Decoder layers and heads that are told where to look, by ``packs.evidence_loss``."""
+"""Decoder layers and heads whose attention `packs.evidence_loss` supervises."""
 
 
 def language_forward(
@@ -114,11 +122,18 @@ def language_forward(
     mask: torch.Tensor,
     where: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Final states (b, n, d) of the language model on embeddings ``x`` (b, n, d).
+    """Run the language model.
 
-    ``mask`` (b, 1, n, n) is added to the attention scores. With ``where`` (m, 2) of batch rows and
-    places, also what these places look at: for each of ``LOOKING_LAYERS`` log-probabilities
-    (m, heads, n) of ``LOOKING_HEADS``.
+    Args:
+        model: the language model.
+        x: (b, n, d) embeddings.
+        positions: (b, n).
+        mask: (b, 1, n, n), added to the attention scores.
+        where: (m, 2) batch rows and places whose attention is returned, or `None`.
+
+    Returns:
+        (b, n, d) final states, and for each of `LOOKING_LAYERS` the (m, heads, n) attention
+        log-probabilities of `LOOKING_HEADS`.
     """
     looks: list[torch.Tensor] = []
     b, n, d = x.shape
@@ -153,7 +168,7 @@ def language_forward(
 
 
 class DenseHead(nn.Module):
-    """Reads the dense labels off patch features (b, n, d); its logits are split by field."""
+    """Predicts dense labels from patch features (b, n, d); logits are split by field."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -165,9 +180,9 @@ class DenseHead(nn.Module):
 
 
 def dense_loss(logits: list[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
-    """Weighted cross-entropy; ``labels`` (b, fields, n).
+    """Weighted cross-entropy; `labels` (b, fields, n).
 
-    Where a label does not apply, which is mostly so, its patch counts an eighth.
+    Patches to which a label does not apply, which are the majority, have a weight of an eighth.
     """
     total = torch.zeros(())
     for k, field_logits in enumerate(logits):
@@ -181,8 +196,8 @@ def dense_loss(logits: list[torch.Tensor], labels: torch.Tensor) -> torch.Tensor
 class MasterOptimizer:
     """Muon and AdamW on fp32 copies of bf16 parameters, with a moving average of the weights.
 
-    Groups whose third entry is true give their matrices to Muon (Jordan et al., 2024), which on
-    these small transformers needs about half of AdamW's steps; the rest goes to AdamW.
+    Muon (Jordan et al., 2024) updates the matrices of groups whose third entry is true, in about
+    half of AdamW's steps on these small transformers; AdamW updates the rest.
     """
 
     def __init__(
@@ -224,7 +239,7 @@ class MasterOptimizer:
         self.steps = 0
 
     def step(self, rate: float, clip: float = 1.0) -> float:
-        """One update at learning rate ``rate``; returns the norm of the gradient."""
+        """One update at learning rate `rate`; returns the gradient norm."""
         for master, parameter in zip(self.masters, self.parameters, strict=True):
             master.grad = None if parameter.grad is None else parameter.grad.float()
             parameter.grad = None
@@ -244,13 +259,13 @@ class MasterOptimizer:
         return float(norm)
 
     def swap_average(self) -> None:
-        """Writes the averaged weights into the parameters; :meth:`restore` undoes it."""
+        """Write the averaged weights into the parameters, until `restore`."""
         with torch.no_grad():
             for average, parameter in zip(self.averages, self.parameters, strict=True):
                 parameter.copy_(average)
 
     def restore(self) -> None:
-        """Writes the current weights into the parameters."""
+        """Write the current weights into the parameters."""
         with torch.no_grad():
             for master, parameter in zip(self.masters, self.parameters, strict=True):
                 parameter.copy_(master)
@@ -278,7 +293,7 @@ class MasterOptimizer:
 def with_muon(
     modules: Iterable[nn.Module], scale: float = 1.0
 ) -> list[tuple[list[nn.Parameter], float, bool]]:
-    """Groups for :class:`MasterOptimizer`: matrices inside transformer layers go to Muon."""
+    """Groups for `MasterOptimizer`, with Muon for matrices inside transformer layers."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for module in modules:
@@ -289,7 +304,7 @@ def with_muon(
 
 
 def rate_at(progress: float, peak: float, warmup: float = 0.02, floor: float = 0.02) -> float:
-    """Learning rate at ``progress`` in [0, 1]: linear warm-up, then a cosine to ``floor``."""
+    """Learning rate at `progress` in [0, 1]: linear warm-up, then a cosine to `floor`."""
     if progress < warmup:
         return peak * (progress + 1e-4) / warmup
     along = min((progress - warmup) / (1 - warmup), 1.0)
@@ -297,7 +312,7 @@ def rate_at(progress: float, peak: float, warmup: float = 0.02, floor: float = 0
 
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """Writes a checkpoint whole or not at all."""
+    """Write a checkpoint atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     torch.save(state, temporary)

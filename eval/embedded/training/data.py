@@ -18,7 +18,7 @@ from ..scenes.words import sample_number, sample_word
 
 
 class Picture(Protocol):
-    """What both generated scenes and mosaics of photos offer."""
+    """A generated scene or a mosaic of photos."""
 
     def pixels(self) -> np.ndarray: ...
 
@@ -27,7 +27,7 @@ class Picture(Protocol):
 
 
 def dense_scene(seed: int) -> Scene:
-    """A scene crowded with objects or with texts, from which the tower learns them faster.
+    """A scene crowded with objects or texts, from which the tower learns faster.
 
     An ordinary picture is mostly background, which teaches little at the same cost.
     """
@@ -70,10 +70,10 @@ def dense_scene(seed: int) -> Scene:
 
 
 class Stream:
-    """Draws scenes and, if there is a library, photos; no scene is drawn twice.
+    """Draws scenes without repetition and, with a library, photos.
 
-    ``worker`` of ``workers`` draws its own scenes; ``start`` sets the first one, so that a stage
-    can go on where another stopped.
+    Each of `workers` draws different scenes; `start` sets the first one, so that a stage can
+    continue where another stopped.
     """
 
     def __init__(
@@ -111,11 +111,11 @@ def triples_of(picture: Scene | Mosaic) -> list[Asked]:
 
 
 def caption_of(picture: Scene | Mosaic) -> Asked:
-    """All that a picture shows, in reading order, as the answer to one more question.
+    """A question whose answer lists all of a picture's contents in reading order.
 
-    Every word of it is one step from a patch (a place leads to a colour, a colour to a shape), so
-    captions teach the language model to look things up; questions take two such steps. They are
-    asked apart from the questions, which could otherwise be answered from the caption.
+    Every word is one step from a patch (a place leads to a colour, a colour to a shape), so
+    captions teach the language model to look things up; questions take two such steps. Captions are
+    kept apart from questions, which could otherwise be answered from the caption.
     """
     parts: list[str] = []
     if isinstance(picture, Mosaic):
@@ -133,17 +133,18 @@ def caption_of(picture: Scene | Mosaic) -> Asked:
 
 
 def window_of(picture: Scene | Mosaic, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """A random window of 144 patches: top row, left column, rows, columns.
+    """A random window of 144 patches: (top row, left column, rows, columns).
 
-    Texts get a strip as wide as the picture, so that no word is cut; the others a square.
+    Pictures with texts mostly get a strip of the full width, so that no word is cut; others a
+    square.
     """
     strip = isinstance(picture, Scene) and (bool(picture.prints) or rng.random() < 0.15)
     rows, cols = (6, 24) if strip else (12, 12)
-    if isinstance(picture, Mosaic):  # along the tiles of a 2 x 2 mosaic, so each window is a photo
+    if isinstance(picture, Mosaic):  # aligned with a 2 x 2 mosaic, so each window is a photo
         step = {1: 1, 2: 12, 3: 4, 4: 6}[picture.g]
         top, left = (int(rng.integers(0, 12 // step + 1)) * step for _ in range(2))
         return top, left, rows, cols
-    if strip and picture.prints and rng.random() < 0.8:  # most of them where there is text
+    if strip and picture.prints and rng.random() < 0.8:  # mostly where there is text
         text = picture.prints[int(rng.integers(len(picture.prints)))]
         row = int(text.glyphs[len(text.glyphs) // 2].y // PATCH_SIZE)
         return min(max(row - int(rng.integers(1, 5)), 0), GRID - rows), 0, rows, cols

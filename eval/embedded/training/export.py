@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a checkpoint of the joint stage as the folder that users load.
+"""Exports a checkpoint of the joint stage as the model folder that users load.
 
 python -m vtc.eval.embedded.training.export --out eval/embedded/weights
 """
@@ -17,7 +17,7 @@ from .common import RUNS
 
 
 def export(checkpoint: Path, out: Path) -> None:
-    """Weights in bf16 and shards below 20 MiB, tokenizer, processor, generation settings."""
+    """Write bf16 weights in shards below 20 MiB, tokenizer, processor and generation settings."""
     processor = AutoProcessor.from_pretrained(RUNS / "processor")
     model = build_model(len(processor.tokenizer)).to(torch.bfloat16)
     state = torch.load(checkpoint, weights_only=False)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stages 3 and 4: the projector fitted to the symbols, then everything together.
+"""Stages 3 and 4: the projector is fitted to the symbols, then everything is trained jointly.
 
     python -m vtc.eval.embedded.training.joint --minutes 55 --worker 0 --workers 2 &
     python -m vtc.eval.embedded.training.joint --minutes 55 --worker 1 --workers 2
 
-Stage 3 maps what the tower sees to the symbol embedding it is expected to be. Stage 4 trains tower,
-projector and language model on packs of questions; the dense labels stay as an auxiliary loss, so
-that information stays in the patches it belongs to. Two single-threaded workers that average their
-gradients use two cores better than one process with two threads.
+Stage 3 maps the tower's features to the expected symbol embeddings. Stage 4 trains tower, projector
+and language model on packs of questions; dense labels remain an auxiliary loss, so that information
+stays in its patches. Two single-threaded workers that average gradients use two cores better than
+one process with two threads.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from .tower import TowerHeads, accuracies, presence
 
 
 def load_stages(model: LlavaForConditionalGeneration, heads: TowerHeads, symbols: Symbols) -> None:
-    """Weights of stages 1 and 2 into ``model``."""
+    """Load the weights of stages 1 and 2."""
     first = torch.load(RUNS / "tower.pt", weights_only=False)
     second = torch.load(RUNS / "lm.pt", weights_only=False)
     model.model.vision_tower.load_state_dict(first["tower"])
@@ -59,7 +59,7 @@ def load_stages(model: LlavaForConditionalGeneration, heads: TowerHeads, symbols
 
 
 def average_gradients(parameters: list[nn.Parameter], workers: int) -> None:
-    """Averages gradients over all workers, in one message."""
+    """Average gradients over all workers, in one message."""
     if workers == 1:
         return
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -90,8 +90,8 @@ def fit_projector(
 ) -> None:
     """Stage 3: regression of the symbols on the tower's features, at 336 pixels.
 
-    The tower learns along, on its dense labels too: what the language model is to read must be
-    linear enough in the features for a projector of two layers.
+    The tower is also trained, including on dense labels: the symbols must be linear enough in its
+    features for a two-layer projector.
     """
     tower = model.model.vision_tower
     projector = list(model.model.multi_modal_projector.parameters())
@@ -132,16 +132,18 @@ def main() -> None:
     parser.add_argument("--fit-minutes", type=float, default=2.5)
     parser.add_argument("--fit-rate", type=float, default=7e-4)
     parser.add_argument("--crowded", type=float, default=0.5, help="crowded scenes in the fit")
-    parser.add_argument("--batch", type=int, default=6, help="pictures a step and worker")
+    parser.add_argument("--batch", type=int, default=6, help="pictures per step and worker")
     parser.add_argument("--keep", type=int, default=192, help="vision tokens until --full-after")
-    parser.add_argument("--full-after", type=float, default=0.75, help="share of the time")
+    parser.add_argument("--full-after", type=float, default=0.75, help="fraction of the time")
     parser.add_argument("--questions", type=int, default=10)
     parser.add_argument("--without", nargs="*", default=[], help="types of question to leave out")
-    parser.add_argument("--captions", type=float, default=0.3, help="share of steps with captions")
+    parser.add_argument(
+        "--captions", type=float, default=0.3, help="fraction of steps with captions"
+    )
     parser.add_argument("--rate", type=float, default=8e-4)
     parser.add_argument("--tower-scale", type=float, default=0.8)
     parser.add_argument("--dense", type=float, default=0.25, help="weight of the dense labels")
-    parser.add_argument("--evidence", type=float, default=0.1, help="weight of looking right")
+    parser.add_argument("--evidence", type=float, default=0.1, help="weight of the evidence loss")
     parser.add_argument("--photo-share", type=float, default=0.28)
     parser.add_argument("--worker", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1)
@@ -168,7 +170,7 @@ def main() -> None:
     heads = TowerHeads(width).to(torch.bfloat16)
     symbols = Symbols(model.config.text_config.hidden_size).to(torch.bfloat16)
     library = PhotoLibrary(RUNS) if data_folder() else None
-    # a range of scenes that no other stage draws from
+    # scenes that no other stage uses
     stream = Stream(library, args.photo_share, args.worker, args.workers, start=10**7)
     state = torch.load(args.out, weights_only=False) if args.out.is_file() else None
     if state is None:
@@ -197,7 +199,7 @@ def main() -> None:
     while True:
         clock.fill_(used + time.monotonic() - since)
         if args.workers > 1:
-            dist.broadcast(clock, 0)  # one clock, so that all workers stop at the same step
+            dist.broadcast(clock, 0)  # a common clock, so that all workers stop at the same step
         progress = float(clock) / budget
         if progress >= 1:
             break
@@ -265,7 +267,7 @@ def checkpoint(
     seconds: float,
     path: Path,
 ) -> None:
-    """Saves the averaged weights and all that is needed to go on."""
+    """Save the averaged weights and everything needed to resume."""
     optimizer.swap_average()
     weights = {
         "model": {k: v.clone() for k, v in model.state_dict().items()},

@@ -4,8 +4,8 @@
     python -m vtc.eval.embedded.training.lm --minutes 35
 
 A vision token is the sum of learned embeddings of its patch's dense labels, row and column, so no
-picture is rendered and no tower runs. What the model learns here is to look up, compare, count and
-spell; the projector then maps the tower's features to the same embeddings.
+picture is rendered and no tower runs. The model learns to look up, compare, count and spell; the
+projector then maps the tower's features to the same embeddings.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .packs import Packer, answer_loss, choose, embed, evidence_loss, keep_patch
 
 
 class Symbols(nn.Module):
-    """Embeddings of dense labels, rows and columns; their sum stands for a vision token."""
+    """Embeddings of dense labels, rows and columns, whose sum replaces a vision token."""
 
     def __init__(self, width: int, scale: float = 0.25) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Symbols(nn.Module):
                 nn.init.normal_(table.weight, std=scale)
 
     def forward(self, labels: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """Tokens (b, k, d) of labels (b, fields, k) at ``places`` (b, k) of the 24 x 24 grid."""
+        """(b, k, d) tokens of labels (b, fields, k) at `places` (b, k) of the 24 x 24 grid."""
         total = self.rows(places // GRID) + self.columns(places % GRID)
         for k, table in enumerate(self.tables):
             total = total + table(labels[:, k])
@@ -57,10 +57,10 @@ def start_weights(
     tokenizer: PreTrainedTokenizerFast,
     library: PhotoLibrary | None,
 ) -> None:
-    """A wider start than the config's 0.02, and one from which looking up and copying are near.
+    """Initialise more widely than the config's 0.02, close to looking up and copying.
 
     A label starts as the embedding of its name ("red", "7", "top left"), and the output layer as
-    the input's, so that a match of a question's word and a patch is there from the first step.
+    the input embeddings, so that a question's words match patches from the first step.
     """
     for name, weight in model.model.language_model.named_parameters():
         if weight.ndim < 2:
@@ -88,7 +88,7 @@ def start_weights(
 
 
 def label_names(library: PhotoLibrary | None) -> dict[str, list[str]]:
-    """What the classes of the labels are called in questions and answers, from class 1 on."""
+    """Names of the labels' classes in questions and answers, from class 1."""
     names = {
         "shape": [f" {shape}" for shape in SHAPES],
         "color": [f" {color}" for color in COLORS],
@@ -107,7 +107,7 @@ def label_names(library: PhotoLibrary | None) -> dict[str, list[str]]:
 
 
 def make_tokenizer(library: PhotoLibrary | None, scenes: int = 6000) -> PreTrainedTokenizerFast:
-    """The tokenizer, from the questions and answers of training pictures."""
+    """The tokenizer, built from questions and answers of training pictures."""
     texts: list[str] = []
     stream = Stream(library, 0.3)
     for _ in range(scenes):
@@ -124,7 +124,7 @@ def make_tokenizer(library: PhotoLibrary | None, scenes: int = 6000) -> PreTrain
 
 
 def draw(stream: Stream, count: int, reading: float) -> list[Scene | Mosaic]:
-    """``count`` pictures; scenes without text are passed over with probability ``reading``."""
+    """`count` pictures; scenes without text are skipped with probability `reading`."""
     pictures: list[Scene | Mosaic] = []
     while len(pictures) < count:
         picture = stream.draw()
@@ -137,7 +137,7 @@ def draw(stream: Stream, count: int, reading: float) -> list[Scene | Mosaic]:
 def asked(
     picture: Scene | Mosaic, rng: np.random.Generator, args: argparse.Namespace
 ) -> list[Asked]:
-    """Questions on ``picture``, now and then its caption, and no type that ``args`` leaves out."""
+    """Questions on `picture`, sometimes its caption, without the types that `args` excludes."""
     triples = [
         t
         for t in triples_of(picture)
@@ -152,17 +152,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=35)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--keep", type=int, default=96, help="vision tokens a picture")
-    parser.add_argument("--questions", type=int, default=9, help="most questions a picture")
-    parser.add_argument("--captions", type=float, default=0.5, help="share with a caption")
-    parser.add_argument("--reading", type=float, default=0.0, help="how much text is preferred")
-    parser.add_argument("--solved", nargs="*", default=[], help="beginnings of questions to thin")
+    parser.add_argument("--keep", type=int, default=96, help="vision tokens per picture")
+    parser.add_argument("--questions", type=int, default=9, help="maximum questions per picture")
+    parser.add_argument("--captions", type=float, default=0.5, help="fraction with a caption")
+    parser.add_argument(
+        "--reading", type=float, default=0.0, help="probability of skipping scenes without text"
+    )
+    parser.add_argument(
+        "--solved", nargs="*", default=[], help="beginnings of questions to ask less often"
+    )
     parser.add_argument("--without", nargs="*", default=[], help="types of question to leave out")
     parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--photo-share", type=float, default=0.2)
     parser.add_argument("--noise", type=float, default=0.15, help="noise on vision tokens")
-    parser.add_argument("--evidence", type=float, default=0.3, help="weight of looking right")
-    parser.add_argument("--start", type=Path, default=None, help="an lm.pt to go on from")
+    parser.add_argument("--evidence", type=float, default=0.3, help="weight of the evidence loss")
+    parser.add_argument("--start", type=Path, default=None, help="lm.pt to continue from")
     parser.add_argument("--out", type=Path, default=RUNS / "lm.pt")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()

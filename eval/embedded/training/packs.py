@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many questions on one picture in one sequence.
 
-The picture's tokens are the shared prefix. Every question sees the prefix and itself only, and has
-the positions it would have if it were asked alone, so its loss and its answer are exactly those of
-the question asked alone, while the prefix is paid for once. A question counts as right if every
-token of its answer is the most likely one: that is what greedy decoding would produce.
+The picture's tokens are a shared prefix. A question attends to the prefix and itself only, at the
+positions that it would have alone, so its loss and answer are exactly those of the single question,
+while the prefix is computed once. A question counts as right if every token of its answer is the
+most likely one, as in greedy decoding.
 """
 
 from __future__ import annotations
@@ -28,13 +28,17 @@ READING = frozenset({"digits", "word", "document", "name"})
 
 @dataclass(frozen=True)
 class Pack:
-    """A batch of packed sequences; b pictures, n tokens, m answer tokens in all.
+    """A batch of packed sequences with b pictures, n tokens, and m answer tokens in total.
 
-    ``ids`` (b, n) holds -1 where a vision token goes; ``vision`` (b, k) names the patches behind
-    them. ``mask`` (b, 1, n, n) is added to attention scores. ``where`` (m, 2) are the batch rows
-    and places of the tokens that predict ``targets`` (m,); ``question`` (m,) numbers the questions,
-    whose types are ``types``. ``evidence`` (m, 2, n) says which places each of them should look at,
-    with a first and with a second head; it is 0 where nothing is said.
+    Attributes:
+        ids: (b, n) token ids, -1 at vision tokens.
+        vision: (b, k) patches of the vision tokens.
+        mask: (b, 1, n, n), added to the attention scores.
+        where: (m, 2) batch rows and places of the tokens that predict `targets`.
+        targets: (m,) token ids.
+        question: (m,) question numbers.
+        types: types of the questions.
+        evidence: (m, 2, n) target attention of two heads; 0 without supervision.
     """
 
     ids: torch.Tensor
@@ -63,7 +67,7 @@ class Packer:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     def pack(self, items: Sequence[tuple[np.ndarray, Sequence[Asked]]]) -> Pack:
-        """Packs pictures: each a list of k kept patches, ascending, and its questions."""
+        """Pack pictures: for each, its k kept patches, ascending, and its questions."""
         before = [self.bos, *self.head]
         start = len(before) + IMAGE_TOKENS + len(self.tail)
         rows: list[tuple[list[int], list[int], list[int]]] = []
@@ -119,10 +123,10 @@ class Packer:
         )
 
     def _evidence(self, asked: Asked, reply: list[int], kept: np.ndarray, start: int) -> np.ndarray:
-        """Where the tokens that predict ``reply`` should look: (reply, 2, start + kept).
+        """(reply, 2, start + kept) target attention of the tokens that predict `reply`.
 
-        Place 0 (<s>) is looked at where there is nothing to see. A count looks there and at the
-        centre of each thing alike, so that the share of <s> is 1 / (1 + count).
+        Place 0 (<s>) is the target if there is nothing to see. A count attends equally to <s> and
+        to the centre of each object, so that <s> gets 1 / (1 + count).
         """
         rows = np.zeros((len(reply), 2, start + len(kept)), dtype=np.float32)
         if asked.type == "caption":
@@ -147,7 +151,7 @@ class Packer:
 
 
 def _patches(box: Box, centre: bool) -> np.ndarray:
-    """The patches well inside ``box``, or only the one that holds its centre."""
+    """The patches well inside `box`, or only the one at its centre."""
     left, top, right, bottom = box
     x, y = (left + right) / 2, (top + bottom) / 2
     if centre:
@@ -159,10 +163,10 @@ def _patches(box: Box, centre: bool) -> np.ndarray:
 
 
 def evidence_loss(pack: Pack, looks: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Divergence of attention ``looks``, each (m, 2, n) of log-probabilities, from the evidence.
+    """Divergence of attention `looks`, each (m, 2, n) log-probabilities, from the evidence.
 
-    A small language model finds by itself only after hours that it has to look something up;
-    shown where, it does so in minutes.
+    Without this supervision, a small language model takes hours to learn to look things up; with
+    it, minutes.
     """
     told = pack.evidence.sum(-1).gt(0).float()
     known = pack.evidence.clamp(min=1e-9).log()
@@ -171,7 +175,7 @@ def evidence_loss(pack: Pack, looks: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def embed(pack: Pack, table: torch.Tensor, vision: torch.Tensor) -> torch.Tensor:
-    """Embeddings (b, n, d): ``table`` for text, ``vision`` (b, k, d) where the picture goes."""
+    """(b, n, d) embeddings: `table` for text, `vision` (b, k, d) for the picture."""
     x = F.embedding(pack.ids.clamp(min=0), table)
     return x.masked_scatter((pack.ids < 0)[..., None], vision.to(x.dtype))
 
@@ -179,7 +183,7 @@ def embed(pack: Pack, table: torch.Tensor, vision: torch.Tensor) -> torch.Tensor
 def answer_loss(
     pack: Pack, states: torch.Tensor, output: torch.Tensor
 ) -> tuple[torch.Tensor, list[bool]]:
-    """Mean loss over the answers' tokens, and for each question if it is answered right."""
+    """Mean loss over the answers' tokens, and whether each question is answered right."""
     logits = (states[pack.where[:, 0], pack.where[:, 1]] @ output.T).float()
     loss = F.cross_entropy(logits, pack.targets)
     wrong = torch.zeros(len(pack.types))
@@ -188,10 +192,10 @@ def answer_loss(
 
 
 def keep_patches(labels: np.ndarray, keep: int, rng: np.random.Generator) -> np.ndarray:
-    """``keep`` patches of labels (fields, 24, 24), ascending: centres, then what shows something.
+    """`keep` patches of labels (fields, 24, 24), ascending: centres first, then non-empty ones.
 
-    Short sequences make the language model's first steps cheap; nothing that it is asked about
-    goes missing as long as all centres are kept.
+    Short sequences make the language model's first steps cheap, and lose nothing that questions
+    refer to as long as all centres are kept.
     """
     if keep >= IMAGE_TOKENS:
         return np.arange(IMAGE_TOKENS)
@@ -202,5 +206,5 @@ def keep_patches(labels: np.ndarray, keep: int, rng: np.random.Generator) -> np.
 
 
 def choose(triples: list[Asked], most: int) -> list[Asked]:
-    """At most ``most`` questions; those that need reading first, as they are rare."""
+    """At most `most` questions, preferring those that need reading, which are rare."""
     return sorted(triples, key=lambda t: t.type not in READING)[:most]

@@ -3,9 +3,9 @@
 
     python -m vtc.eval.embedded.training.tower --minutes 35
 
-Windows of 144 patches are cut from rendered 336-pixel pictures and passed with the position
-embeddings of their true place, so that one rendering serves several windows and attention is cheap.
-The [CLS] token learns what the window holds, at the layer that LLaVA reads and at the last one.
+Windows of 144 patches are cut from rendered 336-pixel pictures, with the position embeddings of
+their true place, so that one rendering serves several windows and attention is cheap. The [CLS]
+token learns the window's contents, at the layer that LLaVA reads and at the last one.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PRESENCE = sum(FIELDS[name] for name in PRESENCE_FIELDS)
 
 
 def presence(labels: torch.Tensor) -> torch.Tensor:
-    """What occurs in each picture: (b, PRESENCE) of 0 and 1, from labels (b, fields, n)."""
+    """(b, PRESENCE) of 0 and 1: which classes occur in each picture's labels (b, fields, n)."""
     parts = [
         F.one_hot(labels[:, FIELD_INDEX[name]].long(), FIELDS[name]).amax(dim=1)
         for name in PRESENCE_FIELDS
@@ -52,7 +52,7 @@ def presence(labels: torch.Tensor) -> torch.Tensor:
 
 
 class TowerHeads(nn.Module):
-    """What is trained beside the tower: dense labels of patches, and presence from [CLS]."""
+    """The tower's training heads: dense labels of patches, and presence from [CLS]."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class TowerHeads(nn.Module):
 
 
 def windows(stream: Stream, pictures: int, each: int) -> tuple[list[Any], ...]:
-    """Windows by shape: lists of pixels, labels and places for squares and for strips."""
+    """Windows by shape: pixels, labels and places of squares and of strips."""
     found: dict[tuple[int, int], tuple[list[Any], list[Any], list[Any]]] = {}
     for _ in range(pictures):
         picture = stream.draw()
@@ -84,7 +84,7 @@ def windows(stream: Stream, pictures: int, each: int) -> tuple[list[Any], ...]:
 def step_loss(
     tower: CLIPVisionModel, heads: TowerHeads, groups: tuple[list[Any], ...], with_cls: bool
 ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
-    """Loss, logits by field and labels, over all windows of ``groups``."""
+    """Loss, logits by field, and labels, over all windows of `groups`."""
     features, cls, last_cls, labels = [], [], [], []
     for pixels, window_labels, places in groups:
         x, last = vision_forward(
@@ -116,24 +116,24 @@ OFFSETS: tuple[tuple[tuple[int, int], ...], ...] = (
     ((0, 0), (0, -1), (0, -3), (0, -4), (0, -6), (0, 1), (0, 3), (0, 4), (0, 6), (-3, 0), (3, 0),
      (-1, 0)),
 )  # fmt: skip
-"""Neighbours (rows, columns) that the heads of each of the first layers look at to begin with."""
+"""Initial neighbours (rows, columns) of the heads in each of the first layers."""
 
 PLACE_WIDTH = 64
-"""Features that say where a patch is, and nothing else to begin with."""
+"""Number of features that initially hold a patch's place and nothing else."""
 
 SHARPNESS = 4.0
-"""By how much the key of the neighbour that a head looks for beats a far one's, in logits."""
+"""Initial margin, in logits, of a head's neighbour over distant patches."""
 
 
 def start_weights(tower: CLIPVisionModel, patches: np.ndarray) -> None:
-    """A start from which a small tower learns what a shape or a character is in minutes.
+    """Initialise a small tower so that it learns shapes and characters in minutes.
 
-    From random weights it stays at telling colours, as nothing makes a head look at one certain
-    neighbour. So the heads of the first layers start as the taps of a convolution (Cordonnier et
-    al., 2020): the first features hold the patch's place as sines of row and column, kept apart
-    from its contents; a query is that place turned by the head's offset, which the neighbour's key
-    matches best. The patch embedding partly whitens ``patches`` (n, 588), whose mean brightness
-    would drown strokes and edges.
+    From random weights it learns only colours, as no head attends to a particular neighbour. So the
+    heads of the first layers start as the taps of a convolution (Cordonnier et al., 2020): the
+    first features hold the patch's place as sines of row and column, separate from its contents; a
+    query is that place rotated by the head's offset, which the neighbour's key matches best. The
+    patch embedding partly whitens `patches` (n, 588), whose mean brightness would dominate strokes
+    and edges.
     """
     vision = getattr(tower, "vision_model", tower)
     embeddings = vision.embeddings
@@ -193,7 +193,7 @@ def start_weights(tower: CLIPVisionModel, patches: np.ndarray) -> None:
 
 
 def sample_patches(stream: Stream, pictures: int = 150) -> np.ndarray:
-    """Patches (n, 588) of normalised pixels, in the order of the patch embedding's kernel."""
+    """(n, 588) patches of normalised pixels, in the order of the patch embedding's kernel."""
     images = to_pixels(np.stack([stream.draw().pixels() for _ in range(pictures)])).float()
     patches = F.unfold(images, PATCH_SIZE, stride=PATCH_SIZE).transpose(1, 2).flatten(0, 1)
     return patches.numpy()[::2]
@@ -214,12 +214,12 @@ def accuracies(logits: list[torch.Tensor], target: torch.Tensor) -> dict[str, fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=35)
-    parser.add_argument("--pictures", type=int, default=8, help="pictures a step")
-    parser.add_argument("--each", type=int, default=2, help="windows a picture")
+    parser.add_argument("--pictures", type=int, default=8, help="pictures per step")
+    parser.add_argument("--each", type=int, default=2, help="windows per picture")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--photo-share", type=float, default=0.35)
-    parser.add_argument("--dense", type=float, default=0.75, help="share of crowded scenes")
-    parser.add_argument("--start", type=Path, default=None, help="a tower.pt to go on from")
+    parser.add_argument("--dense", type=float, default=0.75, help="fraction of crowded scenes")
+    parser.add_argument("--start", type=Path, default=None, help="tower.pt to continue from")
     parser.add_argument("--out", type=Path, default=RUNS / "tower.pt")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -238,7 +238,7 @@ def main() -> None:
         tower.load_state_dict(earlier["tower"])
         heads.load_state_dict(earlier["heads"])
     optimizer = MasterOptimizer(with_muon([tower, heads]), average=0.998)
-    # g = 2 is frequent here: its tiles fill a window of 12 x 12 patches
+    # g = 2 is frequent, as its tiles fill a window of 12 x 12 patches
     grids, first = (0.2, 0.5, 0.25, 0.05), 0 if args.start is None else 8 * 10**6
     stream = Stream(library, args.photo_share, start=first, grids=grids, dense_share=args.dense)
     used, step = 0.0, 0

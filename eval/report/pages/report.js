@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sorting of tables and the sample viewer. What is chosen is kept in the address after "#", so that
-// a link shows the same: sort=TABLE.COLUMN.ascending, sample=ID, cell=NUMBER. Text from data is only
-// ever set as text.
+// Sortable tables and the sample viewer. The state is kept in the URL's fragment, so that it can be
+// linked to: sort=TABLE.COLUMN.ascending, sample=ID, cell=NUMBER. Data is only ever inserted as text.
 "use strict";
 (() => {
   const state = new URLSearchParams(location.hash.includes("=") ? location.hash.slice(1) : "");
   const remember = (name, value) => {
     state.set(name, value);
-    try { history.replaceState(null, "", "#" + state); } catch { /* some browsers refuse for files */ }
+    try { history.replaceState(null, "", "#" + state); } catch { /* some browsers refuse this for files */ }
   };
 
   // ---- tables ----
@@ -19,7 +18,7 @@
     const rows = [...body.rows];
     rows.sort((a, b) => {
       const x = key(a), y = key(b);
-      // Rows without a value stay at the end, whichever way.
+      // Rows without a value stay last in either direction.
       if (x === undefined || y === undefined) return (x === undefined) - (y === undefined);
       return sign * (numeric ? x - y : x.localeCompare(y, "en", { numeric: true }));
     });
@@ -43,7 +42,7 @@
   if (sorted && sorted.matches("table.sortable") && sorted.tHead.rows[0].cells[asked[2]]) {
     const cell = sorted.tHead.rows[0].cells[asked[2]];
     cell.setAttribute("aria-sort", asked[3] === "ascending" ? "descending" : "ascending");
-    cell.querySelector("button").click(); // the other way round
+    cell.querySelector("button").click(); // in the opposite direction
   }
 
   // ---- samples ----
@@ -88,7 +87,7 @@
   };
 
   let now = { sample: 0, cell: 0, stage: null };
-  // Numbers of the samples that the filters let through.
+  // Indices of the samples that pass the filters.
   let listed = [];
   const pickType = at("pick-type"), onlyDiffering = at("only-differing");
   const list = () => {
@@ -123,7 +122,7 @@
     const chooser = at("pick-stage");
     chooser.replaceChildren();
     stages.forEach((stage, i) => { make("option", stage.name, chooser).value = i; });
-    // Unless one was chosen, the last that still has tokens: some methods drop all in the end.
+    // By default the last stage with tokens: some methods drop all of them.
     const stage = stages.find((each) => each.name === now.stage) ||
       stages.findLast((each) => each.kept) || stages[0];
     if (stage) chooser.value = stages.indexOf(stage);
@@ -141,24 +140,24 @@
         drawTokens(stage, said.grid, width, height);
         caption.push(`${cell.name}, ${stage.name}: ${stage.kept} of ${said.grid[0] * said.grid[1]} tokens`);
       } else if (cell.blind) {
-        caption.push("blind: the model was shown grey in place of this picture");
+        caption.push("blind: the model saw a grey image instead");
       } else {
-        caption.push(sample.note || "what was kept is not known");
+        caption.push(sample.note || "the kept tokens are unknown");
       }
     } else {
-      caption.push(sample.note || "the picture is not at hand");
+      caption.push(sample.note || "the picture is not available");
     }
     at("caption").textContent = caption.join(" ");
 
     const facts = at("facts");
     facts.replaceChildren();
     const fact = (name, value, kind) => { make("dt", name, facts); make("dd", value, facts, kind); };
-    fact("question", sample.question === null ? "(not at hand)" : sample.question);
+    fact("question", sample.question === null ? "(not available)" : sample.question);
     fact("truth", sample.truth);
     fact("answer", said.answer);
     fact("result", ...verdict(said.score));
     if (sample.type) fact("type", sample.type);
-    if (said.second !== null) fact("second pass", `answered "${said.second}", not what was logged: the tokens drawn may not be those of the run`);
+    if (said.second !== null) fact("second pass", `answered "${said.second}", unlike the log: the tokens may differ from those of the run`);
 
     const body = at("all").tBodies[0];
     body.replaceChildren();

@@ -4,9 +4,9 @@
     python -m vtc.training.atp --model eval/embedded/weights --out runs/atp --steps 300 --target 288
     python -m vtc.training.atp --model eval/embedded/weights --out runs/atp --measure 320
 
-`mask` is the model's side, `loss` what is learnt, `trainer` both as `vtc.training.loop` takes them;
-`calibration` and `measure` come after. The command line's data are the generated scenes of vtc's
-evaluation, or those of the module that `--data` names.
+`mask` applies soft masks to the model, `loss` has the losses, `trainer` combines both for
+`vtc.training.loop`; `calibration` and `measure` follow training. By default the command trains on
+the generated scenes of vtc's evaluation; `--data` names another module.
 """
 
 from vtc.training.atp.calibration import calibrate

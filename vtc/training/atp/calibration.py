@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trained heads of ATP, shifted until hard pruning meets the target."""
+"""Calibrates trained ATP heads: shifts their thresholds until hard pruning meets the target."""
 
 from __future__ import annotations
 
@@ -22,17 +22,23 @@ from vtc.training.loop import Batch
 def calibrate(
     model: nn.Module, folder: str | Path, batches: Iterable[Batch], target: float, rounds: int = 10
 ) -> float:
-    """Shift all theta_r alike until hard pruning meets the target, and write the heads anew.
+    """Shift all theta_r equally until hard pruning meets the target, and save the heads.
 
-    The soft count is not the hard one. One number, added to the logit of every theta_r, is found by
-    bisection on data that were not trained on; what images get relative to each other is
-    kept as it was learnt.
+    The soft count differs from the hard one. Bisection on held-out data finds one offset for the
+    logits of all theta_r, which preserves the learnt differences between images.
+
+    Args:
+        model: the model that the heads were trained for.
+        folder: folder of the heads, as for `ATP.from_pretrained`; overwritten.
+        batches: held-out batches.
+        target: vision tokens of an image, averaged over the decoder layers.
+        rounds: steps of the bisection, from offsets of -2 and 2.
 
     Returns:
-        The average count, over layers and images, that was reached.
+        The count reached, averaged over layers and images.
 
     Raises:
-        RuntimeError: no shift brings it within a tenth of the target; nothing is written then.
+        RuntimeError: no offset comes within a tenth of the target; nothing is written.
     """
     shared, settings = load_heads(str(folder))
     device = next(model.parameters()).device
@@ -64,7 +70,7 @@ def calibrate(
     if best[0] > 0.1 * target:
         raise RuntimeError(
             f"target: no shift of theta_r reaches {target:g} tokens, the nearest is {best[2]:.1f}; "
-            "what is kept for its place alone may be more, or the heads need more training"
+            "spatial scores alone may keep more tokens, or the heads need more training"
         )
     for bias, first in zip(biases, start, strict=True):
         bias.copy_(first + best[1])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: training, calibration and figures on the data that a module offers."""
+"""The command line: trains, calibrates and evaluates heads on a module's data."""
 
 from __future__ import annotations
 
@@ -18,25 +18,27 @@ from vtc.training.atp.trainer import train
 from vtc.training.data import find_data
 
 DATA = "vtc.eval.embedded.training.atp"
-"""The generated scenes; by name, as training knows nothing of evaluation."""
+"""The generated scenes; by name, as training does not import evaluation."""
 
 FIRST_SCENE = 5_000_000
-"""Of those trained on; scenes before are for other uses of the split."""
+"""First training scene; earlier ones have other uses."""
 
 
 def main() -> None:
     """Train and calibrate, or measure."""
     parser = argparse.ArgumentParser(
-        prog="python -m vtc.training.atp", description="Heads of ATP-LLaVA."
+        prog="python -m vtc.training.atp", description="Train the heads of ATP-LLaVA."
     )
     parser.add_argument("--model", type=Path, required=True, help="folder of the model")
     parser.add_argument("--out", type=Path, required=True, help="folder of the heads")
-    parser.add_argument("--data", default=DATA, help="module; see `vtc.training.data`")
+    parser.add_argument("--data", default=DATA, help="data module; see `vtc.training.data`")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--calibrate", type=int, default=0, help="held-out batches to calibrate on")
-    parser.add_argument("--measure", type=int, default=0, help="test scenes; no training then")
-    parser.add_argument("--first", type=int, default=0, help="number of the first of these")
+    parser.add_argument(
+        "--measure", type=int, default=0, help="test scenes to evaluate on, instead of training"
+    )
+    parser.add_argument("--first", type=int, default=0, help="number of the first test scene")
     for field in dataclasses.fields(Config):
         if field.name in ("out", "layers", "train_model"):
             continue
@@ -71,4 +73,4 @@ def main() -> None:
     if held:
         validation = data.batches(processor, "val", size, 0, held)
         count = calibrate(model, config.out, validation, config.target)
-        print(f"calibrated: {count:.1f} tokens on {held * size} scenes of the split val")
+        print(f"calibrated: {count:.1f} tokens on {held * size} scenes of the val split")

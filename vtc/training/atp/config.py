@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings of a training of ATP."""
+"""Settings for training ATP."""
 
 from __future__ import annotations
 
@@ -15,30 +15,33 @@ from vtc.methods.atp import NORMALISE, Normalise
 
 @dataclass(frozen=True)
 class Config:
-    """How to train.
+    """Settings for training ATP.
 
     Args:
         out: folder for `config.json` and `model.safetensors` of the heads, `log.json`, and
             `checkpoint.pt`, which only resuming needs.
         target: vision tokens of an image, averaged over all decoder layers.
-        steps: updates in all.
-        rate: learning rate of the heads, warmed up over the first 5 % and then down to a tenth.
-        lambda_atp, lambda_target: weights of the losses. The re-implementations have 0.05 or 0.01,
-            and 0.2.
-        target_over: whether the average count is that of each "image" (as the paper writes) or of
-            the "batch", which lets one image have what another saves.
-        smoothing: in [0, 1); with "batch", the share of the batches before in the average count.
-        temperature: of the mask's sigmoids, 10 or 100 in the re-implementations.
-        temperature_end: approached geometrically over the steps; `None` for no change.
+        steps: number of updates.
+        rate: peak learning rate of the heads; see `vtc.training.loop.Group`.
+        lambda_atp, lambda_target: weights of the losses; re-implementations use 0.05 or 0.01, and
+            0.2.
+        target_over: average the count over each "image" (as in the paper) or over the "batch", so
+            that images may differ.
+        smoothing: with "batch", weight of earlier batches in the running average count, in [0, 1).
+        temperature: temperature of the mask's sigmoids; re-implementations use 10 or 100.
+        temperature_end: final temperature, approached geometrically; `None` for no change.
         normalise, sampling, layers: as in `vtc.methods.atp.ATP`.
-        width: of the heads' hidden layer.
-        start_r, start_s: thresholds at the start; low ones keep nearly all.
-        standardise: batches from which the scale of the statistics is taken first.
-        clip: largest norm of the gradient.
-        train_model: train the decoder too, at `model_rate`, and save the model in `out`/model.
-        precision: of `accelerate.Accelerator`: "no" or "bf16"; losses are not scaled for fp16.
+        width: width of the heads' hidden layer.
+        start_r, start_s: initial thresholds, in (0, 1); low ones keep nearly all tokens.
+        standardise: initial batches that give the mean and deviation of the statistics.
+        clip: maximum gradient norm.
+        train_model: also train the decoder, at `model_rate`, and save the model to `out`/model.
+        precision: of `accelerate.Accelerator`: "no" or "bf16"; there is no loss scaling for fp16.
         save_every: steps between checkpoints.
-        seed: of the heads' first weights.
+        seed: seed of the heads' initial weights.
+
+    Raises:
+        ValueError: a setting out of range.
     """
 
     out: str | Path
@@ -83,7 +86,7 @@ class Config:
 
     @property
     def described(self) -> dict[str, Any]:
-        """What a checkpoint must have been made with: all but where and how often to save."""
+        """The settings that a checkpoint must match: all but `out` and `save_every`."""
         found = dataclasses.asdict(self)
         for name in ("out", "save_every"):
             del found[name]

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model's side of the training of ATP: it attends through soft masks, and nothing is dropped.
+"""Soft pruning for training ATP: layers attend through soft masks, and no token is dropped.
 
-After each cut a token has a soft mask M in (0, 1), and all later layers attend to it with weight
-exp(logit) * M, to themselves with weight exp(logit), as DynamicViT does: a bias of log(M + eps) off
-the diagonal. Masks of successive cuts multiply: what is off stays off. Scores and thresholds are
-the functions that `vtc.methods.atp` prunes with; at later cuts they are computed, as there, over
-the tokens that are still on (M > 0.5). They are read without a gradient: thresholds learn through
-M.
+After each cut a token has a soft mask M in (0, 1). All later layers attend to it with weight
+exp(logit) * M, and to themselves with weight exp(logit), as in DynamicViT: a bias of log(M + eps)
+off the diagonal. Masks of successive cuts multiply, so a token that is off stays off. Scores and
+thresholds are those of `vtc.methods.atp`; as there, later cuts compute them over the tokens that
+are still on (M > 0.5). Scores have no gradient: thresholds learn through M.
 """
 
 from __future__ import annotations
@@ -43,10 +42,10 @@ class ImageMask:
     """One image after one cut.
 
     Attributes:
-        sample, image, cut: whose it is.
-        mask: (n,) M after this cut, of all the image's tokens, times that of the cuts before.
-        theta_r, theta_s: the thresholds.
-        numbers: (STATISTICS,) what they were computed from.
+        sample, image, cut: 0-based batch row, image of the row, and cut.
+        mask: (n,) M of all the image's tokens, the product over the cuts so far.
+        theta_r, theta_s: scalar thresholds.
+        numbers: (STATISTICS,) statistics that they were computed from.
     """
 
     sample: int
@@ -59,16 +58,22 @@ class ImageMask:
 
 
 class SoftPruning:
-    """Makes a model attend through the masks of ATP while a `with` block runs.
+    """Makes a model attend through ATP's soft masks within a `with` block.
 
-    Call `begin` with each batch before the model; `found` then has its masks. Everything is taken
-    off exactly at the end of the block, also after an error.
+    Call `begin` with each batch before the model; afterwards `found` has its masks. The end of the
+    block restores the model, even after an error.
 
     Args:
-        model: not patched by `vtc.patch`; attends by "eager" or "sdpa", which take a float mask.
-        heads: on the model's device.
-        layers: 0-based layers before which there is a cut, as many as the heads have.
-        hard: masks are 0 or 1, as in inference. For tests, calibration and logs.
+        model: unpatched, with "eager" or "sdpa" attention, which take a float mask.
+        heads: the heads, on the model's device.
+        layers: 0-based layers before which the cuts are, one for each cut of the heads.
+        normalise, sampling: as in `vtc.methods.atp.ATP`.
+        temperature: temperature of the mask's sigmoids.
+        hard: use masks of 0 and 1, as in inference; for tests and calibration.
+
+    Raises:
+        ValueError: the number of cuts differs from the heads', the model is patched, or its
+            attention does not take a float mask.
     """
 
     def __init__(
@@ -125,8 +130,15 @@ class SoftPruning:
         self._handles, self._taps, self._batch, self._made = [], {}, None, None
 
     def begin(self, batch: Batch) -> None:
-        """Take note of what the model is about to run on: `input_ids`, and, if there are any,
-        `attention_mask` and `labels`, each (b, s)."""
+        """Prepare for the next forward.
+
+        Args:
+            batch: `input_ids` and optionally `attention_mask` and `labels`, each (b, s), and
+                `pixel_values`.
+
+        Raises:
+            UnsupportedModelError: images have different numbers of tokens.
+        """
         ids = batch["input_ids"]
         token = getattr(self.adapter.model.config, "image_token_id", None)
         if token is None:
@@ -163,7 +175,7 @@ class SoftPruning:
         if (pixels is not None and pixels.dim() != 4) or (images and total % images):
             raise UnsupportedModelError(
                 "batch: training takes pixel_values (images, 3, height, width) with equally many "
-                f"tokens an image, got {tuple(pixels.shape) if pixels is not None else None} for "
+                f"tokens per image, got {tuple(pixels.shape) if pixels is not None else None} for "
                 f"{total} vision tokens"
             )
         return total // images if images else 0
@@ -194,7 +206,7 @@ class SoftPruning:
         return ((self.image[b] >= 0) | self.text[b]).nonzero().squeeze(1)
 
     def _mask(self, layer: int, given: Tensor | None, hidden: Tensor) -> Tensor:
-        """(b, 1, s, s) the model's own mask and the bias of the soft one."""
+        """(b, 1, s, s) the model's mask plus the bias of the soft mask."""
         s, dtype = hidden.shape[1], hidden.dtype
         assert self.weight is not None
         if self._made is not None and self._made[0] is self.weight and self._made[1] is given:
@@ -248,7 +260,7 @@ class SoftPruning:
         before: Tensor,
     ) -> ImageMask:
         held = before.detach() > 0.5
-        if not bool(held.any()):  # no token is sure: what inference would keep is the best one
+        if not bool(held.any()):  # no token is certain: inference would keep the best one
             held = before.detach() == before.detach().max()
         asking = torch.isin(place, keys[held]).nonzero().squeeze(1)
         text = (self.text[b, place] & (place > keys[-1])).nonzero().squeeze(1)
@@ -267,7 +279,7 @@ class SoftPruning:
 
     @property
     def counts(self) -> Tensor:
-        """(images, cuts) tokens left after each cut, sums of the masks."""
+        """(images, cuts) tokens left after each cut: sums of the masks."""
         columns = [
             torch.stack([one.mask.sum() for one in self.found if one.cut == cut])
             for cut in range(len(self.cuts))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What trained heads of ATP are worth: right answers beside those of Random at as many tokens."""
+"""Evaluates trained ATP heads: right answers, compared with Random at equally many tokens."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from vtc.patching import patch
 
 @dataclass(frozen=True)
 class Measured:
-    """Right answers, one entry a question on one image each.
+    """Which answers are right, one entry per question, each on one image.
 
     Attributes:
-        target: tokens that the heads were trained for.
+        target: average tokens that the heads were trained for.
         per_image: tokens of each image by decoder layer, with the heads.
-        full: of the model as it is.
+        full: of the unpatched model.
         mine: with the heads.
-        drawn: of Random with as many tokens on average, by seed.
+        drawn: of Random with equally many tokens on average, by seed.
     """
 
     target: float
@@ -37,12 +37,16 @@ class Measured:
 def measure(
     model: nn.Module, folder: str | Path, judge: Callable[[], list[bool]], seeds: int = 3
 ) -> Measured:
-    """Prune hard, through `vtc.patch`.
+    """Evaluate with hard pruning, through `vtc.patch`.
 
     Args:
-        model: that the heads in `folder` were trained for; patched in turn and left as it was.
-        judge: asks `model` questions on one image each, and says which answers are right.
-        seeds: how often Random is run.
+        model: the model that the heads were trained for; unpatched before and after.
+        folder: folder of the heads.
+        judge: asks `model` questions, each on one image, and returns which answers are right.
+        seeds: number of runs of Random.
+
+    Returns:
+        Right answers and token counts.
     """
     full = judge()
     with patch(model, ATP.from_pretrained(folder)) as patched:

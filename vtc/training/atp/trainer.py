@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The heads of ATP as `vtc.training.loop` trains them."""
+"""ATP's heads for `vtc.training.loop`."""
 
 from __future__ import annotations
 
@@ -21,17 +21,23 @@ from vtc.training.loop import Batch, Batches, Feed, Group, Loop, Loss, Trained, 
 
 
 def train(model: nn.Module, batches: Batches, config: Config) -> Path:
-    """Train heads for `model`, and go on from a checkpoint in `config.out` if there is one.
+    """Train heads for `model`, resuming from a checkpoint in `config.out` if there is one.
 
-    The model is frozen, in evaluation mode and left as it was, unless `config.train_model`. With
-    several processes (`accelerate launch`) each takes its own batches, and gradients are averaged.
+    The model is frozen, in evaluation mode, and unchanged afterwards, unless `config.train_model`.
+    With several processes (`accelerate launch`), each has its own batches, and gradients are
+    averaged.
+
+    Args:
+        model: the model, unpatched.
+        batches: batches of all processes.
+        config: the settings.
 
     Returns:
         `config.out`, ready for `ATP.from_pretrained`.
 
     Raises:
-        ArgumentError: settings, or a checkpoint that was made with others.
-        FloatingPointError: a loss that is not a number.
+        ArgumentError: invalid settings, or a checkpoint made with others.
+        FloatingPointError: the loss is not finite.
     """
     loop = Loop(
         out=Path(config.out),
@@ -45,11 +51,11 @@ def train(model: nn.Module, batches: Batches, config: Config) -> Path:
 
 
 class Heads(Trained):
-    """Heads that learn thresholds from soft masks, and the decoder with them if asked for.
+    """Heads that learn thresholds from soft masks, and optionally the decoder.
 
     Args:
-        model: that the heads are for.
-        config: all settings; those of the loop are read by `train`.
+        model: the model.
+        config: all settings; `train` reads those of the loop.
     """
 
     name = "atp"
@@ -64,7 +70,7 @@ class Heads(Trained):
         self.past: float | None = None
 
     def start(self, accelerator: Any) -> list[Group]:
-        """Seeded heads on the device, and the decoder's parameters if it is trained too."""
+        """Seeded heads on the device, and the decoder's parameters with `train_model`."""
         config, self.accelerator = self.config, accelerator
         self.heads = new_heads(len(self.layers), config).to(accelerator.device)
         self.soft = SoftPruning(
@@ -83,14 +89,13 @@ class Heads(Trained):
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """The model attends through the masks."""
+        """A context in which the model attends through the masks."""
         with self.soft:
             yield
 
     @torch.no_grad()
     def prepare(self, feed: Feed) -> None:
-        """Set the scale of the statistics from the first batches, with the thresholds at the
-        start."""
+        """Set the mean and deviation of the statistics from the first batches."""
         seen: list[list[Tensor]] = [[] for _ in self.layers]
         for step in range(self.config.standardise):
             batch = feed(step)
@@ -101,11 +106,11 @@ class Heads(Trained):
         for cut, numbers in enumerate(seen):
             table = self.accelerator.gather(torch.stack(numbers))
             self.heads.centre[cut] = table.mean(0)
-            # What hardly varies in these batches would blow up the first time that it does.
+            # A statistic that hardly varies here would explode once it does.
             self.heads.spread[cut] = table.std(0, unbiased=False).clamp_min(0.05)
 
     def loss(self, batch: Batch, step: int) -> Loss:
-        """Eq. 14 of a batch, with the temperature of this step."""
+        """Eq. 14 on a batch, at this step's temperature."""
         config, soft = self.config, self.soft
         soft.temperature = config.temperature * (
             (config.temperature_end or config.temperature) / config.temperature
@@ -121,7 +126,7 @@ class Heads(Trained):
         share = config.smoothing
         self.past = mean if self.past is None else share * self.past + (1 - share) * mean
         on = torch.stack([(one.mask > 0.5).sum() for one in soft.found]).float()
-        # `found` has all images of one cut after the other.
+        # `found` is ordered by cut, then by image.
         hard = average_count(on.view(len(self.layers), -1).T, totals, self.layers, self.num_layers)
         figures = {
             "ntp": float(ntp.detach()),
@@ -141,7 +146,7 @@ class Heads(Trained):
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """What `state` told."""
+        """Restore what `state` returned."""
         self.heads.load_state_dict(state["heads"])
         with torch.no_grad():
             for name, parameter in self.decoder.items():
@@ -149,11 +154,11 @@ class Heads(Trained):
         self.past = state["past"]
 
     def saved(self, out: Path) -> bool:
-        """Whether the heads are written; they have perhaps been calibrated since."""
+        """Whether the heads are saved; they may have been calibrated since."""
         return (out / "model.safetensors").is_file()
 
     def save(self, out: Path) -> None:
-        """The heads for `ATP.from_pretrained`, and the model if it was trained."""
+        """Save the heads for `ATP.from_pretrained`, and the model if it was trained."""
         settings = {
             "normalise": self.config.normalise,
             "sampling": self.config.sampling,
@@ -167,7 +172,12 @@ class Heads(Trained):
 
 
 def new_heads(cuts: int, config: Config) -> ATPHeads:
-    """Seeded heads that begin with the thresholds `start_r` and `start_s` everywhere."""
+    """Seeded heads whose initial thresholds are `start_r` and `start_s` for all images.
+
+    Args:
+        cuts: number of cuts.
+        config: the settings.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         heads = ATPHeads(cuts, config.width)
