@@ -119,8 +119,8 @@ class Mllama(Adapter):
         if given.get("cross_attention_states") is not None:
             raise ArgumentError(
                 "cross_attention_states",
-                "a patched model must encode images itself, to know which patches their states belong "
-                "to; pass pixel_values, or unpatch",
+                "a patched model must encode images itself, to know which patches their states "
+                "belong to; pass pixel_values, or unpatch",
             )
         names = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
         pixels, *ratios = (given.get(name) for name in names)
@@ -130,8 +130,8 @@ class Mllama(Adapter):
         if mask is None:
             raise ArgumentError(
                 "cross_attention_mask",
-                "a patched model needs it with pixel_values, got None; pass the processor's: without "
-                "it transformers attends to padding tiles, and with sdpa masks the states causally",
+                "a patched model needs it with pixel_values, got None; pass the processor's: "
+                "without it transformers attends to padding tiles, and with sdpa masks the states causally",
             )
         real = self.real_tiles(given)
         if mask.dim() != 4 or mask.shape[0] != real.shape[0] or mask.shape[3] != real.shape[2]:
@@ -145,8 +145,8 @@ class Mllama(Adapter):
         if newest.shape[2] == real.shape[1] and bool((newest & ~real[:, None]).any()):
             raise ArgumentError(
                 "cross_attention_mask",
-                "it unmasks tiles that aspect_ratio_mask or aspect_ratio_ids mark as padding, whose "
-                "states a patched model drops",
+                "it unmasks tiles that aspect_ratio_mask or aspect_ratio_ids mark as padding, "
+                "whose states a patched model drops",
             )
 
     def images(self, given: Mapping[str, Any]) -> list[list[CrossImage]]:

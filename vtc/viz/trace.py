@@ -117,8 +117,8 @@ def trace(
 
     Raises:
         OSError: no such model.
-        ArgumentError: the method acts on pixels, so it drops no tokens, or the model's tokens have no
-            places in the picture.
+        ArgumentError: the method acts on pixels, so it drops no tokens, or the model's tokens
+            have no places in the picture.
         PictureError: `picture` cannot be made RGB.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
