@@ -131,7 +131,8 @@ class Mllama(Adapter):
             raise ArgumentError(
                 "cross_attention_mask",
                 "a patched model needs it with pixel_values, got None; pass the processor's: "
-                "without it transformers attends to padding tiles, and with sdpa masks the states causally",
+                "without it transformers attends to padding tiles, and with sdpa masks the states "
+                "causally",
             )
         real = self.real_tiles(given)
         if mask.dim() != 4 or mask.shape[0] != real.shape[0] or mask.shape[3] != real.shape[2]:
