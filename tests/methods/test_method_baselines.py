@@ -195,6 +195,53 @@ def test_visionzip_puts_tokens_at_their_patches_with_original_positions() -> Non
         vtc.VisionZip(keep=8).select(vision_tokens(20, encoder=None))
 
 
+@pytest.mark.parametrize("cls", [True, False])
+@pytest.mark.parametrize("positions", ["original", "contiguous"])
+def test_visionzip_tells_where_each_patch_went(positions: Any, cls: bool) -> None:
+    tokens = vision_tokens(40, cls=cls)
+    assert tokens.encoder is not None
+    assert tokens.project is not None
+    method = vtc.VisionZip(keep=12, contextual=0.4, positions=positions)
+    found = method.select(tokens)
+    assert found.features is not None
+    assert found.sources is not None
+    dominant, contextual = method.split(12)
+    size = found.sources[found.sources >= 0].bincount(minlength=12)
+    assert int((size > 0).sum()) == 12 - cls  # none went into [CLS]
+    assert int((found.sources < 0).sum()) == 0
+    merged = 0
+    for new in range(12):
+        patches = (found.sources == new).nonzero().squeeze(1)
+        content = found.features[new]
+        if len(patches) > 1:  # a target and the mean of those that joined it, in equal parts
+            merged += 1
+            halves = [
+                tokens.project(
+                    (tokens.encoder[t] + tokens.encoder[patches[patches != t]].mean(0)) / 2
+                )
+                for t in patches.tolist()
+            ]
+            assert any(torch.allclose(content, half, atol=1e-5) for half in halves)
+        elif len(patches) == 1 and torch.equal(content, tokens.features[patches[0]]):
+            dominant -= 1
+    assert dominant == cls
+    assert 0 < merged <= contextual
+
+
+def test_sources_that_do_not_fit_are_refused() -> None:
+    from vtc.core import Selection
+    from vtc.runtime.choices import checked
+
+    method, kept = vtc.Random(), torch.tensor([0, 2])
+    good = Selection(kept, sources=torch.tensor([0, -1, 1, 1]))
+    assert checked(method, good, 4) is good
+    for wrong in ([0, -1, 1], [0, -2, 1, 1], [0, 0, 2, 1]):
+        with pytest.raises(ValueError, match="random: sources must"):
+            checked(method, Selection(kept, sources=torch.tensor(wrong)), 4)
+    with pytest.raises(ValueError, match="whole numbers"):
+        checked(method, Selection(kept, sources=torch.zeros(4)), 4)
+
+
 # ---- PyramidDrop --------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("keep", "n", "counts"),

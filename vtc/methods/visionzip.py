@@ -91,7 +91,9 @@ class VisionZip(Method):
         # Evenly spaced; `rest` is long enough, as fewer tokens are kept than exist.
         step = max(1, len(rest) // max(contextual_count, 1))
         targets = rest[::step][:contextual_count]
-        merged = self._merged(states, keys.view(n, tokens.heads, -1).mean(1), rest, targets)
+        joining = rest[~torch.isin(rest, targets)]
+        nearest = _nearest(keys.view(n, tokens.heads, -1).mean(1), joining, targets)
+        merged = self._merged(states, joining, nearest, targets)
         new = [] if cls is None else [tokens.project(cls[None])]
         if contextual_count:
             new.append(tokens.project(merged.to(states.dtype)))
@@ -103,26 +105,37 @@ class VisionZip(Method):
             slots = torch.cat([_others(own.sort().values, n)[:1], own])
             contents = torch.cat([new[0], tokens.features[dominant], *new[1:]])
         order = slots.argsort()
+        place = torch.arange(len(slots), device=device)
         if self.positions == "original":
-            contents = contents[order]
-        return Selection(slots[order], contents)
+            contents, place = contents[order], order.argsort()
+        place = place[len(slots) - len(own) :]  # [CLS] has no patch
+        sources = rest.new_full((n,), -1)
+        sources[own] = place
+        if len(targets):
+            sources[joining] = place[len(dominant) :][nearest]
+        return Selection(slots[order], contents, sources=sources)
 
-    def _merged(self, states: Tensor, keys: Tensor, rest: Tensor, targets: Tensor) -> Tensor:
-        """(C, d_v) states of the targets after merging the other patches of `rest`."""
-        joining = rest[~torch.isin(rest, targets)]
+    def _merged(self, states: Tensor, joining: Tensor, nearest: Tensor, targets: Tensor) -> Tensor:
+        """(C, d_v) states of the targets, after merging patches (m,) into the `nearest` (m,)."""
         held = states[targets].float()
         if not len(joining) or not len(targets):
             return held
-        metric = normalize(keys.float(), dim=1)
-        nearest = (metric[joining] @ metric[targets].T).argmax(1)
         # Patches that join no target get their own group: copying all others would take longer.
-        group = rest.new_full((len(states),), len(targets)).index_copy_(0, joining, nearest)
+        group = joining.new_full((len(states),), len(targets)).index_copy_(0, joining, nearest)
         count = torch.bincount(nearest, minlength=len(targets)).to(held.dtype)
         total = sums(states.float(), group, len(targets) + 1)[:-1]
         mean = total / count.clamp(min=1)[:, None]
         if self.merge_by == "sum":
             return held + mean
         return torch.where(count[:, None] > 0, (held + mean) / 2, held)
+
+
+def _nearest(keys: Tensor, joining: Tensor, targets: Tensor) -> Tensor:
+    """(m,) for each patch of `joining` the number of the target with the most similar key."""
+    if not len(targets):
+        return joining[:0]
+    metric = normalize(keys.float(), dim=1)
+    return (metric[joining] @ metric[targets].T).argmax(1)
 
 
 def _others(chosen: Tensor, n: int) -> Tensor:
