@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vtc.core import LayerState, Method, Selection, VisionTokens, make, methods
+    from vtc.core.errors import UnsupportedModelError
     from vtc.methods import *  # noqa: F403
-    from vtc.models import UnsupportedModelError, models
+    from vtc.models import models
     from vtc.patching import Patch, patch, unpatch
     from vtc.presets import describe, preset, presets
 
@@ -21,7 +22,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Patch": "patching",
-    "UnsupportedModelError": "models",
+    "UnsupportedModelError": "core.errors",
     "describe": "presets",
     "patch": "patching",
     "preset": "presets",

@@ -7,16 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
-
 from vtc.core import Method, make
-from vtc.core.errors import ArgumentTypeError
 from vtc.core.events import Listener
-from vtc.models.base import UnsupportedModelError
-from vtc.models.registry import not_a_model
 from vtc.report import Report
-from vtc.runtime.executors import Bound, check_stages, executor_of
-from vtc.runtime.hf import executor as _transformers  # noqa: F401  (registers it)
+from vtc.runtime.executors import Bound, check_method, executor_of
+
+try:
+    import transformers  # noqa: F401
+except ImportError:  # other executors do without
+    pass
+else:
+    from vtc.runtime.hf import executor as _executor  # noqa: F401  (registers it)
 
 
 class Patch:
@@ -51,7 +52,7 @@ class Patch:
             unpatch(self.model)
 
     @contextmanager
-    def disable(self) -> Iterator[nn.Module]:
+    def disable(self) -> Iterator[Any]:
         """The plain model within a `with` block.
 
         Raises:
@@ -72,7 +73,8 @@ class Patch:
 
     @contextmanager
     def listen(self, listener: Listener) -> Iterator[None]:
-        """Report to `listener` what methods see and choose, within a `with` block.
+        """Report to `listener`, within a `with` block, what methods see and choose and what a
+        prefill took.
 
         Args:
             listener: called with each `vtc.core.events.Event`, in the thread that runs the model;
@@ -102,7 +104,7 @@ class Patch:
         return f"Patch({type(self.model).__name__}, {self.method}{state})"
 
 
-def patch(model: nn.Module, method: str | Method | dict[str, Any], **settings: Any) -> Patch:
+def patch(model: Any, method: str | Method | dict[str, Any], **settings: Any) -> Patch:
     """Compress the vision tokens of `model` from now on.
 
     Only this instance changes: no class, no global function, no weights. A second call on the model
@@ -119,7 +121,8 @@ def patch(model: nn.Module, method: str | Method | dict[str, Any], **settings: A
         The patch, with its report; also a context manager.
 
     Raises:
-        ValueError, TypeError: unknown method or setting, or a value out of range.
+        ArgumentError, ArgumentTypeError: unknown method or setting, a value out of range, or a
+            method that this model does not take.
         UnsupportedModelError: not a vision-language model, or an unknown architecture.
 
     Example:
@@ -129,12 +132,10 @@ def patch(model: nn.Module, method: str | Method | dict[str, Any], **settings: A
     """
     chosen = make(method, **settings)
     executor = executor_of(model)
-    if executor is None:
-        raise UnsupportedModelError(not_a_model(model))
-    check_stages(chosen, executor.stages)
+    check_method(chosen, executor)
     made = Patch(executor.bind(model, chosen))
     before = _patch_of(model)
-    if before is not None:
+    if before is not None and not before._disabled:
         before._bound.uninstall()
     try:
         made._bound.install()
@@ -148,29 +149,25 @@ def patch(model: nn.Module, method: str | Method | dict[str, Any], **settings: A
     return made
 
 
-def unpatch(model: nn.Module) -> None:
+def unpatch(model: Any) -> None:
     """Restore `model` bit for bit to its state before `patch`; does nothing if it is not patched.
 
     Args:
         model: the model given to `patch`, or its base model, bare or wrapped.
 
     Raises:
-        ArgumentTypeError: not a model.
+        UnsupportedModelError: not a model.
     """
-    if executor_of(model) is None:
-        raise ArgumentTypeError(
-            "model", f"expected a model of transformers, got {type(model).__name__}"
-        )
     found = _patch_of(model)
     if found is not None:
-        found._bound.uninstall()
+        if not found._disabled:
+            found._bound.uninstall()
         _forget(found)
 
 
 def _patch_of(model: Any) -> Patch | None:
     """The patch on `model`, or `None`."""
-    executor = executor_of(model)
-    for part in () if executor is None else executor.holders(model):
+    for part in executor_of(model).holders(model):
         found = getattr(part, "__dict__", {}).get("_vtc_patch")
         if found is not None:
             return found

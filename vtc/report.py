@@ -124,7 +124,7 @@ class Report:
 
         return _mean(
             [
-                kv_bytes(self._config, sample.lengths, prefill.bytes_per_value)
+                kv_bytes(self._config, sample.cached or sample.lengths, prefill.bytes_per_value)
                 for prefill in self.prefills
                 for sample in prefill.samples
                 if sample.images

@@ -12,6 +12,8 @@ import torch
 
 import vtc
 from tests.reference.families import FAMILIES
+from tests.reference.models import build_model, collate, samples
+from vtc.core import make
 from vtc.core.events import Encoded, Event, Prefilled, Selected, Shown
 
 
@@ -51,6 +53,36 @@ def test_events_tell_what_the_report_counts(name: str) -> None:
     left = [sum(i.steps[-1][1] for i in sample.images) for sample in samples if sample.images]
     assert [len(e.selection.indices) for e in later] == left
     assert all(e.among >= len(e.selection.indices) for e in chosen)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "full",
+        "fastv",
+        "tome:keep=0.5",
+        "downsample:how=pixels",
+        "divprune",
+        "divprune:keep=0.5|fastv:keep=0.25",
+    ],
+)
+def test_images_are_shown_whatever_the_stage(method: str) -> None:
+    model, events = build_model("clip", "llama"), list[Event]()
+    batch = collate(samples("images", "clip"))
+    patch = vtc.patch(model, make(method))
+    with patch, patch.listen(events.append), torch.no_grad():
+        model(**batch)
+    (prefill,) = patch.report.prefills
+    shown = [e for e in events if isinstance(e, Shown)]
+    assert [(e.sample, len(e.tokens)) for e in shown] == [
+        (b, image.encoded) for b, sample in enumerate(prefill.samples) for image in sample.images
+    ]
+    kinds = [type(e) for e in events]
+    assert kinds[0] is Encoded
+    assert kinds[1 : 1 + len(shown)].count(Shown) >= 1
+    assert kinds[-1] is Prefilled
+    stages = {e.stage for e in events if isinstance(e, Selected)}
+    assert stages == {*make(method).stages} & {"sequence", "layers"}
 
 
 def test_cross_attention_tells_as_well() -> None:

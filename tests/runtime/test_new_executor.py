@@ -4,7 +4,12 @@ model that is no PyTorch module. Methods, patching and report are those of vtc."
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -12,6 +17,7 @@ import torch
 from torch import Tensor
 
 import vtc
+from tests.test_layers import BLOCKED
 from vtc.core import Method, VisionTokens
 from vtc.core.errors import ArgumentError
 from vtc.core.events import Event, Prefilled, Selected
@@ -58,7 +64,7 @@ class Hooked(executors.Bound):
         grid = torch.stack([torch.zeros_like(place), place // columns, place % columns], dim=1)
         choices = Choices((self.report.hear, *self.listeners), shows=bool(self.listeners))
 
-        def tokens(method: Method | None, features: Tensor, alive: Tensor) -> VisionTokens:
+        def tokens(method: Method, features: Tensor, alive: Tensor) -> VisionTokens:
             return VisionTokens.among(features, grid, None, alive, total=len(every))
 
         chosen = choose(choices, tuple(enumerate(self.method.parts)), 0, 0, every, tokens)
@@ -70,16 +76,25 @@ class Hooked(executors.Bound):
         return chosen.features
 
 
-@pytest.fixture(autouse=True)
-def served() -> Iterator[None]:
+@contextmanager
+def registered() -> Iterator[None]:
+    """Register the executor, as an entry point would."""
     before = list(executors.EXECUTORS)
 
     class Serving(executors.Executor):
-        stages: ClassVar[tuple[str, ...]] = ("sequence",)
+        signals: ClassVar[frozenset[str]] = frozenset()
 
         @classmethod
         def accepts(cls, model: Any) -> bool:
             return isinstance(model, Served)
+
+        @classmethod
+        def stages(cls) -> tuple[str, ...]:
+            return ("sequence",)
+
+        @classmethod
+        def supported(cls) -> str:
+            return "a served model"
 
         @classmethod
         def holders(cls, model: Any) -> tuple[Any, ...]:
@@ -89,8 +104,16 @@ def served() -> Iterator[None]:
         def bind(cls, model: Any, method: Method) -> Hooked:
             return Hooked(model, method)
 
-    yield
-    executors.EXECUTORS[:] = before
+    try:
+        yield
+    finally:
+        executors.EXECUTORS[:] = before
+
+
+@pytest.fixture(autouse=True)
+def _with_the_executor() -> Iterator[None]:
+    with registered():
+        yield
 
 
 def image() -> Tensor:
@@ -100,7 +123,7 @@ def image() -> Tensor:
 def test_a_patch_on_it_and_off_it() -> None:
     model = Served()
     both = vtc.DivPrune(keep=0.5) | vtc.Pool(keep=9)
-    with vtc.patch(model, both) as patch:  # type: ignore[arg-type]
+    with vtc.patch(model, both) as patch:
         events: list[Event] = []
         with patch.listen(events.append):
             assert model.ask([image()]) == [9]
@@ -115,22 +138,58 @@ def test_a_patch_on_it_and_off_it() -> None:
 
 def test_a_second_patch_replaces_the_first() -> None:
     model = Served()
-    first = vtc.patch(model, "random", keep=4)  # type: ignore[arg-type]
-    vtc.patch(model, "random", keep=5)  # type: ignore[arg-type]
+    first = vtc.patch(model, "random", keep=4)
+    vtc.patch(model, "random", keep=5)
     assert not first.active
     assert model.ask([image()]) == [5]
-    vtc.unpatch(model)  # type: ignore[arg-type]
+    vtc.unpatch(model)
     assert model.ask([image()]) == [36]
 
 
 def test_stages_that_it_does_not_run_are_refused() -> None:
-    with pytest.raises(ArgumentError, match="no runner for stage 'layers'") as caught:
-        vtc.patch(Served(), "fastv")  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="stage 'layers', which this executor") as caught:
+        vtc.patch(Served(), "fastv")
     assert caught.value.argument == "method"
+    with pytest.raises(ArgumentError, match="reads cls_attention, encoder, keys, which"):
+        vtc.patch(Served(), "visionzip")
+
+
+def test_a_patch_that_is_disabled_comes_off_once() -> None:
+    model = Served()
+    with vtc.patch(model, "random", keep=4).disable():
+        vtc.unpatch(model)
+    assert model.ask([image()]) == [36]
+    with vtc.patch(model, "random", keep=4).disable():
+        vtc.patch(model, "random", keep=6)
+    assert model.ask([image()]) == [6]
 
 
 def test_other_objects_are_still_refused() -> None:
-    with pytest.raises(vtc.UnsupportedModelError, match="supported are"):
-        vtc.patch(object(), "fastv")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="expected a model"):
-        vtc.unpatch(object())  # type: ignore[arg-type]
+    with pytest.raises(vtc.UnsupportedModelError, match=r"a served model; .*supported are"):
+        vtc.patch(object(), "fastv")
+    with pytest.raises(vtc.UnsupportedModelError, match="got object"):
+        vtc.unpatch(object())
+
+
+def test_it_runs_without_transformers(tmp_path: Path) -> None:
+    code = (
+        BLOCKED.format(blocked="transformers")
+        + """
+import torch, vtc, tests.runtime.test_new_executor as here
+model = here.Served()
+with here.registered():
+    with vtc.patch(model, "divprune", keep=5):
+        assert model.ask([here.image()]) == [5]
+assert "transformers" not in sys.modules
+print("done")
+"""
+    )
+    root = Path(__file__).parents[2]
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
+    }
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, env=env, check=False
+    )
+    assert ran.stdout == "done\n", ran.stderr

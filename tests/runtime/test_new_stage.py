@@ -4,6 +4,7 @@ method, with a runner of this file. Nothing of the engine is touched."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,12 +13,16 @@ import torch
 from torch import Tensor
 
 import vtc
+from tests.reference.families import FAMILIES
 from tests.reference.models import build_model, collate, samples
-from vtc.core import Method, check_keep
+from vtc.core import Method, Selection, check_keep
+from vtc.core.errors import ArgumentError
+from vtc.core.events import Event, Selected
 from vtc.core.settings import budget
-from vtc.models import CACHE
+from vtc.models import CACHE, Adapter
 from vtc.runtime.forward import Forward
 from vtc.runtime.hf.stages import RUNNERS, Runner
+from vtc.runtime.layout import Layout
 
 TOLERANCE = 1e-4
 
@@ -47,40 +52,51 @@ class CacheRunner(Runner):
 
     stage: ClassVar[str] = "cache"
 
+    def __init__(
+        self, adapter: Adapter, method: Method, current: Callable[[], Forward | None]
+    ) -> None:
+        super().__init__(adapter, method, current)
+        if len(self.parts) > 1 or "layers" in method.stages:
+            raise ArgumentError("method", f"{method}: layers that hold the same tokens are needed")
+
     def leave(self, forward: Forward, cache: Any) -> None:
-        if cache is None:
+        if cache is None or forward.phase != "prefill":
             return
-        (group,) = forward.ledger.groups
-        before, keep = forward.layout, forward.layout.valid.clone()
-        assert group.length == before.index.shape[1], "a cache that holds earlier turns"
-        for number, method in self.parts:
-            for b in range(len(keep)):
-                image = forward.prompt.image[b, before.index[b]]
-                places = ((image >= 0) & keep[b]).nonzero().squeeze(1)
-                held = [layer.values[b, :, places].transpose(0, 1) for layer in cache.layers]
-                stay = method.evict(torch.stack(held).flatten(2))
-                keep[b, places] = False
-                keep[b, places[stay]] = True
-                if len(stay) < len(places):
-                    forward.choices.dropped.add(number)
-        after, place = before.compact(keep)
+        (group,), before, ((number, method),) = forward.ledger.groups, forward.layout, self.parts
+        past = group.length - before.index.shape[1]  # earlier turns stay as they are
+        keep = before.valid.clone()
+        for b in range(len(keep)):
+            image = forward.prompt.image[b, before.index[b]]
+            places = ((image >= 0) & keep[b]).nonzero().squeeze(1)
+            held = [layer.values[b, :, past + places].transpose(0, 1) for layer in cache.layers]
+            stay = method.evict(torch.stack(held).flatten(2))
+            keep[b, places] = False
+            keep[b, places[stay]] = True
+            if not len(places):
+                continue
+            selection = Selection(stay)
+            chosen = Selected(self.stage, method, b, None, None, len(places), selection)
+            forward.choices.emit(chosen)
+            if len(stay) < len(places):
+                forward.choices.dropped.add(number)
+        old = group.valid
+        if old is None:
+            old = keep.new_ones(len(keep), group.length)
+        after, place = Layout.whole(old).compact(torch.cat([old[:, :past], keep], dim=1))
         for layer in cache.layers:
             for name in ("keys", "values"):
                 rows = getattr(layer, name)
                 index = place[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3])
                 setattr(layer, name, rows.gather(2, index))
         group.length, group.valid, group.diverged = after.index.shape[1], after.valid, True
+        counts = after.valid.sum(1).tolist()
+        forward.counts.cached = [(n,) * len(self.adapter.layers) for n in counts]
 
 
 # ---- held to the plain model in which the evicted tokens are masked -----------------------------
 @pytest.fixture(autouse=True)
 def _with_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vtc.models import Adapter
-    from vtc.runtime.hf.executor import Transformers
-
     monkeypatch.setitem(RUNNERS, "cache", CacheRunner)
-    monkeypatch.setattr(Transformers, "stages", tuple(RUNNERS))
-    monkeypatch.setattr(Adapter, "stages", (*Adapter.stages, "cache"))
 
 
 @pytest.mark.parametrize("kind", ["one", "images", "mixed"])
@@ -120,12 +136,74 @@ def test_it_composes_with_a_stage_of_vtc() -> None:
     with vtc.patch(model, vtc.DivPrune(keep=0.5) | Lightest(keep=0.25)) as patch, torch.no_grad():
         out = model(**batch, use_cache=True)
     (prefill,) = patch.report.prefills
+    assert [s.cached for s in prefill.samples] != [s.lengths for s in prefill.samples]
     left = [
         sample.text_tokens
         + budget(0.25, sum(budget(0.5, image.original) for image in sample.images))
         for sample in prefill.samples
     ]
     assert out.past_key_values.layers[0].keys.shape[2] == max(left)
+
+
+def test_it_is_reported_and_counted() -> None:
+    batch, model = collate(samples("images", "clip")), build_model("clip", "llama")
+    events: list[Event] = []
+    with vtc.patch(model, "full") as full, torch.no_grad():
+        model(**batch, use_cache=True)
+    patch = vtc.patch(model, Lightest(keep=0.25))
+    with patch, patch.listen(events.append), torch.no_grad():
+        model(**batch, use_cache=True)
+    chosen = [e for e in events if isinstance(e, Selected)]
+    assert [(e.stage, e.sample) for e in chosen] == [("cache", b) for b in range(3)]
+    assert patch.report.tokens_out == patch.report.tokens_in
+    assert patch.report.kv_bytes < 0.6 * full.report.kv_bytes
+    assert patch.report.flops == full.report.flops
+    assert Lightest(keep=0.25).token_schedule(36, 4) == (36,) * 4
+
+
+def test_a_second_turn() -> None:
+    """The first turn's tokens stay evicted, the second image is evicted from in its turn."""
+    batch, model = collate(samples("one", "clip")), build_model("clip", "llama")
+    words = torch.randint(5, 30, (1, 3), generator=_seeded())
+    with vtc.patch(model, Lightest(keep=0.4)), torch.no_grad():
+        cache = model(**batch, use_cache=True).past_key_values
+        found = _second(model, cache, batch, batch["attention_mask"])
+        held = cache.layers[0].keys.shape[2]
+        steps = _steps(model, cache, batch["attention_mask"].repeat(1, 2), words)
+    with torch.no_grad():
+        cache = model(**batch, use_cache=True).past_key_values
+        mask = _masked(model, batch, cache, 0.4)
+        expected = _second(model, cache, batch, mask)
+        assert (found - expected).abs().max() < TOLERANCE
+        later = _masked(model, batch, cache, 0.4, batch["input_ids"].shape[1])
+        mask = torch.cat([mask, later], dim=1)
+        assert held == int(mask.sum())
+        assert (steps - _steps(model, cache, mask, words)).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "internvl", "gemma3", "paligemma"])
+def test_families_take_a_new_stage_without_a_declaration(name: str) -> None:
+    family = FAMILIES[name]
+    model, batch = family.build("eager"), family.collate(family.rows("one"))
+    with vtc.patch(model, Lightest(keep=0.25)) as patch, torch.no_grad():
+        model(**batch, use_cache=True)
+    (sample,) = patch.report.prefills[0].samples
+    assert sample.cached is not None
+    assert max(sample.cached) < min(sample.lengths)
+
+
+def test_what_the_runner_cannot_do_it_refuses_itself() -> None:
+    model = build_model("clip", "llama")
+    with pytest.raises(ArgumentError, match="same tokens") as caught:
+        vtc.patch(model, vtc.FastV(keep=0.5) | Lightest(keep=0.25))
+    assert caught.value.argument == "method"
+    assert not hasattr(model.model, "_vtc_patch")
+
+
+def _second(model: Any, cache: Any, batch: dict[str, Tensor], mask: Tensor) -> Tensor:
+    """(b, s, v) logits of the same prompt as a further turn on a cache."""
+    mask = torch.cat([mask, batch["attention_mask"]], dim=1)
+    return model(**{**batch, "attention_mask": mask}, **{CACHE: cache}).logits
 
 
 def _seeded() -> torch.Generator:
@@ -142,12 +220,12 @@ def _steps(model: Any, cache: Any, mask: Tensor, words: Tensor) -> Tensor:
     return torch.cat(found, dim=1)
 
 
-def _masked(model: Any, batch: dict[str, Tensor], cache: Any, keep: float) -> Tensor:
-    """The mask of the prompt without the evicted tokens."""
+def _masked(model: Any, batch: dict[str, Tensor], cache: Any, keep: float, past: int = 0) -> Tensor:
+    """The mask of a prompt after `past` cached tokens, without the evicted ones."""
     mask = batch["attention_mask"].clone()
     for b, ids in enumerate(batch["input_ids"]):
         places = (ids == model.config.image_token_id).nonzero().squeeze(1)
-        held = torch.stack([layer.values[b][:, places] for layer in cache.layers])
+        held = torch.stack([layer.values[b][:, past + places] for layer in cache.layers])
         size = held.pow(2).sum((1, 3)).sqrt().sum(0)
         count = max(1, round(keep * len(places)))
         mask[b, places] = 0

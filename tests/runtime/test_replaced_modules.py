@@ -154,3 +154,21 @@ def test_a_base_model_that_runs_alone_notices_as_well(name: str) -> None:
         layers[2] = copy.deepcopy(layers[2])
         with pytest.raises(RuntimeError, match=r"decoder layer 2.*not the one that was patched"):
             model.model(**batch)
+
+
+@pytest.mark.parametrize("layers", [2, 5])
+@pytest.mark.parametrize("method", READERS[:6], ids=str)
+def test_a_tower_of_another_depth_is_followed(method: Method, layers: int) -> None:
+    """Layers count from the end, or by a fraction, of the tower that runs."""
+    model = build_model("clip", "llama")
+    tower = model.model.vision_tower
+    config = copy.deepcopy(tower.config)
+    config.num_hidden_layers = layers
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        other = type(tower)(config).eval()
+    with vtc.patch(model, method):
+        model.model.vision_tower = other
+        found = _logits(model)
+    with vtc.patch(model, method):
+        assert torch.equal(found, _logits(model))

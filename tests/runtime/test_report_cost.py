@@ -295,3 +295,16 @@ def test_mllama_layer_by_layer_then_decoding_and_cache(keep: float | int) -> Non
             use_cache=True,
         )
     assert decode_flops(model.config, sample.lengths) == pytest.approx(total, rel=0.002)
+
+
+def test_images_that_were_encoded_before_generate_count() -> None:
+    family = FAMILIES["paligemma"]
+    model, batch = family.build("eager"), family.collate(family.rows("one"))
+    pixels = batch.pop("pixel_values")
+    with vtc.patch(model, "divprune", keep=0.5) as patch, torch.no_grad():
+        for ask in (lambda **given: model.generate(**given, max_new_tokens=2), model):
+            encoded = model.get_image_features(pixel_values=pixels)
+            ask(**batch, mm_encoder_outputs={"image": encoded})
+    first, second = patch.report.prefills
+    assert first.vision_ms > 0
+    assert second.vision_ms > 0

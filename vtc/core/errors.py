@@ -3,7 +3,14 @@
 
 from __future__ import annotations
 
-__all__ = ["ArgumentError", "ArgumentTypeError", "argument_of", "message_of", "within"]
+__all__ = [
+    "ArgumentError",
+    "ArgumentTypeError",
+    "UnsupportedModelError",
+    "argument_of",
+    "message_of",
+    "within",
+]
 
 
 class _OfArgument(Exception):
@@ -33,6 +40,10 @@ class ArgumentTypeError(_OfArgument, TypeError):
     Attributes:
         argument, message: as in `ArgumentError`.
     """
+
+
+class UnsupportedModelError(TypeError):
+    """The model is not a VLM of a shape that vtc covers."""
 
 
 def argument_of(error: BaseException) -> str | None:

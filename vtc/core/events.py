@@ -39,6 +39,7 @@ class Selected:
     """The selection of a method.
 
     Attributes:
+        stage: name of the stage in which it acts.
         method: the one of the composed methods that chose.
         sample: row of the batch.
         image: ordinal of the image in the sequence stage; `None` between layers, where a method
@@ -48,6 +49,7 @@ class Selected:
         selection: the tokens that stay.
     """
 
+    stage: str
     method: Method
     sample: int
     image: int | None

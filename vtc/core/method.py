@@ -17,7 +17,7 @@ from . import registry
 from .errors import ArgumentError
 from .settings import budget
 from .signals import Signal, check_needs
-from .stages import STAGES, refused
+from .stages import STAGES, refused, stage_of
 from .states import (
     EncoderState,
     LayerState,
@@ -156,13 +156,14 @@ class Method:
         """Vision tokens that enter the language model, of an image of `n`.
 
         By default the budget `keep`, per tile if `by_tile`; all tokens for a method that acts only
-        between layers; `None` without a numeric `keep`.
+        later; `None` without a numeric `keep`.
 
         Args:
             n: tokens of the image before compression.
             tiles: tiles of equal size that the image is divided into.
         """
-        if self.keeps_all or self.stages == ("layers",):
+        before = [s.name for s in STAGES[: stage_of("sequence").order + 1]]
+        if self.keeps_all or not {*before} & {*self.stages}:
             return n
         keep = getattr(self, "keep", None)
         if not isinstance(keep, (int, float)):

@@ -135,12 +135,15 @@ class Sample:
         lengths: all tokens that each decoder layer processed; for a cross-attention layer
             the vision states that it read.
         logits: positions for which the output head ran.
+        cached: all tokens that the cache of each layer holds after the prefill, where tokens were
+            taken off it; `None` if it holds `lengths`.
     """
 
     text_tokens: int
     images: tuple[ImageTokens, ...]
     lengths: tuple[int, ...]
     logits: int = 1
+    cached: tuple[int, ...] | None = None
 
 
 @dataclass

@@ -36,12 +36,20 @@ class Field:
         shape: its sizes; () if it is not a tensor.
         of_tiles: for the scope "tile", the field with the values of all tiles of a tiled image;
             `name` then holds the thumbnail's.
+        captured: its name among what an executor captures, if another.
     """
 
     name: str
     scope: Scope
     shape: tuple[Size, ...] = ()
     of_tiles: str = ""
+    captured: str = ""
+
+    @property
+    def captures(self) -> dict[str, str]:
+        """The fields of `VisionTokens` that it fills, and the captured values that fill them."""
+        own = {self.name: self.captured or self.name}
+        return {**own, self.of_tiles: self.of_tiles} if self.of_tiles else own
 
 
 @dataclass(frozen=True)
@@ -73,14 +81,14 @@ SIGNALS: Mapping[Signal, SignalSpec] = MappingProxyType(
             SignalSpec(
                 "cls_attention",
                 "tower attention",
-                (Field("cls_attention", "token", ("n",)), _HEADS),
+                (Field("cls_attention", "token", ("n",), captured="attention"), _HEADS),
                 layer="vision_layer",
                 rows=True,
             ),
             SignalSpec(
                 "low_attention",
                 "tower attention",
-                (Field("low_attention", "token", ("n",)),),
+                (Field("low_attention", "token", ("n",), captured="attention"),),
                 layer="low_layer",
                 rows=True,
             ),
@@ -113,7 +121,11 @@ SIGNALS: Mapping[Signal, SignalSpec] = MappingProxyType(
             ),
             SignalSpec("text", "text", (Field("text", "image", ("t", "d")),)),
             SignalSpec("segment", "text", (Field("segment", "image", ("t", "d")),)),
-            SignalSpec("patches", "grid", (Field("patches", "token", ("n", "m")),)),
+            SignalSpec(
+                "patches",
+                "grid",
+                (Field("patches", "token", ("n", "m"), captured="filled_patches"),),
+            ),
         )
     }
 )

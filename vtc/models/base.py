@@ -19,16 +19,13 @@ from transformers.masking_utils import (
     create_sliding_window_causal_mask,
 )
 
+from vtc.core.errors import UnsupportedModelError
 from vtc.core.images import ImageMap, Modality, grid_positions
 
 CACHE = (
     "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 )
 """The name of the cache argument: `past_key_values` up to transformers 5.23, `cache` from 5.24."""
-
-
-class UnsupportedModelError(TypeError):
-    """The model is not a VLM of a shape that vtc covers."""
 
 
 _OWN = {

@@ -80,18 +80,6 @@ def models() -> list[FamilyInfo]:
     ]
 
 
-def _supported() -> str:
-    return ", ".join(kind for cls in families() for kind in cls.model_types)
-
-
-def not_a_model(given: object) -> str:
-    """What to say of something that is no model, and which are supported."""
-    return (
-        f"model: expected a vision-language model of transformers, got {type(given).__name__}; "
-        f"supported are {_supported()}, and others of the same shape"
-    )
-
-
 def find(model: nn.Module) -> Adapter:
     """Find the adapter of a model.
 
@@ -108,10 +96,13 @@ def find(model: nn.Module) -> Adapter:
         UnsupportedModelError: not a VLM, of a shape that vtc does not cover, or of a family that
             needs a newer transformers.
     """
-    supported = _supported()
+    supported = ", ".join(kind for cls in families() for kind in cls.model_types)
     config = getattr(model, "config", None)
     if not isinstance(model, nn.Module) or config is None:
-        raise UnsupportedModelError(not_a_model(model))
+        raise UnsupportedModelError(
+            f"model: expected a vision-language model of transformers, got {type(model).__name__}; "
+            f"supported are {supported}, and others of the same shape"
+        )
     kind = getattr(config, "model_type", None)
     if not hasattr(config, "vision_config") and not hasattr(model, "get_image_features"):
         raise UnsupportedModelError(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vtc.core import Method, Selection, VisionTokens
-from vtc.core.events import Event, Listener, Selected, Shown
+from vtc.core.events import Event, Listener, Selected
 
 Part = tuple[int, Method]
 """A method with its number in its composition."""
@@ -26,7 +26,7 @@ class Choices:
 
     Attributes:
         listeners: called with every event.
-        shows: whether images are reported before any method sees them.
+        shows: whether someone listens to `Shown`, which costs something to make.
         decisions: the selections.
         memory: by part and row, what the part returned as memory in its last selection.
         dropped: numbers of the parts that dropped a token.
@@ -74,7 +74,7 @@ def choose(
     sample: int,
     image: int,
     features: Tensor,
-    tokens: Callable[[Method | None, Tensor, Tensor], VisionTokens],
+    tokens: Callable[[Method, Tensor, Tensor], VisionTokens],
 ) -> Chosen | None:
     """Run the parts of the sequence stage on one image.
 
@@ -84,8 +84,8 @@ def choose(
         sample: row of the batch.
         image: ordinal of the image in its sample.
         features: (n, d) contents of its tokens.
-        tokens: makes what a method receives, from the method (`None` for the event), the features
-            (k, d) and the indices (k,) of the tokens that are left.
+        tokens: makes what a method receives, from the method, the features (k, d) and the indices
+            (k,) of the tokens that are left.
 
     Returns:
         What is left; `None` if there is no token, or no method.
@@ -97,8 +97,6 @@ def choose(
     alive = torch.arange(len(features), device=features.device)
     if not len(alive):  # the mask hides all that the tower made
         return None
-    if choices.shows and not choices.replay:
-        choices.emit(Shown(sample, tokens(None, features, alive)))
     steps: list[tuple[Method, Tensor]] = []
     replaced = False
     for number, method in parts:
@@ -110,7 +108,7 @@ def choose(
             with no_autocast(features):
                 selection = checked(method, method.select(shown), len(shown))
             choices.decisions[key] = selection
-            choices.emit(Selected(method, sample, image, None, len(shown), selection))
+            choices.emit(Selected("sequence", method, sample, image, None, len(shown), selection))
         assert selection is not None
         index = selection.indices.to(alive.device)
         if len(index) < len(alive):
@@ -152,7 +150,7 @@ def checked(method: Method, selection: Any, n: int) -> Selection:
     indices, features, sources = selection.indices, selection.features, selection.sources
     if indices.dim() != 1 or indices.dtype != torch.long:
         raise ValueError(
-            f"{method.name}: indices must be whole numbers of shape (k,), "
+            f"{method.name}: indices must be an int64 tensor of shape (k,), "
             f"got {indices.dtype} {tuple(indices.shape)}"
         )
     if len(indices) and (
@@ -168,7 +166,7 @@ def checked(method: Method, selection: Any, n: int) -> Selection:
     if sources is not None:
         if sources.dtype != torch.long or sources.shape != (n,):
             raise ValueError(
-                f"{method.name}: sources must be whole numbers of shape ({n},), "
+                f"{method.name}: sources must be an int64 tensor of shape ({n},), "
                 f"got {sources.dtype} {tuple(sources.shape)}"
             )
         if n and not -1 <= int(sources.min()) <= int(sources.max()) < max(len(indices), 0):

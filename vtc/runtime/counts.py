@@ -18,13 +18,22 @@ class TokenCounts:
     Attributes:
         images: by layer, for each row the vision tokens of each image.
         held: by layer, for each row all tokens.
+        cached: for each row, all tokens that each layer's cache holds after the prefill; `None` if
+            no stage took tokens off it.
     """
 
     images: dict[int, list[list[int]]] = field(default_factory=dict)
     held: dict[int, list[int]] = field(default_factory=dict)
+    cached: list[tuple[int, ...]] | None = None
 
     def note(self, prompt: Prompt, layout: Layout, layer: int) -> None:
-        """Record the tokens that decoder layers process from `layer` on."""
+        """Record the tokens that decoder layers process from `layer` on.
+
+        Args:
+            prompt: the sequence before compression.
+            layout: the tokens held.
+            layer: 0-based decoder layer.
+        """
         image = prompt.image.gather(1, layout.index).masked_fill(~layout.valid, -1)
         most = max((span.ordinal for span in prompt.spans), default=-1) + 2
         counts = image.new_zeros(image.shape[0], most)
@@ -39,6 +48,9 @@ class TokenCounts:
             prompt: the sequence before compression.
             num_layers: number of decoder layers.
             logits_to_keep: as given to the model.
+
+        Returns:
+            One sample per row.
         """
         totals: dict[int, list[dict[str, Any]]] = {}
         for span in prompt.spans:
@@ -75,6 +87,7 @@ class TokenCounts:
                     for _ in range(layer, end)
                 ),
                 logits_of(logits_to_keep, int(every[b])),
+                None if self.cached is None else self.cached[b],
             )
             for b in range(len(every))
         ]

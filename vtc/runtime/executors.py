@@ -11,8 +11,8 @@ from abc import ABC, abstractmethod
 from functools import cache
 from typing import Any, ClassVar
 
-from vtc.core import STAGES, Method
-from vtc.core.errors import ArgumentError
+from vtc.core import SIGNALS, STAGES, Method
+from vtc.core.errors import ArgumentError, UnsupportedModelError
 from vtc.core.events import Listener
 from vtc.core.plugins import load_group
 from vtc.report import Report
@@ -39,7 +39,7 @@ class Bound(ABC):
     @property
     @abstractmethod
     def holder(self) -> Any:
-        """The object that holds the patch, for all names under which the model can be reached."""
+        """The object that holds the patch, in its `__dict__`, however the model is reached."""
 
     @abstractmethod
     def install(self) -> None:
@@ -51,7 +51,7 @@ class Bound(ABC):
 
     @abstractmethod
     def uninstall(self) -> None:
-        """Restore the model.
+        """Restore the model. Called once after each `install`.
 
         Raises:
             RuntimeError: the model is running.
@@ -62,10 +62,10 @@ class Executor(ABC):
     """Binds methods to the models of one library.
 
     Class attributes:
-        stages: names of the stages that it can run.
+        signals: what its methods can read before the language model; by default everything.
     """
 
-    stages: ClassVar[tuple[str, ...]]
+    signals: ClassVar[frozenset[str]] = frozenset(SIGNALS)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -74,8 +74,18 @@ class Executor(ABC):
 
     @classmethod
     @abstractmethod
+    def stages(cls) -> tuple[str, ...]:
+        """Names of the stages that it can run."""
+
+    @classmethod
+    @abstractmethod
     def accepts(cls, model: Any) -> bool:
         """Whether `model` is of its library. It may still be refused by `bind`."""
+
+    @classmethod
+    @abstractmethod
+    def supported(cls) -> str:
+        """What it accepts, to follow "expected"."""
 
     @classmethod
     @abstractmethod
@@ -98,22 +108,33 @@ def _load() -> None:
     load_group("vtc.executors")
 
 
-def executor_of(model: Any) -> type[Executor] | None:
-    """The executor that accepts `model`, or `None`."""
+def executor_of(model: Any) -> type[Executor]:
+    """The executor that accepts `model`.
+
+    Raises:
+        UnsupportedModelError: there is none; says what is supported.
+    """
     _load()
-    return next((executor for executor in EXECUTORS if executor.accepts(model)), None)
+    for executor in EXECUTORS:
+        if executor.accepts(model):
+            return executor
+    expected = "; ".join(executor.supported() for executor in EXECUTORS)
+    raise UnsupportedModelError(
+        f"model: got {type(model).__name__}, expected {expected or 'transformers, not installed'}"
+    )
 
 
-def check_stages(method: Method, stages: tuple[str, ...]) -> None:
-    """Refuse a method with a part that implements no stage, or one that an executor does not run.
+def check_method(method: Method, executor: type[Executor]) -> None:
+    """Refuse a method with a part that an executor cannot run.
 
     Args:
         method: the method, or a composition.
-        stages: names of the stages that the executor runs.
+        executor: what would run it.
 
     Raises:
-        ArgumentError: a part overrides no hook, or the hook of another stage.
+        ArgumentError: a part overrides no hook, acts in another stage, or reads other signals.
     """
+    stages = executor.stages()
     for part in method.parts:
         if not part.stages:
             hooks = ", ".join(stage.hook for stage in STAGES if stage.name in stages)
@@ -125,6 +146,12 @@ def check_stages(method: Method, stages: tuple[str, ...]) -> None:
         if lacking := [name for name in part.stages if name not in stages]:
             raise ArgumentError(
                 "method",
-                f"no runner for stage {lacking[0]!r} in this executor, in which {part} acts; it "
-                f"runs {', '.join(stages)}",
+                f"{part} acts in stage {lacking[0]!r}, which this executor does not run; it runs "
+                f"{', '.join(stages)}",
+            )
+        if unread := part.needs - executor.signals:
+            raise ArgumentError(
+                "method",
+                f"{part} reads {', '.join(sorted(unread))}, which this executor does not capture; "
+                f"it captures {', '.join(sorted(executor.signals)) or 'nothing'}",
             )

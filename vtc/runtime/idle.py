@@ -33,8 +33,8 @@ def warn_of_idle(
             continue
         told.add(number)
         warnings.warn(
-            f"{part.name} dropped nothing: its budget counts the tokens that an image had at "
-            f"first, and in {method} the parts that act before it left no more",
+            f"{part.name} dropped nothing: budgets refer to an image's original tokens, and in "
+            f"{method} the parts that act before it left no more",
             stacklevel=stacklevel + 1,
         )
 

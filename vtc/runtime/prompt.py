@@ -75,6 +75,20 @@ class Prompt:
         text = ~fed & valid & started & (place < end[:, None])
         return cls(valid, spans, image, grid, separator, text, end.tolist(), blocks)
 
+    def text_for(self, sample: int, image: int, last: int, segment: bool) -> Tensor:
+        """The text that a method reads.
+
+        Args:
+            sample: row of the batch.
+            image: ordinal of the image.
+            last: place of its last token.
+            segment: only the text up to the next image.
+
+        Returns:
+            (s,) bool.
+        """
+        return text_for(self.text[sample], self.image[sample], image, last, segment)
+
     @property
     def length(self) -> int:
         """Places per row."""
@@ -85,6 +99,27 @@ class Prompt:
         """The number of last tokens that are text in every row, which a cache can crop."""
         kept = self.valid & (self.image < 0) & ~self.separator
         return int(kept.flip(1).long().cumprod(1).sum(1).min())
+
+
+def text_for(text: Tensor, image: Tensor, ordinal: int, last: int, segment: bool) -> Tensor:
+    """The text of a row that a method reads: all of the prompt's, or only a segment.
+
+    Args:
+        text: (s,) bool, the prompt's text after the first image.
+        image: (s,) ordinal of the image of each place, -1 elsewhere.
+        ordinal: of the image.
+        last: place of its last token.
+        segment: only the text up to the next image.
+
+    Returns:
+        (s,) bool.
+    """
+    if not segment:
+        return text
+    place = torch.arange(len(text), device=text.device)
+    later = (image > ordinal).nonzero()
+    end = int(later[0]) if len(later) else len(text)
+    return text & (place > last) & (place < end)
 
 
 def prompt_ends(vision: Tensor, labels: Tensor | None, width: int | None = None) -> Tensor:

@@ -64,7 +64,7 @@ class ImageSignals:
         passed: patches that entered each tower layer and left the last, if the tower merges.
         tower: signals of the filled tokens, by tower layer that is read.
         encoder: (k, d_v) projector inputs of the filled tokens, if read; else `None`.
-        cls: (d_v,) the [CLS] state of the layer that the projector reads, or `None`.
+        encoder_cls: (d_v,) the [CLS] state of the layer that the projector reads, or `None`.
         crop_cls: (c, d_v) the same for each tile of a tiled image, or `None`.
         open_patches: `patches`, if the user's mask hides some of the image's tokens.
     """
@@ -74,7 +74,7 @@ class ImageSignals:
     passed: tuple[int, ...] = ()
     tower: dict[int, TowerSignals] = field(default_factory=dict)
     encoder: Tensor | None = None
-    cls: Tensor | None = None
+    encoder_cls: Tensor | None = None
     crop_cls: Tensor | None = None
     open_patches: Tensor | None = None
 

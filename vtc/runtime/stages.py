@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vtc.core import SIGNALS, LayerState, Method, Rows, VisionTokens
-from vtc.core.events import Selected
+from vtc.core.events import Selected, Shown
 from vtc.runtime.choices import Part, checked, choose, no_autocast
 from vtc.runtime.forward import Forward
 from vtc.runtime.signals import Heard, ImageSpan, still_held
@@ -28,10 +28,35 @@ def _emptied(span: ImageSpan, kept: Tensor, held: Tensor) -> Tensor:
 TowerPlace = Callable[[Method, int | float], int]
 
 
+def show_images(forward: Forward, embeds: Tensor) -> None:
+    """Report every image, as it enters the language model, to those who listen.
+
+    Args:
+        forward: the forward in progress.
+        embeds: (b, s, d) what would enter.
+    """
+    if forward.choices.replay or not forward.choices.shows:
+        return
+    for span in forward.prompt.spans:
+        made = _made(span, embeds.device)
+        features = embeds[span.sample, span.index[made]]
+        if len(made):
+            tokens = _tokens(span, features, made, patches=span.signals.filled_patches)
+            forward.choices.emit(Shown(span.sample, tokens))
+
+
+def _made(span: ImageSpan, device: torch.device) -> Tensor:
+    """(k,) which tokens of an image the tower made."""
+    if span.signals.kept is not None:
+        return span.signals.kept.to(device)
+    return torch.arange(len(span.index), device=device)
+
+
 def select_in_sequence(
     forward: Forward,
     parts: Sequence[Part],
     embeds: Tensor,
+    held: Tensor,
     tower_layer: TowerPlace,
     project: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
@@ -42,6 +67,7 @@ def select_in_sequence(
             tokens that a method with contiguous positions drops.
         parts: the methods of the sequence stage, in order.
         embeds: (b, s, d) what would enter the language model.
+        held: (b, s) bool, the tokens left by what acted before.
         tower_layer: maps a method and its layer setting to a 0-based tower layer.
         project: the projector, (k, d_v) to (k, d).
 
@@ -53,25 +79,22 @@ def select_in_sequence(
         ValueError: a selection is invalid.
     """
     prompt, gap = forward.prompt, forward.places.gap
-    keep, given = prompt.valid.clone(), embeds
+    keep, given = held.clone(), embeds
     for span in prompt.spans:
-        b, signals = span.sample, span.signals
-        filled = torch.arange(len(span.index), device=embeds.device)
-        if signals.kept is not None:
-            filled = signals.kept.to(embeds.device)
+        b, made = span.sample, _made(span, embeds.device)
+        first = held[b, span.index[made]].nonzero().squeeze(1)  # of those, not dropped since
+        filled = made[first]
 
         def tokens(
-            method: Method | None,
+            method: Method,
             features: Tensor,
             alive: Tensor,
             span: ImageSpan = span,
+            first: Tensor = first,
             filled: Tensor = filled,
         ) -> VisionTokens:
-            if method is None:
-                shown = {"patches": span.signals.filled_patches}
-            else:
-                shown = _signals(forward, method, span, alive, given, tower_layer, project)
-            return _tokens(span, features, filled[alive], **shown)
+            signals = _signals(forward, method, span, first[alive], given, tower_layer, project)
+            return _tokens(span, features, filled[alive], **signals)
 
         chosen = choose(
             forward.choices, parts, b, span.ordinal, given[b, span.index[filled]], tokens
@@ -87,7 +110,7 @@ def select_in_sequence(
                 gap[b, span.index[before]] = True
                 gap[b, span.index[after]] = False
             before = after
-        keep[b, span.index] = False
+        keep[b, span.index[filled]] = False
         keep[b, span.index[current]] = True
         if chosen is not None and chosen.replaced:
             embeds = embeds.clone() if embeds is given else embeds
@@ -119,37 +142,25 @@ def _signals(
 ) -> dict[str, Any]:
     """The signals of `VisionTokens` that `method` needs, for the tokens `alive` of an image."""
     signals, device, b = span.signals, embeds.device, span.sample
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"project": project} if "encoder" in method.needs else {}
     for need in method.needs:
         spec = SIGNALS[need]
-        source: dict[str, Any] = {"project": project, "encoder_cls": signals.cls, **vars(signals)}
+        if spec.source == "text":
+            last = int(span.index[-1])
+            text = forward.prompt.text_for(b, span.ordinal, last, segment=need == "segment")
+            found[need] = embeds[b, text]
+            continue
+        source: Any = signals
         if spec.layer is not None:
-            heard = signals.tower[tower_layer(method, getattr(method, spec.layer))]
-            received = dict.fromkeys(("cls_attention", "low_attention"), heard.attention)
-            source = {**vars(heard), **received}
-        elif spec.source == "text":
-            source = {need: embeds[b, _text_of(forward, span, need == "segment")]}
-        elif spec.source == "grid":
-            source = {need: signals.filled_patches}
+            source = signals.tower[tower_layer(method, getattr(method, spec.layer))]
         for part in spec.fields:
-            for name in filter(None, (part.name, part.of_tiles)):
-                value = source.get(name)
+            for name, attribute in part.captures.items():
+                value = getattr(source, attribute, None)
                 if isinstance(value, Tensor):
                     value = value.to(device)
                     value = value[alive] if part.scope == "token" else value
-                found[name] = value
+                found.setdefault(name, value)
     return found
-
-
-def _text_of(forward: Forward, span: ImageSpan, segment: bool) -> Tensor:
-    """(s,) bool: the prompt's text, or for a `segment` only the text up to the next image."""
-    text = forward.prompt.text[span.sample]
-    if not segment:
-        return text
-    place = torch.arange(len(text), device=text.device)
-    later = forward.prompt.image[span.sample] > span.ordinal
-    end = int(later.nonzero()[0]) if bool(later.any()) else len(text)
-    return text & (place > span.index[-1]) & (place < end)
 
 
 def prune_between_layers(
@@ -228,13 +239,13 @@ def prune_between_layers(
                 selection = method.prune(state)
             if _versions(state) != versions:
                 raise RuntimeError(
-                    f"{method.name}: prune wrote to tensors of its state, which are the model's "
-                    "own; it may compute with copies of them"
+                    f"{method.name}: prune wrote to tensors of its state in place; these belong to "
+                    "the model: compute with copies"
                 )
             if selection is not None:
                 selection = checked(method, selection, n)
                 choices.memory[number, b] = selection.memory
-                choices.emit(Selected(method, b, None, layer, n, selection))
+                choices.emit(Selected("layers", method, b, None, layer, n, selection))
             choices.decisions[key] = selection
         if selection is None:
             continue

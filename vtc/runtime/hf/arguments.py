@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtc.core.errors import ArgumentError
+
 
 def by_name(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = "forward"
@@ -83,19 +85,20 @@ def split_mask(mask: Any, past: int, rows: int, length: int) -> tuple[Tensor | N
         (rows, past) and (rows, length) bool, or two `None` if `mask` is `None`.
 
     Raises:
-        ValueError: `mask` is not a tensor of that shape.
+        ArgumentError: `mask` is not a tensor of that shape.
     """
     if mask is None:
         return None, None
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         got = f"a tensor of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask)
-        raise ValueError(
-            f"attention_mask: a patched model takes a mask of shape (batch, tokens), got {got}"
+        raise ArgumentError(
+            "attention_mask", f"a patched model takes a mask of shape (batch, tokens), got {got}"
         )
     if mask.shape != (rows, past + length):
-        raise ValueError(
-            f"attention_mask: expected shape {(rows, past + length)} for {past} cached and "
-            f"{length} new tokens, got {tuple(mask.shape)}"
+        raise ArgumentError(
+            "attention_mask",
+            f"expected shape {(rows, past + length)} for {past} cached and "
+            f"{length} new tokens, got {tuple(mask.shape)}",
         )
     mask = mask.bool()
     return mask[:, :past], mask[:, past:]

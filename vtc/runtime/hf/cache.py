@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vtc.core.errors import ArgumentError
 from vtc.runtime.ledger import Ledger
 
 
@@ -102,14 +103,15 @@ class CompressedCache:
             tokens_to_remove: how many, with either sign.
 
         Raises:
-            ValueError: negative, and of more tokens than came after the last compressed image.
+            ArgumentError: negative, and of more tokens than came after the last compressed image.
         """
         ledger, count = self.vtc_ledger, abs(tokens_to_remove)
         if tokens_to_remove <= 0 and count > ledger.croppable:
-            raise ValueError(
-                f"tokens_to_remove: a compressed cache can lose the {ledger.croppable} tokens that "
+            raise ArgumentError(
+                "tokens_to_remove",
+                f"a compressed cache can lose the {ledger.croppable} tokens that "
                 f"came after the last compressed image, got {count}: what was dropped before them "
-                "cannot be put back"
+                "cannot be put back",
             )
         super().crop(tokens_to_remove)  # type: ignore[misc]
         for group in ledger.groups:

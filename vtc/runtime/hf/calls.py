@@ -122,8 +122,8 @@ class Calls(threading.local):
         """
         if self.forward is not None:
             raise RuntimeError(
-                "patch: it cannot be taken off, replaced or disabled by something that the model "
-                "calls in the middle of a forward; do so between two forwards"
+                "patch: it cannot be removed, replaced or disabled during a forward; do it between "
+                "two forwards"
             )
 
     @contextmanager
@@ -138,7 +138,8 @@ class Calls(threading.local):
             The call.
         """
         before, seen = self.generating, self.seen
-        self.generating, self.seen = Generating(images, width), Seen(dict(seen.recent))
+        self.generating = Generating(images, width)
+        self.seen = Seen(dict(seen.recent), seen.take_clocks())
         try:
             yield self.generating
         finally:

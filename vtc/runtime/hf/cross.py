@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_masks_for_generate
 
 from vtc.core import Method, VisionTokens
+from vtc.core.errors import ArgumentError
+from vtc.core.events import Shown
 from vtc.core.prefill import ImageTokens, Prefill, Sample, Stopwatch, logits_of
 from vtc.core.signals import read_in_tower
 from vtc.models import UnsupportedModelError
@@ -39,7 +41,7 @@ from vtc.runtime.hf.guards import refuse_packed
 from vtc.runtime.hf.hooked import Hooked
 from vtc.runtime.layout import Layout, gather_tokens
 from vtc.runtime.ledger import Group, Ledger
-from vtc.runtime.prompt import prompt_ends
+from vtc.runtime.prompt import prompt_ends, text_for
 
 
 @dataclass
@@ -107,7 +109,7 @@ class CrossEngine(Hooked):
         method: what to run.
 
     Raises:
-        ValueError: the method acts in a stage other than the sequence stage.
+        ArgumentError: the method acts in a stage other than the sequence stage.
         UnsupportedModelError: the method reads signals of the vision tower.
     """
 
@@ -126,11 +128,14 @@ class CrossEngine(Hooked):
         self.parts = tuple(enumerate(method.parts))
         self.cross_layers = adapter.cross_layers()
 
+    def _refuses(self, stage: str) -> bool:
+        return stage not in self.adapter.stages
+
     def _lacks(self, stage: str) -> str:
         return (
             f"{self.method} acts in the stage {stage!r}, which {type(self.adapter.model).__name__} "
-            "has not: its vision states are read by cross-attention layers and are no tokens of "
-            f"the decoder, and all tiles pass its tower together; it has "
+            "does not have: its vision states are read by cross-attention layers and are no tokens "
+            "of the decoder, and all tiles pass its tower together; it has "
             f"{', '.join(self.adapter.stages)}"
         )
 
@@ -281,6 +286,9 @@ class CrossEngine(Hooked):
                         **texts,
                     )
 
+                if call.choices.shows and len(current):
+                    shown = tokens(None, states[b, current], torch.arange(len(current)))
+                    call.choices.emit(Shown(b, shown))
                 chosen = choose(call.choices, self.parts, b, i, states[b, current], tokens)
                 if chosen is not None:
                     current = current[chosen.alive]
@@ -303,28 +311,28 @@ class CrossEngine(Hooked):
             return {}
         ids = call.given.get("input_ids")
         if ids is None:
-            raise ValueError(
-                f"inputs_embeds: {method.name} reads the prompt's text, in which embeddings do not "
-                "tell where images stand; pass input_ids, or unpatch"
+            raise ArgumentError(
+                "inputs_embeds",
+                f"{method.name} reads the prompt's text, in which embeddings do not "
+                "tell where images stand; pass input_ids, or unpatch",
             )
         marks = (ids[b] == self.adapter.image_token()) & valid[b]
         places = marks.nonzero().flatten().tolist()
         if len(places) != count:
-            raise ValueError(
-                f"input_ids: row {b} has {len(places)} image tokens for {count} images, and "
-                f"{method.name} reads the text between them"
+            raise ArgumentError(
+                "input_ids",
+                f"row {b} has {len(places)} image tokens for {count} images, and "
+                f"{method.name} reads the text between them",
             )
         assert call.prompt_end is not None
         place = torch.arange(len(marks), device=ids.device)
         text = valid[b] & ~marks & (place > places[0]) & (place < call.prompt_end[b])
+        ordinal = torch.where(marks, marks.cumsum(0) - 1, -1)
         embedded = self.adapter.decoder.embed_tokens(ids[b])
-        found: dict[str, Any] = {}
-        if "text" in method.needs:
-            found["text"] = embedded[text]
-        if "segment" in method.needs:
-            end = places[image + 1] if image + 1 < count else len(marks)
-            found["segment"] = embedded[text & (place > places[image]) & (place < end)]
-        return found
+        return {
+            need: embedded[text_for(text, ordinal, image, places[image], need == "segment")]
+            for need in method.needs & {"text", "segment"}
+        }
 
     def _freeze(self, call: _Call, valid: Tensor) -> None:
         """Record where the prompt ends; in `generate` without a cache, repeat the selections of the
@@ -377,9 +385,10 @@ class CrossEngine(Hooked):
             found = found.to(columns.valid.device)
         else:
             if mask.shape[-1] != columns.total:
-                raise ValueError(
-                    f"cross_attention_mask: it covers {mask.shape[-1]} vision states, but images "
-                    f"so far have {columns.total}; give one column for each tile of each image"
+                raise ArgumentError(
+                    "cross_attention_mask",
+                    f"it covers {mask.shape[-1]} vision states, but images "
+                    f"so far have {columns.total}; give one column for each tile of each image",
                 )
             found = mask.gather(-1, columns.index[:, None, None].expand(-1, *mask.shape[1:3], -1))
         shut = (~columns.valid & some)[:, None, None]

@@ -3,7 +3,7 @@
 
 A forward goes through these points, each a method of `Engine`:
 
-    get_image_features   capture vision signals; reduce pixels (images and clips)
+    get_image_features   capture vision signals; encode fewer tokens (images and clips)
     model, base model    serialize calls; tell prefill from decoding
     the family's merger  locate the vision tokens
     decoder, in          drop tokens; mask and positions for a compressed cache
@@ -47,6 +47,7 @@ from vtc.runtime.hf.vision import Vision
 from vtc.runtime.layout import Layout, gather_tokens
 from vtc.runtime.ledger import Ledger
 from vtc.runtime.prompt import Prompt
+from vtc.runtime.stages import show_images
 
 
 class Engine(Hooked):
@@ -71,9 +72,10 @@ class Engine(Hooked):
             if RUNNERS[stage].shortens
         ]
         if len(shortening) > 1 or (shortening and shortening[0][0] > 0):
+            place = stage_of(shortening[-1][1]).place
             raise ArgumentError(
                 "method",
-                f"in {method} what acts {_place(shortening[-1][1])} must come first, and once",
+                f"{method}: the part that acts {place} must come first, and there can be only one",
             )
         self.runners: tuple[Runner, ...] = tuple(
             RUNNERS[stage.name](adapter, method, self._current)
@@ -256,9 +258,10 @@ class Engine(Hooked):
         images = any(value is not None for value in shown)
         cache, ids = cache_in(given), given.get("input_ids")
         if ids is None and not images and (cache is None or int(cache.get_seq_length()) == 0):
-            raise ValueError(
-                "inputs_embeds: a patched model cannot tell vision tokens from text in embeddings; "
-                "pass input_ids with pixel_values, inputs_embeds with pixel_values, or unpatch"
+            raise ArgumentError(
+                "inputs_embeds",
+                "a patched model cannot tell vision tokens from text in embeddings; "
+                "pass input_ids with pixel_values, inputs_embeds with pixel_values, or unpatch",
             )
         forward.images_seen = images
         for name in names:
@@ -332,10 +335,10 @@ class Engine(Hooked):
 
         with forward.selector.measure(embeds.device):
             forward.layout, new_embeds = Layout.whole(valid), embeds
+            show_images(forward, embeds)
             keep = self.vision.made(forward)
             for runner in self.runners:
-                new_embeds, chosen = runner.enter(forward, new_embeds, self.vision)
-                keep = keep & chosen
+                new_embeds, keep = runner.enter(forward, new_embeds, keep, self.vision)
             dropped = not torch.equal(keep, valid)
             if dropped or new_embeds is not embeds:
                 refuse_packed(forward.given, forward.entering, self.flash)
@@ -398,7 +401,11 @@ class Engine(Hooked):
     @torch.compiler.disable
     def _leave_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         forward = self.forward
-        if forward is None or forward.phase != "prefill":
+        if forward is None or forward.phase == "plain":
+            return
+        if forward.phase == "decode":
+            for runner in self.runners:
+                runner.leave(forward, cache_in(output))
             return
         hidden = output.last_hidden_state
         length = forward.prompt.length
@@ -519,11 +526,6 @@ class Engine(Hooked):
             decisions, ends = found
             forward.choices = replace(forward.choices, decisions=decisions, replay=True)
             forward.prompt = replace(forward.prompt, ends=ends)
-
-
-def _place(stage: str) -> str:
-    """Where a stage acts, in words that follow "acts"."""
-    return stage_of(stage).place
 
 
 _ADAPTED = {"hidden_states", "attention_mask", "position_ids", "position_embeddings"}

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from vtc.core import Method
-from vtc.models import find
+from vtc.models import families, find
 from vtc.runtime.executors import Executor
 from vtc.runtime.hf.cross import CrossEngine
 from vtc.runtime.hf.engine import Engine
@@ -21,12 +21,24 @@ class Transformers(Executor):
     """Hooks the modules of a model, bare or in wrappers of compilers, adapters and multi-device
     training."""
 
-    stages: ClassVar[tuple[str, ...]] = tuple(RUNNERS)
+    @classmethod
+    def stages(cls) -> tuple[str, ...]:
+        """Those that have a runner."""
+        return tuple(RUNNERS)
 
     @classmethod
     def accepts(cls, model: Any) -> bool:
         """Whether it is a PyTorch module."""
         return isinstance(model, nn.Module)
+
+    @classmethod
+    def supported(cls) -> str:
+        """The model types of all families."""
+        kinds = ", ".join(kind for family in families() for kind in family.model_types)
+        return (
+            f"a vision-language model of transformers (supported are {kinds}, and others of the "
+            "same shape)"
+        )
 
     @classmethod
     def holders(cls, model: Any) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from vtc.core.errors import ArgumentError
 from vtc.runtime.hf.override import WHOLE
 
 
@@ -74,29 +75,32 @@ class Request:
         """Refuse chunked prefill.
 
         Raises:
-            ValueError: `prefill_chunk_size` is set.
+            ArgumentError: `prefill_chunk_size` is set.
         """
         if (chunk := self.setting("prefill_chunk_size")) is not None:
-            raise ValueError(
-                "prefill_chunk_size: a patched model takes a prompt with images in one piece, got "
-                f"{chunk}; give None, or unpatch"
+            raise ArgumentError(
+                "prefill_chunk_size",
+                f"a patched model takes a prompt with images in one piece, got "
+                f"{chunk}; give None, or unpatch",
             )
 
     def refuse_fullgraph(self) -> None:
         """Refuse to compile decoding as one graph.
 
         Raises:
-            ValueError: `compile_config` has `fullgraph=True` and compiling is not disabled.
+            ArgumentError: `compile_config` has `fullgraph=True` and compiling is not disabled.
         """
         config = self.setting("compile_config")
         if getattr(config, "fullgraph", False) and not self.setting("disable_compile"):
-            raise ValueError(f"compile_config: expected fullgraph=False, got {config}; {WHOLE}")
+            raise ArgumentError(
+                "compile_config", f"expected fullgraph=False, got {config}; {WHOLE}"
+            )
 
     def refuse_drafts(self) -> None:
         """Refuse assisted decoding that drafts from the patched model's own layers, states or keys.
 
         Raises:
-            ValueError: early exit, multi-token prediction, DFlash or a Gemma 4 assistant is set.
+            ArgumentError: early exit, multi-token prediction, DFlash or a Gemma 4 assistant is set.
         """
         named = {name: self.setting(name) for name in ("assistant_early_exit", "use_mtp")}
         if self.setting("speculation_type") == "dflash":
@@ -106,11 +110,12 @@ class Request:
             named["assistant_model"] = helper
         for name, value in named.items():
             if value not in (None, False):
-                raise ValueError(
-                    f"{name}: the next tokens would be guessed from layers, states or keys of the "
+                raise ArgumentError(
+                    name,
+                    f"the next tokens would be guessed from layers, states or keys of the "
                     f"patched model, which hold fewer tokens than its prompt, got {value}; leave "
                     "it out, or unpatch; prompt_lookup_num_tokens and an assistant_model with a "
-                    "cache of its own are fine"
+                    "cache of its own are fine",
                 )
 
     def refuse_guesses(self, why: str) -> None:
@@ -120,13 +125,14 @@ class Request:
             why: the reason, for the error.
 
         Raises:
-            ValueError: an assistant, prompt lookup, early exit or multi-token prediction is set.
+            ArgumentError: an assistant, prompt lookup, early exit or multi-token prediction is set.
         """
         for name in (*_GUESSERS, "assistant_early_exit", "use_mtp"):
             if self.setting(name) not in (None, False):
-                raise ValueError(
-                    f"{name}: a patched model does not decode with guessed tokens: {why}; leave it "
-                    "out, or unpatch"
+                raise ArgumentError(
+                    name,
+                    f"a patched model does not decode with guessed tokens: {why}; leave it "
+                    "out, or unpatch",
                 )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from vtc.core import Method
+from vtc.core.errors import ArgumentError
 from vtc.models import Adapter
 from vtc.runtime.forward import Forward
 from vtc.runtime.hf.arguments import ones
@@ -134,17 +135,18 @@ class LayerGroups:
             valid: (b, q) bool, False at padding among the new tokens; `None` if there is none.
 
         Raises:
-            ValueError: the new tokens contain padding, the group holds tokens, and some layer does
-                not use full attention.
+            ArgumentError: the new tokens contain padding, the group holds tokens, and some layer
+                does not use full attention.
         """
         if valid is None or not group.length:
             return
         kinds = {self.adapter.layer_type(i) for i in range(self.num_layers)}
         if kinds - {"full_attention"}:  # even inside the window: decoding may leave it
-            raise ValueError(
-                "past_key_values: ragged continuation is not supported on this cache: a sliding "
+            raise ArgumentError(
+                "past_key_values",
+                "ragged continuation is not supported on this cache: a sliding "
                 "window, a chunk or a recurrent state would count the padding; send the rows one "
-                "by one, or start with a new cache"
+                "by one, or start with a new cache",
             )
 
     def check(self, ledger: Ledger) -> None:
@@ -154,12 +156,13 @@ class LayerGroups:
             ledger: the ledger of the cache.
 
         Raises:
-            ValueError: the groups of the ledger begin at other layers than those of the plan.
+            ArgumentError: the groups of the ledger begin at other layers than those of the plan.
         """
         if tuple(group.first_layer for group in ledger.groups) != self.first_layers:
-            raise ValueError(
-                "past_key_values: this cache was compressed by a method that acts at other layers "
-                f"than {self.method}; start with a new cache after patching anew"
+            raise ArgumentError(
+                "past_key_values",
+                f"this cache was compressed by a method that acts at other layers "
+                f"than {self.method}; start with a new cache after patching anew",
             )
 
     def open(self, forward: Forward, number: int) -> None:
@@ -170,7 +173,7 @@ class LayerGroups:
             number: the layer group.
 
         Raises:
-            ValueError: as `refuse_padding`.
+            ArgumentError: as `refuse_padding`.
         """
         group, layout = forward.ledger.groups[number], forward.layout
         if not forward.whole:

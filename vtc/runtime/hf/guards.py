@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtc.core.errors import ArgumentError
 from vtc.runtime.hf.cache import cache_in
 from vtc.runtime.hf.calls import PIXELS
 from vtc.runtime.hf.plan import Plan
@@ -28,17 +29,18 @@ def refuse_hidden_answers(model: nn.Module, plan: Plan, given: Mapping[str, Any]
         given: the arguments of `model`, without labels.
 
     Raises:
-        ValueError: `given` contains pixels, the model is training with gradients or
+        ArgumentError: `given` contains pixels, the model is training with gradients or
             `num_items_in_batch` is given, and the method reads the prompt.
     """
     training = model.training and torch.is_grad_enabled()
     counted = given.get("num_items_in_batch") is not None  # Trainer counts them from the labels
     images = any(given.get(name) is not None for name in PIXELS)
     if images and (training or counted) and plan.reads_prompt:
-        raise ValueError(
-            f"labels: {plan.method} may read the prompt, whose end they tell; expected them while "
+        raise ArgumentError(
+            "labels",
+            f"{plan.method} may read the prompt, whose end they tell; expected them while "
             "a loss is computed, got none. Where they must not reach the model (label smoothing, "
-            "compute_loss_func), give the batch a copy of them named prompt_labels"
+            "compute_loss_func), give the batch a copy of them named prompt_labels",
         )
 
 
@@ -52,11 +54,11 @@ def refuse_packed(given: Mapping[str, Any], entering: Mapping[str, Any], flash: 
         flash: the decoder uses flash attention.
 
     Raises:
-        ValueError: an argument marks packed documents, or positions restart without a mask.
+        ArgumentError: an argument marks packed documents, or positions restart without a mask.
     """
     for name in _PACKING:
         if given.get(name) is not None or entering.get(name) is not None:
-            raise ValueError(_PACKED.format(name=name, what="it marks several documents in a row"))
+            raise ArgumentError(name, _PACKED.format(what="it marks several documents in a row"))
     mask, positions = given.get("attention_mask"), entering.get("position_ids")
     masked = isinstance(mask, Tensor) and not (flash and bool(mask.all()))
     if positions is None or masked or cache_in(given) is not None:
@@ -66,12 +68,12 @@ def refuse_packed(given: Mapping[str, Any], entering: Mapping[str, Any], flash: 
             return
         positions = positions[0]
     if bool((positions.diff(dim=-1) != 1).any()):
-        raise ValueError(
+        raise ArgumentError(
+            "position_ids",
             _PACKED.format(
-                name="position_ids",
                 what="without an attention_mask, positions that start anew are those of several "
                 "documents in a row",
-            )
+            ),
         )
 
 
@@ -79,6 +81,6 @@ _PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
 
 
 _PACKED = (
-    "{name}: {what}, which a patched model does not compress; give each document a row of its own, "
+    "{what}, which a patched model does not compress; give each document a row of its own, "
     "with an attention_mask, or unpatch"
 )

@@ -53,7 +53,7 @@ class Hooked(Bound):
     def __init__(self, adapter: Adapter, method: Method) -> None:
         self.adapter, self.method = adapter, method
         for stage in method.stages:
-            if stage not in adapter.stages:
+            if self._refuses(stage):
                 raise ArgumentError("method", self._lacks(stage))
         for part in method.parts:
             if part.reads_places and not adapter.places:
@@ -77,11 +77,16 @@ class Hooked(Bound):
         self.listeners: list[Listener] = []
         self._forget()
 
+    def _refuses(self, stage: str) -> bool:
+        """Whether the family has not this stage. Families declare some; the runners of others look
+        at the model themselves."""
+        return stage in Adapter.stages and stage not in self.adapter.stages
+
     def _lacks(self, stage: str) -> str:
         """Why a method that acts in `stage` is refused."""
         return (
-            f"{self.method} acts in the stage {stage!r}, which the family {self.adapter.name} has "
-            f"not; it has {', '.join(self.adapter.stages)}"
+            f"{self.method} acts in the stage {stage!r}, which the family {self.adapter.name} does "
+            f"not support; supported are {', '.join(self.adapter.stages)}"
         )
 
     def _no_gaps(self) -> str | None:
@@ -217,7 +222,7 @@ class Hooked(Bound):
         """Report a prefill, unless it repeats an earlier step, and warn of idle parts."""
         if not choices.replay:
             choices.emit(Prefilled(prefill))
-            warn_of_idle(self.method, choices.dropped, self.warned, self.num_layers, stacklevel=3)
+            warn_of_idle(self.method, choices.dropped, self.warned, self.num_layers, stacklevel=2)
 
     def _check_in_place(self) -> None:
         """Refuse a model with modules that were replaced under the patch."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vtc.core import Method
+from vtc.core.errors import ArgumentError
 from vtc.core.images import Modality
 from vtc.models import Adapter
 from vtc.runtime.forward import Forward
@@ -84,8 +85,8 @@ class SeenImages:
             One span per image.
 
         Raises:
-            ValueError: features without captured signals, where the method or the family's layout
-                needs them.
+            ArgumentError: features without captured signals, where the method or the family's
+                layout needs them.
             RuntimeError: features that do not match the number of vision tokens or the order of
                 the samples.
         """
@@ -170,8 +171,8 @@ class SeenImages:
             map=self.adapter.join([own.map for own in signals], modality),
             tower=tower,
             encoder=torch.cat(states) if states else None,
-            cls=signals[-1].cls,
-            crop_cls=stacked([own.cls for own in tiles]),
+            encoder_cls=signals[-1].encoder_cls,
+            crop_cls=stacked([own.encoder_cls for own in tiles]),
         )
 
     def _known(
@@ -193,15 +194,17 @@ class SeenImages:
                         break
             if signals is None:
                 if reads:
-                    raise ValueError(
-                        f"mm_encoder_outputs: {self.method} reads the vision tower, and these "
-                        "features did not come from get_image_features of the patched model"
+                    raise ArgumentError(
+                        "mm_encoder_outputs",
+                        f"{self.method} reads the vision tower, and these "
+                        "features did not come from get_image_features of the patched model",
                     )
                 if type(self.adapter).image_maps is not Adapter.image_maps:
-                    raise ValueError(
-                        "mm_encoder_outputs: vtc must see how images of "
+                    raise ArgumentError(
+                        "mm_encoder_outputs",
+                        f"vtc must see how images of "
                         f"{type(self.adapter.model).__name__} are laid out, and these features "
-                        f"did not come from get_{modality}_features of the patched model"
+                        f"did not come from get_{modality}_features of the patched model",
                     )
                 signals = [ImageSignals(self.adapter.plain_map(len(own), 0))]
             found.append(signals)

@@ -7,6 +7,7 @@ import inspect
 from typing import Any, get_args
 
 from vtc.core import Method, Record, Rows
+from vtc.core.errors import ArgumentError
 from vtc.core.signals import check_needs
 from vtc.models import Adapter, UnsupportedModelError
 from vtc.runtime.hf.taps import foreign_options
@@ -27,8 +28,8 @@ class Plan:
         recorded: by decoder layer, the names of the records to capture.
 
     Raises:
-        ValueError: the method acts at a layer that the model lacks, or reads a layer or an unknown
-            signal that is not available where it acts.
+        ArgumentError: the method acts at a layer that the model lacks, or reads a layer or an
+            unknown signal that is not available where it acts.
         UnsupportedModelError: a decoder layer lacks a module that the method reads, or its
             attention has options or rotations that vtc does not support.
     """
@@ -65,32 +66,36 @@ class Plan:
             if ("layers" in method.stages) != bool(layers) and (
                 layers or method.stages == ("layers",)
             ):
-                raise ValueError(
+                raise ArgumentError(
+                    "method",
                     f"{method.name}: prune and prune_layers belong together; it has "
-                    f"{'no prune' if layers else 'a prune that is called before no layer'}"
+                    f"{'no prune' if layers else 'a prune that is called before no layer'}",
                 )
             for layer in layers:
                 if not 1 <= layer < self.num_layers:
-                    raise ValueError(
-                        f"{method.name}: cannot act before decoder layer {layer} of {kind}; "
-                        f"accepted are 1 to {self.num_layers - 1}"
+                    raise ArgumentError(
+                        "method",
+                        f"{method.name} cannot act before decoder layer {layer} of {kind}; "
+                        f"accepted are 1 to {self.num_layers - 1}",
                     )
                 self.pruners.setdefault(layer, []).append((number, method))
             last = max(layers, default=0) - 1
             self._read_records(method, last)
             for layer, rows in method.peeks(self.num_layers).items():
                 if layer not in layers:
-                    raise ValueError(
-                        f"{method.name}: peeks at decoder layer {layer}, before which it does not "
-                        f"act; it acts before {', '.join(map(str, layers)) or 'none'}"
+                    raise ArgumentError(
+                        "method",
+                        f"{method.name} peeks at decoder layer {layer}, before which it does not "
+                        f"act; it acts before {', '.join(map(str, layers)) or 'none'}",
                     )
                 self._check_rows(method, layer, rows, "peeks")
                 self.tapped.setdefault(layer, set())
             for layer, rows in method.taps(self.num_layers).items():
                 if not 0 <= layer <= last:
-                    raise ValueError(
-                        f"{method.name}: cannot read attention of decoder layer {layer} of {kind}; "
-                        f"accepted are 0 to {last}, those that run before it acts"
+                    raise ArgumentError(
+                        "method",
+                        f"{method.name} cannot read attention of decoder layer {layer} of {kind}; "
+                        f"accepted are 0 to {last}, those that run before it acts",
                     )
                 self._check_rows(method, layer, rows, "taps")
                 self.tapped.setdefault(layer, set()).add(rows)
@@ -99,9 +104,10 @@ class Plan:
 
     def _check_rows(self, method: Method, layer: int, rows: Rows, where: str) -> None:
         if rows not in get_args(Rows):
-            raise ValueError(
-                f"{method.name}: unknown rows {rows!r} in {where}; accepted are "
-                f"{', '.join(get_args(Rows))}"
+            raise ArgumentError(
+                "method",
+                f"{method.name} requests unknown rows {rows!r} in {where}; accepted are "
+                f"{', '.join(get_args(Rows))}",
             )
         attention: Any = getattr(self.adapter.layers[layer], "self_attn", None)
         norm = getattr(self.adapter.layers[layer], "input_layernorm", None)
@@ -133,14 +139,16 @@ class Plan:
         kind = type(self.adapter.model).__name__
         for layer, names in method.records(self.num_layers).items():
             if not 0 <= layer <= last:
-                raise ValueError(
-                    f"{method.name}: cannot record decoder layer {layer} of {kind}; "
-                    f"accepted are 0 to {last}, those that run before it acts"
+                raise ArgumentError(
+                    "method",
+                    f"{method.name} cannot record decoder layer {layer} of {kind}; "
+                    f"accepted are 0 to {last}, those that run before it acts",
                 )
             if unknown := names - set(get_args(Record)):
-                raise ValueError(
-                    f"{method.name}: unknown name {', '.join(sorted(unknown))} in records; "
-                    f"accepted are {', '.join(get_args(Record))}"
+                raise ArgumentError(
+                    "method",
+                    f"{method.name} requests unknown records {', '.join(sorted(unknown))}; "
+                    f"accepted are {', '.join(get_args(Record))}",
                 )
             for name in names:
                 module, part = self.adapter.layers[layer], name.split("_")[0]

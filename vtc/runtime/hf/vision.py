@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.core import Method
+from vtc.core import SIGNALS, Method
+from vtc.core.errors import ArgumentError
 from vtc.core.events import Encoded, Listener
 from vtc.core.images import ImageMap, Modality
 from vtc.core.prefill import Stopwatch
-from vtc.core.signals import read_at
 from vtc.models import Adapter, UnsupportedModelError
 from vtc.runtime.forward import Forward
 from vtc.runtime.hf import taps
@@ -40,7 +40,7 @@ class Vision:
         reads_encoder: the projector's input is read.
 
     Raises:
-        ValueError: a part reads a tower whose tokens another part changes.
+        ArgumentError: a part reads a tower whose tokens another part changes.
         UnsupportedModelError: the method reads what vtc cannot capture in this model.
     """
 
@@ -62,9 +62,10 @@ class Vision:
             and shortener.changes_tower
             and (self.tower_layers or self.reads_encoder)
         ):
-            raise ValueError(
-                f"method: in {method} patches are merged in the tower, after which its attention "
-                "no longer maps onto vision tokens, which another part reads"
+            raise ArgumentError(
+                "method",
+                f"{method} merges patches in the tower, so its attention no longer maps to vision "
+                "tokens, but another part reads it",
             )
         self._forget()
 
@@ -82,7 +83,7 @@ class Vision:
         """The 0-based layers of the tower of `adapter` that the sequence stage reads.
 
         Raises:
-            ValueError: the tower has no such layer.
+            ArgumentError: the tower has no such layer.
             UnsupportedModelError: their attention has options that vtc does not follow.
         """
         parts = [part for part in self.method.parts if "sequence" in part.stages]
@@ -97,8 +98,8 @@ class Vision:
         return found
 
     def tower_layer(self, part: Method, layer: int | float) -> int:
-        """The 0-based tower layer that `part` means by `layer`."""
-        return tower_layer(self.adapter, part, layer)
+        """The 0-based layer that `part` means by `layer`, in the tower that the model has now."""
+        return tower_layer(self.adapter.bind(self.adapter.model), part, layer)
 
     def project(self, states: Tensor) -> Tensor:
         """Run the projector on patch states of one image.
@@ -160,7 +161,7 @@ class Vision:
             What `SeenImages.spans` returns.
 
         Raises:
-            ValueError: features without signals that the method or the family needs.
+            ArgumentError: features without signals that the method or the family needs.
             RuntimeError: features that do not match the vision tokens of the samples.
         """
         reads = bool(self.tower_layers) or self.reads_encoder or self.shortener is not None
@@ -354,7 +355,7 @@ class Encoding:
             tokens = sum(own.shape[:-1].numel() for own in features)
             if heard != tokens:
                 raise UnsupportedModelError(
-                    f"model: the tower of {type(self.adapter.model).__name__} showed {heard} "
+                    f"model: the tower of {type(self.adapter.model).__name__} yielded {heard} "
                     f"patches for {tokens} vision tokens, and {self.method} reads one patch for "
                     "each; use a method that does not read the tower"
                 )
@@ -381,7 +382,7 @@ class Encoding:
             patches = order[patches]
         shown = self._read(patches, crop, states)
         if self.modality == "video":  # each frame has its own [CLS]; the clip has none
-            shown.pop("cls", None)
+            shown.pop("encoder_cls", None)
             shown["tower"] = {
                 layer: replace(heard, cls_query=None, cls_key=None)
                 for layer, heard in shown.get("tower", {}).items()
@@ -413,7 +414,7 @@ class Encoding:
             found["encoder"] = every[places[:, 0]] if one else every[places].mean(1)
             if cls is not None:
                 row = places[:, 0] // states.shape[1]
-                found["cls"] = cls[int(row[0])]
+                found["encoder_cls"] = cls[int(row[0])]
                 if crop is not None:
                     found["crop_cls"] = cls[_rows_of_tiles(crop, row)]
         return found
@@ -425,8 +426,8 @@ class Encoding:
         size = sum(len(row.attention) for row in rows)
         if int(patches.max()) >= size:
             raise RuntimeError(
-                f"the vision tower showed {size} patches, and vtc looked for patch "
-                f"{int(patches.max())}: its attention does not map onto the vision tokens, and "
+                f"the vision tower yielded {size} patches, but patch {int(patches.max())} was "
+                f"requested: its attention does not map onto the vision tokens, and "
                 f"{self.method} needs it"
             )
         first, start = 0, int(patches.min())
@@ -466,14 +467,15 @@ def tower_layer(adapter: Adapter, part: Method, layer: int | float) -> int:
         An index from 0.
 
     Raises:
-        ValueError: the tower has no such layer.
+        ArgumentError: the tower has no such layer.
     """
     count = len(adapter.tower_attention())
     place = int(layer * count) if isinstance(layer, float) else layer
     if not -count <= place < count:
-        raise ValueError(
-            f"{part.name}: reads vision layer {layer}, but the tower of "
-            f"{type(adapter.model).__name__} has {count}"
+        raise ArgumentError(
+            "method",
+            f"{part.name} reads vision layer {layer}, but the tower of "
+            f"{type(adapter.model).__name__} has {count}",
         )
     return place % count
 
@@ -487,8 +489,8 @@ def layers_read(method: Method) -> list[int | float]:
     Returns:
         The values of its `vision_layer` and `low_layer`, where its needs include what they name.
     """
-    named = [layer for layer in ("vision_layer", "low_layer") if method.needs & read_at(layer)]
-    return [getattr(method, layer) for layer in named]
+    named = {SIGNALS[need].layer for need in method.needs} - {None}
+    return [getattr(method, str(layer)) for layer in sorted(map(str, named))]
 
 
 def _rows_of_tiles(crop: Tensor, row: Tensor) -> list[int]:

@@ -108,18 +108,21 @@ class Runner:
         """
         raise NotImplementedError
 
-    def enter(self, forward: Forward, embeds: Tensor, vision: Vision) -> tuple[Tensor, Tensor]:
+    def enter(
+        self, forward: Forward, embeds: Tensor, keep: Tensor, vision: Vision
+    ) -> tuple[Tensor, Tensor]:
         """Choose among the tokens that enter the decoder.
 
         Args:
             forward: the forward in progress; its layout is still the whole sequence.
             embeds: (b, s, d) what enters.
+            keep: (b, s) bool, the tokens left by the stages before.
             vision: what was read of the tower.
 
         Returns:
             `embeds`, changed or not, and (b, s) bool of the tokens that stay.
         """
-        return embeds, forward.prompt.valid
+        return embeds, keep
 
     def before_layer(self, forward: Forward, layer: int, hidden: Tensor, cache: Any) -> Tensor:
         """Drop tokens before a layer of `starts`, at prefill, with `forward.drop`.
@@ -149,11 +152,12 @@ class Runner:
         """
 
     def leave(self, forward: Forward, cache: Any) -> None:
-        """The decoder has run a prefill, and `forward.ledger` tells what its cache holds. To take
-        tokens off the cache, change its layers and the groups of the ledger alike, and mark these
-        as diverged.
+        """The decoder has run, and `forward.ledger` tells what its cache holds. To take tokens off
+        the cache, change its layers and the groups of the ledger alike, and mark these as diverged:
+        further steps come here only if a group is.
 
         Args:
-            forward: the forward in progress.
+            forward: the forward in progress; its `phase` is "prefill", or "decode" for further
+                tokens on such a cache, which have no `prompt`.
             cache: the cache, or `None`.
         """

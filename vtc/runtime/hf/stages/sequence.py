@@ -20,6 +20,10 @@ class SequenceRunner(Runner):
 
     stage: ClassVar[str] = "sequence"
 
-    def enter(self, forward: Forward, embeds: Tensor, vision: Vision) -> tuple[Tensor, Tensor]:
+    def enter(
+        self, forward: Forward, embeds: Tensor, keep: Tensor, vision: Vision
+    ) -> tuple[Tensor, Tensor]:
         """Choose; see `Runner.enter`."""
-        return select_in_sequence(forward, self.parts, embeds, vision.tower_layer, vision.project)
+        return select_in_sequence(
+            forward, self.parts, embeds, keep, vision.tower_layer, vision.project
+        )
