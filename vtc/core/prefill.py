@@ -29,6 +29,7 @@ class Stopwatch:
         self._events: list[tuple[Any, Any]] = []
 
     def reset(self) -> None:
+        """Start from 0."""
         self._host_ms = 0.0
         self._events.clear()
 
@@ -39,6 +40,7 @@ class Stopwatch:
         return made
 
     def start(self, device: torch.device) -> Any:
+        """Begin an interval on `device`; returns what `stop` takes."""
         if device.type == "cuda":
             import torch
 
@@ -48,6 +50,7 @@ class Stopwatch:
         return Stopwatch.host()
 
     def stop(self, started: Any, device: torch.device) -> None:
+        """End the interval that `started`."""
         if device.type == "cuda":
             import torch
 
@@ -59,6 +62,7 @@ class Stopwatch:
 
     @contextmanager
     def measure(self, device: torch.device) -> Iterator[None]:
+        """Context of an interval on `device`."""
         started = self.start(device)
         try:
             yield
@@ -74,6 +78,7 @@ class Stopwatch:
 
     @property
     def ms(self) -> float:
+        """Milliseconds so far; waits for unfinished events."""
         self.settle()
         return self._host_ms
 
@@ -165,14 +170,17 @@ class Prefill:
 
     @property
     def vision_ms(self) -> float:
+        """Milliseconds of the tower and the projector."""
         return max(self.vision.ms - self.heard.ms, 0.0)
 
     @property
     def selector_ms(self) -> float:
+        """Milliseconds of the methods and of what was captured for them."""
         return self.heard.ms + self.selector.ms
 
     @property
     def lm_ms(self) -> float:
+        """Milliseconds of the language model."""
         return max(self.lm.ms - self.selector.ms, 0.0)
 
 

@@ -251,7 +251,7 @@ def merge_rows(method: Method, merging: Merging, patches: Patches, rows: Tensor)
     target, n = merging.target, rows.shape[0]
     if target.dtype != torch.long or target.shape != (n,):
         raise ValueError(
-            f"{method.name}: target must be whole numbers of shape ({n},), got {target.dtype} "
+            f"{method.name}: target must be an int64 tensor of shape ({n},), got {target.dtype} "
             f"{tuple(target.shape)}"
         )
     stays = target >= 0
