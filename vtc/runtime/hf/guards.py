@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtc.core import Method
 from vtc.core.errors import ArgumentError
 from vtc.runtime.hf.cache import cache_in
 from vtc.runtime.hf.calls import PIXELS
-from vtc.runtime.hf.plan import Plan
 
 UNHANDLED = (
     "{model} was given images, but none of its vision tokens reached vtc: this way of calling it "
@@ -20,12 +20,12 @@ UNHANDLED = (
 )
 
 
-def refuse_hidden_answers(model: nn.Module, plan: Plan, given: Mapping[str, Any]) -> None:
+def refuse_hidden_answers(model: nn.Module, method: Method, given: Mapping[str, Any]) -> None:
     """Refuse a loss whose labels the model does not see: the answer would count as prompt.
 
     Args:
         model: the model with its head.
-        plan: of the method.
+        method: reads the prompt; named in the error.
         given: the arguments of `model`, without labels.
 
     Raises:
@@ -35,10 +35,10 @@ def refuse_hidden_answers(model: nn.Module, plan: Plan, given: Mapping[str, Any]
     training = model.training and torch.is_grad_enabled()
     counted = given.get("num_items_in_batch") is not None  # Trainer counts them from the labels
     images = any(given.get(name) is not None for name in PIXELS)
-    if images and (training or counted) and plan.reads_prompt:
+    if images and (training or counted):
         raise ArgumentError(
             "labels",
-            f"{plan.method} may read the prompt, whose end they tell; expected them while "
+            f"{method} may read the prompt, whose end they tell; expected them while "
             "a loss is computed, got none. Where they must not reach the model (label smoothing, "
             "compute_loss_func), give the batch a copy of them named prompt_labels",
         )

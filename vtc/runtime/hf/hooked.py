@@ -22,7 +22,7 @@ from vtc.runtime.hf.calls import Calls
 from vtc.runtime.hf.guards import refuse_hidden_answers
 from vtc.runtime.hf.in_place import check_in_place
 from vtc.runtime.hf.override import Override
-from vtc.runtime.hf.plan import Plan
+from vtc.runtime.hf.plan import check_hooks, reads_prompt
 from vtc.runtime.idle import warn_of_idle
 
 
@@ -38,7 +38,6 @@ class Hooked(Bound):
     Attributes:
         adapter: bound to the model.
         method: what runs.
-        plan: the layers at which it acts and reads.
         report: the figures of all prefills, from their events.
         calls: the calls in progress, per thread.
         lock: admits one forward at a time, since the threads of a server share the tapped modules.
@@ -70,7 +69,8 @@ class Hooked(Bound):
             )
         self.report = Report(adapter.model.config)
         self.num_layers = len(adapter.layers)
-        self.plan = Plan(adapter, method)
+        check_hooks(method, self.num_layers)
+        self.reads_prompt = reads_prompt(method, self.num_layers)
         self.handles: list[Any] = []
         self.overrides: list[Override] = []
         self.warned: set[int] = set()
@@ -209,8 +209,8 @@ class Hooked(Bound):
         shown = kwargs.pop("prompt_labels", None)
         given = by_name(self.adapter.model, args, kwargs)
         labels = given.get("labels") if shown is None else shown
-        if labels is None and self.calls.generating is None:
-            refuse_hidden_answers(self.adapter.model, self.plan, given)
+        if labels is None and self.calls.generating is None and self.reads_prompt:
+            refuse_hidden_answers(self.adapter.model, self.method, given)
         with self.lock, self.calls.model(labels, given.get("logits_to_keep", 0)):
             return original(*args, **kwargs)
 

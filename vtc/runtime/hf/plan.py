@@ -13,6 +13,42 @@ from vtc.models import Adapter, UnsupportedModelError
 from vtc.runtime.hf.taps import foreign_options
 
 
+def check_hooks(method: Method, num_layers: int) -> None:
+    """Refuse a method whose hooks do not fit together, whatever the model.
+
+    Args:
+        method: the method, or a composition.
+        num_layers: number of decoder layers.
+
+    Raises:
+        ArgumentError: a part requests unknown signals, or has `prune` without `prune_layers` or
+            the reverse.
+    """
+    for part in method.parts:
+        check_needs(part.name, part.needs)  # for a property, which the class cannot check
+        layers = part.prune_layers(num_layers)
+        if ("layers" in part.stages) != bool(layers) and (layers or part.stages == ("layers",)):
+            raise ArgumentError(
+                "method",
+                f"{part.name}: prune and prune_layers belong together; it has "
+                f"{'no prune' if layers else 'a prune that is called before no layer'}",
+            )
+
+
+def reads_prompt(method: Method, num_layers: int) -> bool:
+    """Whether the selection may depend on the text, or on where the prompt ends.
+
+    Args:
+        method: the method, or a composition.
+        num_layers: number of decoder layers.
+    """
+    for part in method.parts:
+        rows = {*part.taps(num_layers).values(), *part.peeks(num_layers).values()}
+        if rows - {"vision"} or part.needs & {"text", "segment"} or part.records(num_layers):
+            return True
+    return False
+
+
 class Plan:
     """The layers at which a method acts and reads; refuses what this model cannot do.
 
@@ -43,34 +79,12 @@ class Plan:
         self.recorded: dict[int, set[Record]] = {}
         self._read()
 
-    @property
-    def reads_prompt(self) -> bool:
-        """Whether the selection may depend on the text, or on where the prompt ends."""
-        rows = set().union(
-            *(
-                {*m.taps(self.num_layers).values(), *m.peeks(self.num_layers).values()}
-                for m in self.method.parts
-            )
-        )
-        needs = set().union(*(m.needs for m in self.method.parts))
-        recorded = any(m.records(self.num_layers) for m in self.method.parts)
-        return bool(rows - {"vision"} or needs & {"text", "segment"} or recorded)
-
     def _read(self) -> None:
         kind = type(self.adapter.model).__name__
         cut = {n for m in self.method.parts for n in m.prune_layers(self.num_layers)}
         self.adapter.check_layers(sorted(cut))
         for number, method in enumerate(self.method.parts):
-            check_needs(method.name, method.needs)  # for a property, which the class cannot check
             layers = method.prune_layers(self.num_layers)
-            if ("layers" in method.stages) != bool(layers) and (
-                layers or method.stages == ("layers",)
-            ):
-                raise ArgumentError(
-                    "method",
-                    f"{method.name}: prune and prune_layers belong together; it has "
-                    f"{'no prune' if layers else 'a prune that is called before no layer'}",
-                )
             for layer in layers:
                 if not 1 <= layer < self.num_layers:
                     raise ArgumentError(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How each stage is carried out in models of transformers: one runner, in one file, per stage.
 
-A new stage is a `Stage` in `vtc.core.stages` and a runner here; `tests/runtime/test_new_stage.py` is
-an example. The runner asks the adapter for what it needs, and refuses models that lack it.
+A new stage is a `Stage` in `vtc.core.stages` and a runner here; `tests/runtime/test_new_stage.py`
+is an example. The runner asks the adapter for what it needs, and refuses models that lack it.
 """
 
 from __future__ import annotations
