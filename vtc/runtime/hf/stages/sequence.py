@@ -22,4 +22,5 @@ class SequenceRunner(Runner):
 
     def enter(self, forward: Forward, embeds: Tensor, vision: Vision) -> tuple[Tensor, Tensor]:
         """Choose; see `Runner.enter`."""
-        return select_in_sequence(forward, self.parts, embeds, vision.tower_layer, vision.project)
+        project = vision.project if self.adapter.projects_patches else None
+        return select_in_sequence(forward, self.parts, embeds, vision.tower_layer, project)
