@@ -65,11 +65,9 @@ def states_by_gradient(name: str, model: Any, batch: dict[str, Tensor]) -> list[
     made: list[Tensor] = []
     features: list[Tensor] = []
 
-    def note(module: Any, args: Any, output: Any) -> Any:
+    def note(module: Any, args: Any, output: Any) -> None:
         states = output[0] if isinstance(output, tuple) else output
-        states = states.detach().requires_grad_()
-        made.append(states)
-        return (states, *output[1:]) if isinstance(output, tuple) else states
+        made.append(states if states.requires_grad else states.requires_grad_())
 
     base = model.model if hasattr(model, "model") else model
     original = base.get_image_features
