@@ -55,11 +55,12 @@ class VisionTokens:
         cls_query: (d_k,) query of [CLS], heads concatenated, or `None` in towers without [CLS].
             Only on request.
         cls_key: (d_k,) key of [CLS]. Comes with `cls_query`.
-        encoder: (n, d_v) patch states that the projector receives. Only on request.
+        encoder: (n, d_v) patch states that the projector receives; of a token that joins several
+            patches, their mean. Only on request.
         encoder_cls: (d_v,) state of [CLS] in the same layer, or `None` in towers without. Comes
             with `encoder`.
-        project: the projector, (k, d_v) to (k, d), which turns merged patch states into embeddings.
-            Comes with `encoder`.
+        project: the projector, (k, d_v) to (k, d), which turns merged patch states into embeddings;
+            `None` if it joins patches. Comes with `encoder`.
         segment: (m, d) embeddings of the text between this image and the next, or the prompt's
             end. Only on request.
         patches: (n, m) the tower patches that make up each token, numbered through all tiles
@@ -153,6 +154,19 @@ class VisionTokens:
                 f"{method}: it {reason}, and the vision tokens of this model have no places"
             )
         return self.grid
+
+    @property
+    def mergeable(self) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """What a method averages to merge tokens, for one that requests `encoder`.
+
+        Returns:
+            (n, d_m) rows, and a function of (k, d_m) averages to (k, d) contents: the patch states
+            and the projector; where the projector joins patches, `features`, whose averages are
+            contents already. Official ports to such models merge after the projector, too.
+        """
+        if self.encoder is None or self.project is None:
+            return self.features, lambda averages: averages
+        return self.encoder, self.project
 
     def budget(self, keep: float | int) -> int:
         """Tokens that a method with this `keep` leaves, at most those there are: a fraction refers

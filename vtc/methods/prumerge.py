@@ -79,9 +79,10 @@ class PruMerge(Method):
         total = n if self.keep is None else tokens.budget(self.keep)
         if n == 1 or (self.keep is not None and total >= n):
             return Selection(torch.arange(n, device=device))
-        keys, states = tokens.keys, tokens.encoder
-        if keys is None or states is None or tokens.project is None:
+        keys = tokens.keys
+        if keys is None or tokens.encoder is None:
             raise ValueError("keys, encoder: PruMerge needs them, got tokens without")
+        states, project = tokens.mergeable
         attention = _attention(tokens, keys)
         if self.keep is None:
             kept = self._adaptive(attention)
@@ -95,7 +96,7 @@ class PruMerge(Method):
             summed = (attention * free).to(merged.dtype) @ states.to(merged.dtype)
             merged = torch.cat([merged, summed[None]])
             slots = torch.cat([kept, free.nonzero()[-1]])
-        contents = tokens.project(merged.to(states.dtype))
+        contents = project(merged.to(states.dtype))
         order = slots.argsort()
         if self.order == "raster" or self.positions == "original":
             contents = contents[order]

@@ -78,12 +78,13 @@ class VisionZip(Method):
         total = tokens.budget(self.keep)
         if total >= n:
             return Selection(torch.arange(n, device=device))
-        attention, keys, states = tokens.cls_attention, tokens.keys, tokens.encoder
-        if attention is None or keys is None or states is None or tokens.project is None:
+        attention, keys = tokens.cls_attention, tokens.keys
+        if attention is None or keys is None or tokens.encoder is None:
             raise ValueError(
                 "cls_attention, keys, encoder: VisionZip needs them, got tokens without"
             )
-        cls = tokens.encoder_cls
+        states, project = tokens.mergeable
+        cls = None if tokens.project is None else tokens.encoder_cls
         dominant_count, contextual_count = self.split(total)
         patches = dominant_count - (cls is not None)
         dominant = top_k(attention, patches).sort().values
@@ -94,9 +95,9 @@ class VisionZip(Method):
         joining = rest[~torch.isin(rest, targets)]
         nearest = _nearest(keys.view(n, tokens.heads, -1).mean(1), joining, targets)
         merged = self._merged(states, joining, nearest, targets)
-        new = [] if cls is None else [tokens.project(cls[None])]
+        new = [] if cls is None else [project(cls[None])]
         if contextual_count:
-            new.append(tokens.project(merged.to(states.dtype)))
+            new.append(project(merged.to(states.dtype)))
         own = torch.cat([dominant, targets])
         if cls is None:
             slots = own

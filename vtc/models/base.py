@@ -87,7 +87,8 @@ class Adapter:
         joins: modalities in which adjacent features of one `ImageMap.group` form one image or clip.
         video: clips are compressed as a whole, for `vtc models`.
         frames: clips are sets of images, one per frame, for `vtc models`.
-        projects_patches: the projector makes one token of each patch state.
+        projects_patches: the projector makes one token of each patch state; otherwise it joins
+            patches, and merged tokens are averages of what comes out of it.
         reads_tower: attention and keys of the vision tower can be read.
         clips_as_images: the base model encodes clips with `get_image_features`.
         places: its vision tokens have places in the picture.
@@ -128,8 +129,7 @@ class Adapter:
         """What methods can read of the vision tower, in words."""
         if not cls.reads_tower:
             return "nothing"
-        known = cls.projector is not Adapter.projector or not cls.axial
-        return "attention, keys" + ", patch states" * (known and cls.projects_patches)
+        return "attention, keys, patch states"
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -416,8 +416,25 @@ class Adapter:
         return None
 
     def projector(self) -> nn.Module | None:
-        """The module that maps patch states to embeddings, row by row; `None` if unknown."""
+        """The module that maps patch states to embeddings; `None` if unknown."""
         return getattr(self.base, "multi_modal_projector", None)
+
+    def states_from(self) -> Any:
+        """The module that shows the patch states, where the projector joins patches."""
+        return self.projector()
+
+    def patch_states(self, given: Tensor, output: Any) -> Tensor:
+        """The states of patches, where the projector joins them.
+
+        Args:
+            given: the first argument of the module `states_from`.
+            output: what it returned.
+
+        Returns:
+            (..., d_v), in the order of the tower; or one row for each token, in which the states of
+            its patches stand side by side, if `ImageMap.states` says so.
+        """
+        return given
 
     def cls_states(self, output: Any, given: Mapping[str, Any]) -> Tensor | None:
         """The [CLS] states of the layers that the projector reads.

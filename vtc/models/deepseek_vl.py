@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from vtc.models.base import Adapter
 
@@ -15,3 +15,6 @@ class DeepseekVL(Adapter):
     model_types: ClassVar[tuple[str, ...]] = ("deepseek_vl", "deepseek_vl_hybrid")
     projects_patches: ClassVar[bool] = False
     stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
+
+    def projector(self) -> Any:
+        return self.base.aligner

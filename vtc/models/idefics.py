@@ -45,6 +45,9 @@ class Idefics3(Shuffled):
     def per_side(self) -> int:
         return int(self.model.config.scale_factor)
 
+    def projector(self) -> Any:
+        return self.base.connector
+
     def placeholders(self, output: Any, given: Mapping[str, Any]) -> dict[Modality, Tensor]:
         return placeholder_ids(self, given)
 

@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
-from vtc.core.images import Modality
+import torch
+
+from vtc.core.images import ImageMap, Modality
 from vtc.models.shuffled import Shuffled
 
 
@@ -17,6 +21,18 @@ class InternVL(Shuffled):
     model_types: ClassVar[tuple[str, ...]] = ("internvl",)
     frames: ClassVar[bool] = True
     joins: ClassVar[tuple[Modality, ...]] = ("image",)
+
+    def image_maps(
+        self, modality: Modality, given: Mapping[str, Any], features: Any
+    ) -> list[list[ImageMap]]:
+        maps, first = super().image_maps(modality, given, features), 0
+        for of_one in maps:
+            for i, own in enumerate(of_one):
+                # The projector receives the patches of a token side by side in one row.
+                rows = torch.arange(first, first + len(own))[:, None]
+                of_one[i] = replace(own, states=rows)
+                first += len(own)
+        return maps
 
     def tower_attention(self) -> list[Any]:
         layers = self.tower.encoder.layer

@@ -31,10 +31,25 @@ class QwenVL(Adapter):
     stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
     axial: ClassVar[bool] = True
     positions: ClassVar[str] = "places in the picture"
+    projects_patches: ClassVar[bool] = False
     video: ClassVar[bool] = True
 
     def tower_attention(self) -> list[Any]:
         return [block.attn for block in self.tower.blocks]
+
+    def projector(self) -> Any:
+        return self.tower.merger
+
+    def states_from(self) -> Any:
+        # GLM convolves the patches of a token before its merger.
+        return self.tower.post_layernorm if self._convolves else self.tower.merger
+
+    def patch_states(self, given: Tensor, output: Any) -> Tensor:
+        return output if self._convolves else given
+
+    @property
+    def _convolves(self) -> bool:
+        return hasattr(self.tower, "downsample")
 
     def image_maps(
         self, modality: Modality, given: Mapping[str, Any], features: Any

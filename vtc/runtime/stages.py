@@ -58,7 +58,7 @@ def select_in_sequence(
     embeds: Tensor,
     held: Tensor,
     tower_layer: TowerPlace,
-    project: Callable[[Tensor], Tensor],
+    project: Callable[[Tensor], Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
     """Run the sequence-stage methods on every image.
 
@@ -69,7 +69,7 @@ def select_in_sequence(
         embeds: (b, s, d) what would enter the language model.
         held: (b, s) bool, the tokens left by what acted before.
         tower_layer: maps a method and its layer setting to a 0-based tower layer.
-        project: the projector, (k, d_v) to (k, d).
+        project: the projector, (k, d_v) to (k, d); `None` if it joins patches.
 
     Returns:
         `embeds` with merged contents in place, and (b, s) bool of the kept tokens.
@@ -138,7 +138,7 @@ def _signals(
     alive: Tensor,
     embeds: Tensor,
     tower_layer: TowerPlace,
-    project: Callable[[Tensor], Tensor],
+    project: Callable[[Tensor], Tensor] | None,
 ) -> dict[str, Any]:
     """The signals of `VisionTokens` that `method` needs, for the tokens `alive` of an image."""
     signals, device, b = span.signals, embeds.device, span.sample

@@ -50,11 +50,10 @@ class Vision:
         self.reads_encoder = False
         for part in method.parts:
             if "sequence" in part.stages and "encoder" in part.needs:
-                if adapter.projector() is None or not adapter.projects_patches:
+                if not adapter.reads_tower or adapter.projector() is None:
                     raise UnsupportedModelError(
-                        f"model: {part.name} reads what the projector receives for each token, and "
-                        f"vtc knows no projector of {type(adapter.model).__name__} that makes one "
-                        "token of each patch"
+                        f"model: {part.name} reads what the projector receives for each token, "
+                        f"which vtc does not know in {type(adapter.model).__name__}"
                     )
                 self.reads_encoder = True
         if (
@@ -276,10 +275,13 @@ class Encoding:
                 self.taps[layer] = tap
                 taps.listen_tower(tap, has_cls, self.heard)
             if self.reads_encoder:
-                handles += [
-                    self.adapter.tower.register_forward_hook(self._leave_tower),
-                    projector.register_forward_hook(self._leave_projector),
-                ]
+                if self.adapter.projects_patches:
+                    handles.append(projector.register_forward_hook(self._leave_projector))
+                    handles.append(self.adapter.tower.register_forward_hook(self._leave_tower))
+                else:
+                    module = self.adapter.states_from()
+                    hook = module.register_forward_hook(self._pass_states, with_kwargs=True)
+                    handles.append(hook)
             yield
         finally:
             for handle in handles:
@@ -312,6 +314,12 @@ class Encoding:
             )
         # Keep the gradient: merged states become token contents, not only a signal.
         self.encoder_states = args[0]
+
+    @torch.compiler.disable
+    def _pass_states(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        if self.current:
+            states = self.adapter.patch_states((*args, *kwargs.values())[0], output)
+            self.encoder_states = states.detach().reshape(1, -1, states.shape[-1])
 
     def _fewer(self, out: Any, shortened: list[Shortened]) -> list[list[ImageSignals]]:
         """Signals of a run on fewer tokens; spreads its features over the full grid."""
@@ -359,7 +367,8 @@ class Encoding:
                     f"patches for {tokens} vision tokens, and {self.method} reads one patch for "
                     "each; use a method that does not read the tower"
                 )
-        order = self.adapter.tower_order(self.given) if self.taps else None
+        reads = bool(self.taps) or self.reads_encoder
+        order = self.adapter.tower_order(self.given) if reads else None
         return [
             [ImageSignals(map=found, **self._of(found, order)) for found in of_one]
             for of_one in maps
@@ -380,6 +389,7 @@ class Encoding:
             crop = None if crop is None else crop[~found.separator]
         if order is not None:
             patches = order[patches]
+            states = None if states is None else order[states]
         shown = self._read(patches, crop, states)
         if self.modality == "video":  # each frame has its own [CLS]; the clip has none
             shown.pop("encoder_cls", None)
@@ -402,7 +412,12 @@ class Encoding:
             }
         if self.reads_encoder:
             states, cls = self.encoder_states, self.cls_states
-            if states is None or states.dim() != 3 or (places is None and patches.shape[1] != 1):
+            joined = not self.adapter.projects_patches
+            if (
+                states is None
+                or states.dim() != 3
+                or (places is None and patches.shape[1] != 1 and not joined)
+            ):
                 shape = None if states is None else tuple(states.shape)
                 raise RuntimeError(
                     f"the projector received {shape} for {len(patches)} vision tokens of an image: "
@@ -410,8 +425,7 @@ class Encoding:
                 )
             places = (patches if places is None else places).to(states.device)
             every = states.flatten(0, 1)
-            one = places.shape[1] == 1
-            found["encoder"] = every[places[:, 0]] if one else every[places].mean(1)
+            found["encoder"] = _mean_of(every, places, patches.shape[1])
             if cls is not None:
                 row = places[:, 0] // states.shape[1]
                 found["encoder_cls"] = cls[int(row[0])]
@@ -491,6 +505,17 @@ def layers_read(method: Method) -> list[int | float]:
     """
     named = {SIGNALS[need].layer for need in method.needs} - {None}
     return [getattr(method, str(layer)) for layer in sorted(map(str, named))]
+
+
+def _mean_of(states: Tensor, places: Tensor, patches: int) -> Tensor:
+    """(n, d_v) the mean state of the `patches` patches of each token: of the rows `places` (n, m)
+    of states (r, d_v), or, where the model has joined patches already, of parts of one row."""
+    if places.shape[1] > 1:
+        return states[places].float().mean(1).to(states.dtype)
+    rows = states[places[:, 0]]
+    if patches == 1:
+        return rows
+    return rows.unflatten(1, (patches, -1)).float().mean(1).to(states.dtype)
 
 
 def _rows_of_tiles(crop: Tensor, row: Tensor) -> list[int]:

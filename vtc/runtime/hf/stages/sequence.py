@@ -24,6 +24,5 @@ class SequenceRunner(Runner):
         self, forward: Forward, embeds: Tensor, keep: Tensor, vision: Vision
     ) -> tuple[Tensor, Tensor]:
         """Choose; see `Runner.enter`."""
-        return select_in_sequence(
-            forward, self.parts, embeds, keep, vision.tower_layer, vision.project
-        )
+        project = vision.project if self.adapter.projects_patches else None
+        return select_in_sequence(forward, self.parts, embeds, keep, vision.tower_layer, project)
