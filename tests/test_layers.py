@@ -58,9 +58,10 @@ OUTSIDE: dict[str, set[str]] = {
 }
 """By room, what it may import that is not of Python or vtc, for type checkers apart."""
 
-BY_NAME = {("vtc.core.registry", "vtc.methods")}
+BY_NAME = {("vtc.core.registry", "vtc.methods"), ("vtc.methods", "vtc.patching")}
 """Imports upwards that are meant: the registry knows no method, it looks for them by name when it
-is first asked, as it does in the packages of others."""
+is first asked, as it does in the packages of others; and `vtc.methods(model)` is of the package, so
+that it can be called, but asks what `patch` would."""
 
 ANYWHERE = {"vtc.core.errors"}
 """What every room may import: the errors it raises. They import nothing of vtc themselves."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vtc.core.errors import UnsupportedModelError
     from vtc.methods import *  # noqa: F403
     from vtc.models import models
-    from vtc.patching import Patch, patch, unpatch
+    from vtc.patching import Patch, patch, refusals, unpatch
     from vtc.presets import describe, preset, presets
 
 __version__ = "0.1.0"
@@ -26,6 +26,7 @@ _HOMES = {
     "describe": "presets",
     "patch": "patching",
     "preset": "presets",
+    "refusals": "patching",
     "unpatch": "patching",
 }
 """Public names and the modules that define them; every other public name is from `vtc.methods`."""

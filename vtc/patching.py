@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from vtc.core import Method, make
+from vtc.core import Method, make, methods
+from vtc.core.errors import ArgumentError, ArgumentTypeError, UnsupportedModelError
 from vtc.core.events import Listener
 from vtc.report import Report
 from vtc.runtime.executors import Bound, check_method, executor_of
@@ -147,6 +148,33 @@ def patch(model: Any, method: str | Method | dict[str, Any], **settings: Any) ->
         _forget(before)
     vars(made._bound.holder)["_vtc_patch"] = made
     return made
+
+
+def refusals(model: Any) -> dict[str, str]:
+    """The registered methods that `model` does not take with their default settings, and why.
+
+    The model does not change. It may lie on the meta device, without weights.
+
+    Args:
+        model: as for `patch`.
+
+    Returns:
+        Reasons by name of the method.
+
+    Raises:
+        UnsupportedModelError: a model of no supported family.
+    """
+    executor = executor_of(model)
+    executor.bind(model, make("full"))  # a model of no family
+    found: dict[str, str] = {}
+    for name, cls in methods().items():
+        try:
+            method = cls.example()
+            check_method(method, executor)
+            executor.bind(model, method)
+        except (ArgumentError, ArgumentTypeError, UnsupportedModelError) as error:
+            found[name] = str(error)
+    return found
 
 
 def unpatch(model: Any) -> None:

@@ -42,6 +42,7 @@ from tests.runtime.test_exactness import (
     generate,
     steps_of,
 )
+from vtc.cli.support import table
 from vtc.core import LayerState, Method, Positions, Record, Rows, Selection, VisionTokens
 from vtc.models import families
 from vtc.models.page import page
@@ -502,7 +503,11 @@ def test_methods_are_shown_places_and_tiles(name: str, kind: str) -> None:
 
 def test_the_page_of_models_is_current() -> None:
     """As `vtc models --markdown > MODELS.md` makes it."""
-    assert (Path(__file__).parents[2] / "MODELS.md").read_text() == page()
+    current = (Path(__file__).parents[2] / "MODELS.md").read_text("utf-8")
+    if OLD:  # an older transformers lacks some families
+        assert current.startswith(page("").partition("## Particularities")[0][:200])
+    else:
+        assert current == page(table())
 
 
 def test_every_pair_of_the_matrix_occurs() -> None:

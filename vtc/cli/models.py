@@ -20,7 +20,9 @@ def models(
     from vtc.models.page import COLUMNS, page, row
 
     if markdown:
-        print(page(), end="")
+        from .support import table
+
+        print(page(table()), end="")
         return
     rows = [row(family) for family in vtc.models()]
     if wide:

@@ -84,6 +84,12 @@ class Method:
         if name is not None:
             registry.register(cls, name)
 
+    @classmethod
+    def example(cls) -> Method:
+        """An instance for tables of what models take: with default settings, unless some are
+        required."""
+        return cls()
+
     # ---- what a method implements -------------------------------------------------------------
     @property
     def keeps_all(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType
+from typing import Any
 
 from vtc.core import (
     Compose,
@@ -94,8 +95,21 @@ __all__ = [
 class _Package(ModuleType):
     """`vtc.methods` is this package and also a function that lists the registered methods."""
 
-    def __call__(self) -> dict[str, type[Method]]:
-        return methods()
+    def __call__(self, model: Any = None) -> dict[str, type[Method]]:
+        """The registered methods by name.
+
+        Args:
+            model: only those that this model takes; `vtc.refusals` tells why it takes no others.
+
+        Raises:
+            UnsupportedModelError: a model of no supported family.
+        """
+        if model is None:
+            return methods()
+        from vtc.patching import refusals
+
+        refused = refusals(model)
+        return {name: cls for name, cls in methods().items() if name not in refused}
 
 
 sys.modules[__name__].__class__ = _Package

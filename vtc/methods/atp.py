@@ -354,6 +354,11 @@ class ATP(Method):
     sampling: float | None = None
     positions: Positions = "original"
 
+    @classmethod
+    def example(cls) -> Method:
+        """With fixed thresholds, as heads are trained for a model."""
+        return cls(theta_r=0.5, theta_s=0.5)
+
     def __post_init__(self) -> None:
         fixed = (self.theta_r, self.theta_s)
         if self.weights is None and fixed == (None, None):

@@ -44,10 +44,14 @@ def row(family: FamilyInfo) -> tuple[str, ...]:
     )
 
 
-def page() -> str:
-    """The text of MODELS.md."""
+def page(methods: str) -> str:
+    """The text of MODELS.md.
+
+    Args:
+        methods: the section on methods, Markdown.
+    """
     lines = [" | ".join(COLUMNS), " | ".join("---" for _ in COLUMNS)]
     lines += [" | ".join(row(family)) for family in models()]
     table = "\n".join(f"| {line} |" for line in lines)
     about = "\n".join(f"- **{f.name}**: {f.about}" for f in models())
-    return f"{_HEAD}{table}\n\n## Particularities\n\n{about}\n"
+    return f"{_HEAD}{table}\n\n## Particularities\n\n{about}\n\n## Methods\n\n{methods}"

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which methods the models of each family take, found on models without weights."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+__all__ = ["skeleton", "table"]
+
+_REPAIRS: dict[str, dict[str, Any]] = {
+    "aya_vision": {
+        "vision_config": {"model_type": "siglip_vision_model", "num_attention_heads": 16}
+    },
+    "perception_lm": {
+        "vision_config": {
+            "architecture": "vit_pe_core_large_patch14_336",
+            "model_args": {
+                "embed_dim": 1024,
+                "img_size": (448, 448),
+                "depth": 23,
+                "global_pool": "",
+                "use_post_transformer_norm": False,
+                "init_values": 0.1,
+                "ref_feat_shape": (32, 32),
+            },
+        }
+    },
+}
+"""Settings without which the default configuration of a type makes no model."""
+
+
+def skeleton(model: str) -> Any:
+    """A model on the meta device.
+
+    Args:
+        model: an id on the hub, a folder, or a model type, whose default configuration is taken.
+
+    Raises:
+        OSError: no such model.
+        ValueError: not a vision-language model, or a configuration that makes none.
+    """
+    import torch
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText
+
+    if model in CONFIG_MAPPING and not Path(model).exists():
+        config = AutoConfig.for_model(model, **_REPAIRS.get(model, {}))
+    else:
+        config = AutoConfig.from_pretrained(Path(model).expanduser() if "~" in model else model)
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")
+        return AutoModelForImageTextToText.from_config(config)
+
+
+def table() -> str:
+    """The methods by families, as Markdown: a table, and the reasons of refusals.
+
+    A family of several model types takes a method if each of them does.
+    """
+    import vtc
+    from vtc.models import families
+
+    names = list(vtc.methods())
+    columns: dict[str, dict[str, str]] = {}
+    for family in families():
+        refused: dict[str, str] = {}
+        for kind in family.model_types:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                refused |= vtc.refusals(skeleton(kind))
+        columns[family.model_types[0]] = refused
+    taken = sum(name not in refused for refused in columns.values() for name in names)
+    total = len(names) * len(columns)
+    lines = [f"{taken} of {total} pairs ({taken / total:.0%}), with default settings.", ""]
+    lines.append("| | " + " | ".join(columns) + " |")
+    lines.append("| --- |" + " --- |" * len(columns))
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        marks = []
+        for kind, refused in columns.items():
+            marks.append("" if name in refused else "x")
+            if name in refused:
+                reasons[_reason(refused[name], name)].append(f"{kind}: {name}")
+        lines.append(f"| {name} | " + " | ".join(marks) + " |")
+    lines += ["", "Not taken, and why:", ""]
+    for reason, pairs in sorted(reasons.items()):
+        lines.append(f"- {reason}: {_grouped(pairs)}")
+    return "\n".join(lines) + "\n"
+
+
+def _reason(text: str, name: str) -> str:
+    """The reason of a refusal, without the names of model and method."""
+    text = re.sub(rf"\b{name}\b(\([^)]*\))?", "the method", text.partition(": ")[2])
+    text = re.sub(r"(of )?(the )?\w+ForConditionalGeneration", r"\1the model", text)
+    text = re.sub(r"the family .* does not support; .*", "the family does not support", text)
+    return re.sub(r"reads [\w, ]+ of the vision tower", "reads the vision tower", text)
+
+
+def _grouped(pairs: list[str]) -> str:
+    """The pairs of a reason, by model type."""
+    by_kind: dict[str, list[str]] = defaultdict(list)
+    for pair in pairs:
+        kind, _, name = pair.partition(": ")
+        by_kind[kind].append(name)
+    return "; ".join(f"{kind} ({', '.join(names)})" for kind, names in by_kind.items())
