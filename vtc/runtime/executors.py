@@ -15,6 +15,7 @@ from vtc.core import SIGNALS, STAGES, Method
 from vtc.core.errors import ArgumentError, UnsupportedModelError
 from vtc.core.events import Listener
 from vtc.core.plugins import load_group
+from vtc.core.signals import check_needs
 from vtc.report import Report
 
 EXECUTORS: list[type[Executor]] = []
@@ -149,6 +150,7 @@ def check_method(method: Method, executor: type[Executor]) -> None:
                 f"{part} acts in stage {lacking[0]!r}, which this executor does not run; it runs "
                 f"{', '.join(stages)}",
             )
+        check_needs(part.name, part.needs)  # for a property, which the class cannot check
         if unread := part.needs - executor.signals:
             raise ArgumentError(
                 "method",

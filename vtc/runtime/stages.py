@@ -190,13 +190,8 @@ def prune_between_layers(
         RuntimeError: the method writes to tensors of its state in place.
     """
     number, method = part
-    layout, prompt, choices, captured = (
-        forward.layout, forward.prompt, forward.choices, forward.captured
-    )  # fmt: skip
+    layout, prompt, choices = forward.layout, forward.prompt, forward.choices
     keep = layout.valid.clone()
-    wanted, peeked = method.taps(num_layers), method.peeks(num_layers)
-    records = method.records(num_layers)
-    length = prompt.length
     for b in range(hidden.shape[0]):
         places = layout.valid[b].nonzero().squeeze(1)
         index = layout.index[b, places]
@@ -208,32 +203,7 @@ def prune_between_layers(
         if choices.replay:
             selection = choices.decisions[key]
         else:
-            state = LayerState(
-                layer=layer,
-                num_layers=num_layers,
-                hidden=still_held(hidden[b], layout, b, index, length),
-                image=image.to(hidden.device),
-                text=prompt.text[b, index].to(hidden.device),
-                grid=prompt.grid[b, index].to(hidden.device),
-                prompt_length=int((index < prompt.ends[b]).sum()),
-                original=tuple(len(s.index) for s in prompt.spans if s.sample == b),
-                attention={
-                    tapped: captured.attention[tapped]
-                    .at(rows, b, index, length, method.by_head)
-                    .to(hidden.device)
-                    for tapped, rows in wanted.items()
-                    if tapped in captured.attention
-                },
-                ahead=None
-                if ahead is None
-                else ahead.at(peeked[layer], b, index, length, method.by_head).to(hidden.device),
-                recorded={
-                    (at, name): still_held(kept[b], before, b, index, length).to(hidden.device)
-                    for (at, name), (before, kept) in captured.records.items()
-                    if name in records.get(at, ())
-                },
-                memory=choices.memory.get((number, b)),
-            )
+            state = _layer_state(forward, part, layer, num_layers, b, places, hidden[b], ahead)
             versions = _versions(state)
             with no_autocast(hidden):
                 selection = method.prune(state)
@@ -260,7 +230,7 @@ def prune_between_layers(
             hidden[b, vision[chosen].to(hidden.device)] = selection.features.to(hidden)
         gone = torch.ones_like(vision, dtype=torch.bool)
         gone[chosen] = False
-        left = torch.zeros(length, dtype=torch.bool, device=index.device)
+        left = torch.zeros(prompt.length, dtype=torch.bool, device=index.device)
         left[layout.index[b, vision[chosen]]] = True
         emptied = torch.cat(
             [span.emptied(left[span.index]) for span in prompt.spans if span.sample == b]
@@ -271,6 +241,52 @@ def prune_between_layers(
             forward.places.gap[b, layout.index[b, vision[gone]]] = True
             forward.places.gap[b, layout.index[b, ended]] = True
     return hidden, keep
+
+
+def _layer_state(
+    forward: Forward,
+    part: Part,
+    layer: int,
+    num_layers: int,
+    b: int,
+    places: Tensor,
+    hidden: Tensor,
+    ahead: Heard | None,
+) -> LayerState:
+    """What a method receives of row `b`, whose tokens are at `places` (s,) of the current layout,
+    with `hidden` (k, d) states of all places; the rest as for `prune_between_layers`."""
+    number, method = part
+    layout, prompt, captured, device = (
+        forward.layout, forward.prompt, forward.captured, hidden.device
+    )  # fmt: skip
+    index, length = layout.index[b, places], prompt.length
+    records = method.records(num_layers)
+
+    def attended(heard: Heard, rows: Rows) -> Tensor:
+        return heard.at(rows, b, index, length, method.by_head).to(device)
+
+    return LayerState(
+        layer=layer,
+        num_layers=num_layers,
+        hidden=still_held(hidden, layout, b, index, length),
+        image=prompt.image[b, index].to(device),
+        text=prompt.text[b, index].to(device),
+        grid=prompt.grid[b, index].to(device),
+        prompt_length=int((index < prompt.ends[b]).sum()),
+        original=tuple(len(span.index) for span in prompt.spans if span.sample == b),
+        attention={
+            tapped: attended(captured.attention[tapped], rows)
+            for tapped, rows in method.taps(num_layers).items()
+            if tapped in captured.attention
+        },
+        ahead=None if ahead is None else attended(ahead, method.peeks(num_layers)[layer]),
+        recorded={
+            (at, name): still_held(kept[b], before, b, index, length).to(device)
+            for (at, name), (before, kept) in captured.records.items()
+            if name in records.get(at, ())
+        },
+        memory=forward.choices.memory.get((number, b)),
+    )
 
 
 def _versions(state: LayerState) -> list[int]:

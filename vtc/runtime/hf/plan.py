@@ -8,7 +8,6 @@ from typing import Any, get_args
 
 from vtc.core import Method, Record, Rows
 from vtc.core.errors import ArgumentError
-from vtc.core.signals import check_needs
 from vtc.models import Adapter, UnsupportedModelError
 from vtc.runtime.hf.taps import foreign_options
 
@@ -21,11 +20,9 @@ def check_hooks(method: Method, num_layers: int) -> None:
         num_layers: number of decoder layers.
 
     Raises:
-        ArgumentError: a part requests unknown signals, or has `prune` without `prune_layers` or
-            the reverse.
+        ArgumentError: a part has `prune` without `prune_layers`, or the reverse.
     """
     for part in method.parts:
-        check_needs(part.name, part.needs)  # for a property, which the class cannot check
         layers = part.prune_layers(num_layers)
         if ("layers" in part.stages) != bool(layers) and (layers or part.stages == ("layers",)):
             raise ArgumentError(
