@@ -13,7 +13,7 @@ INSTALL ?= $(BIN)/uv pip install --python $(BIN)/python
 
 demo:
 	@echo "vtc demo: installs what it needs into $(VENV) if that is not done (once, 1 to 5 minutes, 7 GB with" \
-		"PyTorch's CUDA build), then scores 4 baselines and 2 methods on a small VLM (2 to 3 minutes, no GPU)"
+		"PyTorch's CUDA build), then scores 4 baselines and 2 methods on a small VLM (2 to 3 minutes on two idle cores, no GPU)"
 	@$(MAKE) --no-print-directory $(VENV)/.demo
 	$(BIN)/vtc eval --methods full,random,pool,downsample,todre,fastv --keep 0.25,0.1 \
 		--tasks vtc_scenes --limit 96 --processes $(PROCESSES) --out $(DEMO_OUT)

@@ -161,10 +161,14 @@ class Report:
             f"a prefill: vision {self.vision_ms:.1f} ms, selector {self.selector_ms:.1f} ms, "
             f"language model {self.lm_ms:.1f} ms\n"
             f"a sample: {_operations(self.flops)}; "
-            f"{three_digits(self.kv_bytes / 2**20)} MiB of keys and values"
+            f"{_mebibytes(self.kv_bytes)} of keys and values"
         )
 
     __repr__ = __str__
+
+
+def _mebibytes(value: float) -> str:
+    return "unknown MiB" if math.isnan(value) else f"{three_digits(value / 2**20)} MiB"
 
 
 def _operations(flops: dict[str, float]) -> str:

@@ -42,8 +42,8 @@ def bench(
     unpatched: Annotated[
         bool, typer.Option(help="Also run the plain model on all tokens, the slowest part.")
     ] = True,
-    warmup: Annotated[int, typer.Option(help="Warm-up rounds, which do not count.")] = 1,
-    repeats: Annotated[int, typer.Option(help="Measured rounds.")] = 7,
+    warmup: Annotated[int, typer.Option(help="Warm-up rounds, which do not count.", min=1)] = 1,
+    repeats: Annotated[int, typer.Option(help="Measured rounds.", min=2)] = 7,
     threads: Annotated[int | None, typer.Option(help="PyTorch threads on a CPU.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, inputs and sampling methods.")] = 0,
     imports: Import = [],  # noqa: B006

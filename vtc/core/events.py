@@ -5,8 +5,8 @@ Events come in order, from the thread that runs the model: `Encoded` when the to
 images; for each image of each sample one `Shown`, then one `Selected` for every method of the
 sequence stage; then, before each decoder layer at which a method acts, one `Selected` for every
 sample in which it chose. If it returns `None`, and so keeps all, there is no event. Methods on
-pixels or in the tower show in `Shown`. `Prefilled` ends the forward. Steps that `generate` repeats
-without a cache are reported once.
+pixels or in the tower show in `Shown`. `Prefilled` ends the forward; a stage that acts in
+decoding may select afterwards. Steps that `generate` repeats without a cache are reported once.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from . import registry
-from .errors import ArgumentError
+from .errors import ArgumentError, ArgumentTypeError
 from .settings import budget
 from .signals import Signal, check_needs
 from .stages import STAGES, refused, stage_of
@@ -242,8 +242,13 @@ class Method:
         return (self,)
 
     def __or__(self, other: Method) -> Compose:
+        """This method, then `other`.
+
+        Raises:
+            ArgumentTypeError: `other` is no method.
+        """
         if not isinstance(other, Method):
-            return NotImplemented
+            raise ArgumentTypeError("|", f"expected a method on both sides, got {other!r}")
         return Compose(self.parts + other.parts)
 
     def to_dict(self) -> dict[str, Any]:

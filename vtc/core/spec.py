@@ -90,10 +90,9 @@ def make(method: str | Method | Mapping[str, Any], **settings: Any) -> Method:
                     "settings",
                 )
         if settings:
-            given = ", ".join(settings)
             raise ArgumentTypeError(
-                "settings",
-                f"{given} go with a method's name; {method} is a method already: pass them to its "
+                next(iter(settings)),
+                f"settings go with a method's name; {method} is a method already: pass them to its "
                 "constructor",
             )
         return method

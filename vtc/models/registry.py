@@ -34,7 +34,8 @@ class FamilyInfo:
         attention: how the tokens of an image attend to one another.
         tower: what methods can read of the vision tower: "attention, keys", plus "patch states" if
             the projector maps each to one token, or "nothing".
-        tested: whether tests compare it with the reference; otherwise it works with a warning.
+        tested: whether vtc's tests compare it with the reference; the generic family works with a
+            warning, and those of other packages are theirs to test.
         about: its particularities, from the class's docstring.
     """
 
@@ -73,7 +74,7 @@ def models() -> list[FamilyInfo]:
             positions=cls.positions,
             attention=cls.attention,
             tower=cls.readable(),
-            tested=bool(cls.model_types),
+            tested=bool(cls.model_types) and cls.__module__.startswith("vtc.models."),
             about=" ".join((cls.__doc__ or "").split("\n\n")[0].split()),
         )
         for cls in kinds

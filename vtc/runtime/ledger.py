@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -67,12 +67,27 @@ class Ledger:
         logical: number of tokens as `generate` counts them.
         croppable: number of last tokens that can be removed: those after the last compressed image.
         may_write: a patched model is in a forward that counts its tokens here.
+        rows: (b, ...) values that a stage keeps with the cache, by name; they follow its rows, as
+            beams do.
     """
 
     groups: list[Group]
     logical: int = 0
     croppable: int = 0
     may_write: bool = False
+    rows: dict[str, Tensor] = field(default_factory=dict)
+
+    def map_rows(self, index: Tensor) -> None:
+        """Take the rows `index` (b',) of everything."""
+        for group in self.groups:
+            group.map_rows(index)
+        self.rows = {name: kept[index.to(kept.device)] for name, kept in self.rows.items()}
+
+    def repeat_rows(self, repeats: int) -> None:
+        """Repeat each row of everything `repeats` times."""
+        for group in self.groups:
+            group.repeat_rows(repeats)
+        self.rows = {n: kept.repeat_interleave(repeats, dim=0) for n, kept in self.rows.items()}
 
     @classmethod
     def fresh(cls, first_layers: tuple[int, ...], past: int, valid: Tensor | None) -> Ledger:

@@ -81,20 +81,17 @@ class CompressedCache:
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the rows `beam_idx` (b,), in the layers and in the ledger."""
         super().reorder_cache(beam_idx)  # type: ignore[misc]
-        for group in self.vtc_ledger.groups:
-            group.map_rows(beam_idx)
+        self.vtc_ledger.map_rows(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices` (k,), in the layers and in the ledger."""
         super().batch_select_indices(indices)  # type: ignore[misc]
-        for group in self.vtc_ledger.groups:
-            group.map_rows(indices)
+        self.vtc_ledger.map_rows(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row `repeats` times, in the layers and in the ledger."""
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        for group in self.vtc_ledger.groups:
-            group.repeat_rows(repeats)
+        self.vtc_ledger.repeat_rows(repeats)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens, as assisted decoding does with rejected candidates.
