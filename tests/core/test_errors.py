@@ -37,7 +37,7 @@ from vtc.core.spec import keep_is_at_fault, parse_keep, parse_method, split_list
         (lambda: vtc.make("fastv", layer=-1), "layer"),
         (lambda: vtc.make("todre", kep=0.1), "kep"),
         (lambda: parse_method("todre:kep=0.1"), "kep"),
-        (lambda: vtc.make(vtc.Full(), keep=0.1), "settings"),
+        (lambda: vtc.make(vtc.Full(), keep=0.1), "keep"),
         (lambda: split_list("a,,b"), "text"),
         (lambda: parse_method("fastv:layer=(3"), "method"),
         (lambda: check_choice("how", "x", ("a", "b")), "how"),
