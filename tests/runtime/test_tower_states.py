@@ -39,6 +39,11 @@ LAST: dict[str, Callable[[Any], Any]] = {
     "glm4v": lambda base: base.visual.post_layernorm,
     "glm4v_moe": lambda base: base.visual.post_layernorm,
     "glm46v": lambda base: base.visual.post_layernorm,
+    "gemma4": lambda base: base.vision_tower.encoder.layers[-1],
+    "gemma4_device": lambda base: base.vision_tower.encoder.layers[-1],
+    "llama4": lambda base: base.vision_model.layernorm_post,
+    "kimi_k25": lambda base: base.vision_tower.final_layernorm,
+    "ovis2": lambda base: base.vision_tower.transformer.rms_norm,
 }
 """The module whose output are the last states in which patches stand apart."""
 
@@ -75,7 +80,7 @@ def states_by_gradient(name: str, model: Any, batch: dict[str, Tensor]) -> list[
     def encode(*args: Any, **kwargs: Any) -> Any:
         out = original(*args, **kwargs)
         found = out.pooler_output if hasattr(out, "pooler_output") else out[1]
-        features.extend(found)
+        features.extend(out.last_hidden_state if found is None else found)
         return out
 
     handle = LAST[name](base).register_forward_hook(note)

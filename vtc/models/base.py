@@ -387,9 +387,14 @@ class Adapter:
         return wanted if wanted >= 0 else count + 1 + wanted
 
     def has_cls(self) -> bool:
-        """Whether the first token of the tower is a [CLS] token."""
+        """Whether the tower has a [CLS] token."""
         embeddings = getattr(self.tower, "embeddings", None)
         return any(hasattr(embeddings, name) for name in ("class_embedding", "cls_token"))
+
+    def cls_place(self) -> int | None:
+        """The place of [CLS] among the tokens of an image in the tower, negative from the end;
+        `None` without [CLS]."""
+        return 0 if self.has_cls() else None
 
     def prefix(self, given: Mapping[str, Any]) -> int:
         """The number of tower tokens before an image's patches that yield no vision token.
@@ -402,6 +407,10 @@ class Adapter:
         """
         full = setting(self, given, "vision_feature_select_strategy", "default") == "full"
         return int(self.has_cls() and not full)
+
+    def suffix(self) -> int:
+        """The number of tower tokens after an image's patches that yield no vision token."""
+        return 0
 
     def tower_of(self, modality: Modality) -> Any:
         """The vision encoder of a modality."""

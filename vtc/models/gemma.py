@@ -5,6 +5,7 @@ masks from the base model."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -120,7 +121,6 @@ class Gemma4(Gemma3):
 
     name: ClassVar[str] = "gemma4"
     model_types: ClassVar[tuple[str, ...]] = ("gemma4",)
-    reads_tower: ClassVar[bool] = False
     attention: ClassVar[str] = "both directions in windows; causal in the small models"
     kinds: ClassVar[str] = "mm_token_type_ids"
     video: ClassVar[bool] = True
@@ -142,18 +142,31 @@ class Gemma4(Gemma3):
         places = given["video_position_ids" if video else "image_position_ids"].cpu()
         frames = given["num_frames_per_video"].tolist() if video else [1] * len(places)
         by = self.model.config.vision_config.pooling_kernel_size
-        maps = []
+        maps, first = [], 0
+        padded = places.shape[1]
         for own, of_one in zip(features, places.split(frames), strict=True):
-            grids = []
+            grids, patches = [], []
             for frame, corners in enumerate(of_one):  # (x, y) of each patch, -1 at padding
                 columns, rows = ((corners.max(0).values + 1) // by).tolist()
                 grid = grid_positions(rows, columns)
                 grid[:, 0] = frame
                 grids.append(grid)
-            padded = of_one.shape[1]
-            maps.append([ImageMap(torch.cat(grids), tiles=len(of_one), padded=padded)])
-            assert len(maps[-1][0]) == len(own)
+                patches.append(_pooled(corners, columns, by) + first)
+                first += padded
+            found = ImageMap(
+                torch.cat(grids), patches=torch.cat(patches), tiles=len(of_one), padded=padded
+            )
+            assert len(found) == len(own)
+            if len(found.patches) != len(found):  # incomplete cells
+                found = replace(found, patches=None)
+            maps.append([found])
         return maps
+
+    def projector(self) -> Any:
+        return self.base.embed_vision
+
+    def states_from(self) -> Any:
+        return self.tower.pooler
 
     def check_layers(self, layers: Sequence[int]) -> None:
         config = self.decoder.config
@@ -170,3 +183,20 @@ class Gemma4(Gemma3):
                 f"{', '.join(map(str, sorted(sources)))}; tokens cannot be dropped before layer "
                 f"{late[0]}, only before layers up to {min(sources)}"
             )
+
+
+def _pooled(corners: Tensor, columns: int, by: int) -> Tensor:
+    """(n, by * by) the patches of each pooled cell, in raster order of the cells; (0, by * by) if
+    cells are incomplete.
+
+    Args:
+        corners: (p, 2) the (x, y) of each patch, -1 at padding.
+        columns: of cells.
+        by: side of a cell.
+    """
+    real = (corners[:, 0] >= 0).nonzero()[:, 0]
+    x, y = (corners[real] // by).unbind(1)
+    cells = y * columns + x
+    if not bool((cells.bincount() == by * by).all()):
+        return corners.new_empty(0, by * by)
+    return real[cells.argsort(stable=True)].view(-1, by * by)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from vtc.models.shuffled import Shuffled
@@ -17,8 +18,25 @@ class Llama4(Shuffled):
 
     name: ClassVar[str] = "llama4"
     model_types: ClassVar[tuple[str, ...]] = ("llama4",)
-    reads_tower: ClassVar[bool] = False
     attention: ClassVar[str] = "causal, in chunks"
+
+    def tower_attention(self) -> list[Any]:
+        return [layer.self_attn for layer in self.tower.model.layers]
+
+    def cls_place(self) -> int:
+        return -1
+
+    def has_cls(self) -> bool:
+        return True
+
+    def prefix(self, given: Mapping[str, Any]) -> int:
+        return 0
+
+    def suffix(self) -> int:
+        return 1
+
+    def states_from(self) -> Any:
+        return self.tower.vision_adapter
 
     def features(self, output: Any) -> Any:
         return output.last_hidden_state

@@ -176,11 +176,15 @@ def foreign_options(module: nn.Module) -> list[str]:
 
 
 def _eager_attention(module: nn.Module) -> Callable[..., Any] | None:
-    """The eager attention in the file of the class of `module`, or of a base class."""
+    """The eager attention that the class of `module` names, or a base class, or its file."""
+    usual = "eager_attention_forward"
     for cls in type(module).__mro__:
-        found = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
-        if found is not None:
-            return found
+        code = getattr(inspect.unwrap(cls.__dict__.get("forward", object)), "__code__", None)
+        named = [] if code is None else [n for n in code.co_names if n.endswith(usual)]
+        for name in (*named, usual):
+            found = getattr(sys.modules.get(cls.__module__), name, None)
+            if found is not None:
+                return found
     return None
 
 
@@ -414,7 +418,7 @@ def _rows_at(mask: Tensor, places: Tensor) -> Tensor:
     return mask.expand(len(places), -1, -1, -1).gather(2, at)
 
 
-def listen_tower(tap: Tap, has_cls: bool, clock: Stopwatch) -> None:
+def listen_tower(tap: Tap, cls: int | None, clock: Stopwatch) -> None:
     """Arm a tap in a vision tower; `tap.captured` receives one `TowerSignals` per batch row.
 
     The attention is the [CLS] row if the tower has one. Otherwise it is what each token receives,
@@ -422,7 +426,7 @@ def listen_tower(tap: Tap, has_cls: bool, clock: Stopwatch) -> None:
 
     Args:
         tap: on an attention module of the tower.
-        has_cls: the tower has a [CLS] token, at place 0.
+        cls: the place of [CLS] in the tower's sequence, negative from the end; `None` without.
         clock: measures the capture.
     """
 
@@ -432,14 +436,15 @@ def listen_tower(tap: Tap, has_cls: bool, clock: Stopwatch) -> None:
         bias = options.get("position_bias")
         with clock.measure(query.device):
             keys = key.detach().transpose(1, 2).flatten(2)
-            queries = query.detach()[:, :, 0].flatten(1)
+            size = query.shape[2]
+            at = slice(0, size) if cls is None else slice(cls % size, cls % size + 1)
             for i in range(query.shape[0]):
-                rows = query[i : i + 1, :, :1] if has_cls else query[i : i + 1]
-                seen = _visible(mask, i, rows.shape[2])
-                added = None if bias is None else bias[i % len(bias)][None, :, : rows.shape[2]]
+                rows = query[i : i + 1, :, at]
+                seen = _visible(mask, i, at)
+                added = None if bias is None else bias[i % len(bias)][None, :, at]
                 found = mean_attention(rows, key[i : i + 1], seen, added, Options.of(options))
                 received = found[0, 0]
-                if has_cls or seen is None:
+                if cls is not None or seen is None:
                     received = received.mean(0)
                 else:
                     see = seen[0, 0] & seen[0, 0].diagonal()[:, None]
@@ -448,8 +453,8 @@ def listen_tower(tap: Tap, has_cls: bool, clock: Stopwatch) -> None:
                     TowerSignals(
                         attention=received,
                         keys=keys[i],
-                        cls_query=queries[i] if has_cls else None,
-                        cls_key=keys[i, 0] if has_cls else None,
+                        cls_query=None if cls is None else rows.detach().flatten(),
+                        cls_key=None if cls is None else keys[i, cls],
                         heads=key.shape[1],
                     )
                 )
@@ -457,9 +462,12 @@ def listen_tower(tap: Tap, has_cls: bool, clock: Stopwatch) -> None:
     tap.arm(capture)
 
 
-def _visible(mask: Any, row: int, queries: int) -> Tensor | None:
-    """(1, 1, queries, k) bool from a row of a (b, 1, q, k) mask; `None` if all tokens see all."""
+def _visible(mask: Any, row: int, queries: slice) -> Tensor | None:
+    """(1, 1, q', k) bool, the rows `queries` of one sample's mask, of a (b, 1, q, k) or a padding
+    mask (b, k); `None` if all tokens see all."""
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        mask = mask[:, None, None].bool().expand(-1, -1, mask.shape[1], -1)
     if not isinstance(mask, Tensor) or mask.dim() != 4:
         return None
-    own = mask[min(row, mask.shape[0] - 1)][None, :1, :queries]
+    own = mask[min(row, mask.shape[0] - 1)][None, :1, queries]
     return own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2

@@ -263,7 +263,7 @@ class Encoding:
     def _tapped(self) -> Iterator[None]:
         """Tap the current tower and projector for this call only: modules may be replaced between
         calls, and other models may share them."""
-        has_cls = self.adapter.has_cls()
+        cls = self.adapter.cls_place()
         projector: Any = self.adapter.projector()
         handles: list[Any] = []
         try:
@@ -272,7 +272,7 @@ class Encoding:
             for layer in self.tower_layers:
                 tap = taps.install(self.adapter.tower_attention()[layer])
                 self.taps[layer] = tap
-                taps.listen_tower(tap, has_cls, self.heard)
+                taps.listen_tower(tap, cls, self.heard)
             if self.reads_encoder:
                 if self.adapter.projects_patches:
                     handles.append(projector.register_forward_hook(self._leave_projector))
@@ -433,9 +433,9 @@ class Encoding:
         return found
 
     def _heard(self, layer: int, patches: Tensor, crop: Tensor | None) -> TowerSignals:
-        prefix = self.adapter.prefix(self.given)
+        prefix, suffix = self.adapter.prefix(self.given), self.adapter.suffix()
         rows: list[TowerSignals] = self.taps[layer].captured
-        rows = [row.without(prefix) for row in rows]
+        rows = [row.without(prefix, suffix) for row in rows]
         size = sum(len(row.attention) for row in rows)
         if int(patches.max()) >= size:
             raise RuntimeError(
