@@ -68,6 +68,17 @@ def states_by_gradient(name: str, model: Any, batch: dict[str, Tensor]) -> list[
     """For each token of the batch that the tower makes, the mean state of the patches on which it
     depends, in the order in which the model makes tokens."""
     made: list[Tensor] = []
+    used = uses_by_gradient(name, model, batch, made)
+    states = torch.cat([own.detach().reshape(-1, own.shape[-1]) for own in made])
+    return [states[own].mean(0) for own in used]
+
+
+def uses_by_gradient(
+    name: str, model: Any, batch: dict[str, Tensor], made: list[Tensor] | None = None
+) -> list[Tensor]:
+    """For each token of the batch that the tower makes, which of its last states the token depends
+    on: (all states,) bool. The states are appended to `made`."""
+    made = [] if made is None else made
     features: list[Tensor] = []
 
     def note(module: Any, args: Any, output: Any) -> None:
@@ -90,15 +101,17 @@ def states_by_gradient(name: str, model: Any, batch: dict[str, Tensor]) -> list[
     finally:
         handle.remove()
         del base.get_image_features
-    means = []
+    uses = []
     for token in torch.cat([own.reshape(-1, own.shape[-1]) for own in features]):
         grads = torch.autograd.grad(token.sum(), made, retain_graph=True, allow_unused=True)
-        for states, grad in zip(made, grads, strict=True):
-            if grad is not None and bool(grad.any()):
-                used = grad.reshape(-1, grad.shape[-1]).abs().sum(1) > 0
-                means.append(states.detach().reshape(-1, grad.shape[-1])[used].mean(0))
-                break
-    return means
+        found = [
+            torch.zeros(states.shape[:-1], dtype=torch.bool).flatten()
+            if grad is None
+            else grad.reshape(-1, grad.shape[-1]).abs().sum(1) > 0
+            for states, grad in zip(made, grads, strict=True)
+        ]
+        uses.append(torch.cat(found))
+    return uses
 
 
 @pytest.mark.parametrize("kind", ["one", "images"])
