@@ -65,9 +65,10 @@ class Own:
         return torch.cat(found)
 
 
-def watched(module: Any, monkeypatch: pytest.MonkeyPatch) -> Own:
-    """Note what the eager attention functions in the file of `module` are given and return."""
-    own, file = Own(), sys.modules[type(module).__module__]
+def watched(tower: list[Any], monkeypatch: pytest.MonkeyPatch) -> Own:
+    """Note what the eager attention functions in the file of a tower's modules are given and
+    return."""
+    own, file = Own(), sys.modules[type(tower[-1]).__module__]
 
     def noting(attend: Callable[..., Any]) -> Callable[..., Any]:
         def run(module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -78,6 +79,23 @@ def watched(module: Any, monkeypatch: pytest.MonkeyPatch) -> Own:
 
         return run
 
+    if not hasattr(file, "eager_attention_forward"):  # of timm
+        attend = torch.nn.functional.scaled_dot_product_attention
+        current: list[Any] = [None]
+
+        def explicit(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+            weights = (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1)
+            found = noting(lambda *args: (attend(query, key, value, **kwargs), weights))
+            return found(current[0], query, key)[0]
+
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", explicit)
+        for layer in tower:
+
+            def run(*args: Any, layer: Any = layer, inner: Any = layer.forward, **kw: Any) -> Any:
+                current[0] = layer
+                return inner(*args, **kw)
+
+            monkeypatch.setattr(layer, "forward", run)
     for name in dir(file):
         if name.endswith("eager_attention_forward"):
             monkeypatch.setattr(file, name, noting(getattr(file, name)))
@@ -94,8 +112,9 @@ def test_what_a_token_is_shown(name: str, kind: str, monkeypatch: pytest.MonkeyP
     SHOWN.clear()
     with vtc.patch(model, Asks()), torch.no_grad():
         model(**batch)
-    first, last = (find(model).tower_attention()[layer] for layer in (0, -1))
-    own = watched(last, monkeypatch)
+    tower = find(model).tower_attention()
+    first, last = tower[0], tower[-1]
+    own = watched(tower, monkeypatch)
     used = uses_by_gradient(name, model, batch)
     assert len(used) == sum(len(tokens) for tokens in SHOWN)
     cls = CLS.get(name)

@@ -43,6 +43,7 @@ LAST: dict[str, Callable[[Any], Any]] = {
     "gemma4_device": lambda base: base.vision_tower.encoder.layers[-1],
     "llama4": lambda base: base.vision_model.layernorm_post,
     "kimi_k25": lambda base: base.vision_tower.final_layernorm,
+    "perception_lm": lambda base: base.vision_tower.timm_model.norm,
     "ovis2": lambda base: base.vision_tower.transformer.rms_norm,
 }
 """The module whose output are the last states in which patches stand apart."""

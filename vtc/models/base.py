@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -92,7 +92,7 @@ class Adapter:
         frames: clips are sets of images, one per frame, for `vtc models`.
         projects_patches: the projector makes one token of each patch state; otherwise it joins
             patches, and merged tokens are averages of what comes out of it.
-        reads_tower: attention and keys of the vision tower can be read.
+        unread: why nothing of the vision tower can be read; empty if it can.
         clips_as_images: the base model encodes clips with `get_image_features`.
         places: its vision tokens have places in the picture.
         since: by model type, the first transformers version with what vtc hooks, if newer than the
@@ -113,7 +113,7 @@ class Adapter:
     video: ClassVar[bool] = False
     frames: ClassVar[bool] = False
     projects_patches: ClassVar[bool] = True
-    reads_tower: ClassVar[bool] = True
+    unread: ClassVar[str] = ""
     clips_as_images: ClassVar[bool] = False
     places: ClassVar[bool] = True
 
@@ -130,8 +130,8 @@ class Adapter:
     @classmethod
     def readable(cls) -> str:
         """What methods can read of the vision tower, in words."""
-        if not cls.reads_tower:
-            return "nothing"
+        if cls.unread:
+            return f"nothing: {cls.unread}"
         return "attention, keys, patch states"
 
     @property
@@ -333,10 +333,10 @@ class Adapter:
         Raises:
             UnsupportedModelError: the tower's attention cannot be read.
         """
-        if not self.reads_tower:
+        if self.unread:
             raise UnsupportedModelError(
                 f"model: in the vision tower of {type(self.model).__name__} vtc reads no "
-                "attention and no keys; use a method that needs neither"
+                f"attention and no keys: {self.unread}; use a method that needs neither"
             )
         encoder = getattr(self.tower, "encoder", None)
         layers: Any = getattr(encoder, "layers", None) or ()
@@ -346,6 +346,20 @@ class Adapter:
                 f"model: cannot read attention in the vision tower {type(self.tower).__name__}"
             )
         return modules
+
+    def watch_attention(self, module: Any, heard: Callable[..., None]) -> list[Any] | None:
+        """Listen to a tower's attention module that does not attend through the attention functions
+        of transformers.
+
+        Args:
+            module: one of `tower_attention`.
+            heard: to be called with the module's query (b, h, n, d), key and value (b, h_kv, n, d),
+                attention mask or `None`, and the options of attention, such as `scaling`.
+
+        Returns:
+            The handles of the hooks; `None` if it attends through these functions.
+        """
+        return None
 
     def encoder_layers(self) -> list[Any]:
         """The layers of the vision tower, first to last.

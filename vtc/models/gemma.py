@@ -104,7 +104,7 @@ class Gemma3n(Adapter):
     name: ClassVar[str] = "gemma3n"
     model_types: ClassVar[tuple[str, ...]] = ("gemma3n",)
     stages: ClassVar[tuple[str, ...]] = ("sequence",)
-    reads_tower: ClassVar[bool] = False
+    unread: ClassVar[str] = "convolutions mix its places and fuse several resolutions"
 
     def placeholders(self, output: Any, given: Mapping[str, Any]) -> dict[Modality, Tensor]:
         return super().placeholders(output[0], given)  # the other output is for audio

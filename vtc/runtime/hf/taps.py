@@ -53,6 +53,7 @@ class Tap:
         captured: what `armed` stored.
         silent: skip attention, and what follows it, after the capture.
         thread: the thread that armed the tap. Another may run the module in its own model.
+        handles: hooks that call `hear`, of a module that attends in a way of its own.
     """
 
     module: Any
@@ -60,6 +61,7 @@ class Tap:
     captured: list[Any] = field(default_factory=list)
     silent: bool = False
     thread: int = 0
+    handles: list[Any] = field(default_factory=list)
 
     def arm(self, heard: Callable[..., None]) -> None:
         """Call `heard` at the next attention of this thread, and clear `captured`.
@@ -68,6 +70,15 @@ class Tap:
             heard: called as `armed`.
         """
         self.captured, self.armed, self.thread = [], heard, threading.get_ident()
+
+    @torch.compiler.disable
+    def hear(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Mapping[str, Any]
+    ) -> None:
+        """Pass on what the module attends with, if the tap is armed for this thread."""
+        if self.hears and (heard := self.armed) is not None:
+            with torch.no_grad():
+                heard(query, key, value, mask, options)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -99,6 +110,10 @@ class Tap:
 
     def remove(self) -> None:
         """Take the tap off; the last one restores the module's config."""
+        for handle in self.handles:
+            handle.remove()
+        if self.handles:
+            return
         with _LOCK:
             shared: _Taps = self.module._vtc_taps
             shared.taps.remove(self)
@@ -134,6 +149,26 @@ def install(module: Any) -> Tap:
             module.config = private
         tap = Tap(module)
         module._vtc_taps.taps.append(tap)
+    return tap
+
+
+def install_in_tower(
+    module: Any, watch: Callable[[Any, Callable[..., None]], list[Any] | None]
+) -> Tap:
+    """Tap an attention module of a vision tower.
+
+    Args:
+        module: the attention module.
+        watch: `Adapter.watch_attention`.
+
+    Returns:
+        The tap, not armed.
+    """
+    tap = Tap(module)
+    handles = watch(module, tap.hear)
+    if handles is None:
+        return install(module)
+    tap.handles = handles
     return tap
 
 

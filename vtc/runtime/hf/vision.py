@@ -50,10 +50,11 @@ class Vision:
         self.reads_encoder = False
         for part in method.parts:
             if "sequence" in part.stages and "encoder" in part.needs:
-                if not adapter.reads_tower or adapter.projector() is None:
+                if adapter.unread or adapter.projector() is None:
+                    why = adapter.unread or "its projector is unknown"
                     raise UnsupportedModelError(
                         f"model: {part.name} reads what the projector receives for each token, "
-                        f"which vtc does not know in {type(adapter.model).__name__}"
+                        f"which vtc does not read in {type(adapter.model).__name__}: {why}"
                     )
                 self.reads_encoder = True
         if (
@@ -270,7 +271,8 @@ class Encoding:
             if projector is not None and not all(part.keeps_all for part in self.method.parts):
                 handles.append(projector.register_forward_pre_hook(self._enter_projector))
             for layer in self.tower_layers:
-                tap = taps.install(self.adapter.tower_attention()[layer])
+                module = self.adapter.tower_attention()[layer]
+                tap = taps.install_in_tower(module, self.adapter.watch_attention)
                 self.taps[layer] = tap
                 taps.listen_tower(tap, cls, self.heard)
             if self.reads_encoder:
@@ -278,8 +280,8 @@ class Encoding:
                     handles.append(projector.register_forward_hook(self._leave_projector))
                     handles.append(self.adapter.tower.register_forward_hook(self._leave_tower))
                 else:
-                    module = self.adapter.states_from()
-                    hook = module.register_forward_hook(self._pass_states, with_kwargs=True)
+                    shows = self.adapter.states_from()
+                    hook = shows.register_forward_hook(self._pass_states, with_kwargs=True)
                     handles.append(hook)
             yield
         finally:
