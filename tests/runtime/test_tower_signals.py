@@ -19,7 +19,7 @@ import vtc
 from tests.reference.families import FAMILIES
 from tests.reference.probes import Probe
 from tests.runtime.test_families import rows_of, shared, skip_reason
-from tests.runtime.test_tower_states import HERE, LAST, uses_by_gradient
+from tests.runtime.test_tower_states import HERE, uses_by_gradient
 from vtc.core import Selection, VisionTokens
 from vtc.models import find
 

@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, Self
 
 import torch
@@ -276,6 +277,10 @@ class Adapter:
         return maps
 
     def _size_of(self, given: Mapping[str, Any], i: int) -> tuple[int, int] | None:
+        shapes = given.get("spatial_shapes")  # of an image without padding: NaFlex
+        if shapes is not None:
+            patch = self.tower.config.patch_size
+            return int(shapes[i][0]) * patch, int(shapes[i][1]) * patch
         sizes = given.get("image_sizes")
         return None if sizes is None else (int(sizes[i][0]), int(sizes[i][1]))
 
@@ -338,14 +343,18 @@ class Adapter:
                 f"model: in the vision tower of {type(self.model).__name__} vtc reads no "
                 f"attention and no keys: {self.unread}; use a method that needs neither"
             )
-        encoder = getattr(self.tower, "encoder", None)
-        layers: Any = getattr(encoder, "layers", None) or ()
-        modules: list[Any] = [getattr(layer, "self_attn", None) for layer in layers]
-        if not modules or any(m is None or not hasattr(m, "config") for m in modules):
-            raise UnsupportedModelError(
-                f"model: cannot read attention in the vision tower {type(self.tower).__name__}"
+        stacks = _attention_stacks(self.tower)
+        if len(stacks) != 1:
+            why = (
+                "its layers form several stages, whose places differ"
+                if stacks
+                else "none of its layers attends through the attention functions of transformers"
             )
-        return modules
+            raise UnsupportedModelError(
+                f"model: cannot read attention in the vision tower {type(self.tower).__name__}: "
+                f"{why}"
+            )
+        return stacks[0]
 
     def watch_attention(self, module: Any, heard: Callable[..., None]) -> list[Any] | None:
         """Listen to a tower's attention module that does not attend through the attention functions
@@ -376,6 +385,11 @@ class Adapter:
                 f"the parts {', '.join(parts)} between which patches could be merged"
             )
         self.tower_attention()
+        if "spatial_shapes" in inspect.signature(self.tower.forward).parameters:
+            raise UnsupportedModelError(
+                f"model: {type(self.tower).__name__} pads images to one number of patches, and "
+                "merged patches would mix with padding"
+            )
         return layers
 
     def encoder_depth(self, given: Mapping[str, Any]) -> int:
@@ -688,6 +702,35 @@ class Adapter:
             **{CACHE: cache},
             **extra,
         )
+
+
+def _attention_stacks(tower: Any) -> list[list[nn.Module]]:
+    """The attention modules of each stack of layers with one attention, outermost stacks first."""
+    stacks: list[list[nn.Module]] = []
+    known: set[nn.Module] = set()
+    for stack in () if tower is None else tower.modules():
+        if not isinstance(stack, nn.ModuleList):
+            continue
+        by_layer = [[m for m in layer.modules() if _attends(type(m))] for layer in stack]
+        if not any(by_layer) or known.issuperset(sum(by_layer, [])):
+            continue
+        if all(len(found) == 1 and hasattr(found[0], "config") for found in by_layer):
+            stacks.append([found[0] for found in by_layer])
+            known.update(stacks[-1])
+    return stacks
+
+
+@cache
+def _attends(kind: type[nn.Module]) -> bool:
+    """Whether a class of modules attends through the attention functions of transformers."""
+    forwards = [
+        inspect.unwrap(vars(cls)["forward"]) for cls in kind.__mro__ if "forward" in vars(cls)
+    ]
+    return any(
+        "ALL_ATTENTION_FUNCTIONS" in code.co_names
+        for forward in forwards
+        if (code := getattr(forward, "__code__", None)) is not None
+    )
 
 
 def setting(adapter: Adapter, given: Mapping[str, Any], name: str, default: Any) -> Any:

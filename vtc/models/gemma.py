@@ -153,12 +153,11 @@ class Gemma4(Gemma3):
                 grids.append(grid)
                 patches.append(_pooled(corners, columns, by) + first)
                 first += padded
-            found = ImageMap(
-                torch.cat(grids), patches=torch.cat(patches), tiles=len(of_one), padded=padded
-            )
+            found = ImageMap(torch.cat(grids), tiles=len(of_one), padded=padded)
             assert len(found) == len(own)
-            if len(found.patches) != len(found):  # incomplete cells
-                found = replace(found, patches=None)
+            joined = torch.cat(patches)
+            if len(joined) == len(found):  # no incomplete cells
+                found = replace(found, patches=joined)
             maps.append([found])
         return maps
 

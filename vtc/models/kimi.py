@@ -37,9 +37,6 @@ class KimiK25(Adapter):
             maps.append([ImageMap(grid, patches=patches, tiles=frames)])
         return maps
 
-    def tower_attention(self) -> list[Any]:
-        return [layer.attn for layer in self.tower.layers]
-
     def projector(self) -> Any:
         return self.base.mm_projector
 

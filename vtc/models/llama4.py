@@ -20,9 +20,6 @@ class Llama4(Shuffled):
     model_types: ClassVar[tuple[str, ...]] = ("llama4",)
     attention: ClassVar[str] = "causal, in chunks"
 
-    def tower_attention(self) -> list[Any]:
-        return [layer.self_attn for layer in self.tower.model.layers]
-
     def cls_place(self) -> int:
         return -1
 

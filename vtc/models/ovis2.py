@@ -32,9 +32,6 @@ class Ovis2(Adapter):
             maps.append([ImageMap(self.grid(len(own), None), patches=patches if whole else None)])
         return maps
 
-    def tower_attention(self) -> list[Any]:
-        return [layer.attention for layer in self.tower.transformer.encoder.layers]
-
     def projector(self) -> Any:
         return self.tower.head_linear
 

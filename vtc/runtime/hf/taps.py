@@ -475,8 +475,10 @@ def listen_tower(tap: Tap, cls: int | None, clock: Stopwatch) -> None:
             at = slice(0, size) if cls is None else slice(cls % size, cls % size + 1)
             for i in range(query.shape[0]):
                 rows = query[i : i + 1, :, at]
-                seen = _visible(mask, i, at)
-                added = None if bias is None else bias[i % len(bias)][None, :, at]
+                seen, added = _visible(mask, i, at)
+                if bias is not None:
+                    of_row = bias[i % len(bias)][None, :, at]
+                    added = of_row if added is None else added + of_row
                 found = mean_attention(rows, key[i : i + 1], seen, added, Options.of(options))
                 received = found[0, 0]
                 if cls is not None or seen is None:
@@ -497,12 +499,15 @@ def listen_tower(tap: Tap, cls: int | None, clock: Stopwatch) -> None:
     tap.arm(capture)
 
 
-def _visible(mask: Any, row: int, queries: slice) -> Tensor | None:
-    """(1, 1, q', k) bool, the rows `queries` of one sample's mask, of a (b, 1, q, k) or a padding
-    mask (b, k); `None` if all tokens see all."""
+def _visible(mask: Any, row: int, queries: slice) -> tuple[Tensor | None, Tensor | None]:
+    """Which keys the rows `queries` of one sample see, (1, 1, q', k) bool, `None` if all, and what
+    is added to their logits, (1, 1 or h, q', k) or `None`; of a mask (b, 1 or h, q, k), or of a
+    padding mask (b, k)."""
     if isinstance(mask, Tensor) and mask.dim() == 2:
         mask = mask[:, None, None].bool().expand(-1, -1, mask.shape[1], -1)
     if not isinstance(mask, Tensor) or mask.dim() != 4:
-        return None
-    own = mask[min(row, mask.shape[0] - 1)][None, :1, queries]
-    return own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
+        return None, None
+    own = mask[min(row, mask.shape[0] - 1)][None, :, queries]
+    if own.dtype == torch.bool:
+        return own[:, :1], None
+    return own[:, :1] > torch.finfo(own.dtype).min / 2, own

@@ -362,7 +362,7 @@ class Encoding:
             prefix = self.adapter.prefix(self.given)
             heard = sum(len(row.without(prefix).attention) for row in rows)
             tokens = sum(own.shape[:-1].numel() for own in features)
-            if heard != tokens:
+            if heard != tokens or len(rows) not in (1, len(features)):  # else it has windows
                 raise UnsupportedModelError(
                     f"model: the tower of {type(self.adapter.model).__name__} showed {heard} "
                     f"patches for {tokens} vision tokens, and {self.method} reads one patch for "
