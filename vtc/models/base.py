@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Self
@@ -708,11 +708,11 @@ def _attention_stacks(tower: Any) -> list[list[nn.Module]]:
     """The attention modules of each stack of layers with one attention, outermost stacks first."""
     stacks: list[list[nn.Module]] = []
     known: set[nn.Module] = set()
-    for stack in () if tower is None else tower.modules():
-        if not isinstance(stack, nn.ModuleList):
+    for stack in () if tower is None else _walk(tower):
+        if not isinstance(_wrapped(stack), nn.ModuleList):
             continue
-        by_layer = [[m for m in layer.modules() if _attends(type(m))] for layer in stack]
-        if not any(by_layer) or known.issuperset(sum(by_layer, [])):
+        by_layer = [[m for m in _walk(layer) if _attends(type(m))] for layer in _parts(stack)]
+        if not any(by_layer) or known.issuperset(m for found in by_layer for m in found):
             continue
         if all(len(found) == 1 and hasattr(found[0], "config") for found in by_layer):
             stacks.append([found[0] for found in by_layer])
@@ -720,8 +720,27 @@ def _attention_stacks(tower: Any) -> list[list[nn.Module]]:
     return stacks
 
 
+def _walk(module: nn.Module) -> Iterator[nn.Module]:
+    """The module and all modules in it that run."""
+    yield module
+    for part in _parts(module):
+        yield from _walk(part)
+
+
+def _parts(module: nn.Module) -> list[nn.Module]:
+    """The child modules; peft's wrapper leads to those of the copy that it runs."""
+    found = [getattr(module, name) for name in _wrapped(module)._modules]
+    return [part for part in found if part is not None]
+
+
+def _wrapped(module: nn.Module) -> nn.Module:
+    """What peft wraps, or the module itself."""
+    inner = module._modules.get("original_module")
+    return module if inner is None else inner
+
+
 @cache
-def _attends(kind: type[nn.Module]) -> bool:
+def _attends(kind: Any) -> bool:
     """Whether a class of modules attends through the attention functions of transformers."""
     forwards = [
         inspect.unwrap(vars(cls)["forward"]) for cls in kind.__mro__ if "forward" in vars(cls)

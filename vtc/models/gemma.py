@@ -4,6 +4,7 @@ masks from the base model."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -166,6 +167,13 @@ class Gemma4(Gemma3):
 
     def states_from(self) -> Any:
         return self.tower.pooler
+
+    def check_rotate(self) -> None:
+        pass
+
+    def rotate(self, layer: int, states: Tensor, rotation: Any) -> Tensor:
+        module = sys.modules[type(self.layers[layer].self_attn).__module__]
+        return module.apply_rotary_pos_emb(states, *rotation)
 
     def check_layers(self, layers: Sequence[int]) -> None:
         config = self.decoder.config

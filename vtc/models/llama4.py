@@ -6,6 +6,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
+
 from vtc.models.shuffled import Shuffled
 
 
@@ -34,6 +37,13 @@ class Llama4(Shuffled):
 
     def states_from(self) -> Any:
         return self.tower.vision_adapter
+
+    def check_rotate(self) -> None:
+        pass
+
+    def rotate(self, layer: int, states: Tensor, rotation: Any) -> Tensor:
+        found = torch.view_as_complex(states.float().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(found * rotation[:, None]).flatten(-2).type_as(states)
 
     def features(self, output: Any) -> Any:
         return output.last_hidden_state
