@@ -601,6 +601,23 @@ class Adapter:
             return attention.sliding_window is not None or getattr(attention, "force_rope", False)
         return bool(getattr(attention, "use_rope", True))
 
+    def recorded_at(self, name: str) -> tuple[str, bool]:
+        """Where the record `name` of a decoder layer is taken.
+
+        Args:
+            name: of the record.
+
+        Returns:
+            The layer's attribute, "" for the layer, and whether it is the module's input.
+        """
+        part, _, end = name.partition("_")
+        return {"attention": "self_attn", "mlp": "mlp"}.get(part, ""), end == "in"
+
+    def attention_arguments(self, layer: int) -> dict[str, Any]:
+        """Arguments that the attention of decoder layer `layer` takes beside the usual ones, where
+        vtc looks ahead at it."""
+        return {}
+
     def check_rotate(self) -> None:
         """Refuse a decoder whose rotation `rotate` cannot apply.
 

@@ -4,6 +4,7 @@ masks from the base model."""
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -167,6 +168,17 @@ class Gemma4(Gemma3):
 
     def states_from(self) -> Any:
         return self.tower.pooler
+
+    def recorded_at(self, name: str) -> tuple[str, bool]:
+        # What follows a mixture of experts, which runs beside the MLP, is the sum of both.
+        return (
+            ("post_feedforward_layernorm", True) if name == "mlp_out" else super().recorded_at(name)
+        )
+
+    def attention_arguments(self, layer: int) -> dict[str, Any]:
+        # A layer before which tokens can be dropped reuses no keys; what it stores is lost here.
+        names = inspect.signature(self.layers[layer].self_attn.forward).parameters
+        return {"shared_kv_states": {}} if "shared_kv_states" in names else {}
 
     def check_rotate(self) -> None:
         pass

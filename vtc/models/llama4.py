@@ -38,6 +38,10 @@ class Llama4(Shuffled):
     def states_from(self) -> Any:
         return self.tower.vision_adapter
 
+    def recorded_at(self, name: str) -> tuple[str, bool]:
+        attribute, enters = super().recorded_at(name)
+        return "feed_forward" if attribute == "mlp" else attribute, enters
+
     def check_rotate(self) -> None:
         pass
 
