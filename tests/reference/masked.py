@@ -476,6 +476,7 @@ class Masked:
                 note("normed", self.decoder.norm(value))
 
         handles = [layer.register_forward_hook(leave_layer)]
+
         def leave_mlp(module: Any, args: Any, output: Any) -> None:
             value = output[0] if isinstance(output, tuple) else output
             note("mlp_out", value.reshape(1, -1, value.shape[-1]))

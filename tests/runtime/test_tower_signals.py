@@ -21,7 +21,9 @@ from tests.reference.probes import Probe
 from tests.runtime.test_families import rows_of, shared, skip_reason
 from tests.runtime.test_tower_states import HERE, uses_by_gradient
 from vtc.core import Selection, VisionTokens
+from vtc.core.prefill import Stopwatch
 from vtc.models import find
+from vtc.runtime.hf import taps
 
 CLS = {"llama4": -1, "internvl": 0, "perception_lm": 0}
 """The place of [CLS], in towers that have one."""
@@ -144,3 +146,20 @@ def test_what_a_token_is_shown(name: str, kind: str, monkeypatch: pytest.MonkeyP
             )
             assert (queries - tokens.cls_query).abs().max(1).values.min() < 1e-5
             assert (of_cls - tokens.cls_key).abs().max(1).values.min() < 1e-5
+
+
+def test_images_packed_for_flash_attention_are_apart() -> None:
+    """Flash attention is told where they end, and has no mask."""
+    query, key = torch.randn(2, 1, 4, 9, 8, generator=torch.Generator().manual_seed(0))
+    module = find(shared("kimi_k25", "eager")).tower_attention()[0]
+    packed, apart = taps.Tap(module), taps.Tap(module)
+    for tap in (packed, apart):
+        taps.listen_tower(tap, None, Stopwatch())
+        assert tap.armed is not None
+    ends = torch.tensor([0, 4, 9])
+    packed.hear(query, key, key, None, {"cu_seq_lens_q": ends})
+    for part in (slice(0, 4), slice(4, 9)):
+        apart.hear(query[:, :, part], key[:, :, part], key[:, :, part], None, {})
+    for a, b in zip(packed.captured, apart.captured, strict=True):
+        assert torch.equal(a.attention, b.attention)
+        assert torch.equal(a.keys, b.keys)

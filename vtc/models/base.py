@@ -737,7 +737,7 @@ def _attention_stacks(tower: Any) -> list[list[nn.Module]]:
     return stacks
 
 
-def _walk(module: nn.Module) -> Iterator[nn.Module]:
+def _walk(module: nn.Module) -> Iterator[Any]:
     """The module and all modules in it that run."""
     yield module
     for part in _parts(module):

@@ -177,7 +177,8 @@ class Gemma4(Gemma3):
 
     def attention_arguments(self, layer: int) -> dict[str, Any]:
         # A layer before which tokens can be dropped reuses no keys; what it stores is lost here.
-        names = inspect.signature(self.layers[layer].self_attn.forward).parameters
+        attention: Any = self.layers[layer].self_attn
+        names = inspect.signature(attention.forward).parameters
         return {"shared_kv_states": {}} if "shared_kv_states" in names else {}
 
     def check_rotate(self) -> None:

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -468,6 +469,14 @@ def listen_tower(tap: Tap, cls: int | None, clock: Stopwatch) -> None:
     def capture(
         query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Mapping[str, Any]
     ) -> None:
+        ends = options.get("cu_seq_lens_q")
+        if ends is None:
+            hear(query, key, mask, options)
+            return
+        for start, end in pairwise(ends.tolist()):  # packed for flash attention
+            hear(query[:, :, start:end], key[:, :, start:end], None, options)
+
+    def hear(query: Tensor, key: Tensor, mask: Any, options: Mapping[str, Any]) -> None:
         bias = options.get("position_bias")
         with clock.measure(query.device):
             keys = key.detach().transpose(1, 2).flatten(2)
