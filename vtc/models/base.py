@@ -6,9 +6,9 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, ClassVar, Self
 
 import torch
@@ -343,8 +343,8 @@ class Adapter:
                 f"model: in the vision tower of {type(self.model).__name__} vtc reads no "
                 f"attention and no keys: {self.unread}; use a method that needs neither"
             )
-        stacks = _attention_stacks(self.tower)
-        if len(stacks) != 1:
+        stacks = self._stacks
+        if len(stacks) != 1 or not all(hasattr(module, "config") for module in stacks[0]):
             why = (
                 "its layers form several stages, whose places differ"
                 if stacks
@@ -354,7 +354,12 @@ class Adapter:
                 f"model: cannot read attention in the vision tower {type(self.tower).__name__}: "
                 f"{why}"
             )
-        return stacks[0]
+        return list(stacks[0])
+
+    @cached_property
+    def _stacks(self) -> list[list[Any]]:
+        # Adapters are bound anew in each call, as modules may be replaced in between.
+        return _attention_stacks(self.tower)
 
     def watch_attention(self, module: Any, heard: Callable[..., None]) -> list[Any] | None:
         """Listen to a tower's attention module that does not attend through the attention functions
@@ -721,27 +726,22 @@ class Adapter:
         )
 
 
-def _attention_stacks(tower: Any) -> list[list[nn.Module]]:
-    """The attention modules of each stack of layers with one attention, outermost stacks first."""
-    stacks: list[list[nn.Module]] = []
-    known: set[nn.Module] = set()
-    for stack in () if tower is None else _walk(tower):
-        if not isinstance(_wrapped(stack), nn.ModuleList):
-            continue
-        by_layer = [[m for m in _walk(layer) if _attends(type(m))] for layer in _parts(stack)]
-        if not any(by_layer) or known.issuperset(m for found in by_layer for m in found):
-            continue
-        if all(len(found) == 1 and hasattr(found[0], "config") for found in by_layer):
-            stacks.append([found[0] for found in by_layer])
-            known.update(stacks[-1])
+def _attention_stacks(tower: Any) -> list[list[Any]]:
+    """The attention modules of each stack of layers with one attention, of outermost stacks."""
+    stacks: list[list[Any]] = []
+
+    def search(module: Any) -> list[Any]:
+        inner = len(stacks)
+        by_part = [search(part) for part in _parts(module)]
+        found = [attention for of_part in by_part for attention in of_part]
+        single = all(len(of_part) == 1 for of_part in by_part)
+        if found and single and isinstance(_wrapped(module), nn.ModuleList):
+            stacks[inner:] = [found]
+        return [module, *found] if _attends(module.__class__) else found
+
+    if tower is not None:
+        search(tower)
     return stacks
-
-
-def _walk(module: nn.Module) -> Iterator[Any]:
-    """The module and all modules in it that run."""
-    yield module
-    for part in _parts(module):
-        yield from _walk(part)
 
 
 def _parts(module: nn.Module) -> list[nn.Module]:
