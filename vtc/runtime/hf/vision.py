@@ -426,7 +426,8 @@ class Encoding:
                 )
             places = (patches if places is None else places).to(states.device)
             every = states.flatten(0, 1)
-            found["encoder"] = _mean_of(every, places, patches.shape[1])
+            # What pooling before the projector has joined, as in clips, is one state.
+            found["encoder"] = _mean_of(every, places, patches.shape[1] if joined else 1)
             if cls is not None:
                 row = places[:, 0] // states.shape[1]
                 found["cls"] = cls[int(row[0])]
