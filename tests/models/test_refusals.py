@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -56,7 +58,20 @@ def test_places_of_tokens_that_have_none_are_refused(name: str, method: str) -> 
         vtc.patch(FAMILIES[name].build("eager"), method)
 
 
-@pytest.mark.parametrize("name", ["got_ocr2", "fast_vlm", "perception_lm"])
-def test_states_of_towers_that_are_not_read_are_refused(name: str) -> None:
-    with pytest.raises(UnsupportedModelError, match="mmtok reads what the projector receives"):
-        vtc.patch(FAMILIES[name].build("eager"), "mmtok")
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("got_ocr2", "it attends in windows, and convolutions mix its patches"),
+        ("fast_vlm", "convolutions mix its places, before and after attention"),
+        ("gemma3n", "convolutions mix its places and fuse several resolutions"),
+        ("idefics2", "each token mixes all patches of its image"),
+        ("mllama", "join several layers of two encoders over all tiles"),
+    ],
+)
+def test_towers_that_are_not_read_are_refused_with_the_reason(name: str, why: str) -> None:
+    model = FAMILIES[name].build("eager")
+    for method in ("mmtok", "visionzip") if name != "mllama" else ("visionzip",):
+        with pytest.raises(UnsupportedModelError, match=why):
+            vtc.patch(model, method)
+    row = next(family for family in vtc.models() if name in family.model_types)
+    assert re.search(f"nothing: .*{why}", row.tower)

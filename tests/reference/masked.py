@@ -476,15 +476,23 @@ class Masked:
                 note("normed", self.decoder.norm(value))
 
         handles = [layer.register_forward_hook(leave_layer)]
-        if hasattr(layer, "mlp"):
+
+        def leave_mlp(module: Any, args: Any, output: Any) -> None:
+            value = output[0] if isinstance(output, tuple) else output
+            note("mlp_out", value.reshape(1, -1, value.shape[-1]))
+
+        mlp = getattr(layer, "mlp", None) or getattr(layer, "feed_forward", None)
+        if mlp is not None:
             handles += [
-                layer.mlp.register_forward_pre_hook(lambda m, args: note("mlp_in", args[0])),
-                layer.mlp.register_forward_hook(
-                    lambda m, args, output: note(
-                        "mlp_out", output[0] if isinstance(output, tuple) else output
-                    )
-                ),
+                mlp.register_forward_pre_hook(lambda m, args: note("mlp_in", args[0])),
+                mlp.register_forward_hook(leave_mlp),
             ]
+        if self.family.model_type == "gemma4":  # here the output of the experts is added
+            handles.append(
+                layer.post_feedforward_layernorm.register_forward_pre_hook(
+                    lambda m, args: note("mlp_out", args[0])
+                )
+            )
         if hasattr(layer, "self_attn"):
             handles += [
                 layer.self_attn.register_forward_hook(leave_attention),

@@ -116,7 +116,10 @@ def test_rows_of_decoders(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _towers() -> list[str]:
-    return [name for name in MADE if " with " not in name and find_quietly(name).reads_tower]
+    """Those that attend through transformers; tests/runtime/test_tower_signals.py has all."""
+    own = ("perception_lm",)
+    towers = [name for name in MADE if " with " not in name and name not in own]
+    return [name for name in towers if not find_quietly(name).unread]
 
 
 def find_quietly(name: str) -> Any:
@@ -130,18 +133,18 @@ def test_attention_of_towers(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     model = family.build("eager")
     adapter = find(model)
     tapped = [taps.install(module) for module in adapter.tower_attention()]
-    has_cls = adapter.has_cls()
+    cls = adapter.cls_place()
     for tap in tapped:
         assert not taps.foreign_options(tap.module)
-        taps.listen_tower(tap, has_cls, Stopwatch())
+        taps.listen_tower(tap, cls, Stopwatch())
     with torch.no_grad():
         model(**family.collate(family.rows("one")))
     for tap in tapped:
         weights = [row for of_call in own[id(tap.module)] for row in of_call.float().mean(1)]
         assert len(tap.captured) == len(weights) > 0
         for heard, of_row in zip(tap.captured, weights, strict=True):
-            if has_cls:
-                expected = of_row[0]
+            if cls is not None:
+                expected = of_row[cls]
             else:
                 sees = of_row > 1e-12
                 expected = of_row.sum(0) / sees.sum(0)

@@ -122,8 +122,6 @@ class Steps(Probe):
 
 SEQUENCE_ONLY = {"qwen3_5", "gemma3n"}
 """Families without a layers stage."""
-PLAIN = {"llama4", "gemma4"}
-"""Families of which not all can be read between layers; what cannot is refused."""
 REFUSED = {"mllama", "blip-2", "blip_2", "instructblip"}
 """Not here: mllama has tests/runtime/test_mllama.py, the others are refused."""
 OLD = Version(transformers.__version__) < Version("5.21")
@@ -165,7 +163,7 @@ def _layers(family: TinyFamily, positions: Positions) -> Method | None:
     if family.model_type in SEQUENCE_ONLY:
         return None
     first, second = (1, 2) if "device" in family.name else (2, 5)
-    return Steps(first, second, positions, plain=family.model_type in PLAIN)
+    return Steps(first, second, positions)
 
 
 def _fastv(family: TinyFamily) -> Method | None:

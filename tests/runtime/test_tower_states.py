@@ -39,6 +39,12 @@ LAST: dict[str, Callable[[Any], Any]] = {
     "glm4v": lambda base: base.visual.post_layernorm,
     "glm4v_moe": lambda base: base.visual.post_layernorm,
     "glm46v": lambda base: base.visual.post_layernorm,
+    "gemma4": lambda base: base.vision_tower.encoder.layers[-1],
+    "gemma4_device": lambda base: base.vision_tower.encoder.layers[-1],
+    "llama4": lambda base: base.vision_model.layernorm_post,
+    "kimi_k25": lambda base: base.vision_tower.final_layernorm,
+    "perception_lm": lambda base: base.vision_tower.timm_model.norm,
+    "ovis2": lambda base: base.vision_tower.transformer.rms_norm,
 }
 """The module whose output are the last states in which patches stand apart."""
 
@@ -63,6 +69,17 @@ def states_by_gradient(name: str, model: Any, batch: dict[str, Tensor]) -> list[
     """For each token of the batch that the tower makes, the mean state of the patches on which it
     depends, in the order in which the model makes tokens."""
     made: list[Tensor] = []
+    used = uses_by_gradient(name, model, batch, made)
+    states = torch.cat([own.detach().reshape(-1, own.shape[-1]) for own in made])
+    return [states[own].mean(0) for own in used]
+
+
+def uses_by_gradient(
+    name: str, model: Any, batch: dict[str, Tensor], made: list[Tensor] | None = None
+) -> list[Tensor]:
+    """For each token of the batch that the tower makes, which of its last states the token depends
+    on: (all states,) bool. The states are appended to `made`."""
+    made = [] if made is None else made
     features: list[Tensor] = []
 
     def note(module: Any, args: Any, output: Any) -> None:
@@ -70,33 +87,42 @@ def states_by_gradient(name: str, model: Any, batch: dict[str, Tensor]) -> list[
         made.append(states if states.requires_grad else states.requires_grad_())
 
     base = model.model if hasattr(model, "model") else model
-    original = base.get_image_features
+    names = [n for n in ("get_image_features", "get_video_features") if hasattr(base, n)]
 
-    def encode(*args: Any, **kwargs: Any) -> Any:
-        out = original(*args, **kwargs)
-        found = out.pooler_output if hasattr(out, "pooler_output") else out[1]
-        features.extend(found)
-        return out
+    def noting(original: Callable[..., Any]) -> Callable[..., Any]:
+        def encode(*args: Any, **kwargs: Any) -> Any:
+            before = len(features)
+            out = original(*args, **kwargs)
+            found = out.pooler_output if hasattr(out, "pooler_output") else out[1]
+            if len(features) == before:  # it did not call the other one
+                features.extend(out.last_hidden_state if found is None else found)
+            return out
+
+        return encode
 
     handle = LAST[name](base).register_forward_hook(note)
-    base.get_image_features = encode
+    for entry in names:
+        setattr(base, entry, noting(getattr(base, entry)))
     try:
         model(**batch)
     finally:
         handle.remove()
-        del base.get_image_features
-    means = []
+        for entry in names:
+            delattr(base, entry)
+    uses = []
     for token in torch.cat([own.reshape(-1, own.shape[-1]) for own in features]):
         grads = torch.autograd.grad(token.sum(), made, retain_graph=True, allow_unused=True)
-        for states, grad in zip(made, grads, strict=True):
-            if grad is not None and bool(grad.any()):
-                used = grad.reshape(-1, grad.shape[-1]).abs().sum(1) > 0
-                means.append(states.detach().reshape(-1, grad.shape[-1])[used].mean(0))
-                break
-    return means
+        found = [
+            torch.zeros(states.shape[:-1], dtype=torch.bool).flatten()
+            if grad is None
+            else grad.reshape(-1, grad.shape[-1]).abs().sum(1) > 0
+            for states, grad in zip(made, grads, strict=True)
+        ]
+        uses.append(torch.cat(found))
+    return uses
 
 
-@pytest.mark.parametrize("kind", ["one", "images"])
+@pytest.mark.parametrize("kind", ["one", "images", "video"])
 @pytest.mark.parametrize("name", HERE)
 def test_a_token_is_shown_the_mean_of_its_patches(name: str, kind: str) -> None:
     family = FAMILIES[name]
@@ -112,10 +138,10 @@ def test_a_token_is_shown_the_mean_of_its_patches(name: str, kind: str) -> None:
     found = torch.cat([tokens.encoder for tokens in SHOWN])
     assert len(found) == sum(len(image.index) for row in rows for image in images_of(family, row))
     assert len(expected) == len(found)
-    # Tiles are joined in another order than they are made in.
+    # Tiles are joined in another order than they are made in, and clips are made after images.
     expected_rows = torch.stack(expected)
     near = torch.cdist(found.double(), expected_rows.double())
-    if name != "internvl":
+    if name != "internvl" and kind != "video":
         assert (found - expected_rows).abs().max() < 1e-5
     assert near.min(1).values.max() < 1e-4
     assert near.argmin(1).unique().numel() == len(found)

@@ -13,7 +13,7 @@ from vtc.core.images import ImageMap, Modality
 
 from .base import CACHE, Adapter, UnsupportedModelError
 from .cohere import CohereVision
-from .convolutional import Convolutional, PerceptionLM
+from .convolutional import FastVLM, GotOcr2
 from .deepseek_vl import DeepseekVL
 from .gemma import Gemma3, Gemma3n, Gemma4, PaliGemma
 from .idefics import Idefics2, Idefics3, SmolVLM
@@ -25,6 +25,7 @@ from .llava_next import LlavaNext, LlavaOnevision
 from .mistral3 import Mistral3
 from .mllama import Mllama
 from .ovis2 import Ovis2
+from .perception import PerceptionLM
 from .qwen import Qwen3_5, QwenVL
 from .registry import FamilyInfo, families, find, models
 
@@ -32,12 +33,13 @@ __all__ = [
     "CACHE",
     "Adapter",
     "CohereVision",
-    "Convolutional",
     "DeepseekVL",
     "FamilyInfo",
+    "FastVLM",
     "Gemma3",
     "Gemma3n",
     "Gemma4",
+    "GotOcr2",
     "Idefics2",
     "Idefics3",
     "ImageMap",

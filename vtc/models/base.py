@@ -6,8 +6,9 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any, ClassVar, Self
 
 import torch
@@ -89,7 +90,7 @@ class Adapter:
         frames: clips are sets of images, one per frame, for `vtc models`.
         projects_patches: the projector makes one token of each patch state; otherwise it joins
             patches, and merged tokens are averages of what comes out of it.
-        reads_tower: attention and keys of the vision tower can be read.
+        unread: why nothing of the vision tower can be read; empty if it can.
         clips_as_images: the base model encodes clips with `get_image_features`.
         places: its vision tokens have places in the picture.
         since: by model type, the first transformers version with what vtc hooks, if newer than the
@@ -110,7 +111,7 @@ class Adapter:
     video: ClassVar[bool] = False
     frames: ClassVar[bool] = False
     projects_patches: ClassVar[bool] = True
-    reads_tower: ClassVar[bool] = True
+    unread: ClassVar[str] = ""
     clips_as_images: ClassVar[bool] = False
     places: ClassVar[bool] = True
 
@@ -127,8 +128,8 @@ class Adapter:
     @classmethod
     def readable(cls) -> str:
         """What methods can read of the vision tower, in words."""
-        if not cls.reads_tower:
-            return "nothing"
+        if cls.unread:
+            return f"nothing: {cls.unread}"
         return "attention, keys, patch states"
 
     @property
@@ -273,6 +274,10 @@ class Adapter:
         return maps
 
     def _size_of(self, given: Mapping[str, Any], i: int) -> tuple[int, int] | None:
+        shapes = given.get("spatial_shapes")  # of an image without padding: NaFlex
+        if shapes is not None:
+            patch = self.tower.config.patch_size
+            return int(shapes[i][0]) * patch, int(shapes[i][1]) * patch
         sizes = given.get("image_sizes")
         return None if sizes is None else (int(sizes[i][0]), int(sizes[i][1]))
 
@@ -330,19 +335,42 @@ class Adapter:
         Raises:
             UnsupportedModelError: the tower's attention cannot be read.
         """
-        if not self.reads_tower:
+        if self.unread:
             raise UnsupportedModelError(
                 f"model: in the vision tower of {type(self.model).__name__} vtc reads no "
-                "attention and no keys; use a method that needs neither"
+                f"attention and no keys: {self.unread}; use a method that needs neither"
             )
-        encoder = getattr(self.tower, "encoder", None)
-        layers: Any = getattr(encoder, "layers", None) or ()
-        modules: list[Any] = [getattr(layer, "self_attn", None) for layer in layers]
-        if not modules or any(m is None or not hasattr(m, "config") for m in modules):
+        stacks = self._stacks
+        if len(stacks) != 1 or not all(hasattr(module, "config") for module in stacks[0]):
+            why = (
+                "its layers form several stages, whose places differ"
+                if stacks
+                else "none of its layers attends through the attention functions of transformers"
+            )
             raise UnsupportedModelError(
-                f"model: cannot read attention in the vision tower {type(self.tower).__name__}"
+                f"model: cannot read attention in the vision tower {type(self.tower).__name__}: "
+                f"{why}"
             )
-        return modules
+        return list(stacks[0])
+
+    @cached_property
+    def _stacks(self) -> list[list[Any]]:
+        # Adapters are bound anew in each call, as modules may be replaced in between.
+        return _attention_stacks(self.tower)
+
+    def watch_attention(self, module: Any, heard: Callable[..., None]) -> list[Any] | None:
+        """Listen to a tower's attention module that does not attend through the attention functions
+        of transformers.
+
+        Args:
+            module: one of `tower_attention`.
+            heard: to be called with the module's query (b, h, n, d), key and value (b, h_kv, n, d),
+                attention mask or `None`, and the options of attention, such as `scaling`.
+
+        Returns:
+            The handles of the hooks; `None` if it attends through these functions.
+        """
+        return None
 
     def encoder_layers(self) -> list[Any]:
         """The layers of the vision tower, first to last.
@@ -359,6 +387,11 @@ class Adapter:
                 f"the parts {', '.join(parts)} between which patches could be merged"
             )
         self.tower_attention()
+        if "spatial_shapes" in inspect.signature(self.tower.forward).parameters:
+            raise UnsupportedModelError(
+                f"model: {type(self.tower).__name__} pads images to one number of patches, and "
+                "merged patches would mix with padding"
+            )
         return layers
 
     def encoder_depth(self, given: Mapping[str, Any]) -> int:
@@ -384,9 +417,14 @@ class Adapter:
         return wanted if wanted >= 0 else count + 1 + wanted
 
     def has_cls(self) -> bool:
-        """Whether the first token of the tower is a [CLS] token."""
+        """Whether the tower has a [CLS] token."""
         embeddings = getattr(self.tower, "embeddings", None)
         return any(hasattr(embeddings, name) for name in ("class_embedding", "cls_token"))
+
+    def cls_place(self) -> int | None:
+        """The place of [CLS] among the tokens of an image in the tower, negative from the end;
+        `None` without [CLS]."""
+        return 0 if self.has_cls() else None
 
     def prefix(self, given: Mapping[str, Any]) -> int:
         """The number of tower tokens before an image's patches that yield no vision token.
@@ -399,6 +437,10 @@ class Adapter:
         """
         full = setting(self, given, "vision_feature_select_strategy", "default") == "full"
         return int(self.has_cls() and not full)
+
+    def suffix(self) -> int:
+        """The number of tower tokens after an image's patches that yield no vision token."""
+        return 0
 
     def tower_of(self, modality: Modality) -> Any:
         """The vision encoder of a modality."""
@@ -561,6 +603,23 @@ class Adapter:
             return attention.sliding_window is not None or getattr(attention, "force_rope", False)
         return bool(getattr(attention, "use_rope", True))
 
+    def recorded_at(self, name: str) -> tuple[str, bool]:
+        """Where the record `name` of a decoder layer is taken.
+
+        Args:
+            name: of the record.
+
+        Returns:
+            The layer's attribute, "" for the layer, and whether it is the module's input.
+        """
+        part, _, end = name.partition("_")
+        return {"attention": "self_attn", "mlp": "mlp"}.get(part, ""), end == "in"
+
+    def attention_arguments(self, layer: int) -> dict[str, Any]:
+        """Arguments that the attention of decoder layer `layer` takes beside the usual ones, where
+        vtc looks ahead at it."""
+        return {}
+
     def check_rotate(self) -> None:
         """Refuse a decoder whose rotation `rotate` cannot apply.
 
@@ -662,6 +721,49 @@ class Adapter:
             **{CACHE: cache},
             **extra,
         )
+
+
+def _attention_stacks(tower: Any) -> list[list[Any]]:
+    """The attention modules of each stack of layers with one attention, of outermost stacks."""
+    stacks: list[list[Any]] = []
+
+    def search(module: Any) -> list[Any]:
+        inner = len(stacks)
+        by_part = [search(part) for part in _parts(module)]
+        found = [attention for of_part in by_part for attention in of_part]
+        single = all(len(of_part) == 1 for of_part in by_part)
+        if found and single and isinstance(_wrapped(module), nn.ModuleList):
+            stacks[inner:] = [found]
+        return [module, *found] if _attends(module.__class__) else found
+
+    if tower is not None:
+        search(tower)
+    return stacks
+
+
+def _parts(module: nn.Module) -> list[nn.Module]:
+    """The child modules; peft's wrapper leads to those of the copy that it runs."""
+    found = [getattr(module, name) for name in _wrapped(module)._modules]
+    return [part for part in found if part is not None]
+
+
+def _wrapped(module: nn.Module) -> nn.Module:
+    """What peft wraps, or the module itself."""
+    inner = module._modules.get("original_module")
+    return module if inner is None else inner
+
+
+@cache
+def _attends(kind: Any) -> bool:
+    """Whether a class of modules attends through the attention functions of transformers."""
+    forwards = [
+        inspect.unwrap(vars(cls)["forward"]) for cls in kind.__mro__ if "forward" in vars(cls)
+    ]
+    return any(
+        "ALL_ATTENTION_FUNCTIONS" in code.co_names
+        for forward in forwards
+        if (code := getattr(forward, "__code__", None)) is not None
+    )
 
 
 def setting(adapter: Adapter, given: Mapping[str, Any], name: str, default: Any) -> Any:

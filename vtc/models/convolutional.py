@@ -1,24 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GOT-OCR 2, FastVLM and Perception LM, whose towers cannot be read."""
+"""GOT-OCR 2 and FastVLM, whose towers cannot be read."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, ClassVar
 
 from vtc.core.images import ImageMap, Modality
 from vtc.models.base import Adapter
 
 
-class Convolutional(Adapter):
-    """Towers without plain attention: tokens have a grid, but the tower cannot be read."""
+class GotOcr2(Adapter):
+    """Tokens have a grid, but the tower of SAM cannot be read."""
 
-    name: ClassVar[str] = "got_ocr2, fast_vlm"
-    model_types: ClassVar[tuple[str, ...]] = ("got_ocr2", "fast_vlm")
+    name: ClassVar[str] = "got_ocr2"
+    model_types: ClassVar[tuple[str, ...]] = ("got_ocr2",)
     projects_patches: ClassVar[bool] = False
     stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
-    reads_tower: ClassVar[bool] = False
+    unread: ClassVar[str] = "it attends in windows, and convolutions mix its patches"
 
     def image_maps(
         self, modality: Modality, given: Mapping[str, Any], features: Any
@@ -26,27 +25,9 @@ class Convolutional(Adapter):
         return [[ImageMap(self.grid(len(own), None))] for own in features]
 
 
-class PerceptionLM(Convolutional):
-    """A tower of timm. The thumbnail and the tiles are adjacent and form one image, as do the
-    frames of a clip."""
+class FastVLM(GotOcr2):
+    """Tokens have a grid, but the convolutional tower cannot be read."""
 
-    name: ClassVar[str] = "perception_lm"
-    model_types: ClassVar[tuple[str, ...]] = ("perception_lm",)
-    reads_tower: ClassVar[bool] = False
-    joins: ClassVar[tuple[Modality, ...]] = ("image", "video")
-    video: ClassVar[bool] = True
-    clips_as_images: ClassVar[bool] = True
-
-    def image_maps(
-        self, modality: Modality, given: Mapping[str, Any], features: Any
-    ) -> list[list[ImageMap]]:
-        tiles = given["pixel_values"].shape[1]
-        maps = super().image_maps(modality, given, features)
-        return [[replace(found, group=i // tiles)] for i, (found,) in enumerate(maps)]
-
-    def join(self, maps: list[ImageMap], modality: Modality) -> ImageMap:
-        found = super().join(maps, modality)
-        if found.crop is None:
-            return found
-        count = len(maps)  # here the thumbnail comes first
-        return replace(found, crop=(found.crop - 1) % count)
+    name: ClassVar[str] = "fast_vlm"
+    model_types: ClassVar[tuple[str, ...]] = ("fast_vlm",)
+    unread: ClassVar[str] = "convolutions mix its places, before and after attention"

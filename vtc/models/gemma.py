@@ -4,7 +4,10 @@ masks from the base model."""
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -103,7 +106,7 @@ class Gemma3n(Adapter):
     name: ClassVar[str] = "gemma3n"
     model_types: ClassVar[tuple[str, ...]] = ("gemma3n",)
     stages: ClassVar[tuple[str, ...]] = ("sequence",)
-    reads_tower: ClassVar[bool] = False
+    unread: ClassVar[str] = "convolutions mix its places and fuse several resolutions"
 
     def placeholders(self, output: Any, given: Mapping[str, Any]) -> dict[Modality, Tensor]:
         return super().placeholders(output[0], given)  # the other output is for audio
@@ -120,7 +123,6 @@ class Gemma4(Gemma3):
 
     name: ClassVar[str] = "gemma4"
     model_types: ClassVar[tuple[str, ...]] = ("gemma4",)
-    reads_tower: ClassVar[bool] = False
     attention: ClassVar[str] = "both directions in windows; causal in the small models"
     kinds: ClassVar[str] = "mm_token_type_ids"
     video: ClassVar[bool] = True
@@ -142,18 +144,49 @@ class Gemma4(Gemma3):
         places = given["video_position_ids" if video else "image_position_ids"].cpu()
         frames = given["num_frames_per_video"].tolist() if video else [1] * len(places)
         by = self.model.config.vision_config.pooling_kernel_size
-        maps = []
+        maps, first = [], 0
+        padded = places.shape[1]
         for own, of_one in zip(features, places.split(frames), strict=True):
-            grids = []
+            grids, patches = [], []
             for frame, corners in enumerate(of_one):  # (x, y) of each patch, -1 at padding
                 columns, rows = ((corners.max(0).values + 1) // by).tolist()
                 grid = grid_positions(rows, columns)
                 grid[:, 0] = frame
                 grids.append(grid)
-            padded = of_one.shape[1]
-            maps.append([ImageMap(torch.cat(grids), tiles=len(of_one), padded=padded)])
-            assert len(maps[-1][0]) == len(own)
+                patches.append(_pooled(corners, columns, by) + first)
+                first += padded
+            found = ImageMap(torch.cat(grids), tiles=len(of_one), padded=padded)
+            assert len(found) == len(own)
+            joined = torch.cat(patches)
+            if len(joined) == len(found):  # no incomplete cells
+                found = replace(found, patches=joined)
+            maps.append([found])
         return maps
+
+    def projector(self) -> Any:
+        return self.base.embed_vision
+
+    def states_from(self) -> Any:
+        return self.tower.pooler
+
+    def recorded_at(self, name: str) -> tuple[str, bool]:
+        # What follows a mixture of experts, which runs beside the MLP, is the sum of both.
+        return (
+            ("post_feedforward_layernorm", True) if name == "mlp_out" else super().recorded_at(name)
+        )
+
+    def attention_arguments(self, layer: int) -> dict[str, Any]:
+        # A layer before which tokens can be dropped reuses no keys; what it stores is lost here.
+        attention: Any = self.layers[layer].self_attn
+        names = inspect.signature(attention.forward).parameters
+        return {"shared_kv_states": {}} if "shared_kv_states" in names else {}
+
+    def check_rotate(self) -> None:
+        pass
+
+    def rotate(self, layer: int, states: Tensor, rotation: Any) -> Tensor:
+        module = sys.modules[type(self.layers[layer].self_attn).__module__]
+        return module.apply_rotary_pos_emb(states, *rotation)
 
     def check_layers(self, layers: Sequence[int]) -> None:
         config = self.decoder.config
@@ -170,3 +203,20 @@ class Gemma4(Gemma3):
                 f"{', '.join(map(str, sorted(sources)))}; tokens cannot be dropped before layer "
                 f"{late[0]}, only before layers up to {min(sources)}"
             )
+
+
+def _pooled(corners: Tensor, columns: int, by: int) -> Tensor:
+    """(n, by * by) the patches of each pooled cell, in raster order of the cells; (0, by * by) if
+    cells are incomplete.
+
+    Args:
+        corners: (p, 2) the (x, y) of each patch, -1 at padding.
+        columns: of cells.
+        by: side of a cell.
+    """
+    real = (corners[:, 0] >= 0).nonzero()[:, 0]
+    x, y = (corners[real] // by).unbind(1)
+    cells = y * columns + x
+    if not bool((cells.bincount() == by * by).all()):
+        return corners.new_empty(0, by * by)
+    return real[cells.argsort(stable=True)].view(-1, by * by)

@@ -20,7 +20,7 @@ class Idefics2(Adapter):
     name: ClassVar[str] = "idefics2"
     model_types: ClassVar[tuple[str, ...]] = ("idefics2",)
     stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
-    reads_tower: ClassVar[bool] = False
+    unread: ClassVar[str] = "each token mixes all patches of its image (a resampler)"
     places: ClassVar[bool] = False
     merger: ClassVar[str] = "inputs_merger"
 

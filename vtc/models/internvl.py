@@ -33,7 +33,3 @@ class InternVL(Shuffled):
                 of_one[i] = replace(own, states=rows)
                 first += len(own)
         return maps
-
-    def tower_attention(self) -> list[Any]:
-        layers = self.tower.encoder.layer
-        return [layer.attention for layer in layers]

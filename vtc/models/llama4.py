@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
 
 from vtc.models.shuffled import Shuffled
 
@@ -17,8 +21,33 @@ class Llama4(Shuffled):
 
     name: ClassVar[str] = "llama4"
     model_types: ClassVar[tuple[str, ...]] = ("llama4",)
-    reads_tower: ClassVar[bool] = False
     attention: ClassVar[str] = "causal, in chunks"
+
+    def cls_place(self) -> int:
+        return -1
+
+    def has_cls(self) -> bool:
+        return True
+
+    def prefix(self, given: Mapping[str, Any]) -> int:
+        return 0
+
+    def suffix(self) -> int:
+        return 1
+
+    def states_from(self) -> Any:
+        return self.tower.vision_adapter
+
+    def recorded_at(self, name: str) -> tuple[str, bool]:
+        attribute, enters = super().recorded_at(name)
+        return "feed_forward" if attribute == "mlp" else attribute, enters
+
+    def check_rotate(self) -> None:
+        pass
+
+    def rotate(self, layer: int, states: Tensor, rotation: Any) -> Tensor:
+        found = torch.view_as_complex(states.float().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(found * rotation[:, None]).flatten(-2).type_as(states)
 
     def features(self, output: Any) -> Any:
         return output.last_hidden_state

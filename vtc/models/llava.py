@@ -15,8 +15,10 @@ from vtc.models.base import Adapter
 
 
 class Llava(Adapter):
-    """`LlavaForConditionalGeneration` with a CLIP or SigLIP tower; tested with Llama, Qwen2 and
-    Mistral decoders."""
+    """`LlavaForConditionalGeneration`; tested with the towers CLIP, SigLIP, SigLIP 2, DINOv2,
+    DINOv3, ViT, DeiT, BEiT, AIMv2, MLCD and InternViT, and with Llama, Qwen2 and Mistral decoders.
+    Registers, and the padding of SigLIP 2, are vision tokens, as they are in the model; tokens of
+    such an image have places in one row only."""
 
     name: ClassVar[str] = "llava"
     model_types: ClassVar[tuple[str, ...]] = ("llava",)

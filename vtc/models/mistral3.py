@@ -19,9 +19,6 @@ class Mistral3(Adapter):
     projects_patches: ClassVar[bool] = False
     stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
 
-    def tower_attention(self) -> list[Any]:
-        return [layer.attention for layer in self.tower.transformer.layers]
-
     def image_maps(
         self, modality: Modality, given: Mapping[str, Any], features: Any
     ) -> list[list[ImageMap]]:

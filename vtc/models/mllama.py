@@ -44,7 +44,7 @@ class Mllama(Adapter):
     positions: ClassVar[str] = "none"
     crosses: ClassVar[bool] = True
     attention = "nothing; text reads them through cross-attention"
-    reads_tower = False
+    unread: ClassVar[str] = "its states join several layers of two encoders over all tiles"
 
     @classmethod
     def bind(cls, model: nn.Module) -> Self:

@@ -25,8 +25,8 @@ static caches, no cache, further turns, labels), at batch size 1 and in padded b
 images, rows without images and, if supported, clips (`tests/runtime/test_families.py`,
 `tests/runtime/test_mllama.py`). "Tower states" are those that methods can read: attention and keys
 (for ToDRE, token correlation, HoloV, ...), also patch states (VisionZip, VisPruner, SCOPE,
-PruMerge). Methods that need others raise an error. Frames of a clip have separate [CLS] tokens, so
-methods receive no [CLS] for clips.
+PruMerge). Methods that need others raise an error with the reason given here. Frames of a clip have
+separate [CLS] tokens, so methods receive no [CLS] for clips.
 
 """
 

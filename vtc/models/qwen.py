@@ -34,9 +34,6 @@ class QwenVL(Adapter):
     projects_patches: ClassVar[bool] = False
     video: ClassVar[bool] = True
 
-    def tower_attention(self) -> list[Any]:
-        return [block.attn for block in self.tower.blocks]
-
     def projector(self) -> Any:
         return self.tower.merger
 

@@ -32,8 +32,7 @@ class FamilyInfo:
         video: "clips", "frames" (each a separate image) or "none".
         positions: "one axis", on which gaps can close, "places in the picture" (M-RoPE), or "none".
         attention: how the tokens of an image attend to one another.
-        tower: what methods can read of the vision tower: "attention, keys", plus "patch states" if
-            the projector maps each to one token, or "nothing".
+        tower: what methods can read of the vision tower, or "nothing" and why.
         tested: whether vtc's tests compare it with the reference; the generic family works with a
             warning, and those of other packages are theirs to test.
         about: its particularities, from the class's docstring.

@@ -33,9 +33,10 @@ class TowerSignals:
     crop_query: Tensor | None = None
     crop_key: Tensor | None = None
 
-    def without(self, prefix: int) -> TowerSignals:
-        """The same without the first `prefix` tokens."""
-        return replace(self, attention=self.attention[prefix:], keys=self.keys[prefix:])
+    def without(self, prefix: int, suffix: int = 0) -> TowerSignals:
+        """The same without the first `prefix` and the last `suffix` tokens."""
+        left = slice(prefix, len(self.attention) - suffix)
+        return replace(self, attention=self.attention[left], keys=self.keys[left])
 
     def of(self, patches: Tensor) -> TowerSignals:
         """The signals of vision tokens, as means over their patches.

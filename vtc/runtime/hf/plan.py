@@ -139,7 +139,8 @@ class Plan:
                 if value.default is value.empty and value.kind is value.POSITIONAL_OR_KEYWORD
             }
             given = {"self", "hidden_states", "position_embeddings", "attention_mask"}
-            if unmet := needed - given - {"cache", "past_key_values"}:
+            given |= {"cache", "past_key_values", *self.adapter.attention_arguments(layer)}
+            if unmet := needed - given:
                 raise UnsupportedModelError(
                     f"model: attention of {type(self.adapter.model).__name__} takes "
                     f"{', '.join(sorted(unmet))}, so {method.name} cannot look ahead at it"
@@ -163,12 +164,13 @@ class Plan:
                 )
             for name in names:
                 module, part = self.adapter.layers[layer], name.split("_")[0]
+                attribute, _ = self.adapter.recorded_at(name)
                 lacks = {
                     "normed": not hasattr(self.adapter.decoder, "norm"),
                     "attention": not hasattr(module, "self_attn"),
                     "keys": not hasattr(getattr(module, "self_attn", None), "config"),
                     "rotary": not hasattr(getattr(module, "self_attn", None), "config"),
-                    "mlp": not hasattr(module, "mlp"),
+                    "mlp": not hasattr(module, attribute),
                 }
                 if lacks.get(part, False):
                     raise UnsupportedModelError(

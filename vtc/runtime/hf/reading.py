@@ -45,12 +45,11 @@ class LayerReader:
                 self.handles.append(self._hook(layer, name))
 
     def _hook(self, layer: int, name: Record) -> Any:
-        part, _, end = name.partition("_")
-        attribute = {"attention": "self_attn", "mlp": "mlp"}.get(part)
+        attribute, enters = self.adapter.recorded_at(name)
         module: Any = self.adapter.layers[layer]
-        if attribute is not None:
+        if attribute:
             module = self._part(layer, attribute)
-        if end == "in":
+        if enters:
             hook = functools.partial(self._entering, layer, name)
             return module.register_forward_pre_hook(hook, with_kwargs=True)
         return module.register_forward_hook(functools.partial(self._leaving, layer, name))
@@ -94,6 +93,8 @@ class LayerReader:
         self, layer: int, name: Record, module: Any, args: tuple[Any, ...], output: Any
     ) -> None:
         value = output[0] if isinstance(output, tuple) else output
+        if args and value.numel() == args[0].numel():
+            value = value.view(args[0].shape)  # experts return the tokens of all samples in one row
         if name == "normed" and self._listening() is not None:
             with torch.no_grad():
                 value = self.adapter.decoder.norm(value)
@@ -238,6 +239,7 @@ class LayerReader:
                         position_embeddings=self.adapter.rotary(layer, hidden, positions),
                         attention_mask=None,
                         **{CACHE: _ReadOnly(cache) if past else None},
+                        **self.adapter.attention_arguments(layer),
                     )
             finally:
                 forward.captured.paused = False

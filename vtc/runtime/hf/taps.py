@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ class Tap:
         captured: what `armed` stored.
         silent: skip attention, and what follows it, after the capture.
         thread: the thread that armed the tap. Another may run the module in its own model.
+        handles: hooks that call `hear`, of a module that attends in a way of its own.
     """
 
     module: Any
@@ -60,6 +62,7 @@ class Tap:
     captured: list[Any] = field(default_factory=list)
     silent: bool = False
     thread: int = 0
+    handles: list[Any] = field(default_factory=list)
 
     def arm(self, heard: Callable[..., None]) -> None:
         """Call `heard` at the next attention of this thread, and clear `captured`.
@@ -68,6 +71,15 @@ class Tap:
             heard: called as `armed`.
         """
         self.captured, self.armed, self.thread = [], heard, threading.get_ident()
+
+    @torch.compiler.disable
+    def hear(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Mapping[str, Any]
+    ) -> None:
+        """Pass on what the module attends with, if the tap is armed for this thread."""
+        if self.hears and (heard := self.armed) is not None:
+            with torch.no_grad():
+                heard(query, key, value, mask, options)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -99,6 +111,10 @@ class Tap:
 
     def remove(self) -> None:
         """Take the tap off; the last one restores the module's config."""
+        for handle in self.handles:
+            handle.remove()
+        if self.handles:
+            return
         with _LOCK:
             shared: _Taps = self.module._vtc_taps
             shared.taps.remove(self)
@@ -134,6 +150,26 @@ def install(module: Any) -> Tap:
             module.config = private
         tap = Tap(module)
         module._vtc_taps.taps.append(tap)
+    return tap
+
+
+def install_in_tower(
+    module: Any, watch: Callable[[Any, Callable[..., None]], list[Any] | None]
+) -> Tap:
+    """Tap an attention module of a vision tower.
+
+    Args:
+        module: the attention module.
+        watch: `Adapter.watch_attention`.
+
+    Returns:
+        The tap, not armed.
+    """
+    tap = Tap(module)
+    handles = watch(module, tap.hear)
+    if handles is None:
+        return install(module)
+    tap.handles = handles
     return tap
 
 
@@ -176,11 +212,15 @@ def foreign_options(module: nn.Module) -> list[str]:
 
 
 def _eager_attention(module: nn.Module) -> Callable[..., Any] | None:
-    """The eager attention in the file of the class of `module`, or of a base class."""
+    """The eager attention that the class of `module` names, or a base class, or its file."""
+    usual = "eager_attention_forward"
     for cls in type(module).__mro__:
-        found = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
-        if found is not None:
-            return found
+        code = getattr(inspect.unwrap(cls.__dict__.get("forward", object)), "__code__", None)
+        named = [] if code is None else [n for n in code.co_names if n.endswith(usual)]
+        for name in (*named, usual):
+            found = getattr(sys.modules.get(cls.__module__), name, None)
+            if found is not None:
+                return found
     return None
 
 
@@ -414,7 +454,7 @@ def _rows_at(mask: Tensor, places: Tensor) -> Tensor:
     return mask.expand(len(places), -1, -1, -1).gather(2, at)
 
 
-def listen_tower(tap: Tap, has_cls: bool, clock: Stopwatch) -> None:
+def listen_tower(tap: Tap, cls: int | None, clock: Stopwatch) -> None:
     """Arm a tap in a vision tower; `tap.captured` receives one `TowerSignals` per batch row.
 
     The attention is the [CLS] row if the tower has one. Otherwise it is what each token receives,
@@ -422,24 +462,35 @@ def listen_tower(tap: Tap, has_cls: bool, clock: Stopwatch) -> None:
 
     Args:
         tap: on an attention module of the tower.
-        has_cls: the tower has a [CLS] token, at place 0.
+        cls: the place of [CLS] in the tower's sequence, negative from the end; `None` without.
         clock: measures the capture.
     """
 
     def capture(
         query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Mapping[str, Any]
     ) -> None:
+        ends = options.get("cu_seq_lens_q")
+        if ends is None:
+            hear(query, key, mask, options)
+            return
+        for start, end in pairwise(ends.tolist()):  # packed for flash attention
+            hear(query[:, :, start:end], key[:, :, start:end], None, options)
+
+    def hear(query: Tensor, key: Tensor, mask: Any, options: Mapping[str, Any]) -> None:
         bias = options.get("position_bias")
         with clock.measure(query.device):
             keys = key.detach().transpose(1, 2).flatten(2)
-            queries = query.detach()[:, :, 0].flatten(1)
+            size = query.shape[2]
+            at = slice(0, size) if cls is None else slice(cls % size, cls % size + 1)
             for i in range(query.shape[0]):
-                rows = query[i : i + 1, :, :1] if has_cls else query[i : i + 1]
-                seen = _visible(mask, i, rows.shape[2])
-                added = None if bias is None else bias[i % len(bias)][None, :, : rows.shape[2]]
+                rows = query[i : i + 1, :, at]
+                seen, added = _visible(mask, i, at)
+                if bias is not None:
+                    of_row = bias[i % len(bias)][None, :, at]
+                    added = of_row if added is None else added + of_row
                 found = mean_attention(rows, key[i : i + 1], seen, added, Options.of(options))
                 received = found[0, 0]
-                if has_cls or seen is None:
+                if cls is not None or seen is None:
                     received = received.mean(0)
                 else:
                     see = seen[0, 0] & seen[0, 0].diagonal()[:, None]
@@ -448,8 +499,8 @@ def listen_tower(tap: Tap, has_cls: bool, clock: Stopwatch) -> None:
                     TowerSignals(
                         attention=received,
                         keys=keys[i],
-                        cls_query=queries[i] if has_cls else None,
-                        cls_key=keys[i, 0] if has_cls else None,
+                        cls_query=None if cls is None else rows.detach().flatten(),
+                        cls_key=None if cls is None else keys[i, cls],
                         heads=key.shape[1],
                     )
                 )
@@ -457,9 +508,15 @@ def listen_tower(tap: Tap, has_cls: bool, clock: Stopwatch) -> None:
     tap.arm(capture)
 
 
-def _visible(mask: Any, row: int, queries: int) -> Tensor | None:
-    """(1, 1, queries, k) bool from a row of a (b, 1, q, k) mask; `None` if all tokens see all."""
+def _visible(mask: Any, row: int, queries: slice) -> tuple[Tensor | None, Tensor | None]:
+    """Which keys the rows `queries` of one sample see, (1, 1, q', k) bool, `None` if all, and what
+    is added to their logits, (1, 1 or h, q', k) or `None`; of a mask (b, 1 or h, q, k), or of a
+    padding mask (b, k)."""
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        mask = mask[:, None, None].bool().expand(-1, -1, mask.shape[1], -1)
     if not isinstance(mask, Tensor) or mask.dim() != 4:
-        return None
-    own = mask[min(row, mask.shape[0] - 1)][None, :1, :queries]
-    return own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
+        return None, None
+    own = mask[min(row, mask.shape[0] - 1)][None, :, queries]
+    if own.dtype == torch.bool:
+        return own[:, :1], None
+    return own[:, :1] > torch.finfo(own.dtype).min / 2, own

@@ -50,10 +50,11 @@ class Vision:
         self.reads_encoder = False
         for part in method.parts:
             if "sequence" in part.stages and "encoder" in part.needs:
-                if not adapter.reads_tower or adapter.projector() is None:
+                if adapter.unread or adapter.projector() is None:
+                    why = adapter.unread or "its projector is unknown"
                     raise UnsupportedModelError(
                         f"model: {part.name} reads what the projector receives for each token, "
-                        f"which vtc does not know in {type(adapter.model).__name__}"
+                        f"which vtc does not read in {type(adapter.model).__name__}: {why}"
                     )
                 self.reads_encoder = True
         if (
@@ -264,23 +265,24 @@ class Encoding:
     def _tapped(self) -> Iterator[None]:
         """Tap the current tower and projector for this call only: modules may be replaced between
         calls, and other models may share them."""
-        has_cls = self.adapter.has_cls()
+        cls = self.adapter.cls_place()
         projector: Any = self.adapter.projector()
         handles: list[Any] = []
         try:
             if projector is not None and not all(part.keeps_all for part in self.method.parts):
                 handles.append(projector.register_forward_pre_hook(self._enter_projector))
             for layer in self.tower_layers:
-                tap = taps.install(self.adapter.tower_attention()[layer])
+                module = self.adapter.tower_attention()[layer]
+                tap = taps.install_in_tower(module, self.adapter.watch_attention)
                 self.taps[layer] = tap
-                taps.listen_tower(tap, has_cls, self.heard)
+                taps.listen_tower(tap, cls, self.heard)
             if self.reads_encoder:
                 if self.adapter.projects_patches:
                     handles.append(projector.register_forward_hook(self._leave_projector))
                     handles.append(self.adapter.tower.register_forward_hook(self._leave_tower))
                 else:
-                    module = self.adapter.states_from()
-                    hook = module.register_forward_hook(self._pass_states, with_kwargs=True)
+                    shows = self.adapter.states_from()
+                    hook = shows.register_forward_hook(self._pass_states, with_kwargs=True)
                     handles.append(hook)
             yield
         finally:
@@ -361,7 +363,7 @@ class Encoding:
             prefix = self.adapter.prefix(self.given)
             heard = sum(len(row.without(prefix).attention) for row in rows)
             tokens = sum(own.shape[:-1].numel() for own in features)
-            if heard != tokens:
+            if heard != tokens or len(rows) not in (1, len(features)):  # else it has windows
                 raise UnsupportedModelError(
                     f"model: the tower of {type(self.adapter.model).__name__} yielded {heard} "
                     f"patches for {tokens} vision tokens, and {self.method} reads one patch for "
@@ -425,7 +427,8 @@ class Encoding:
                 )
             places = (patches if places is None else places).to(states.device)
             every = states.flatten(0, 1)
-            found["encoder"] = _mean_of(every, places, patches.shape[1])
+            # What pooling before the projector has joined, as in clips, is one state.
+            found["encoder"] = _mean_of(every, places, patches.shape[1] if joined else 1)
             if cls is not None:
                 row = places[:, 0] // states.shape[1]
                 found["encoder_cls"] = cls[int(row[0])]
@@ -434,9 +437,9 @@ class Encoding:
         return found
 
     def _heard(self, layer: int, patches: Tensor, crop: Tensor | None) -> TowerSignals:
-        prefix = self.adapter.prefix(self.given)
+        prefix, suffix = self.adapter.prefix(self.given), self.adapter.suffix()
         rows: list[TowerSignals] = self.taps[layer].captured
-        rows = [row.without(prefix) for row in rows]
+        rows = [row.without(prefix, suffix) for row in rows]
         size = sum(len(row.attention) for row in rows)
         if int(patches.max()) >= size:
             raise RuntimeError(

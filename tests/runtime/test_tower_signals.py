@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention and keys of towers, as a method is shown them, against the tower's own eager attention.
+
+Which patches a token joins is found by gradients through the model's own code.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vtc
+from tests.reference.families import FAMILIES
+from tests.reference.probes import Probe
+from tests.runtime.test_families import rows_of, shared, skip_reason
+from tests.runtime.test_tower_states import HERE, uses_by_gradient
+from vtc.core import Selection, VisionTokens
+from vtc.core.prefill import Stopwatch
+from vtc.models import find
+from vtc.runtime.hf import taps
+
+CLS = {"llama4": -1, "internvl": 0, "perception_lm": 0}
+"""The place of [CLS], in towers that have one."""
+
+
+@dataclass(frozen=True)
+class Asks(Probe):
+    """Keeps all, and notes what it is shown."""
+
+    needs = frozenset({"cls_attention", "keys", "cls_query", "low_attention"})
+    vision_layer = -1
+    low_layer = 0
+
+    def select(self, tokens: VisionTokens) -> Selection:
+        SHOWN.append(tokens)
+        return Selection(torch.arange(len(tokens)))
+
+
+SHOWN: list[VisionTokens] = []
+
+
+@dataclass
+class Own:
+    """What a tower's attention modules compute, by module, one entry for each row of a batch."""
+
+    weights: dict[int, list[Tensor]] = field(default_factory=dict)
+    keys: dict[int, list[Tensor]] = field(default_factory=dict)
+    queries: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def received(self, module: Any, cls: int | None) -> Tensor:
+        """(all tokens of all rows,) the [CLS] row, or the mean over the patches that see each."""
+        found = []
+        for weights in self.weights[id(module)]:
+            mean = weights.float().mean(0)
+            real = mean.sum(0) > 0  # padding is seen by none
+            if cls is not None:
+                found.append(mean[cls])
+            else:
+                seers = (mean[real] > 1e-12).sum(0).clamp_min(1)
+                found.append(mean[real].sum(0) / seers)
+        return torch.cat(found)
+
+
+def watched(tower: list[Any], monkeypatch: pytest.MonkeyPatch) -> Own:
+    """Note what the eager attention functions in the file of a tower's modules are given and
+    return."""
+    own, file = Own(), sys.modules[type(tower[-1]).__module__]
+
+    def noting(attend: Callable[..., Any]) -> Callable[..., Any]:
+        def run(module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+            output, weights = attend(module, query, key, *args, **kwargs)
+            for store, found in ((own.weights, weights), (own.keys, key), (own.queries, query)):
+                store.setdefault(id(module), []).extend(found.detach())
+            return output, weights
+
+        return run
+
+    if not hasattr(file, "eager_attention_forward"):  # of timm
+        attend = torch.nn.functional.scaled_dot_product_attention
+        current: list[Any] = [None]
+
+        def explicit(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+            weights = (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1)
+            found = noting(lambda *args: (attend(query, key, value, **kwargs), weights))
+            return found(current[0], query, key)[0]
+
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", explicit)
+        for layer in tower:
+
+            def run(*args: Any, layer: Any = layer, inner: Any = layer.forward, **kw: Any) -> Any:
+                current[0] = layer
+                return inner(*args, **kw)
+
+            monkeypatch.setattr(layer, "forward", run)
+    for name in dir(file):
+        if name.endswith("eager_attention_forward"):
+            monkeypatch.setattr(file, name, noting(getattr(file, name)))
+    return own
+
+
+@pytest.mark.parametrize("kind", ["one", "images", "video"])
+@pytest.mark.parametrize("name", HERE)
+def test_what_a_token_is_shown(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = FAMILIES[name]
+    if (reason := skip_reason(name, kind, "eager", "forward")) is not None:
+        pytest.skip(reason)
+    model, batch = shared(name, "eager"), family.collate(rows_of(name, kind))
+    SHOWN.clear()
+    with vtc.patch(model, Asks()), torch.no_grad():
+        model(**batch)
+    tower = find(model).tower_attention()
+    first, last = tower[0], tower[-1]
+    own = watched(tower, monkeypatch)
+    used = uses_by_gradient(name, model, batch)
+    assert len(used) == sum(len(tokens) for tokens in SHOWN)
+    cls = CLS.get(name)
+    low, high = (own.received(module, cls) for module in (first, last))
+    keys = torch.cat([k.transpose(0, 1).flatten(1) for k in own.keys[id(last)]])
+    assert len(used[0]) == len(keys)
+    expected = [torch.cat([s[u].mean(0).reshape(-1) for s in (low, high, keys)]) for u in used]
+    wanted = torch.stack(expected)
+    found = torch.cat(
+        [
+            torch.cat([t.low_attention[:, None], t.cls_attention[:, None], t.keys], dim=1)
+            for t in SHOWN
+        ]
+    )
+    # Tiles are joined in another order than they are made in, and clips are made after images.
+    if name != "internvl" and kind != "video":
+        assert (found - wanted).abs().max() < 1e-5
+        assert (found - wanted)[:, :2].abs().max() < 1e-6
+    assert torch.cdist(found.double(), wanted.double()).min(1).values.max() < 1e-5
+    for tokens in SHOWN:
+        assert (tokens.cls_query is None) == (tokens.cls_key is None)
+        assert kind == "video" or (tokens.cls_key is None) == (cls is None)
+        if tokens.cls_key is not None:
+            queries, of_cls = (
+                torch.stack([row[:, cls].flatten() for row in store[id(last)]])
+                for store in (own.queries, own.keys)
+            )
+            assert (queries - tokens.cls_query).abs().max(1).values.min() < 1e-5
+            assert (of_cls - tokens.cls_key).abs().max(1).values.min() < 1e-5
+
+
+def test_images_packed_for_flash_attention_are_apart() -> None:
+    """Flash attention is told where they end, and has no mask."""
+    query, key = torch.randn(2, 1, 4, 9, 8, generator=torch.Generator().manual_seed(0))
+    module = find(shared("kimi_k25", "eager")).tower_attention()[0]
+    packed, apart = taps.Tap(module), taps.Tap(module)
+    for tap in (packed, apart):
+        taps.listen_tower(tap, None, Stopwatch())
+        assert tap.armed is not None
+    ends = torch.tensor([0, 4, 9])
+    packed.hear(query, key, key, None, {"cu_seq_lens_q": ends})
+    for part in (slice(0, 4), slice(4, 9)):
+        apart.hear(query[:, :, part], key[:, :, part], key[:, :, part], None, {})
+    for a, b in zip(packed.captured, apart.captured, strict=True):
+        assert torch.equal(a.attention, b.attention)
+        assert torch.equal(a.keys, b.keys)
