@@ -16,3 +16,6 @@ class CohereVision(Shuffled):
 
     def per_side(self) -> int:
         return int(self.model.config.downsample_factor)
+
+    def encoder_projector(self) -> None:
+        """`None`: it shuffles the grid."""

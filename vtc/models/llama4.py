@@ -17,6 +17,7 @@ class Llama4(Shuffled):
 
     name: ClassVar[str] = "llama4"
     model_types: ClassVar[tuple[str, ...]] = ("llama4",)
+    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
     reads_tower: ClassVar[bool] = False
     attention: ClassVar[str] = "causal, in chunks"
 

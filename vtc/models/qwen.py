@@ -28,7 +28,8 @@ class QwenVL(Adapter):
         *("glm4v", "glm4v_moe", "glm46v"),
     )
     name: ClassVar[str] = ", ".join(model_types)
-    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
+    stages: ClassVar[tuple[str, ...]] = ("encoder", "sequence", "layers")
+    encoder_parts: ClassVar[tuple[str, str, str, str]] = ("norm1", "attn", "norm2", "mlp")
     axial: ClassVar[bool] = True
     positions: ClassVar[str] = "places in the picture"
     projects_patches: ClassVar[bool] = False
@@ -36,6 +37,42 @@ class QwenVL(Adapter):
 
     def tower_attention(self) -> list[Any]:
         return [block.attn for block in self.tower.blocks]
+
+    def encoder_layers(self) -> list[Any]:
+        if hasattr(self.tower, "fullatt_block_indexes"):
+            raise UnsupportedModelError(
+                "model: most tower layers of Qwen2.5-VL attend within windows, and a patch merged "
+                "from two windows would lie in neither"
+            )
+        return self._with_parts(list(self.tower.blocks))
+
+    def encoder_attend(self, layer: Any, hidden: Tensor, given: Mapping[str, Any]) -> Tensor:
+        return super().encoder_attend(layer, hidden[0], given)[None]
+
+    def encoder_given(self, given: Mapping[str, Any], places: Tensor) -> dict[str, Any]:
+        cos, sin = given["position_embeddings"]
+        ends = torch.tensor([0, len(places)], dtype=torch.int32, device=places.device)
+        own = {**given, "cu_seqlens": ends, "position_embeddings": (cos[places], sin[places])}
+        if given.get("max_seqlen") is not None:
+            own["max_seqlen"] = len(places)
+        return own
+
+    def encoder_tiles(
+        self, modality: Modality, given: Mapping[str, Any], rows: int, length: int
+    ) -> list[tuple[int, Tensor, Tensor]]:
+        sizes = given["image_grid_thw" if modality == "image" else "video_grid_thw"]
+        none, tiles, first = torch.empty(0, dtype=torch.long), [], 0
+        unit = self.tower.spatial_merge_size**2
+        for frames, height, width in sizes.tolist():
+            for _ in range(frames):  # each attends to itself only
+                count = height * width
+                places = torch.arange(first, first + count)
+                tiles.append((0, none, places.view(-1, unit)))
+                first += count
+        return tiles
+
+    def encoder_depth(self, given: Mapping[str, Any]) -> int:
+        return len(self.encoder_layers())
 
     def projector(self) -> Any:
         return self.tower.merger
@@ -112,7 +149,7 @@ class Qwen3_5(QwenVL):
 
     name: ClassVar[str] = "qwen3_5"
     model_types: ClassVar[tuple[str, ...]] = ("qwen3_5",)
-    stages: ClassVar[tuple[str, ...]] = ("sequence",)
+    stages: ClassVar[tuple[str, ...]] = ("encoder", "sequence")
 
     def check_layers(self, layers: Sequence[int]) -> None:
         if layers:

@@ -53,6 +53,7 @@ class Tap:
         captured: what `armed` stored.
         silent: skip attention, and what follows it, after the capture.
         thread: the thread that armed the tap. Another may run the module in its own model.
+        bias: added to the attention logits while the tap is armed, in place of the mask; or `None`.
     """
 
     module: Any
@@ -60,6 +61,7 @@ class Tap:
     captured: list[Any] = field(default_factory=list)
     silent: bool = False
     thread: int = 0
+    bias: Tensor | None = None
 
     def arm(self, heard: Callable[..., None]) -> None:
         """Call `heard` at the next attention of this thread, and clear `captured`.
@@ -205,6 +207,8 @@ def _tapped_attention(
     for tap in () if shared is None else tuple(shared.taps):
         if tap.hears and (heard := tap.armed) is not None:
             silent = tap if tap.silent else silent
+            if tap.bias is not None:
+                attention_mask = tap.bias
             with torch.no_grad():
                 heard(query, key, value, attention_mask, kwargs)
     if silent is not None:
