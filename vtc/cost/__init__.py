@@ -85,7 +85,7 @@ class Flops:
         return {"vision": self.vision, "projector": self.projector, "lm": self.lm}
 
 
-_Given = int | Sequence[int] | Sequence[Sequence[int] | None] | None
+_Given = int | Sequence[int] | Sequence[Sequence[int] | Sequence[Sequence[int]] | None] | None
 
 
 # ---- checks -------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def prefill_flops(
     *,
     tiles: Sequence[int] | None = None,
     grids: Sequence[Grid | None] | None = None,
-    patches: int | Sequence[int] | Sequence[Sequence[int] | None] | None = None,
+    patches: _Given = None,
     logits: int = 1,
 ) -> Flops:
     """FLOPs of one sample's prefill, 2 per multiply-add.

@@ -40,7 +40,7 @@ class Images:
     def passed(self, i: int) -> Patches | None:
         """The patches per tile of image `i`, or `None`; of the first if they differ."""
         own = None if self.patches is None else self.patches[i]
-        return own[0] if own and isinstance(own[0], tuple) else own  # type: ignore[return-value]
+        return own[0] if own and isinstance(own[0], tuple) else own
 
     def by_tile(self, i: int, tiles: int, usual: Patches) -> list[Patches]:
         """The patches of each of the `tiles` tiles of image `i`; `usual` if unknown."""
@@ -56,7 +56,7 @@ class Images:
         for own in self.patches or ():
             if not own or not isinstance(own[0], tuple):
                 return None
-            found += own  # type: ignore[arg-type]
+            found += own
         return found or None
 
 
@@ -77,15 +77,16 @@ def vision_flops(config: Any, images: Images) -> float:
     kind = get(vision, "model_type", default="")
     every = range(len(images.tokens))
     if kind in _NATIVE and images.merged is not None:
-        return _native_merged(vision, *_WIDTHS[kind](vision), images.merged)
+        windowed = None
+        if kind == "qwen2_5_vl_vision":
+            windowed = _windowed(vision, _segments(images, family.shrink(config), False))
+        return _native_merged(vision, *_WIDTHS[kind](vision), images.merged, windowed)
     if kind in _NATIVE:
         averaged = kind == "kimi_k25_vision"
         return _NATIVE[kind](vision, _segments(images, family.shrink(config), averaged))
     if kind in _TILED:
         tower, tiles, usual = _TILED[kind], family.tiles(config, images), (_grid_patches(vision),)
-        return sum(
-            tower(vision, own) for i in every for own in images.by_tile(i, tiles[i], usual)
-        )
+        return sum(tower(vision, own) for i in every for own in images.by_tile(i, tiles[i], usual))
     if kind == "gemma4_vision":
         frames = images.tiles or [1] * len(images.tokens)
         return sum(frames[i] * _gemma4(vision, images.passed(i)) for i in every)
@@ -124,9 +125,12 @@ def projector_flops(config: Any, images: Images) -> float:
                 # [CLS] of a frame is projected even if it does not count as a token.
                 made += int(own / shrink) + (family.cls and count > 1)
         tokens = made
-    elif images.merged is not None:
-        patches = sum(own[0 if family.whole else -1] for own in images.merged)
-        tokens = int(patches / shrink)
+    elif (merged := images.merged) is not None:
+        patches = sum(own[0] for own in merged)
+        # Features of earlier layers have the tokens that were left there.
+        read = [*(layer + 1 for layer in get(vision, "deepstack_visual_indexes", default=())), -1]
+        left = [own[0 if family.whole else layer] for own in merged for layer in read]
+        return 2.0 * family.macs(config, patches, int(sum(left) / shrink)) / len(read)
     elif kind == "mllama_vision_model":
         patches = tokens = sum(_all_tiles(vision, images)) * (_grid_patches(vision) + 1)
     return 2.0 * family.macs(config, patches, tokens)
@@ -208,15 +212,26 @@ def _native_total(
 
 
 def _native_merged(
-    vision: Any, d: int, layer_macs: int, depth: int, tiles: Sequence[Patches]
+    vision: Any,
+    d: int,
+    layer_macs: int,
+    depth: int,
+    tiles: Sequence[Patches],
+    windowed: Sequence[int] | None,
 ) -> float:
-    """A tower in which each image or frame runs on its own and patches are merged."""
-    total, embedding = 0, _embedding(vision, d)
-    for passed in tiles:
+    """A tower in which each image or frame runs on its own and patches are merged; `windowed` are
+    the pairs of each within its windows before that, of which the same share is taken to be left in
+    each window."""
+    total, embedding = 0.0, _embedding(vision, d)
+    full = get(vision, "fullatt_block_indexes", default=())
+    for number, passed in enumerate(tiles):
         total += passed[0] * embedding
         for i in range(depth):
             n, after = (passed[min(k, len(passed) - 1)] for k in (i, i + 1))
-            total += n * 4 * d * d + 2 * n * n * d + after * layer_macs
+            pairs: float = n * n
+            if windowed is not None and i not in full:
+                pairs = windowed[number] * (n / passed[0]) ** 2
+            total += n * 4 * d * d + 2 * pairs * d + after * layer_macs
     return 2.0 * total
 
 
@@ -260,12 +275,10 @@ def _qwen2(vision: Any, images: Segments) -> float:
     return _native_total(vision, d, sum(own), macs, pairs, _embedding(vision, d))
 
 
-def _qwen2_5(vision: Any, images: Segments) -> float:
-    """Most layers attend within windows, smaller at a frame's borders."""
-    d, own = size(vision, "hidden_size"), _patches(images)
-    merge, full = size(vision, "spatial_merge_size"), sum(n * n for n in own)
+def _windowed(vision: Any, images: Segments) -> list[int]:
+    """For each frame of all images, the pairs of patches within a window."""
+    merge, found = size(vision, "spatial_merge_size"), []
     side = size(vision, "window_size") // merge // size(vision, "patch_size")
-    windowed = 0
     for frames in images:
         for n, rows, columns in frames:
             if rows:
@@ -273,9 +286,16 @@ def _qwen2_5(vision: Any, images: Segments) -> float:
                     sum(min(side, length - at) ** 2 for at in range(0, length, side))
                     for length in (rows, columns)
                 ]
-                windowed += squares[0] * squares[1] * merge**4
+                found.append(squares[0] * squares[1] * merge**4)
             else:
-                windowed += n * min(n, side**2 * merge**2)
+                found.append(n * min(n, side**2 * merge**2))
+    return found
+
+
+def _qwen2_5(vision: Any, images: Segments) -> float:
+    """Most layers attend within windows, smaller at a frame's borders."""
+    d, own = size(vision, "hidden_size"), _patches(images)
+    full, windowed = sum(n * n for n in own), sum(_windowed(vision, images))
     chosen = get(vision, "fullatt_block_indexes", default=())
     pairs = [full if i in chosen else windowed for i in range(size(vision, "depth"))]
     macs = 3 * d * size(vision, "intermediate_size")
@@ -347,8 +367,8 @@ _WIDTHS: dict[str, Callable[[Any], tuple[int, int, int]]] = {
     "qwen3_vl_moe_vision": _qwen3_widths,
     "qwen3_vl_vision": _qwen3_widths,
 }
-"""By tower in which patches can be merged: width, multiply-adds per patch of a layer's feed-forward,
-and layers."""
+"""By tower in which patches can be merged: width, multiply-adds per patch of a layer's
+feed-forward, and layers."""
 _NATIVE: dict[str, Callable[[Any, Segments], float]] = {
     "glm4v_moe_vision": _glm4v,
     "glm4v_vision": _glm4v,
@@ -458,7 +478,7 @@ def _glm4v_merger(config: Any, patches: int, tokens: int) -> int:
     vision = _vision(config)
     d, out = size(vision, "hidden_size"), size(vision, "out_hidden_size")
     m = size(vision, "intermediate_size")
-    return tokens * (round(_merged(config)) * d * out + out * out + 3 * out * m)
+    return patches * d * out + tokens * (out * out + 3 * out * m)
 
 
 def _kimi(config: Any, patches: int, tokens: int) -> int:

@@ -407,6 +407,18 @@ class Adapter:
         _, _, norm, feed = self.encoder_parts
         return hidden + getattr(layer, feed)(getattr(layer, norm)(hidden))
 
+    def encoder_order(self, given: Mapping[str, Any], places: Tensor) -> Tensor | None:
+        """The order in which a tower layer takes the tokens of one tile: window by window.
+
+        Args:
+            given: the further arguments of the layer for all tokens, by name.
+            places: (t,) of the tokens in the tower's sequence, in any order.
+
+        Returns:
+            (t,) indices into `places`, or `None` for the same order.
+        """
+        return None
+
     def encoder_given(self, given: Mapping[str, Any], places: Tensor) -> dict[str, Any]:
         """The further arguments of a tower layer for some tokens of one tile.
 
@@ -467,11 +479,12 @@ class Adapter:
         """
         return torch.arange(n)[:, None]
 
-    def encoder_projector(self) -> nn.Module | None:
-        """The module after the tower that works token by token, so that it can leave out tokens:
-        its input has a row for each patch or for each token. `None` if there is none, so that what
-        follows the tower runs on all places."""
-        return self.projector()
+    def encoder_projectors(self) -> list[Any]:
+        """The modules after the tower that work token by token, so that they can leave out tokens:
+        their input has a row for each patch, unit by unit, or for each token. What else follows the
+        tower runs on all places."""
+        projector = self.projector()
+        return [] if projector is None else [projector]
 
     def encoder_depth(self, given: Mapping[str, Any]) -> int:
         """The number of tower layers that the features pass through.

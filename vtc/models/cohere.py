@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from vtc.models.shuffled import Shuffled
 
@@ -17,5 +17,5 @@ class CohereVision(Shuffled):
     def per_side(self) -> int:
         return int(self.model.config.downsample_factor)
 
-    def encoder_projector(self) -> None:
-        """`None`: it shuffles the grid."""
+    def encoder_projectors(self) -> list[Any]:
+        return []  # the projector shuffles the grid

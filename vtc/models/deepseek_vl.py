@@ -19,8 +19,8 @@ class DeepseekVL(Adapter):
     def encoder_layers(self) -> list[Any]:
         if hasattr(self.base, "high_res_vision_model"):
             raise UnsupportedModelError(
-                "model: the aligner of the hybrid pairs each patch of the SigLIP tower with a place "
-                "in the features of the SAM tower, in which a merged patch has no counterpart"
+                "model: the aligner of the hybrid pairs each patch of the SigLIP tower with a "
+                "place in the features of the SAM tower, in which a merged patch has no counterpart"
             )
         return super().encoder_layers()
 

@@ -51,8 +51,8 @@ class Gemma3(Adapter):
             projector.patches_per_image, projector.patches_per_image, projector.kernel_size
         )
 
-    def encoder_projector(self) -> None:
-        """`None`: it pools the grid."""
+    def encoder_projectors(self) -> list[Any]:
+        return []  # the projector pools the grid
 
     def blocks(self, given: Mapping[str, Any]) -> Tensor | None:
         kinds = given.get(self.kinds)

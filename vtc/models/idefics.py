@@ -48,8 +48,8 @@ class Idefics3(Shuffled):
     def projector(self) -> Any:
         return self.base.connector
 
-    def encoder_projector(self) -> Any:
-        return self.base.connector.modality_projection
+    def encoder_projectors(self) -> list[Any]:
+        return [self.base.connector.modality_projection]
 
     def check_encoder(self, modality: Modality, given: Mapping[str, Any]) -> None:
         mask, pixels = given.get("pixel_attention_mask"), given["pixel_values"]

@@ -53,8 +53,8 @@ class Mistral3(Adapter):
             first += height * width
         return tiles
 
-    def encoder_projector(self) -> None:
-        """`None`: it unfolds the grid."""
+    def encoder_projectors(self) -> list[Any]:
+        return []  # the projector unfolds the grid
 
     def image_maps(
         self, modality: Modality, given: Mapping[str, Any], features: Any

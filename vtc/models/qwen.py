@@ -20,7 +20,7 @@ class QwenVL(Adapter):
     A vision token's position is its place in the picture, so tokens keep theirs: "contiguous"
     equals "original" here, as in the methods' official code for these models. Qwen3-VL adds
     features of earlier tower layers after its first decoder layers; a merged token gets those of
-    its place.
+    its place. Patches merged in the tower lie in the window of the first.
     """
 
     model_types: ClassVar[tuple[str, ...]] = (
@@ -39,23 +39,24 @@ class QwenVL(Adapter):
         return [block.attn for block in self.tower.blocks]
 
     def encoder_layers(self) -> list[Any]:
-        if hasattr(self.tower, "fullatt_block_indexes"):
-            raise UnsupportedModelError(
-                "model: most tower layers of Qwen2.5-VL attend within windows, and a patch merged "
-                "from two windows would lie in neither"
-            )
         return self._with_parts(list(self.tower.blocks))
 
     def encoder_attend(self, layer: Any, hidden: Tensor, given: Mapping[str, Any]) -> Tensor:
         return super().encoder_attend(layer, hidden[0], given)[None]
 
     def encoder_given(self, given: Mapping[str, Any], places: Tensor) -> dict[str, Any]:
+        # A token lies in the window (or frame) of its place, of which some may be left empty.
         cos, sin = given["position_embeddings"]
-        ends = torch.tensor([0, len(places)], dtype=torch.int32, device=places.device)
+        counts = torch.bincount(_windows(given, places))
+        ends = torch.nn.functional.pad(counts[counts > 0].cumsum(0), (1, 0)).to(torch.int32)
         own = {**given, "cu_seqlens": ends, "position_embeddings": (cos[places], sin[places])}
         if given.get("max_seqlen") is not None:
-            own["max_seqlen"] = len(places)
+            own["max_seqlen"] = int(counts.max())
         return own
+
+    def encoder_order(self, given: Mapping[str, Any], places: Tensor) -> Tensor | None:
+        windows = _windows(given, places)
+        return None if bool((windows == windows[0]).all()) else windows.argsort(stable=True)
 
     def encoder_tiles(
         self, modality: Modality, given: Mapping[str, Any], rows: int, length: int
@@ -70,6 +71,9 @@ class QwenVL(Adapter):
                 tiles.append((0, none, places.view(-1, unit)))
                 first += count
         return tiles
+
+    def encoder_projectors(self) -> list[Any]:
+        return [self.tower.merger, *getattr(self.tower, "deepstack_merger_list", ())]
 
     def encoder_depth(self, given: Mapping[str, Any]) -> int:
         return len(self.encoder_layers())
@@ -157,6 +161,11 @@ class Qwen3_5(QwenVL):
                 "model: tokens cannot be dropped between layers of Qwen3.5, whose recurrent layers "
                 "have already read them; use a method that acts before the language model"
             )
+
+
+def _windows(given: Mapping[str, Any], places: Tensor) -> Tensor:
+    """(t,) the number of the window of each place, in a tower layer."""
+    return torch.bucketize(places, given["cu_seqlens"].to(places), right=True)
 
 
 def _module(adapter: Adapter) -> Any:

@@ -49,21 +49,19 @@ class Tap:
     Attributes:
         module: the attention module.
         armed: called with query (b, h, q, d), key and value (b, h_kv, k, d), the mask and the other
-            arguments; `None` captures nothing.
+            arguments; may return another mask to attend with. `None` captures nothing.
         captured: what `armed` stored.
         silent: skip attention, and what follows it, after the capture.
         thread: the thread that armed the tap. Another may run the module in its own model.
-        bias: added to the attention logits while the tap is armed, in place of the mask; or `None`.
     """
 
     module: Any
-    armed: Callable[..., None] | None = None
+    armed: Callable[..., Tensor | None] | None = None
     captured: list[Any] = field(default_factory=list)
     silent: bool = False
     thread: int = 0
-    bias: Tensor | None = None
 
-    def arm(self, heard: Callable[..., None]) -> None:
+    def arm(self, heard: Callable[..., Tensor | None]) -> None:
         """Call `heard` at the next attention of this thread, and clear `captured`.
 
         Args:
@@ -207,10 +205,9 @@ def _tapped_attention(
     for tap in () if shared is None else tuple(shared.taps):
         if tap.hears and (heard := tap.armed) is not None:
             silent = tap if tap.silent else silent
-            if tap.bias is not None:
-                attention_mask = tap.bias
             with torch.no_grad():
-                heard(query, key, value, attention_mask, kwargs)
+                other = heard(query, key, value, attention_mask, kwargs)
+            attention_mask = attention_mask if other is None else other
     if silent is not None:
         raise _Left(silent)
     default = _default_attention(module)

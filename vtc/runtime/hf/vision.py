@@ -338,9 +338,7 @@ class Encoding:
                 len(features), first, self.adapter._size_of(self.given, i)
             )
             patches = torch.arange(first, first + count)[:, None]
-            signals.append(
-                [ImageSignals(map=plain, kept=kept, **self._read(patches))]
-            )
+            signals.append([ImageSignals(map=plain, kept=kept, **self._read(patches))])
             first += count
             found.append(features)
         # Return the container type that the model returned: a list, or one tensor.

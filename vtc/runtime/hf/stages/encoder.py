@@ -75,8 +75,8 @@ class EncoderRunner(Runner):
 
     The model's own code runs once for all tiles. Between layers, tokens lie at the place of their
     first unit, with zeros elsewhere; each layer, and the projector where it works token by token,
-    takes out and runs those that are left. A token that stands for several units has the rotary
-    position and the place of the first.
+    takes out and runs those that are left. A token that stands for several units has the place, the
+    rotary position and the window of the first.
 
     The tower is modified only during a call: other models may share it, and its modules may be
     replaced between calls.
@@ -170,8 +170,7 @@ class MergingTower:
                 self.taps.append(taps.install(module))
                 layer = self.layers[i]
                 overrides.append(Override(layer, "forward", functools.partial(self._layer, i)))
-            projector = self.adapter.encoder_projector()
-            if projector is not None:
+            for projector in self.adapter.encoder_projectors():
                 overrides.append(Override(projector, "forward", self._project))
             yield
         finally:
@@ -224,9 +223,7 @@ class MergingTower:
             self._begin(rows.shape[0], rows.shape[1], rows.device)
         out: Tensor | None = None
         for tile in self.tiles:
-            places = tile.places
-            own = self.adapter.encoder_given(given, places)
-            found = self._run(i, tile, rows[tile.row, places][None], own)[0]
+            found = self._run(i, tile, rows[tile.row, tile.places][None], given)[0]
             if out is None:
                 out = found.new_zeros(*rows.shape[:2], found.shape[-1])
             out[tile.row, tile.places] = found
@@ -236,37 +233,40 @@ class MergingTower:
     def _run(self, i: int, tile: Tile, hidden: Tensor, given: Mapping[str, Any]) -> Tensor:
         """(1, t', d) a layer's output for the tokens of one tile (1, t, d)."""
         layer: Any = self.layers[i]
+        places = tile.places
+        order = self.adapter.encoder_order(given, places)
+        if order is not None:
+            places, hidden = places[order], hidden[:, order]
+        own = self.adapter.encoder_given(given, places)
         if i >= self.used:
-            hidden = self.adapter.encoder_attend(layer, hidden, given)
-            return self.adapter.encoder_feed(layer, hidden)
+            hidden = self.adapter.encoder_attend(layer, hidden, own)
+            return self.adapter.encoder_feed(
+                layer, hidden if order is None else _back(hidden, order)
+            )
         m, prefix = tile.units.shape[1], len(tile.fixed)
         loose = prefix - int(self.has_cls)
         tile.counts.append(m * len(tile.source) + loose)
-        heard: dict[str, Tensor] = {}
-
-        def capture(
-            query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Mapping[str, Any]
-        ) -> None:
-            rows = query[:, :, :1] if self.has_cls else query
-            bias = None if mask is None else mask[:, :, : rows.shape[2]]
-            received = taps.mean_attention(rows, key, None, bias, taps.Options.of(options))
-            heard["attention"] = received[0, 0].mean(0)
-            heard["keys"], heard["values"] = key[0].transpose(0, 1), value[0].transpose(0, 1)
-
-        tap = self.taps[i]
-        tap.bias = self._sizes(tile, hidden)
-        tap.arm(capture)
-        hidden = self.adapter.encoder_attend(layer, hidden, given)
-        tap.armed, tap.bias = None, None
+        heard = Heard(self.has_cls, self._sizes(tile, order, hidden.dtype))
+        self.taps[i].arm(heard.capture)
+        hidden = self.adapter.encoder_attend(layer, hidden, own)
+        self.taps[i].armed = None
+        attention, keys, values = (
+            torch.cat(every) for every in (heard.paid, heard.keys, heard.values)
+        )
+        if order is not None:
+            hidden = _back(hidden, order)
+            attention, keys, values = (
+                _back(one[None], order)[0] for one in (attention, keys, values)
+            )
         state = EncoderState(
             layer=i,
             num_layers=self.used,
             original=tile.original,
             has_cls=self.has_cls,
-            attention=_of_units(heard["attention"][prefix:], m),
-            keys=_of_units(heard["keys"][prefix:], m),
-            values=_of_units(heard["values"][prefix:], m),
-            cls_value=heard["values"][0] if self.has_cls else None,
+            attention=_of_units(attention[prefix:], m),
+            keys=_of_units(keys[prefix:], m),
+            values=_of_units(values[prefix:], m),
+            cls_value=values[0] if self.has_cls else None,
             size=tile.size,
             memory=tile.memory,
         )
@@ -280,8 +280,8 @@ class MergingTower:
             tile.counts.append(m * len(tile.source) + loose)
         return self.adapter.encoder_feed(layer, hidden)
 
-    def _sizes(self, tile: Tile, hidden: Tensor) -> Tensor | None:
-        """(1, 1, t, t) log sizes of the tokens, added to the attention logits."""
+    def _sizes(self, tile: Tile, order: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """(t,) log sizes of the tokens, added to the attention logits; `None` to add nothing."""
         if not self.method.weighs_sizes or tile.whole:
             return None
         if "flash" in (self.taps[0].config._attn_implementation or ""):
@@ -290,8 +290,8 @@ class MergingTower:
                 "flash attention cannot; load the model with attn_implementation='sdpa'"
             )
         of_patches = tile.size.repeat_interleave(tile.units.shape[1])
-        sizes = torch.cat([tile.size.new_ones(len(tile.fixed)), of_patches]).log()
-        return sizes.to(hidden.dtype)[None, None, None].expand(1, 1, len(sizes), -1)
+        sizes = torch.cat([tile.size.new_ones(len(tile.fixed)), of_patches]).log().to(dtype)
+        return sizes if order is None else sizes[order]
 
     def _project(
         self, original: Callable[..., Any], states: Tensor, *args: Any, **kwargs: Any
@@ -338,6 +338,51 @@ class MergingTower:
             first += tile.original
         assert out is not None
         return out if states.dim() == 3 else out[0]
+
+
+class Heard:
+    """Captures the attention of one layer for one tile, window by window where it has windows.
+
+    Args:
+        has_cls: the first token is [CLS], whose row is what patches receive.
+        sizes: (t,) added to the logits by key, or `None`.
+
+    Attributes:
+        paid: by window, (w,) attention from [CLS], or received from the tokens of the window.
+        keys, values: by window, (w, h, d).
+    """
+
+    def __init__(self, has_cls: bool, sizes: Tensor | None) -> None:
+        self.has_cls, self.sizes = has_cls, sizes
+        self.paid: list[Tensor] = []
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def capture(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Mapping[str, Any]
+    ) -> Tensor | None:
+        """See `Tap.armed`.
+
+        Returns:
+            (1, 1, w, w) log sizes, in place of the mask; `None` to add nothing.
+        """
+        w, bias = key.shape[2], None
+        if self.sizes is not None:
+            first = sum(map(len, self.paid))
+            own = self.sizes[first : first + w]
+            bias = own[None, None, None].expand(1, 1, w, -1)
+        rows = query[:, :, :1] if self.has_cls else query
+        added = None if bias is None else bias[:, :, : rows.shape[2]]
+        received = taps.mean_attention(rows, key, None, added, taps.Options.of(options))
+        self.paid.append(received[0, 0].mean(0))
+        self.keys.append(key[0].transpose(0, 1))
+        self.values.append(value[0].transpose(0, 1))
+        return bias
+
+
+def _back(rows: Tensor, order: Tensor) -> Tensor:
+    """(1, t, ...) the rows that `order` (t,) had sorted, as they were."""
+    return rows[:, order.argsort()]
 
 
 def _like(rows: Tensor, states: Tensor) -> Tensor:
