@@ -39,15 +39,15 @@ class Images:
 
     def passed(self, i: int) -> Patches | None:
         """The patches per tile of image `i`, or `None`; of the first if they differ."""
-        own = None if self.patches is None else self.patches[i]
+        own: Any = None if self.patches is None else self.patches[i]
         return own[0] if own and isinstance(own[0], tuple) else own
 
     def by_tile(self, i: int, tiles: int, usual: Patches) -> list[Patches]:
         """The patches of each of the `tiles` tiles of image `i`; `usual` if unknown."""
-        own = None if self.patches is None else self.patches[i]
+        own: Any = None if self.patches is None else self.patches[i]
         if own and isinstance(own[0], tuple):
-            return list(own)  # type: ignore[arg-type]
-        return [own or usual] * tiles  # type: ignore[list-item]
+            return list(own)
+        return [own or usual] * tiles
 
     @property
     def merged(self) -> list[Patches] | None:

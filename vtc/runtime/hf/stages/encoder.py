@@ -246,7 +246,7 @@ class MergingTower:
         m, prefix = tile.units.shape[1], len(tile.fixed)
         loose = prefix - int(self.has_cls)
         tile.counts.append(m * len(tile.source) + loose)
-        heard = Heard(self.has_cls, self._sizes(tile, order, hidden.dtype))
+        heard = Heard(self.current, self.has_cls, self._sizes(tile, order, hidden.dtype))
         self.taps[i].arm(heard.capture)
         hidden = self.adapter.encoder_attend(layer, hidden, own)
         self.taps[i].armed = None
@@ -344,6 +344,7 @@ class Heard:
     """Captures the attention of one layer for one tile, window by window where it has windows.
 
     Args:
+        current: whether the call is the innermost of this thread.
         has_cls: the first token is [CLS], whose row is what patches receive.
         sizes: (t,) added to the logits by key, or `None`.
 
@@ -352,8 +353,8 @@ class Heard:
         keys, values: by window, (w, h, d).
     """
 
-    def __init__(self, has_cls: bool, sizes: Tensor | None) -> None:
-        self.has_cls, self.sizes = has_cls, sizes
+    def __init__(self, current: Callable[[], bool], has_cls: bool, sizes: Tensor | None) -> None:
+        self.current, self.has_cls, self.sizes = current, has_cls, sizes
         self.paid: list[Tensor] = []
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
@@ -366,6 +367,8 @@ class Heard:
         Returns:
             (1, 1, w, w) log sizes, in place of the mask; `None` to add nothing.
         """
+        if not self.current():  # of a nested call in the middle of the layer
+            return None
         w, bias = key.shape[2], None
         if self.sizes is not None:
             first = sum(map(len, self.paid))
