@@ -48,7 +48,12 @@ PACKED = (
     *("glm4v", "glm4v_moe", "glm46v"),
 )
 HERE = [name for name in UNITS if name in FAMILIES]
-KINDS = ("one", "ragged", "images", "video")
+SLOW = pytest.mark.slow
+KINDS = (
+    pytest.param("one", marks=SLOW),
+    pytest.param("ragged", marks=SLOW),
+    *("images", "video"),
+)
 
 
 # ---- methods ------------------------------------------------------------------------------------
@@ -497,7 +502,7 @@ def logits_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
         return model(**batch).logits  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("method", ["mixed", "flowcut"])
+@pytest.mark.parametrize("method", ["mixed", pytest.param("flowcut", marks=SLOW)])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", HERE)
 def test_logits_are_those_of_a_selection_of_the_reference_s_tokens(

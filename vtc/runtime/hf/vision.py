@@ -354,6 +354,13 @@ class Encoding:
         alive, tile = merged.alive.cpu(), merged.tile.cpu()
         if order is not None:
             alive, tile = alive[order], tile[order]
+        if type(self.adapter).image_maps is Adapter.image_maps:
+            tokens = sum(own.shape[:-1].numel() for own in features)
+            if tokens != len(alive):
+                raise UnsupportedModelError(
+                    f"model: {type(self.adapter.model).__name__} made {tokens} vision tokens of "
+                    f"{len(alive)} patches: {self.method} cannot tell their places"
+                )
         found, signals = [], []
         for own, maps in zip(features, self._maps(features), strict=True):
             of_one, there = [], []
