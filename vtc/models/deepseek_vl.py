@@ -9,7 +9,8 @@ from vtc.models.base import Adapter, UnsupportedModelError
 
 
 class DeepseekVL(Adapter):
-    """A SigLIP tower (in the hybrid also a SAM tower) and an aligner."""
+    """A SigLIP tower (in the hybrid also a SAM tower, so that patches cannot be merged in the
+    towers) and an aligner."""
 
     name: ClassVar[str] = "deepseek_vl"
     model_types: ClassVar[tuple[str, ...]] = ("deepseek_vl", "deepseek_vl_hybrid")

@@ -191,7 +191,8 @@ class LlavaNext(Adapter):
 
 class LlavaOnevision(LlavaNext):
     """As LLaVA-NeXT, but large planes are resampled, prompts with several images are not tiled, and
-    a clip ends in an `image_newline`."""
+    a clip ends in an `image_newline`. Where planes or clips are resampled, no patches can be merged
+    in the tower."""
 
     name: ClassVar[str] = "llava_onevision"
     model_types: ClassVar[tuple[str, ...]] = ("llava_onevision",)
