@@ -141,16 +141,6 @@ def test_a_call_is_as_a_model_with_such_a_config(method: Method, given: dict[str
 
 
 @pytest.mark.parametrize("method", [vtc.ToMe(keep=9), vtc.FlowCut(keep=9)], ids=["tome", "flowcut"])
-def test_joined_layers_are_refused_by_call(method: Method) -> None:
-    model = build_model("clip", "llama")
-    with (
-        vtc.patch(model, method),
-        pytest.raises(vtc.UnsupportedModelError, match=r"layers \[-2, -1\] are joined"),
-    ):
-        _logits(model, vision_feature_layer=[-2, -1])
-
-
-@pytest.mark.parametrize("method", [vtc.ToMe(keep=9), vtc.FlowCut(keep=9)], ids=["tome", "flowcut"])
 def test_a_call_of_another_layer_in_the_middle_of_the_tower(method: Method) -> None:
     """Each merges in the layers of its own."""
     model = build_model("clip", "llama")

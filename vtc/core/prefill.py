@@ -96,7 +96,9 @@ class ImageTokens:
         encoded: those from the vision tower; fewer with fewer pixels or merged patches.
         steps: (layer, count) pairs: from decoder layer `layer` on, `count` tokens are left.
         num_layers: number of decoder layers.
-        passed: patches that entered each tower layer and left the last, if they were merged there.
+        passed: patches that entered each tower layer and left the last, if they were merged there;
+            of all tiles together.
+        passed_by_tile: the same for each tile.
         tiles: tiles (or frames) that the tower ran on, including padding, or `None` if unknown.
         patches: patches per tile, or `None` if as in the configuration.
         extent: (frames, rows, columns) of its vision tokens, or `None` if they do not fill a block.
@@ -107,13 +109,17 @@ class ImageTokens:
     steps: tuple[tuple[int, int], ...]
     num_layers: int
     passed: tuple[int, ...] = ()
+    passed_by_tile: tuple[tuple[int, ...], ...] = ()
     tiles: int | None = None
     patches: int | None = None
     extent: tuple[int, int, int] | None = None
 
     @property
-    def ran_on(self) -> tuple[int, ...] | None:
-        """Patches per tile by tower layer, or `None` if as in the configuration."""
+    def ran_on(self) -> tuple[int, ...] | tuple[tuple[int, ...], ...] | None:
+        """Patches per tile by tower layer, for each tile if they were merged, or `None` if as in
+        the configuration."""
+        if self.passed_by_tile:
+            return self.passed_by_tile
         if self.passed:
             return self.passed
         own = self.encoded if self.encoded != self.original else self.patches

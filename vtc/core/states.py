@@ -229,17 +229,20 @@ class LayerState:
 
 @dataclass(frozen=True)
 class EncoderState:
-    """The patches of one image inside the vision tower, between a layer's attention and its MLP.
+    """The patches of one tile, image or frame inside the vision tower, between a layer's attention
+    and its MLP.
 
-    They do not include [CLS], which is never merged or dropped.
+    Where the projector joins patches, a group that yields one vision token takes the place of a
+    patch: attention, keys and values are means over the group. [CLS], which is never merged or
+    dropped, is not included.
 
     Attributes:
         layer: 0-based index of the tower layer.
         num_layers: tower layers whose output is used.
         original: patches before anything was merged or dropped.
         has_cls: whether a [CLS] token precedes the patches.
-        attention: (n,) attention from [CLS] in this layer, or received from all queries in towers
-            without [CLS], averaged over heads.
+        attention: (n,) attention from [CLS] in this layer, or received from all queries (of its
+            window) in towers without [CLS], averaged over heads.
         keys: (n, h, d) keys of this layer's attention.
         values: (n, h, d) its values.
         cls_value: (h, d) the value of [CLS], or `None`.

@@ -85,7 +85,7 @@ class Flops:
         return {"vision": self.vision, "projector": self.projector, "lm": self.lm}
 
 
-_Given = int | Sequence[int] | Sequence[Sequence[int] | None] | None
+_Given = int | Sequence[int] | Sequence[Sequence[int] | Sequence[Sequence[int]] | None] | None
 
 
 # ---- checks -------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def _images(
     return Images(images, tiles, grids, _each(patches, count))
 
 
-def _each(patches: _Given, count: int) -> list[Patches | None] | None:
+def _each(patches: _Given, count: int) -> list[Patches | tuple[Patches, ...] | None] | None:
     """`patches` for each of `count` images."""
     if patches is None:
         return None
@@ -152,7 +152,8 @@ def _each(patches: _Given, count: int) -> list[Patches | None] | None:
             "expected a whole number, whole numbers by layer, or a sequence of such (or "
             f"None) for each of the {count} images, got {patches}",
         )
-    return [None if own is None else tuple(own) for own in patches]  # type: ignore[arg-type]
+    each: list[Any] = [None if own is None else tuple(own) for own in patches]  # type: ignore[arg-type]
+    return each
 
 
 def _known(formula: Callable[[Any, Any], float], config: Any, given: Any) -> float:
@@ -177,7 +178,7 @@ def prefill_flops(
     *,
     tiles: Sequence[int] | None = None,
     grids: Sequence[Grid | None] | None = None,
-    patches: int | Sequence[int] | Sequence[Sequence[int] | None] | None = None,
+    patches: _Given = None,
     logits: int = 1,
 ) -> Flops:
     """FLOPs of one sample's prefill, 2 per multiply-add.
@@ -202,7 +203,8 @@ def prefill_flops(
             Padding to equal sizes (Pixtral) is not counted.
         patches: patches per tile, if the tower ran on another number than its configuration says; a
             sequence if patches are merged in the tower: those that enter each layer, and those
-            that leave the last. If images differ, one such sequence, or `None`, for each. For
+            that leave the last. If images differ, one such sequence, or `None`, for each; if tiles
+            differ, for each image one such sequence per tile. For
             Gemma 4, the patches that its processor pads images to, without which its tower is
             unknown.
         logits: positions for which the output head runs; `generate` requests one.

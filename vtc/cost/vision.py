@@ -24,21 +24,40 @@ class Images:
         tokens: vision tokens of each image before compression.
         tiles: tiles of each, or `None` if unknown.
         grids: grid of each, or `None` if unknown or not a block.
-        patches: patches per tile of each, or `None` if as in the configuration.
+        patches: patches per tile of each, or for each of its tiles, or `None` if as in the
+            configuration.
     """
 
     tokens: Sequence[int]
     tiles: Sequence[int] | None = None
     grids: Sequence[Grid | None] | None = None
-    patches: Sequence[Patches | None] | None = None
+    patches: Sequence[Patches | tuple[Patches, ...] | None] | None = None
 
     def grid(self, i: int) -> Grid | None:
         """The grid of image `i`, or `None`."""
         return None if self.grids is None else self.grids[i]
 
     def passed(self, i: int) -> Patches | None:
-        """The patches per tile of image `i`, or `None`."""
-        return None if self.patches is None else self.patches[i]
+        """The patches per tile of image `i`, or `None`; of the first if they differ."""
+        own: Any = None if self.patches is None else self.patches[i]
+        return own[0] if own and isinstance(own[0], tuple) else own
+
+    def by_tile(self, i: int, tiles: int, usual: Patches) -> list[Patches]:
+        """The patches of each of the `tiles` tiles of image `i`; `usual` if unknown."""
+        own: Any = None if self.patches is None else self.patches[i]
+        if own and isinstance(own[0], tuple):
+            return list(own)
+        return [own or usual] * tiles
+
+    @property
+    def merged(self) -> list[Patches] | None:
+        """The patches of each tile of all images, if they were merged in all; else `None`."""
+        found: list[Patches] = []
+        for own in self.patches or ():
+            if not own or not isinstance(own[0], tuple):
+                return None
+            found += own
+        return found or None
 
 
 def vision_flops(config: Any, images: Images) -> float:
@@ -57,12 +76,17 @@ def vision_flops(config: Any, images: Images) -> float:
     vision, family = _vision(config), _family(config)
     kind = get(vision, "model_type", default="")
     every = range(len(images.tokens))
+    if kind in _NATIVE and images.merged is not None:
+        windowed = None
+        if kind == "qwen2_5_vl_vision":
+            windowed = _windowed(vision, _segments(images, family.shrink(config), False))
+        return _native_merged(vision, *_WIDTHS[kind](vision), images.merged, windowed)
     if kind in _NATIVE:
         averaged = kind == "kimi_k25_vision"
         return _NATIVE[kind](vision, _segments(images, family.shrink(config), averaged))
     if kind in _TILED:
         tower, tiles, usual = _TILED[kind], family.tiles(config, images), (_grid_patches(vision),)
-        return sum(tiles[i] * tower(vision, images.passed(i) or usual) for i in every)
+        return sum(tower(vision, own) for i in every for own in images.by_tile(i, tiles[i], usual))
     if kind == "gemma4_vision":
         frames = images.tiles or [1] * len(images.tokens)
         return sum(frames[i] * _gemma4(vision, images.passed(i)) for i in every)
@@ -92,14 +116,21 @@ def projector_flops(config: Any, images: Images) -> float:
         tiles, patches, usual = family.tiles(config, images), 0, _grid_patches(vision)
         made = 0
         for i, count in enumerate(tiles):
-            passed, grid = images.passed(i), images.grid(i)
-            own = passed[-1] if passed else usual
-            if family.pools_first and grid is not None and grid[1] * grid[2] < own:
-                own = grid[1] * grid[2]
-            patches += own * count
-            # [CLS] of a frame is projected even if it does not count as a token.
-            made += (int(own / shrink) + (family.cls and count > 1)) * count
+            grid = images.grid(i)
+            for passed in images.by_tile(i, count, (usual,)):
+                own = passed[0] if family.whole else passed[-1]
+                if family.pools_first and grid is not None and grid[1] * grid[2] < usual:
+                    own = own * grid[1] * grid[2] // usual
+                patches += own
+                # [CLS] of a frame is projected even if it does not count as a token.
+                made += int(own / shrink) + (family.cls and count > 1)
         tokens = made
+    elif (merged := images.merged) is not None:
+        patches = sum(own[0] for own in merged)
+        # Features of earlier layers have the tokens that were left there.
+        read = [*(layer + 1 for layer in get(vision, "deepstack_visual_indexes", default=())), -1]
+        left = [own[0 if family.whole else layer] for own in merged for layer in read]
+        return 2.0 * family.macs(config, patches, int(sum(left) / shrink)) / len(read)
     elif kind == "mllama_vision_model":
         patches = tokens = sum(_all_tiles(vision, images)) * (_grid_patches(vision) + 1)
     return 2.0 * family.macs(config, patches, tokens)
@@ -180,8 +211,52 @@ def _native_total(
     return 2.0 * (n * embedding + sum(linear + 2 * p * d for p in pairs))
 
 
+def _native_merged(
+    vision: Any,
+    d: int,
+    layer_macs: int,
+    depth: int,
+    tiles: Sequence[Patches],
+    windowed: Sequence[int] | None,
+) -> float:
+    """A tower in which each image or frame runs on its own and patches are merged; `windowed` are
+    the pairs of each within its windows before that, of which the same share is taken to be left in
+    each window."""
+    total, embedding = 0.0, _embedding(vision, d)
+    full = get(vision, "fullatt_block_indexes", default=())
+    for number, passed in enumerate(tiles):
+        total += passed[0] * embedding
+        for i in range(depth):
+            n, after = (passed[min(k, len(passed) - 1)] for k in (i, i + 1))
+            pairs: float = n * n
+            if windowed is not None and i not in full:
+                pairs = windowed[number] * (n / passed[0]) ** 2
+            total += n * 4 * d * d + 2 * pairs * d + after * layer_macs
+    return 2.0 * total
+
+
 def _patches(images: Segments) -> list[int]:
     return [n for frames in images for n, _, _ in frames]
+
+
+def _gated_widths(vision: Any) -> tuple[int, int, int]:
+    d = size(vision, "hidden_size")
+    return d, 3 * d * size(vision, "intermediate_size"), size(vision, "depth", "num_hidden_layers")
+
+
+def _qwen2_widths(vision: Any) -> tuple[int, int, int]:
+    d = size(vision, "embed_dim")
+    return d, 2 * d * int(d * get(vision, "mlp_ratio", default=4)), size(vision, "depth")
+
+
+def _qwen3_widths(vision: Any) -> tuple[int, int, int]:
+    d = size(vision, "hidden_size")
+    return d, 2 * d * size(vision, "intermediate_size"), size(vision, "depth", "num_hidden_layers")
+
+
+def _glm4v_widths(vision: Any) -> tuple[int, int, int]:
+    d = size(vision, "hidden_size")
+    return d, 3 * d * size(vision, "out_hidden_size"), size(vision, "depth")
 
 
 def _pixtral(vision: Any, images: Segments) -> float:
@@ -200,12 +275,10 @@ def _qwen2(vision: Any, images: Segments) -> float:
     return _native_total(vision, d, sum(own), macs, pairs, _embedding(vision, d))
 
 
-def _qwen2_5(vision: Any, images: Segments) -> float:
-    """Most layers attend within windows, smaller at a frame's borders."""
-    d, own = size(vision, "hidden_size"), _patches(images)
-    merge, full = size(vision, "spatial_merge_size"), sum(n * n for n in own)
+def _windowed(vision: Any, images: Segments) -> list[int]:
+    """For each frame of all images, the pairs of patches within a window."""
+    merge, found = size(vision, "spatial_merge_size"), []
     side = size(vision, "window_size") // merge // size(vision, "patch_size")
-    windowed = 0
     for frames in images:
         for n, rows, columns in frames:
             if rows:
@@ -213,9 +286,16 @@ def _qwen2_5(vision: Any, images: Segments) -> float:
                     sum(min(side, length - at) ** 2 for at in range(0, length, side))
                     for length in (rows, columns)
                 ]
-                windowed += squares[0] * squares[1] * merge**4
+                found.append(squares[0] * squares[1] * merge**4)
             else:
-                windowed += n * min(n, side**2 * merge**2)
+                found.append(n * min(n, side**2 * merge**2))
+    return found
+
+
+def _qwen2_5(vision: Any, images: Segments) -> float:
+    """Most layers attend within windows, smaller at a frame's borders."""
+    d, own = size(vision, "hidden_size"), _patches(images)
+    full, windowed = sum(n * n for n in own), sum(_windowed(vision, images))
     chosen = get(vision, "fullatt_block_indexes", default=())
     pairs = [full if i in chosen else windowed for i in range(size(vision, "depth"))]
     macs = 3 * d * size(vision, "intermediate_size")
@@ -276,6 +356,19 @@ _TILED: dict[str, Callable[[Any, Sequence[int]], float]] = {
     "siglip_vision_model": _fixed(0, head=True),
     "smolvlm_vision": _fixed(0),
 }
+_WIDTHS: dict[str, Callable[[Any], tuple[int, int, int]]] = {
+    "glm4v_moe_vision": _glm4v_widths,
+    "glm4v_vision": _glm4v_widths,
+    "pixtral": _gated_widths,
+    "qwen2_vl_vision": _qwen2_widths,
+    "qwen2_5_vl_vision": _gated_widths,
+    "qwen3_5_moe_vision": _qwen3_widths,
+    "qwen3_5_vision": _qwen3_widths,
+    "qwen3_vl_moe_vision": _qwen3_widths,
+    "qwen3_vl_vision": _qwen3_widths,
+}
+"""By tower in which patches can be merged: width, multiply-adds per patch of a layer's
+feed-forward, and layers."""
 _NATIVE: dict[str, Callable[[Any, Segments], float]] = {
     "glm4v_moe_vision": _glm4v,
     "glm4v_vision": _glm4v,
@@ -385,7 +478,7 @@ def _glm4v_merger(config: Any, patches: int, tokens: int) -> int:
     vision = _vision(config)
     d, out = size(vision, "hidden_size"), size(vision, "out_hidden_size")
     m = size(vision, "intermediate_size")
-    return tokens * (round(_merged(config)) * d * out + out * out + 3 * out * m)
+    return patches * d * out + tokens * (out * out + 3 * out * m)
 
 
 def _kimi(config: Any, patches: int, tokens: int) -> int:
@@ -438,12 +531,14 @@ class _Family:
         shrink: patches per vision token.
         cls: whether clips keep [CLS] of each frame.
         pools_first: whether frames of clips are pooled before the projector.
+        whole: whether the projector runs on all places, also of merged patches.
     """
 
     macs: Callable[[Any, int, int], int]
     shrink: Callable[[Any], float] = _one
     cls: bool = False
     pools_first: bool = False
+    whole: bool = False
 
     def tiles(self, config: Any, images: Images) -> Sequence[int]:
         """Tiles of each image; if unknown, as few as hold its tokens."""
@@ -463,10 +558,10 @@ def _family(config: Any) -> _Family:
 
 
 _FAMILIES = {
-    "aya_vision": _Family(_swiglu, _factor),
-    "cohere2_vision": _Family(_swiglu, _factor),
+    "aya_vision": _Family(_swiglu, _factor, whole=True),
+    "cohere2_vision": _Family(_swiglu, _factor, whole=True),
     "deepseek_vl": _Family(_llava),
-    "gemma3": _Family(_gemma, _pooled),
+    "gemma3": _Family(_gemma, _pooled, whole=True),
     "gemma4": _Family(_gemma),
     "glm46v": _Family(_glm4v_merger, _merged),
     "glm4v": _Family(_glm4v_merger, _merged),
@@ -479,7 +574,7 @@ _FAMILIES = {
     "llava_next": _Family(_llava),
     "llava_next_video": _Family(_llava, pools_first=True),
     "llava_onevision": _Family(_llava),
-    "mistral3": _Family(_mistral3, _merged),
+    "mistral3": _Family(_mistral3, _merged, whole=True),
     "mllama": _Family(_mllama_projector),
     "ovis2": _Family(_ovis2, _stride),
     "paligemma": _Family(_paligemma),

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from vtc.models.shuffled import Shuffled
 
@@ -16,3 +16,6 @@ class CohereVision(Shuffled):
 
     def per_side(self) -> int:
         return int(self.model.config.downsample_factor)
+
+    def encoder_projectors(self) -> list[Any]:
+        return []  # the projector shuffles the grid

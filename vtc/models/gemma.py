@@ -27,7 +27,7 @@ class PaliGemma(Adapter):
 
     name: ClassVar[str] = "paligemma"
     model_types: ClassVar[tuple[str, ...]] = ("paligemma",)
-    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
+    stages: ClassVar[tuple[str, ...]] = ("encoder", "sequence", "layers")
     masks_in_base: ClassVar[bool] = True
     attention: ClassVar[str] = "both directions, all of the prompt"
 
@@ -43,10 +43,19 @@ class Gemma3(Adapter):
     name: ClassVar[str] = "gemma3"
     model_types: ClassVar[tuple[str, ...]] = ("gemma3",)
     projects_patches: ClassVar[bool] = False
-    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
+    stages: ClassVar[tuple[str, ...]] = ("encoder", "sequence", "layers")
     masks_in_base: ClassVar[bool] = True
     attention: ClassVar[str] = "both directions"
     kinds: ClassVar[str] = "token_type_ids"
+
+    def encoder_units(self, modality: Modality, n: int) -> Tensor:
+        projector = self.base.multi_modal_projector
+        return merged_patches(
+            projector.patches_per_image, projector.patches_per_image, projector.kernel_size
+        )
+
+    def encoder_projectors(self) -> list[Any]:
+        return []  # the projector pools the grid
 
     def blocks(self, given: Mapping[str, Any]) -> Tensor | None:
         kinds = given.get(self.kinds)
@@ -123,6 +132,7 @@ class Gemma4(Gemma3):
 
     name: ClassVar[str] = "gemma4"
     model_types: ClassVar[tuple[str, ...]] = ("gemma4",)
+    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
     attention: ClassVar[str] = "both directions in windows; causal in the small models"
     kinds: ClassVar[str] = "mm_token_type_ids"
     video: ClassVar[bool] = True

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vtc.core.images import ImageMap, Modality, merged_patches
-from vtc.models.base import Adapter
+from vtc.models.base import Adapter, UnsupportedModelError
 from vtc.models.shuffled import Shuffled
 
 
@@ -47,6 +47,18 @@ class Idefics3(Shuffled):
 
     def projector(self) -> Any:
         return self.base.connector
+
+    def encoder_projectors(self) -> list[Any]:
+        return [self.base.connector.modality_projection]
+
+    def check_encoder(self, modality: Modality, given: Mapping[str, Any]) -> None:
+        mask, pixels = given.get("pixel_attention_mask"), given["pixel_values"]
+        real = (pixels != 0).flatten(2).any(-1)  # the others only pad the batch
+        if mask is not None and not bool(mask[real].all()):
+            raise UnsupportedModelError(
+                "pixel_attention_mask: some patches of an image are padding, which no patch "
+                "attends to; merged with others they would be seen in part"
+            )
 
     def placeholders(self, output: Any, given: Mapping[str, Any]) -> dict[Modality, Tensor]:
         return placeholder_ids(self, given)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from vtc.core.images import ImageMap, Modality
 from vtc.models.shuffled import Shuffled
@@ -21,6 +22,10 @@ class InternVL(Shuffled):
     model_types: ClassVar[tuple[str, ...]] = ("internvl",)
     frames: ClassVar[bool] = True
     joins: ClassVar[tuple[Modality, ...]] = ("image",)
+    encoder_parts: ClassVar[tuple[str, str, str, str]] = (
+        *("layernorm_before", "attention"),
+        *("layernorm_after", "mlp"),
+    )
 
     def image_maps(
         self, modality: Modality, given: Mapping[str, Any], features: Any
@@ -33,3 +38,14 @@ class InternVL(Shuffled):
                 of_one[i] = replace(own, states=rows)
                 first += len(own)
         return maps
+
+    def encoder_layers(self) -> list[Any]:
+        return self._with_parts(list(self.tower.encoder.layer))
+
+    def encoder_attend(self, layer: Any, hidden: Tensor, given: Mapping[str, Any]) -> Tensor:
+        attended, _ = layer.attention(layer.layernorm_before(hidden))
+        return layer.lambda_1 * attended + hidden
+
+    def encoder_feed(self, layer: Any, hidden: Tensor) -> Tensor:
+        fed = layer.dropout(layer.mlp(layer.layernorm_after(hidden)))
+        return (fed if layer.lambda_2 is None else layer.lambda_2 * fed) + hidden

@@ -21,6 +21,7 @@ class Llama4(Shuffled):
 
     name: ClassVar[str] = "llama4"
     model_types: ClassVar[tuple[str, ...]] = ("llama4",)
+    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
     attention: ClassVar[str] = "causal, in chunks"
 
     def cls_place(self) -> int:

@@ -25,11 +25,12 @@ class Llava(Adapter):
 
 
 class VipLlava(Adapter):
-    """Concatenated features of several tower layers, then as LLaVA."""
+    """Concatenated features of several tower layers, then as LLaVA. The features of a token that
+    was merged in the tower are, of the layers before, those of its first patch."""
 
     name: ClassVar[str] = "vipllava"
     model_types: ClassVar[tuple[str, ...]] = ("vipllava",)
-    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
+    stages: ClassVar[tuple[str, ...]] = ("encoder", "sequence", "layers")
 
 
 class VideoLlava(Adapter):
@@ -39,7 +40,7 @@ class VideoLlava(Adapter):
     name: ClassVar[str] = "video_llava"
     model_types: ClassVar[tuple[str, ...]] = ("video_llava",)
     since: ClassVar[Mapping[str, str]] = {"video_llava": "5.21"}
-    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
+    stages: ClassVar[tuple[str, ...]] = ("encoder", "sequence", "layers")
     joins: ClassVar[tuple[Modality, ...]] = ("video",)
     video: ClassVar[bool] = True
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vtc.core.images import ImageMap, Modality, grid_positions, merged_patches
-from vtc.models.base import Adapter
+from vtc.models.base import Adapter, UnsupportedModelError
 
 
 class LlavaNext(Adapter):
@@ -24,7 +24,7 @@ class LlavaNext(Adapter):
     name: ClassVar[str] = "llava_next"
     model_types: ClassVar[tuple[str, ...]] = ("llava_next", "llava_next_video")
     since: ClassVar[Mapping[str, str]] = {"llava_next_video": "5.21"}
-    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
+    stages: ClassVar[tuple[str, ...]] = ("encoder", "sequence", "layers")
     video: ClassVar[bool] = True
 
     def image_maps(
@@ -48,6 +48,10 @@ class LlavaNext(Adapter):
             maps.append([replace(found, tiles=tiles)])
             first += tiles * side * side
         return maps
+
+    def encoder_units(self, modality: Modality, n: int) -> Tensor:
+        # The patches of a clip are pooled before the projector.
+        return self.pooled()[0] if modality == "video" else super().encoder_units(modality, n)
 
     def side(self) -> int:
         """Patches along a tile's side."""
@@ -187,10 +191,36 @@ class LlavaNext(Adapter):
 
 class LlavaOnevision(LlavaNext):
     """As LLaVA-NeXT, but large planes are resampled, prompts with several images are not tiled, and
-    a clip ends in an `image_newline`."""
+    a clip ends in an `image_newline`. Where planes or clips are resampled, no patches can be merged
+    in the tower."""
 
     name: ClassVar[str] = "llava_onevision"
     model_types: ClassVar[tuple[str, ...]] = ("llava_onevision",)
+
+    def check_encoder(self, modality: Modality, given: Mapping[str, Any]) -> None:
+        if modality == "video":
+            raise UnsupportedModelError(
+                "model: LLaVA-OneVision makes the tokens of a clip by interpolating between the "
+                "features of patches, which it cannot where some were merged away"
+            )
+        for i in range(len(given["image_sizes"])):
+            if self.tiles(given, i) > 1 and self._resamples(given, i):
+                raise UnsupportedModelError(
+                    "model: LLaVA-OneVision resamples the features of an image of this size, which "
+                    "interpolates between patches, and it cannot where some were merged away; "
+                    "accepted are images that fill fewer tiles"
+                )
+
+    def _resamples(self, given: Mapping[str, Any], i: int) -> bool:
+        """Whether the plane of image `i` is resampled: places then come out as fractions."""
+        side = self.side()
+        places = torch.arange(self.tiles(given, i) * side * side, dtype=torch.float64)
+        places = places.view(-1, side * side, 1).expand(-1, -1, 2)
+        packed = self.pack(given, i, places)
+        plane = packed[side * side :, 0]
+        return len(plane[plane >= 0].unique()) < int((plane >= 0).sum()) or bool(
+            (plane != plane.round()).any()
+        )
 
     def tiles(self, given: Mapping[str, Any], i: int) -> int:
         counts = given.get("batch_num_images")

@@ -6,6 +6,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
+
 from vtc.core.images import ImageMap, Modality, merged_patches
 from vtc.models.base import Adapter
 
@@ -17,7 +20,38 @@ class Mistral3(Adapter):
     name: ClassVar[str] = "mistral3"
     model_types: ClassVar[tuple[str, ...]] = ("mistral3",)
     projects_patches: ClassVar[bool] = False
-    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
+    stages: ClassVar[tuple[str, ...]] = ("encoder", "sequence", "layers")
+    encoder_parts: ClassVar[tuple[str, str, str, str]] = (
+        *("attention_norm", "attention"),
+        *("ffn_norm", "feed_forward"),
+    )
+
+    def encoder_layers(self) -> list[Any]:
+        return self._with_parts(list(self.tower.transformer.layers))
+
+    def encoder_given(self, given: Mapping[str, Any], places: Tensor) -> dict[str, Any]:
+        cos, sin = given["position_embeddings"]
+        return {
+            **super().encoder_given(given, places),
+            "position_embeddings": (cos[..., places, :], sin[..., places, :]),
+        }
+
+    def encoder_tiles(
+        self, modality: Modality, given: Mapping[str, Any], rows: int, length: int
+    ) -> list[tuple[int, Tensor, Tensor]]:
+        config, tiles, first = self.model.config, [], 0
+        patch, by = config.vision_config.patch_size, config.spatial_merge_size
+        for size in given["image_sizes"]:
+            height, width = (int(side) // patch for side in size)
+            units = merged_patches(height, width, by, first)
+            loose = torch.ones(height * width, dtype=torch.bool)
+            loose[units.flatten() - first] = False  # what fills no square, and yields no token
+            tiles.append((0, loose.nonzero()[:, 0] + first, units))
+            first += height * width
+        return tiles
+
+    def encoder_projectors(self) -> list[Any]:
+        return []  # the projector unfolds the grid
 
     def image_maps(
         self, modality: Modality, given: Mapping[str, Any], features: Any

@@ -20,7 +20,7 @@ class QwenVL(Adapter):
     A vision token's position is its place in the picture, so tokens keep theirs: "contiguous"
     equals "original" here, as in the methods' official code for these models. Qwen3-VL adds
     features of earlier tower layers after its first decoder layers; a merged token gets those of
-    its place.
+    its place. Patches merged in the tower lie in the window of the first.
     """
 
     model_types: ClassVar[tuple[str, ...]] = (
@@ -28,11 +28,52 @@ class QwenVL(Adapter):
         *("glm4v", "glm4v_moe", "glm46v"),
     )
     name: ClassVar[str] = ", ".join(model_types)
-    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
+    stages: ClassVar[tuple[str, ...]] = ("encoder", "sequence", "layers")
+    encoder_parts: ClassVar[tuple[str, str, str, str]] = ("norm1", "attn", "norm2", "mlp")
     axial: ClassVar[bool] = True
     positions: ClassVar[str] = "places in the picture"
     projects_patches: ClassVar[bool] = False
     video: ClassVar[bool] = True
+
+    def encoder_layers(self) -> list[Any]:
+        return self._with_parts(list(self.tower.blocks))
+
+    def encoder_attend(self, layer: Any, hidden: Tensor, given: Mapping[str, Any]) -> Tensor:
+        return super().encoder_attend(layer, hidden[0], given)[None]
+
+    def encoder_given(self, given: Mapping[str, Any], places: Tensor) -> dict[str, Any]:
+        # A token lies in the window (or frame) of its place, of which some may be left empty.
+        cos, sin = given["position_embeddings"]
+        counts = torch.bincount(_windows(given, places))
+        ends = torch.nn.functional.pad(counts[counts > 0].cumsum(0), (1, 0)).to(torch.int32)
+        own = {**given, "cu_seqlens": ends, "position_embeddings": (cos[places], sin[places])}
+        if given.get("max_seqlen") is not None:
+            own["max_seqlen"] = int(counts.max())
+        return own
+
+    def encoder_order(self, given: Mapping[str, Any], places: Tensor) -> Tensor | None:
+        windows = _windows(given, places)
+        return None if bool((windows == windows[0]).all()) else windows.argsort(stable=True)
+
+    def encoder_tiles(
+        self, modality: Modality, given: Mapping[str, Any], rows: int, length: int
+    ) -> list[tuple[int, Tensor, Tensor]]:
+        sizes = given["image_grid_thw" if modality == "image" else "video_grid_thw"]
+        none, tiles, first = torch.empty(0, dtype=torch.long), [], 0
+        unit = self.tower.spatial_merge_size**2
+        for frames, height, width in sizes.tolist():
+            for _ in range(frames):  # each attends to itself only
+                count = height * width
+                places = torch.arange(first, first + count)
+                tiles.append((0, none, places.view(-1, unit)))
+                first += count
+        return tiles
+
+    def encoder_projectors(self) -> list[Any]:
+        return [self.tower.merger, *getattr(self.tower, "deepstack_merger_list", ())]
+
+    def encoder_depth(self, given: Mapping[str, Any]) -> int:
+        return len(self.encoder_layers())
 
     def projector(self) -> Any:
         return self.tower.merger
@@ -109,7 +150,7 @@ class Qwen3_5(QwenVL):
 
     name: ClassVar[str] = "qwen3_5"
     model_types: ClassVar[tuple[str, ...]] = ("qwen3_5",)
-    stages: ClassVar[tuple[str, ...]] = ("sequence",)
+    stages: ClassVar[tuple[str, ...]] = ("encoder", "sequence")
 
     def check_layers(self, layers: Sequence[int]) -> None:
         if layers:
@@ -117,6 +158,11 @@ class Qwen3_5(QwenVL):
                 "model: tokens cannot be dropped between layers of Qwen3.5, whose recurrent layers "
                 "have already read them; use a method that acts before the language model"
             )
+
+
+def _windows(given: Mapping[str, Any], places: Tensor) -> Tensor:
+    """(t,) the number of the window of each place, in a tower layer."""
+    return torch.bucketize(places, given["cu_seqlens"].to(places), right=True)
 
 
 def _module(adapter: Adapter) -> Any:

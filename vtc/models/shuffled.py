@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from vtc.core.images import ImageMap, Modality, merged_patches
 from vtc.models.base import Adapter
 
@@ -14,7 +16,7 @@ from vtc.models.base import Adapter
 class Shuffled(Adapter):
     """Square images in which each square of patches becomes one token ("pixel shuffle")."""
 
-    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
+    stages: ClassVar[tuple[str, ...]] = ("encoder", "sequence", "layers")
     projects_patches: ClassVar[bool] = False
 
     def per_side(self) -> int:
@@ -23,6 +25,10 @@ class Shuffled(Adapter):
         if hasattr(config, "downsample_ratio"):
             return round(1 / config.downsample_ratio)
         return int(config.downsample_factor)
+
+    def encoder_units(self, modality: Modality, n: int) -> Tensor:
+        side = math.isqrt(n)
+        return merged_patches(side, side, self.per_side())
 
     def image_maps(
         self, modality: Modality, given: Mapping[str, Any], features: Any

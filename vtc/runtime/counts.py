@@ -58,7 +58,8 @@ class TokenCounts:
             sizes = {
                 "original": len(span.index),
                 "encoded": len(span.index if kept is None else kept),
-                "passed": span.signals.passed,
+                "passed": tuple(map(sum, zip(*span.signals.passed, strict=True))),
+                "passed_by_tile": span.signals.passed,
                 "tiles": own.tiles,
                 "patches": own.tile_patches,
                 "extent": own.extent,

@@ -62,7 +62,8 @@ class ImageSignals:
     Attributes:
         map: what its placeholders represent.
         kept: (k,) places that a run on fewer pixels or patches fills; `None` for all.
-        passed: patches that entered each tower layer and left the last, if the tower merges.
+        passed: by tile, patches that entered each tower layer and left the last, if the tower
+            merges.
         tower: signals of the filled tokens, by tower layer that is read.
         encoder: (k, d_v) projector inputs of the filled tokens, if read; else `None`.
         encoder_cls: (d_v,) the [CLS] state of the layer that the projector reads, or `None`.
@@ -72,7 +73,7 @@ class ImageSignals:
 
     map: ImageMap
     kept: Tensor | None = None
-    passed: tuple[int, ...] = ()
+    passed: tuple[tuple[int, ...], ...] = ()
     tower: dict[int, TowerSignals] = field(default_factory=dict)
     encoder: Tensor | None = None
     encoder_cls: Tensor | None = None

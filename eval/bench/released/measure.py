@@ -201,8 +201,9 @@ def _tower(n: int, k: int, d: int) -> Pairs:
     def merged() -> Tensor:
         merging = tome.merge(state)
         assert merging is not None
-        patches = encoder.Patches(n, torch.ones(n), torch.arange(n), None, [])
-        rows = encoder.merge_rows(tome, merging, patches, drawn.hidden[1:])
+        units = torch.arange(1, n + 1)[:, None]
+        tile = encoder.Tile(0, torch.zeros(1), units, torch.ones(n), torch.arange(n), None, [])
+        rows = encoder.merge_rows(tome, merging, tile, drawn.hidden[1:])
         return torch.cat([drawn.hidden[:1], rows])
 
     def cut(received: Tensor) -> Tensor:

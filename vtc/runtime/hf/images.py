@@ -168,6 +168,8 @@ class SeenImages:
         }
         states = [own.encoder for own in signals if own.encoder is not None]
         return ImageSignals(
+            kept=_kept(signals),
+            passed=tuple(tile for own in signals for tile in own.passed),
             map=self.adapter.join([own.map for own in signals], modality),
             tower=tower,
             encoder=torch.cat(states) if states else None,
@@ -224,3 +226,17 @@ def stacked(rows: list[Tensor | None]) -> Tensor | None:
     """
     found = [row for row in rows if row is not None]
     return torch.stack(found) if found else None
+
+
+def _kept(signals: list[ImageSignals]) -> Tensor | None:
+    """The filled places of joined images, of all their vision tokens; `None` for all."""
+    if all(own.kept is None for own in signals):
+        return None
+    found, first = [], 0
+    for own in signals:
+        count = len(own.map)
+        if own.map.separator is not None:
+            count -= int(own.map.separator.sum())
+        found.append(first + (torch.arange(count) if own.kept is None else own.kept.cpu()))
+        first += count
+    return torch.cat(found)

@@ -50,7 +50,7 @@ class Tap:
     Attributes:
         module: the attention module.
         armed: called with query (b, h, q, d), key and value (b, h_kv, k, d), the mask and the other
-            arguments; `None` captures nothing.
+            arguments; may return another mask to attend with. `None` captures nothing.
         captured: what `armed` stored.
         silent: skip attention, and what follows it, after the capture.
         thread: the thread that armed the tap. Another may run the module in its own model.
@@ -58,13 +58,13 @@ class Tap:
     """
 
     module: Any
-    armed: Callable[..., None] | None = None
+    armed: Callable[..., Tensor | None] | None = None
     captured: list[Any] = field(default_factory=list)
     silent: bool = False
     thread: int = 0
     handles: list[Any] = field(default_factory=list)
 
-    def arm(self, heard: Callable[..., None]) -> None:
+    def arm(self, heard: Callable[..., Tensor | None]) -> None:
         """Call `heard` at the next attention of this thread, and clear `captured`.
 
         Args:
@@ -246,7 +246,8 @@ def _tapped_attention(
         if tap.hears and (heard := tap.armed) is not None:
             silent = tap if tap.silent else silent
             with torch.no_grad():
-                heard(query, key, value, attention_mask, kwargs)
+                other = heard(query, key, value, attention_mask, kwargs)
+            attention_mask = attention_mask if other is None else other
     if silent is not None:
         raise _Left(silent)
     default = _default_attention(module)

@@ -22,7 +22,7 @@ from vtc.runtime.forward import Forward
 from vtc.runtime.hf import taps
 from vtc.runtime.hf.calls import Calls
 from vtc.runtime.hf.images import SeenImages, stacked
-from vtc.runtime.hf.stages.base import Runner, Shortened
+from vtc.runtime.hf.stages.base import Merged, Runner, Shortened
 from vtc.runtime.signals import ImageSignals, ImageSpan, TowerSignals
 
 
@@ -132,8 +132,8 @@ class Vision:
             emit: called with the event `Encoded`.
 
         Returns:
-            The model's output, a tuple if `return_dict` is false; features of dropped pixels or
-            patches are zeros on the full grid.
+            The model's output, a tuple if `return_dict` is false; features of tokens that were not
+            made are zeros on the full grid.
 
         Raises:
             UnsupportedModelError: tower patches or projector inputs cannot be matched to tokens.
@@ -185,11 +185,12 @@ class Vision:
             if span.signals.kept is None:
                 continue
             forward.choices.dropped.add(number)
-            gone = torch.ones(len(span.index), dtype=torch.bool, device=span.index.device)
-            gone[span.signals.kept.to(gone.device)] = False
-            keep[span.sample, span.index[gone]] = False
+            alive = torch.zeros(len(span.index), dtype=torch.bool, device=span.index.device)
+            alive[span.signals.kept.to(alive.device)] = True
+            gone = torch.cat([span.index[~alive], span.emptied(alive)])
+            keep[span.sample, gone] = False
             if part.positions == "contiguous":
-                forward.places.gap[span.sample, span.index[gone]] = True
+                forward.places.gap[span.sample, gone] = True
         return keep
 
 
@@ -246,7 +247,7 @@ class Encoding:
         """
         device = next(self.adapter.base.parameters()).device
         started = self.clock.start(device)
-        shortened: list[Shortened] = []
+        shortened: list[Shortened] | Merged = []
         with self.calls.encode(self), self._tapped():
             if (runner := self.vision.shortener) is not None:
                 out, shortened = runner.encode(self, original, kwargs)
@@ -254,7 +255,9 @@ class Encoding:
                 out = original(**kwargs)
         self.clock.stop(started, device)
         emit(Encoded(self.clock, self.heard))
-        if any(of_one.kept is not None or of_one.passed for of_one in shortened):
+        if isinstance(shortened, Merged):
+            return out, self._merged(out, shortened)
+        if any(of_one.kept is not None for of_one in shortened):
             return out, self._fewer(out, shortened)
         features = self.adapter.features(out)
         # The vision clock includes capturing, which the report subtracts.
@@ -338,9 +341,7 @@ class Encoding:
                 len(features), first, self.adapter._size_of(self.given, i)
             )
             patches = torch.arange(first, first + count)[:, None]
-            signals.append(
-                [ImageSignals(map=plain, kept=kept, passed=of_one.passed, **self._read(patches))]
-            )
+            signals.append([ImageSignals(map=plain, kept=kept, **self._read(patches))])
             first += count
             found.append(features)
         # Return the container type that the model returned: a list, or one tensor.
@@ -348,8 +349,53 @@ class Encoding:
         out.pooler_output = torch.stack(found) if as_one else found
         return signals
 
-    def _all(self, features: Any) -> list[list[ImageSignals]]:
-        """Signals of all images of a call, by element of `features`."""
+    def _merged(self, out: Any, merged: Merged) -> list[list[ImageSignals]]:
+        """Signals of a run in which the tower merged patches: a token is there if the tower holds
+        all its patches. The features of the others become zeros."""
+        features = self.adapter.features(out)
+        order = self.adapter.tower_order(self.given)
+        alive, tile = merged.alive.cpu(), merged.tile.cpu()
+        if order is not None:
+            alive, tile = alive[order], tile[order]
+        if type(self.adapter).image_maps is Adapter.image_maps:
+            tokens = sum(own.shape[:-1].numel() for own in features)
+            if tokens != len(alive):
+                raise UnsupportedModelError(
+                    f"model: {type(self.adapter.model).__name__} made {tokens} vision tokens of "
+                    f"{len(alive)} patches: {self.method} cannot tell their places"
+                )
+        found, signals = [], []
+        for own, maps in zip(features, self._maps(features), strict=True):
+            of_one, there = [], []
+            for of_image in maps:
+                assert of_image.patches is not None
+                separator = of_image.separator
+                if separator is None:
+                    separator = torch.zeros(len(of_image), dtype=torch.bool)
+                patches = of_image.patches[~separator]
+                made = alive[patches].all(1)
+                # Tiles follow one another; of some, unpadding leaves no token.
+                first, last = int(tile[patches].min()), int(tile[patches].max())
+                tiles = range(first, max(last + 1, first + of_image.tiles))
+                every = separator.clone()
+                every[~separator] = made
+                there.append(every)
+                of_one.append(
+                    ImageSignals(
+                        map=of_image,
+                        kept=None if bool(made.all()) else made.nonzero()[:, 0],
+                        passed=tuple(merged.passed[i] for i in tiles),
+                    )
+                )
+            rows = torch.cat(there).to(own.device).view(own.shape[:-1])
+            found.append(torch.where(rows[..., None], own, own.new_zeros(())))
+            signals.append(of_one)
+        as_one = isinstance(out.pooler_output, Tensor)
+        out.pooler_output = torch.stack(found) if as_one else found
+        return signals
+
+    def _maps(self, features: Any) -> list[list[ImageMap]]:
+        """The maps of all images of a call, by element of `features`."""
         maps = self.adapter.image_maps(self.modality, self.given, features)
         for own, of_one in zip(features, maps, strict=True):
             count = own.shape[:-1].numel()
@@ -358,6 +404,11 @@ class Encoding:
                     f"an image of {type(self.adapter.model).__name__} has {count} features, but "
                     f"vtc knows the places of {sum(len(found) for found in of_one)}"
                 )
+        return maps
+
+    def _all(self, features: Any) -> list[list[ImageSignals]]:
+        """Signals of all images of a call, by element of `features`."""
+        maps = self._maps(features)
         if self.taps and type(self.adapter).image_maps is Adapter.image_maps:
             rows = next(iter(self.taps.values())).captured
             prefix = self.adapter.prefix(self.given)

@@ -21,17 +21,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shortened:
-    """An image of which the tower or the projector made fewer tokens than it has placeholders.
+    """An image of which the tower made fewer tokens than it has placeholders.
 
     Attributes:
         total: number of its placeholders.
         kept: (k,) the places, ascending, that its tokens fill; `None` for all.
-        passed: patches that entered each tower layer and left the last, if the tower merged some.
     """
 
     total: int
     kept: Tensor | None = None
-    passed: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A call in which the tower merged or dropped patches. Its features stand at their places in
+    the full grid of each image.
+
+    Attributes:
+        alive: (patches,) bool, the patches that hold a token in the end, numbered through all tiles
+            as in `ImageMap.patches`.
+        tile: (patches,) the number of each patch's tile.
+        passed: by tile, patches that entered each tower layer and left the last.
+    """
+
+    alive: Tensor
+    tile: Tensor
+    passed: tuple[tuple[int, ...], ...]
 
 
 class Runner:
@@ -94,7 +109,7 @@ class Runner:
     # ---- points of a forward ------------------------------------------------------------------
     def encode(
         self, encoding: Encoding, original: Callable[..., Any], kwargs: dict[str, Any]
-    ) -> tuple[Any, list[Shortened]]:
+    ) -> tuple[Any, list[Shortened] | Merged]:
         """Run the tower and the projector, if `shortens`.
 
         Args:
@@ -103,8 +118,9 @@ class Runner:
             kwargs: its arguments.
 
         Returns:
-            The model's output, whose features hold only the tokens that were made; and for each
-            image where they stand. An empty list if nothing was changed.
+            The model's output, whose features hold only the tokens that were made, and for each
+            image where they stand; or features at their places, and what was merged. An empty list
+            if nothing was changed.
         """
         raise NotImplementedError
 

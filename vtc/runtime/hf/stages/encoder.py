@@ -13,38 +13,70 @@ import torch
 from torch import Tensor
 
 from vtc.core import EncoderState, Merging, Method
+from vtc.core.images import Modality
 from vtc.models import Adapter, UnsupportedModelError
 from vtc.runtime.choices import no_autocast
 from vtc.runtime.forward import Forward
 from vtc.runtime.hf import taps
+from vtc.runtime.hf.arguments import by_name
 from vtc.runtime.hf.override import Override
-from vtc.runtime.hf.stages.base import Runner, Shortened
+from vtc.runtime.hf.stages.base import Merged, Runner, Shortened
 
 if TYPE_CHECKING:
     from vtc.runtime.hf.vision import Encoding
 
 
 @dataclass
-class Patches:
-    """The tokens of one image in the tower, without [CLS].
+class Tile:
+    """The tokens of one tile in the tower. Those in `fixed` are never merged.
 
     Attributes:
-        original: patches before anything was merged or dropped.
-        size: (n,) number of patches that each token represents.
-        source: (n,) the first of these patches.
+        row: its row of the tower's batch.
+        fixed: (p,) places in this row of tokens that are never merged, [CLS] first.
+        units: (u, m) places of the m patches of each unit.
+        size: (n,) units that each token represents.
+        source: (n,) the first of these units, at whose places the token stands.
         memory: (n,) what the method passes from layer to layer.
-        counts: tokens that entered each layer, and those that left the last.
+        counts: patches that entered each layer, and those that left the last.
     """
 
-    original: int
+    row: int
+    fixed: Tensor
+    units: Tensor
     size: Tensor
     source: Tensor
     memory: Tensor | None
     counts: list[int]
 
+    @property
+    def original(self) -> int:
+        """Number of units before anything was merged or dropped."""
+        return len(self.units)
+
+    @property
+    def places(self) -> Tensor:
+        """(t,) places of all tokens that are left: the fixed ones, then patches unit by unit."""
+        return torch.cat([self.fixed, self.units[self.source].flatten()])
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing was merged or dropped yet."""
+        return len(self.source) == len(self.units)
+
 
 class EncoderRunner(Runner):
-    """Runs the tower image by image, so that each image may keep its own number of patches.
+    """Runs the tower tile by tile, so that each may keep its own number of patches.
+
+    A unit is what becomes one vision token: a patch, or the group of patches that the projector
+    joins. Methods merge and drop units. They see a unit's attention, keys and values as means over
+    its patches; of merged units, each patch becomes the mean of the patches in its place in the
+    group, weighted by size, so that the projector still gets whole groups. Proportional attention
+    counts a patch as often as its unit stands for units.
+
+    The model's own code runs once for all tiles. Between layers, tokens lie at the place of their
+    first unit, with zeros elsewhere; each layer, and the projector where it works token by token,
+    takes out and runs those that are left. A token that stands for several units has the place, the
+    rotary position and the window of the first.
 
     The tower is modified only during a call: other models may share it, and its modules may be
     replaced between calls.
@@ -59,27 +91,30 @@ class EncoderRunner(Runner):
     ) -> None:
         super().__init__(adapter, method, current)
         (self.merger,) = (part for _, part in self.parts)
-        MergingTower(self.merger, adapter, {}, lambda: True)
+        MergingTower(self.merger, adapter, "image", {}, lambda: True)
 
     def encode(
         self, encoding: Encoding, original: Callable[..., Any], kwargs: dict[str, Any]
-    ) -> tuple[Any, list[Shortened]]:
-        """Run `get_image_features` image by image; see `Runner.encode`.
+    ) -> tuple[Any, list[Shortened] | Merged]:
+        """Run `get_image_features` or `get_video_features`; see `Runner.encode`.
 
         Raises:
-            UnsupportedModelError: no layer runs before the one that is read, or [CLS] is a vision
-                token.
+            UnsupportedModelError: no layer runs before the one that is read, [CLS] is a vision
+                token, or the patches of these inputs cannot be merged.
             ValueError: the method returns an invalid merging.
-            RuntimeError: the projector returns another number of tokens, or the method weighs
+            RuntimeError: the projector receives another number of tokens, or the method weighs
                 attention and the tower uses flash attention.
         """
         if self.merger.keeps_all:
             return original(**kwargs), []
+        adapter, given = encoding.adapter, encoding.given
         tower = MergingTower(
-            self.merger, encoding.adapter, encoding.given, lambda: encoding.current
+            self.merger, adapter, encoding.modality, given, lambda: encoding.current
         )
+        adapter.check_encoder(encoding.modality, given)
         with tower.installed():
-            return tower.encode(original, kwargs)
+            out = original(**kwargs)
+        return out, tower.merged()
 
 
 class MergingTower:
@@ -88,6 +123,7 @@ class MergingTower:
     Args:
         method: what merges the patches.
         adapter: bound to the model.
+        modality: "image" or "video".
         given: the arguments of the call.
         current: whether the call is the innermost of this thread.
 
@@ -100,10 +136,12 @@ class MergingTower:
         self,
         method: Method,
         adapter: Adapter,
+        modality: Modality,
         given: Mapping[str, Any],
         current: Callable[[], bool],
     ) -> None:
-        self.method, self.current = method, current
+        self.method, self.adapter, self.current = method, adapter, current
+        self.modality, self.given = modality, given
         self.layers = adapter.encoder_layers()
         self.used = adapter.encoder_depth(given)
         if self.used < 1 and not method.keeps_all:
@@ -120,16 +158,20 @@ class MergingTower:
                 "'default'"
             )
         self.taps: list[taps.Tap] = []
-        self.patches: Patches | None = None
+        self.tiles: list[Tile] = []
+        self.shape = (0, 0)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Context in which the layers of the tower merge."""
         overrides: list[Override] = []
         try:
-            for i, layer in enumerate(self.layers[: self.used]):
-                self.taps.append(taps.install(layer.self_attn))
+            for i, module in enumerate(self.adapter.tower_attention()):
+                self.taps.append(taps.install(module))
+                layer = self.layers[i]
                 overrides.append(Override(layer, "forward", functools.partial(self._layer, i)))
+            for projector in self.adapter.encoder_projectors():
+                overrides.append(Override(projector, "forward", self._project))
             yield
         finally:
             for override in reversed(overrides):
@@ -137,103 +179,228 @@ class MergingTower:
             for tap in self.taps:
                 tap.remove()
 
-    def encode(
-        self, original: Callable[..., Any], kwargs: dict[str, Any]
-    ) -> tuple[Any, list[Shortened]]:
-        """Run `original` for each image; see `Runner.encode`."""
-        kwargs = dict(kwargs)
-        pixels = kwargs.pop("pixel_values")
-        features, shortened, out = [], [], None
-        for image in pixels.split(1):
-            self.patches = Patches(0, pixels.new_empty(0), pixels.new_empty(0), None, [])
-            out = original(pixel_values=image, **kwargs)
-            patches = self.patches
-            (found,) = out.pooler_output
-            places, order = patches.source.sort()
-            if len(found) != len(places):
-                raise RuntimeError(
-                    f"the projector made {len(found)} vision tokens of {len(places)} patches: "
-                    f"{self.method} cannot tell their places"
-                )
-            features.append(found[order])
-            kept = places if len(places) < patches.original else None
-            shortened.append(Shortened(patches.original, kept, tuple(patches.counts)))
-        assert out is not None
-        out.pooler_output = features
-        return out, shortened
+    def merged(self) -> Merged:
+        """What was merged, after the call."""
+        rows, length = self.shape
+        alive = torch.zeros(rows, length, dtype=torch.bool)
+        number = torch.zeros(rows, length, dtype=torch.long)
+        for i, tile in enumerate(self.tiles):
+            alive[tile.row, tile.places.cpu()] = True
+            number[tile.row, tile.fixed.cpu()] = i
+            number[tile.row, tile.units.flatten().cpu()] = i
+        prefix = int(self.has_cls)
+        return Merged(
+            alive[:, prefix:].flatten(),
+            number[:, prefix:].flatten(),
+            tuple(tuple(tile.counts) for tile in self.tiles),
+        )
+
+    def _begin(self, rows: int, length: int, device: torch.device) -> None:
+        self.shape = rows, length
+        found = self.adapter.encoder_tiles(self.modality, self.given, rows, length)
+        self.tiles = [
+            Tile(
+                row,
+                fixed.to(device),
+                units.to(device),
+                torch.ones(len(units), device=device),
+                torch.arange(len(units), device=device),
+                None,
+                [],
+            )
+            for row, fixed, units in found
+        ]
 
     def _layer(
-        self,
-        i: int,
-        original: Callable[..., Any],
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        **kwargs: Any,
+        self, i: int, original: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        patches = self.patches
-        if patches is None or not self.current():  # of a nested call, or another thread
-            return original(hidden_states, attention_mask, **kwargs)
-        layer: Any = self.layers[i]
-        prefix = int(self.has_cls)
+        if not self.current():  # of a nested call, or another thread
+            return original(hidden_states, *args, **kwargs)
+        given = by_name(self.layers[i], (hidden_states, *args), kwargs)
+        given.pop("hidden_states")
+        rows = hidden_states if hidden_states.dim() == 3 else hidden_states[None]
         if i == 0:
-            n = hidden_states.shape[1] - prefix
-            patches.original = n
-            patches.size = torch.ones(n, device=hidden_states.device)
-            patches.source = torch.arange(n, device=hidden_states.device)
-        patches.counts.append(len(patches.size))
-        heard: dict[str, Tensor] = {}
+            self._begin(rows.shape[0], rows.shape[1], rows.device)
+        out: Tensor | None = None
+        for tile in self.tiles:
+            found = self._run(i, tile, rows[tile.row, tile.places][None], given)[0]
+            if out is None:
+                out = found.new_zeros(*rows.shape[:2], found.shape[-1])
+            out[tile.row, tile.places] = found
+        assert out is not None
+        return out.view(hidden_states.shape)
 
-        def capture(
-            query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Mapping[str, Any]
-        ) -> None:
-            rows = query[:, :, :1] if self.has_cls else query
-            bias = None if mask is None else mask[:, :, : rows.shape[2]]
-            received = taps.mean_attention(rows, key, None, bias, taps.Options.of(options))
-            heard["attention"] = received[0, 0].mean(0)
-            heard["keys"], heard["values"] = key[0].transpose(0, 1), value[0].transpose(0, 1)
-
-        self.taps[i].arm(capture)
-        normed = layer.layer_norm1(hidden_states)
-        attended, _ = layer.self_attn(
-            hidden_states=normed, attention_mask=self._sizes(patches, normed), **kwargs
-        )
+    def _run(self, i: int, tile: Tile, hidden: Tensor, given: Mapping[str, Any]) -> Tensor:
+        """(1, t', d) a layer's output for the tokens of one tile (1, t, d)."""
+        layer: Any = self.layers[i]
+        places = tile.places
+        order = self.adapter.encoder_order(given, places)
+        if order is not None:
+            places, hidden = places[order], hidden[:, order]
+        own = self.adapter.encoder_given(given, places)
+        if i >= self.used:
+            hidden = self.adapter.encoder_attend(layer, hidden, own)
+            return self.adapter.encoder_feed(
+                layer, hidden if order is None else _back(hidden, order)
+            )
+        m, prefix = tile.units.shape[1], len(tile.fixed)
+        loose = prefix - int(self.has_cls)
+        tile.counts.append(m * len(tile.source) + loose)
+        heard = Heard(self.current, self.has_cls, self._sizes(tile, order, hidden.dtype))
+        self.taps[i].arm(heard.capture)
+        hidden = self.adapter.encoder_attend(layer, hidden, own)
         self.taps[i].armed = None
-        hidden = hidden_states + attended
+        attention, keys, values = (
+            torch.cat(every) for every in (heard.paid, heard.keys, heard.values)
+        )
+        if order is not None:
+            hidden = _back(hidden, order)
+            attention, keys, values = (
+                _back(one[None], order)[0] for one in (attention, keys, values)
+            )
         state = EncoderState(
             layer=i,
             num_layers=self.used,
-            original=patches.original,
+            original=tile.original,
             has_cls=self.has_cls,
-            attention=heard["attention"][prefix:],
-            keys=heard["keys"][prefix:],
-            values=heard["values"][prefix:],
-            cls_value=heard["values"][0] if prefix else None,
-            size=patches.size,
-            memory=patches.memory,
+            attention=_of_units(attention[prefix:], m),
+            keys=_of_units(keys[prefix:], m),
+            values=_of_units(values[prefix:], m),
+            cls_value=values[0] if self.has_cls else None,
+            size=tile.size,
+            memory=tile.memory,
         )
         with no_autocast(hidden):
             merging = self.method.merge(state)
         if merging is not None:
-            rows = merge_rows(self.method, merging, patches, hidden[0, prefix:])
-            hidden = torch.cat([hidden[:, :prefix], rows[None]], dim=1)
+            d = hidden.shape[-1]
+            rows = merge_rows(self.method, merging, tile, hidden[0, prefix:].reshape(-1, m * d))
+            hidden = torch.cat([hidden[:, :prefix], rows.view(1, -1, d)], dim=1)
         if i == self.used - 1:
-            patches.counts.append(len(patches.size))
-        return hidden + layer.mlp(layer.layer_norm2(hidden))
+            tile.counts.append(m * len(tile.source) + loose)
+        return self.adapter.encoder_feed(layer, hidden)
 
-    def _sizes(self, patches: Patches, hidden: Tensor) -> Tensor | None:
-        """(1, 1, t, t) log sizes of the tokens, added to the attention logits."""
-        if not self.method.weighs_sizes or len(patches.size) == patches.original:
+    def _sizes(self, tile: Tile, order: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """(t,) log sizes of the tokens, added to the attention logits; `None` to add nothing."""
+        if not self.method.weighs_sizes or tile.whole:
             return None
         if "flash" in (self.taps[0].config._attn_implementation or ""):
             raise RuntimeError(
                 f"attn_implementation: {self.method} weighs attention in the vision tower, which "
                 "flash attention cannot; load the model with attn_implementation='sdpa'"
             )
-        sizes = torch.cat([patches.size.new_ones(int(self.has_cls)), patches.size]).log()
-        return sizes.to(hidden.dtype)[None, None, None].expand(1, 1, len(sizes), -1)
+        of_patches = tile.size.repeat_interleave(tile.units.shape[1])
+        sizes = torch.cat([tile.size.new_ones(len(tile.fixed)), of_patches]).log().to(dtype)
+        return sizes if order is None else sizes[order]
+
+    def _project(
+        self, original: Callable[..., Any], states: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Run what makes tokens of patches or groups only for those that are left."""
+        if not self.current() or not self.tiles:
+            return original(states, *args, **kwargs)
+        rows = states if states.dim() == 3 else states[None]
+        # Its input holds patches, with or without [CLS], or the patches of a unit as one row.
+        patches = [tile.units.numel() for tile in self.tiles]
+        units = [tile.original for tile in self.tiles]
+        per_row = len(self.tiles) // rows.shape[0]
+        spare = rows.shape[1] - sum(patches[:per_row])
+        joined = rows.shape[1] == sum(units[:per_row])
+        if not joined and spare not in (0, int(self.has_cls)):
+            raise RuntimeError(
+                f"the projector received {rows.shape[1]} vision tokens of "
+                f"{sum(patches[:per_row])} patches: {self.method} cannot tell their places"
+            )
+        spare = 0 if joined else spare
+        total = spare + sum(units[:per_row])
+        out: Tensor | None = None
+        first = 0
+        for i, tile in enumerate(self.tiles):
+            first = 0 if i % per_row == 0 else first
+            source = tile.source.sort().values
+            cls = torch.arange(spare, device=source.device)
+            if joined:
+                taken = source + first
+            else:
+                taken = tile.units[source].flatten() + (spare - int(self.has_cls))
+                taken = torch.cat([cls, taken])
+            row = i // per_row
+            found = original(_like(rows[row, taken], states), *args, **kwargs)
+            found = found if found.dim() == 2 else found[0]
+            if len(found) != len(source) + spare:
+                raise RuntimeError(
+                    f"the projector made {len(found)} vision tokens of {len(source)} units: "
+                    f"{self.method} cannot tell their places"
+                )
+            if out is None:
+                out = found.new_zeros(rows.shape[0], total, found.shape[-1])
+            out[row, torch.cat([cls, source + spare + first])] = found
+            first += tile.original
+        assert out is not None
+        return out if states.dim() == 3 else out[0]
 
 
-def merge_rows(method: Method, merging: Merging, patches: Patches, rows: Tensor) -> Tensor:
+class Heard:
+    """Captures the attention of one layer for one tile, window by window where it has windows.
+
+    Args:
+        current: whether the call is the innermost of this thread.
+        has_cls: the first token is [CLS], whose row is what patches receive.
+        sizes: (t,) added to the logits by key, or `None`.
+
+    Attributes:
+        paid: by window, (w,) attention from [CLS], or received from the tokens of the window.
+        keys, values: by window, (w, h, d).
+    """
+
+    def __init__(self, current: Callable[[], bool], has_cls: bool, sizes: Tensor | None) -> None:
+        self.current, self.has_cls, self.sizes = current, has_cls, sizes
+        self.paid: list[Tensor] = []
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def capture(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Mapping[str, Any]
+    ) -> Tensor | None:
+        """See `Tap.armed`.
+
+        Returns:
+            (1, 1, w, w) log sizes, in place of the mask; `None` to add nothing.
+        """
+        if not self.current():  # of a nested call in the middle of the layer
+            return None
+        w, bias = key.shape[2], None
+        if self.sizes is not None:
+            first = sum(map(len, self.paid))
+            own = self.sizes[first : first + w]
+            bias = own[None, None, None].expand(1, 1, w, -1)
+        rows = query[:, :, :1] if self.has_cls else query
+        added = None if bias is None else bias[:, :, : rows.shape[2]]
+        received = taps.mean_attention(rows, key, None, added, taps.Options.of(options))
+        self.paid.append(received[0, 0].mean(0))
+        self.keys.append(key[0].transpose(0, 1))
+        self.values.append(value[0].transpose(0, 1))
+        return bias
+
+
+def _back(rows: Tensor, order: Tensor) -> Tensor:
+    """(1, t, ...) the rows that `order` (t,) had sorted, as they were."""
+    return rows[:, order.argsort()]
+
+
+def _like(rows: Tensor, states: Tensor) -> Tensor:
+    """`rows` (k, d) with as many dimensions as `states`."""
+    return rows if states.dim() == 2 else rows[None]
+
+
+def _of_units(values: Tensor, m: int) -> Tensor:
+    """(n, ...) means over the m patches of each unit; `values` (n * m, ...) are unit by unit."""
+    if m == 1:
+        return values
+    return values.unflatten(0, (-1, m)).float().mean(1).to(values.dtype)
+
+
+def merge_rows(method: Method, merging: Merging, patches: Tile, rows: Tensor) -> Tensor:
     """Carry out a merging.
 
     Args:
