@@ -406,4 +406,9 @@ def register(*families: TinyFamily) -> None:
 
 
 # The families register themselves; they import the names above.
-from tests.reference import families_more, families_own, families_rest  # noqa: E402, F401
+from tests.reference import (  # noqa: E402, F401
+    families_later,
+    families_more,
+    families_own,
+    families_rest,
+)

@@ -119,7 +119,7 @@ class Steps(Probe):
         return Selection(chosen, 0.8 * contents[chosen] + 0.2 * contents.mean(0))
 
 
-SEQUENCE_ONLY = {"qwen3_5", "gemma3n"}
+SEQUENCE_ONLY = {"qwen3_5", "qwen3_5_moe", "gemma3n"}
 """Families without a layers stage."""
 PLAIN = {"llama4", "gemma4"}
 """Families of which not all can be read between layers; what cannot is refused."""
@@ -145,7 +145,7 @@ PROBES: dict[str, Callable[[TinyFamily], Method | None]] = {
     "split@frame": lambda family: _split(family, vtc.PerFrame),
     "fastv": lambda family: _with(None, _fastv(family)),
 }
-GLM = ("glm4v", "glm4v_moe", "glm46v")
+GLM = ("glm4v", "glm4v_moe", "glm46v", "glm_ocr")
 KINDS = ("one", "ragged", "images", "mixed", "video")
 MODES = (
     "forward",
@@ -256,7 +256,7 @@ def skip_reason(name: str, kind: str, attention: str, mode: str) -> str | None:
         return str(error)
     if kind in family.unstable:
         return f"{name}: a row of {kind} has other logits in a batch, unpatched"
-    if OLD and (family.model_type, mode) == ("qwen3_5", "beam"):
+    if OLD and (family.model_type[:7], mode) == ("qwen3_5", "beam"):
         return "transformers 5.20 itself leaves this model's recurrent states with other beams"
     if mode == "beam" and (
         family.model_type == "llama4" or (name in GLM and kind in ("video", "images"))

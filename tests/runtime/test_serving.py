@@ -599,6 +599,8 @@ TOWERS: dict[str, tuple[str, ...]] = {
     "glm4v": ("model.visual", "blocks", "attn"),
     "glm4v_moe": ("model.visual", "blocks", "attn"),
     "glm46v": ("model.visual", "blocks", "attn"),
+    "qwen3_5_moe": ("model.visual", "blocks", "attn"),
+    "glm_ocr": ("model.visual", "blocks", "attn"),
 }
 """Where the towers are that can be read: the tower, its layers, the attention of a layer."""
 HAS_CLS = ("llava_next", "llava_next_video", "vipllava", "video_llava", "internvl")

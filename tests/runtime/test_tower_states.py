@@ -39,6 +39,8 @@ LAST: dict[str, Callable[[Any], Any]] = {
     "glm4v": lambda base: base.visual.post_layernorm,
     "glm4v_moe": lambda base: base.visual.post_layernorm,
     "glm46v": lambda base: base.visual.post_layernorm,
+    "qwen3_5_moe": lambda base: base.visual.blocks[-1],
+    "glm_ocr": lambda base: base.visual.post_layernorm,
 }
 """The module whose output are the last states in which patches stand apart."""
 

@@ -62,10 +62,6 @@ OTHERS: dict[str, str] = {
         "Glm5NextTextModel has layers of kind indexed_attention, linear_attention; supported "
         "are full and sliding attention"
     ),
-    "glm_ocr": (
-        "GlmOcrForConditionalGeneration has rope_deltas: rotary positions of its vision "
-        "tokens are places in the picture (m-RoPE), which needs a family of its own"
-    ),
     "glmga": (
         "Glm46VForConditionalGeneration has rope_deltas: rotary positions of its vision "
         "tokens are places in the picture (m-RoPE), which needs a family of its own"
@@ -173,10 +169,6 @@ OTHERS: dict[str, str] = {
     "qwen2_5_omni_thinker": (
         "Qwen2_5OmniThinkerForConditionalGeneration has rope_deltas: rotary positions of its "
         "vision tokens are places in the picture (m-RoPE), which needs a family of its own"
-    ),
-    "qwen3_5_moe": (
-        "Qwen3_5MoeTextModel has layers of kind linear_attention; supported are full and "
-        "sliding attention"
     ),
     "qwen3_omni_moe_thinker": (
         "Qwen3OmniMoeThinkerForConditionalGeneration has rope_deltas: rotary positions of its"

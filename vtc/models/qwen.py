@@ -15,7 +15,7 @@ from vtc.models.base import Adapter, UnsupportedModelError
 
 
 class QwenVL(Adapter):
-    """Qwen2-VL, Qwen2.5-VL, Qwen3-VL (dense and MoE), GLM-4.1V, GLM-4.5V and GLM-4.6V.
+    """Qwen2-VL, Qwen2.5-VL, Qwen3-VL (dense and MoE), GLM-4.1V, GLM-4.5V, GLM-4.6V and GLM-OCR.
 
     A vision token's position is its place in the picture, so tokens keep theirs: "contiguous"
     equals "original" here, as in the methods' official code for these models. Qwen3-VL adds
@@ -25,7 +25,7 @@ class QwenVL(Adapter):
 
     model_types: ClassVar[tuple[str, ...]] = (
         *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"),
-        *("glm4v", "glm4v_moe", "glm46v"),
+        *("glm4v", "glm4v_moe", "glm46v", "glm_ocr"),
     )
     name: ClassVar[str] = ", ".join(model_types)
     stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
@@ -107,11 +107,11 @@ class QwenVL(Adapter):
 
 
 class Qwen3_5(QwenVL):
-    """Qwen3.5: most layers are recurrent, and a token cannot be dropped from a recurrent state.
+    """Qwen3.5 (dense and MoE): most layers are recurrent, and a token cannot be dropped from a recurrent state.
     Methods act before the language model only."""
 
-    name: ClassVar[str] = "qwen3_5"
-    model_types: ClassVar[tuple[str, ...]] = ("qwen3_5",)
+    name: ClassVar[str] = "qwen3_5, qwen3_5_moe"
+    model_types: ClassVar[tuple[str, ...]] = ("qwen3_5", "qwen3_5_moe")
     stages: ClassVar[tuple[str, ...]] = ("sequence",)
 
     def check_layers(self, layers: Sequence[int]) -> None:
