@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import transformers as hf
+from torch import Tensor
 
-from tests.reference.families import register, text_settings
-from tests.reference.families_rest import Glm4v, Qwen35
+from tests.reference.families import TAG, Piece, register, text_settings
+from tests.reference.families_rest import Glm4v, Qwen3VL, Qwen25VL, Qwen35
 
 
 class Qwen35Moe(Qwen35):
@@ -53,4 +55,67 @@ class GlmOcr(Glm4v):
         )
 
 
-register(Qwen35Moe(), GlmOcr())
+# ---- with ears ----------------------------------------------------------------------------------
+AUDIO = {
+    "num_mel_bins": 8,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 16,
+    "d_model": 16,
+    "output_dim": 32,
+}
+AUDIO_IDS = {"audio_token_id": TAG + 9, "audio_start_token_id": TAG + 10, "user_token_id": TAG + 12}
+
+
+class Qwen25Omni(Qwen25VL):
+    name = model_type = "qwen2_5_omni_thinker"
+    model_class = "Qwen2_5OmniThinkerForConditionalGeneration"
+    per_token = ()
+    notes = Qwen25VL.notes + "; places are found from the ids; no audio here"
+
+    def config(self) -> Any:
+        vision = super().config().vision_config.to_dict()
+        del vision["model_type"], vision["tokens_per_second"]
+        return hf.Qwen2_5OmniThinkerConfig(
+            vision_config=vision,
+            text_config=text_settings(rope_parameters=self.rope()),
+            audio_config=AUDIO,
+            audio_end_token_id=TAG + 11,
+            **AUDIO_IDS,
+            **self.tokens(),
+        )
+
+    def video(self, which: int, generator: torch.Generator) -> Piece:
+        piece = super().video(which, generator)
+        piece.extras["video_second_per_grid"] = piece.extras.pop("second_per_grid_ts")
+        return piece
+
+    def finish(self, input_ids: Tensor, images: int, extras: dict[str, Tensor]) -> None:
+        return
+
+
+class Qwen3Omni(Qwen25Omni):
+    name = model_type = "qwen3_omni_moe_thinker"
+    model_class = "Qwen3OmniMoeThinkerForConditionalGeneration"
+    notes = (
+        "a mixture of experts; places are found from the ids; deep features as qwen3_vl; no "
+        "timestamps between frames; no audio here"
+    )
+
+    def config(self) -> Any:
+        return hf.Qwen3OmniMoeThinkerConfig(
+            vision_config={**Qwen3VL().vision(), "deepstack_visual_indexes": [0, 1]},
+            text_config=text_settings(
+                head_dim=8,
+                rope_parameters=self.rope(mrope_interleaved=True),
+                moe_intermediate_size=16,
+                num_experts=4,
+                num_experts_per_tok=2,
+            ),
+            audio_config={**AUDIO, "downsample_hidden_size": 8},
+            **AUDIO_IDS,
+            **self.tokens(),
+        )
+
+
+register(Qwen35Moe(), GlmOcr(), Qwen25Omni(), Qwen3Omni())

@@ -45,6 +45,8 @@ PICTURES = {
     *("glm4v", "glm4v_moe", "glm46v"),
     "qwen3_5_moe",
     "glm_ocr",
+    "qwen2_5_omni_thinker",
+    "qwen3_omni_moe_thinker",
 }
 """The plain model cannot place an image on its axes of which tokens are masked."""
 LAYERED = [

@@ -601,6 +601,8 @@ TOWERS: dict[str, tuple[str, ...]] = {
     "glm46v": ("model.visual", "blocks", "attn"),
     "qwen3_5_moe": ("model.visual", "blocks", "attn"),
     "glm_ocr": ("model.visual", "blocks", "attn"),
+    "qwen2_5_omni_thinker": ("model.visual", "blocks", "attn"),
+    "qwen3_omni_moe_thinker": ("model.visual", "blocks", "attn"),
 }
 """Where the towers are that can be read: the tower, its layers, the attention of a layer."""
 HAS_CLS = ("llava_next", "llava_next_video", "vipllava", "video_llava", "internvl")

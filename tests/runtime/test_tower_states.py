@@ -41,6 +41,8 @@ LAST: dict[str, Callable[[Any], Any]] = {
     "glm46v": lambda base: base.visual.post_layernorm,
     "qwen3_5_moe": lambda base: base.visual.blocks[-1],
     "glm_ocr": lambda base: base.visual.post_layernorm,
+    "qwen2_5_omni_thinker": lambda base: base.visual.blocks[-1],
+    "qwen3_omni_moe_thinker": lambda base: base.visual.blocks[-1],
 }
 """The module whose output are the last states in which patches stand apart."""
 

@@ -25,7 +25,7 @@ from .llava_next import LlavaNext, LlavaOnevision
 from .mistral3 import Mistral3
 from .mllama import Mllama
 from .ovis2 import Ovis2
-from .qwen import Qwen3_5, QwenVL
+from .qwen import Qwen3_5, QwenOmni, QwenVL
 from .registry import FamilyInfo, families, find, models
 
 __all__ = [
@@ -54,6 +54,7 @@ __all__ = [
     "PaliGemma",
     "PerceptionLM",
     "Qwen3_5",
+    "QwenOmni",
     "QwenVL",
     "SmolVLM",
     "UnsupportedModelError",

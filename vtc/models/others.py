@@ -166,14 +166,6 @@ OTHERS: dict[str, str] = {
         " language_model"
     ),
     "qianfan_ocr": ACCEPTED,
-    "qwen2_5_omni_thinker": (
-        "Qwen2_5OmniThinkerForConditionalGeneration has rope_deltas: rotary positions of its "
-        "vision tokens are places in the picture (m-RoPE), which needs a family of its own"
-    ),
-    "qwen3_omni_moe_thinker": (
-        "Qwen3OmniMoeThinkerForConditionalGeneration has rope_deltas: rotary positions of its"
-        " vision tokens are places in the picture (m-RoPE), which needs a family of its own"
-    ),
     "qwen4_exp": (
         "Qwen4ExpTextModel has layers of kind indexed_attention, linear_attention; supported "
         "are full and sliding attention"

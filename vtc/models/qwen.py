@@ -107,8 +107,8 @@ class QwenVL(Adapter):
 
 
 class Qwen3_5(QwenVL):
-    """Qwen3.5 (dense and MoE): most layers are recurrent, and a token cannot be dropped from a recurrent state.
-    Methods act before the language model only."""
+    """Qwen3.5 (dense and MoE): most layers are recurrent, and a token cannot be dropped from a
+    recurrent state. Methods act before the language model only."""
 
     name: ClassVar[str] = "qwen3_5, qwen3_5_moe"
     model_types: ClassVar[tuple[str, ...]] = ("qwen3_5", "qwen3_5_moe")
@@ -120,6 +120,14 @@ class Qwen3_5(QwenVL):
                 "model: tokens cannot be dropped between layers of Qwen3.5, whose recurrent layers "
                 "have already read them; use a method that acts before the language model"
             )
+
+
+class QwenOmni(QwenVL):
+    """The thinkers of Qwen2.5-Omni and Qwen3-Omni: patch `model.thinker`. Images and clips are
+    compressed; tested without audio."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")
+    name: ClassVar[str] = ", ".join(model_types)
 
 
 def _module(adapter: Adapter) -> Any:
