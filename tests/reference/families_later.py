@@ -9,7 +9,21 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from tests.reference.families import TAG, Piece, register, text_settings
+from tests.reference.families import (
+    END,
+    IMAGE,
+    START,
+    TAG,
+    Piece,
+    TinyFamily,
+    cells,
+    long,
+    marks,
+    pixels,
+    register,
+    text_settings,
+    vision_settings,
+)
 from tests.reference.families_rest import Glm4v, Qwen3VL, Qwen25VL, Qwen35
 
 
@@ -118,4 +132,56 @@ class Qwen3Omni(Qwen25Omni):
         )
 
 
-register(Qwen35Moe(), GlmOcr(), Qwen25Omni(), Qwen3Omni())
+# ---- convolutions between tokens ----------------------------------------------------------------
+class Lfm2VL(TinyFamily):
+    name = model_type = "lfm2_vl"
+    model_class = "Lfm2VlForConditionalGeneration"
+    notes = (
+        "layers 0, 1, 3 and 4 are short convolutions; patches of images of any size, padded; 2x2 "
+        "of them make a token; image 1 is split into two tiles, the whole last, with a tag before "
+        "each"
+    )
+    grids: tuple[tuple[tuple[int, int], ...], ...] = (
+        ((4, 5),),
+        ((2, 3), (2, 3), (3, 4)),
+        ((2, 6),),
+    )
+
+    def config(self) -> Any:
+        return hf.Lfm2VlConfig(
+            vision_config=hf.Siglip2VisionConfig(
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                patch_size=4,
+                num_patches=16,
+                vision_use_head=False,
+            ),
+            text_config=hf.Lfm2Config(
+                **text_settings(), full_attn_idxs=[2, 5], block_auto_adjust_ff_dim=False
+            ),
+            image_token_id=IMAGE,
+            projector_hidden_size=32,
+            tie_word_embeddings=False,
+        )
+
+    def image(self, which: int, generator: torch.Generator, count: int) -> Piece:
+        grids = self.grids[which]
+        most = max(4 * rows * columns for rows, columns in grids)
+        tokens = marks(START, kind="text")
+        values, masks = torch.zeros(len(grids), most, 48), torch.zeros(len(grids), most).long()
+        for i, (rows, columns) in enumerate(grids):
+            crop = (i + 1) % len(grids) if len(grids) > 1 else None
+            tokens += [*marks(TAG + i, kind="text"), *cells(rows, columns, crop=crop)]
+            values[i, : 4 * rows * columns] = pixels(generator, 4 * rows * columns, 48)
+            masks[i, : 4 * rows * columns] = 1
+        extras = {
+            "pixel_values": values,
+            "pixel_attention_mask": masks,
+            "spatial_shapes": 2 * torch.tensor(grids),
+        }
+        return Piece([*tokens, *marks(END, kind="text")], extras)
+
+
+register(Qwen35Moe(), GlmOcr(), Qwen25Omni(), Qwen3Omni(), Lfm2VL())

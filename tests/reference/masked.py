@@ -28,6 +28,7 @@ TILES_ARE_IMAGES = {
     "smolvlm",
     "llama4",
     "ovis2",
+    "lfm2_vl",
 }
 """Families whose model is not told which tiles make up an image: each is one of its own."""
 FRAMES_ARE_IMAGES = {"internvl", "smolvlm", "kimi_k25"}
@@ -142,7 +143,9 @@ class Masked:
     def recurrent(self) -> bool:
         """A layer that reads tokens one after the other cannot be masked: dropped tokens are left
         out by hand, without padding and without a cache."""
-        return "linear_attention" in (getattr(self.config, "layer_types", None) or ())
+        return bool(
+            {"linear_attention", "conv"} & {*(getattr(self.config, "layer_types", None) or ())}
+        )
 
     # ---- masks and positions --------------------------------------------------------------------
     def _blocks(self, total: int) -> Tensor:
@@ -392,7 +395,8 @@ class Masked:
                     kept = torch.cat([step.alive, step.alive.new_ones(total - self.length)])
                     embeds = embeds[:, kept]
                     kwargs["position_ids"] = kwargs["position_ids"][..., kept]
-                    kwargs["attention_mask"] = None
+                    # Without a mask, transformers takes gaps in positions for packed sequences.
+                    kwargs["attention_mask"] = torch.ones(1, embeds.shape[1], dtype=torch.long)
             kwargs["inputs_embeds"] = embeds
             return args, kwargs
 

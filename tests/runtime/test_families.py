@@ -119,7 +119,7 @@ class Steps(Probe):
         return Selection(chosen, 0.8 * contents[chosen] + 0.2 * contents.mean(0))
 
 
-SEQUENCE_ONLY = {"qwen3_5", "qwen3_5_moe", "gemma3n"}
+SEQUENCE_ONLY = {"qwen3_5", "qwen3_5_moe", "gemma3n", "lfm2_vl"}
 """Families without a layers stage."""
 PLAIN = {"llama4", "gemma4"}
 """Families of which not all can be read between layers; what cannot is refused."""

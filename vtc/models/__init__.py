@@ -19,6 +19,7 @@ from .gemma import Gemma3, Gemma3n, Gemma4, PaliGemma
 from .idefics import Idefics2, Idefics3, SmolVLM
 from .internvl import InternVL
 from .kimi import KimiK25
+from .lfm2_vl import Lfm2VL
 from .llama4 import Llama4
 from .llava import Llava, VideoLlava, VipLlava
 from .llava_next import LlavaNext, LlavaOnevision
@@ -43,6 +44,7 @@ __all__ = [
     "ImageMap",
     "InternVL",
     "KimiK25",
+    "Lfm2VL",
     "Llama4",
     "Llava",
     "LlavaNext",

@@ -114,7 +114,6 @@ OTHERS: dict[str, str] = {
         "Kosmos2_5ForConditionalGeneration lacks get_placeholder_mask, get_image_features, "
         "language_model"
     ),
-    "lfm2_vl": ACCEPTED,
     "lfm3_vl": ("Lfm3Model has layers of kind conv; supported are full and sliding attention"),
     "lighton_ocr": ACCEPTED,
     "minicpm_ocr": (
