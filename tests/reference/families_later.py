@@ -17,7 +17,6 @@ from tests.reference.families import (
     Piece,
     TinyFamily,
     cells,
-    long,
     marks,
     pixels,
     register,
@@ -184,4 +183,35 @@ class Lfm2VL(TinyFamily):
         return Piece([*tokens, *marks(END, kind="text")], extras)
 
 
-register(Qwen35Moe(), GlmOcr(), Qwen25Omni(), Qwen3Omni(), Lfm2VL())
+# ---- resampled ----------------------------------------------------------------------------------
+class Aria(TinyFamily):
+    name = model_type = "aria"
+    model_class = "AriaForConditionalGeneration"
+    notes = (
+        "12 queries for each image or tile, which have an order but no places; image 1 is split "
+        "into 2 tiles, the whole first; a mixture of experts"
+    )
+
+    def config(self) -> Any:
+        return hf.AriaConfig(
+            vision_config=hf.Idefics3VisionConfig(**vision_settings(28)),
+            text_config=hf.AriaTextConfig(
+                **text_settings(), moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1
+            ),
+            projector_patch_to_query_dict={16: 12},
+            image_token_index=IMAGE,
+        )
+
+    def image(self, which: int, generator: torch.Generator, count: int) -> Piece:
+        crops: list[int | None] = [0, 1, 2] if which == 1 else [None]
+        tokens = marks(START, kind="text")
+        for crop in crops:
+            tokens += cells(1, 12, crop=crop)
+        extras = {
+            "pixel_values": pixels(generator, len(crops), 3, 28, 28),
+            "pixel_mask": torch.ones(len(crops), 28, 28, dtype=torch.bool),
+        }
+        return Piece([*tokens, *marks(END, kind="text")], extras)
+
+
+register(Qwen35Moe(), GlmOcr(), Qwen25Omni(), Qwen3Omni(), Lfm2VL(), Aria())

@@ -29,12 +29,13 @@ TILES_ARE_IMAGES = {
     "llama4",
     "ovis2",
     "lfm2_vl",
+    "aria",
 }
 """Families whose model is not told which tiles make up an image: each is one of its own."""
 FRAMES_ARE_IMAGES = {"internvl", "smolvlm", "kimi_k25"}
 PREFIX = {"paligemma"}
 """The whole prompt is seen in both directions."""
-NO_PLACES = {"idefics2"}
+NO_PLACES = {"idefics2", "aria"}
 """Their tokens come from a resampler."""
 BOTH_WAYS = {"gemma3", "gemma4"}
 """The tokens of an image are."""

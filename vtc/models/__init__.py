@@ -11,6 +11,7 @@ from types import ModuleType
 
 from vtc.core.images import ImageMap, Modality
 
+from .aria import Aria
 from .base import CACHE, Adapter, UnsupportedModelError
 from .cohere import CohereVision
 from .convolutional import Convolutional, PerceptionLM
@@ -32,6 +33,7 @@ from .registry import FamilyInfo, families, find, models
 __all__ = [
     "CACHE",
     "Adapter",
+    "Aria",
     "CohereVision",
     "Convolutional",
     "DeepseekVL",

@@ -29,6 +29,6 @@ class Lfm2VL(Adapter):
     def check_layers(self, layers: Sequence[int]) -> None:
         if layers:
             raise UnsupportedModelError(
-                "model: tokens cannot be dropped between layers of LFM2-VL, whose convolutions have "
-                "already read them; use a method that acts before the language model"
+                "model: tokens cannot be dropped between layers of LFM2-VL, whose convolutions "
+                "have already read them; use a method that acts before the language model"
             )

@@ -11,7 +11,6 @@ ACCEPTED = "accepted"
 
 OTHERS: dict[str, str] = {
     "apertus1p5": ACCEPTED,
-    "aria": ACCEPTED,
     "blip": (
         "BlipForConditionalGeneration lacks get_placeholder_mask, get_image_features, "
         "language_model"
