@@ -14,16 +14,18 @@ from tests.reference.families import (
     IMAGE,
     START,
     TAG,
+    VIDEO,
     Piece,
     TinyFamily,
     cells,
+    long,
     marks,
     pixels,
     register,
     text_settings,
     vision_settings,
 )
-from tests.reference.families_rest import Glm4v, Qwen3VL, Qwen25VL, Qwen35
+from tests.reference.families_rest import Glm4v, Qwen2VL, Qwen3VL, Qwen25VL, Qwen35
 
 
 class Qwen35Moe(Qwen35):
@@ -214,4 +216,131 @@ class Aria(TinyFamily):
         return Piece([*tokens, *marks(END, kind="text")], extras)
 
 
-register(Qwen35Moe(), GlmOcr(), Qwen25Omni(), Qwen3Omni(), Lfm2VL(), Aria())
+# ---- positions that count tokens, towers of any size --------------------------------------------
+class Exaone45(Qwen25VL):
+    name = model_type = "exaone4_5"
+    model_class = "Exaone4_5_ForConditionalGeneration"
+    per_token = ()
+    notes = (
+        "the tower of qwen2_5_vl with grouped keys; positions count tokens; windows in two of "
+        "three layers, the others are not rotated"
+    )
+    window = 400
+
+    def config(self) -> Any:
+        vision = super().config().vision_config.to_dict()
+        del vision["model_type"], vision["tokens_per_second"]
+        tokens = self.tokens()
+        del tokens["vision_start_token_id"], tokens["vision_end_token_id"]
+        return hf.Exaone4_5_Config(
+            vision_config=vision | {"num_key_value_heads": 2},
+            text_config=hf.Exaone4Config(
+                **text_settings(
+                    sliding_window=self.window,
+                    layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+                )
+            ),
+            **tokens,
+        )
+
+    def video(self, which: int, generator: torch.Generator) -> Piece:
+        return Qwen2VL.video(self, which, generator)
+
+    def finish(self, input_ids: Tensor, images: int, extras: dict[str, Tensor]) -> None:
+        return
+
+
+class HyperClovaX(Exaone45):
+    name = model_type = "hyperclovax_vision_v2"
+    model_class = "HyperCLOVAXVisionV2ForConditionalGeneration"
+    notes = "the tower of qwen2_5_vl and one more linear layer; positions count tokens"
+
+    def config(self) -> Any:
+        vision = Qwen25VL.config(self).vision_config
+        tokens = self.tokens()
+        del tokens["vision_start_token_id"], tokens["vision_end_token_id"]
+        return hf.HyperCLOVAXVisionV2Config(
+            vision_config=vision, text_config=hf.HyperCLOVAXConfig(**text_settings()), **tokens
+        )
+
+
+class VideoLlama3(Qwen2VL):
+    name = model_type = "video_llama_3"
+    model_class = "VideoLlama3ForConditionalGeneration"
+    per_token = ()
+    notes = (
+        "positions count tokens; patches of images are not joined, 2x2 of clips are averaged; no "
+        "token compression of its own"
+    )
+
+    def config(self) -> Any:
+        return hf.VideoLlama3Config(
+            vision_config={
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "patch_size": self.patch,
+            },
+            text_config=hf.Qwen2Config(**text_settings()),
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+        )
+
+    def image(self, which: int, generator: torch.Generator, count: int) -> Piece:
+        rows, columns = self.grids[which]
+        tokens = [*marks(START, kind="text"), *cells(rows, columns), *marks(END, kind="text")]
+        extras = {
+            "pixel_values": pixels(generator, rows * columns, 3 * self.patch**2),
+            "image_grid_thw": long(1, rows, columns),
+            "image_merge_sizes": torch.tensor([1]),
+        }
+        return Piece(tokens, extras)
+
+    def patches(self, generator: torch.Generator, frames: int, rows: int, columns: int) -> Tensor:
+        return pixels(generator, frames * 4 * rows * columns, 3 * self.patch**2)
+
+    def video(self, which: int, generator: torch.Generator) -> Piece:
+        piece = super().video(which, generator)
+        piece.extras["video_merge_sizes"] = torch.tensor([2])
+        return piece
+
+    def clip(self, frames: int, rows: int, columns: int) -> list[Any]:
+        tokens: list[Any] = []
+        for f in range(frames):
+            tokens += [*marks(TAG + f, kind="text"), *cells(rows, columns, frame=f, token=VIDEO)]
+        return tokens
+
+    def finish(self, input_ids: Tensor, images: int, extras: dict[str, Tensor]) -> None:
+        return
+
+
+class PaddleOCRVL(Qwen2VL):
+    name = model_type = "paddleocr_vl"
+    model_class = "PaddleOCRVLForConditionalGeneration"
+    has_video = False
+    notes = "m-RoPE; packed patches in raster order, 2x2 of which are joined"
+
+    def config(self) -> Any:
+        return hf.PaddleOCRVLConfig(
+            vision_config=vision_settings(32, patch_size=self.patch),
+            text_config=text_settings(head_dim=8, rope_parameters=self.rope()),
+            **self.tokens(),
+        )
+
+    def patches(self, generator: torch.Generator, frames: int, rows: int, columns: int) -> Tensor:
+        return pixels(generator, frames * 4 * rows * columns, 3, self.patch, self.patch)
+
+
+register(
+    Qwen35Moe(),
+    GlmOcr(),
+    Qwen25Omni(),
+    Qwen3Omni(),
+    Lfm2VL(),
+    Aria(),
+    Exaone45(),
+    HyperClovaX(),
+    VideoLlama3(),
+    PaddleOCRVL(),
+)

@@ -37,6 +37,8 @@ PREFIX = {"paligemma"}
 """The whole prompt is seen in both directions."""
 NO_PLACES = {"idefics2", "aria"}
 """Their tokens come from a resampler."""
+UNUSED_AXES = {"exaone4_5"}
+"""Their models inherit `rope_deltas` and use none."""
 BOTH_WAYS = {"gemma3", "gemma4"}
 """The tokens of an image are."""
 
@@ -195,6 +197,8 @@ class Masked:
 
     @property
     def _axial(self) -> bool:
+        if self.family.model_type in UNUSED_AXES:
+            return False
         base = self.model.model if hasattr(self.model, "model") else self.model
         return hasattr(base, "rope_deltas")
 

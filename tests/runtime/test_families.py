@@ -29,7 +29,7 @@ from torch.nn.functional import softmax
 import vtc
 from tests.conftest import Recorder
 from tests.reference.families import FAMILIES, SINCE, Row, TinyFamily, Unsupported
-from tests.reference.masked import NO_PLACES, Masked, images_of
+from tests.reference.masked import NO_PLACES, UNUSED_AXES, Masked, images_of
 from tests.reference.probes import Fixed, Probe, Ragged, Spy
 from tests.reference.reference import token_loss
 from tests.runtime.test_exactness import (
@@ -121,7 +121,9 @@ class Steps(Probe):
 
 SEQUENCE_ONLY = {"qwen3_5", "qwen3_5_moe", "gemma3n", "lfm2_vl"}
 """Families without a layers stage."""
-PLAIN = {"llama4", "gemma4"}
+COUNT_PADDING = {"exaone4_5", "hyperclovax_vision_v2"}
+"""In `generate` their models number all tokens, padding included."""
+PLAIN = {"llama4", "gemma4", "exaone4_5"}
 """Families of which not all can be read between layers; what cannot is refused."""
 REFUSED = {"mllama", "blip-2", "blip_2", "instructblip"}
 """Not here: mllama has tests/runtime/test_mllama.py, the others are refused."""
@@ -354,6 +356,8 @@ def run_beam(family: TinyFamily, model: Any, rows: tuple[Row, ...], expected: An
 
 
 def axial(model: Any) -> bool:
+    if model.config.model_type in UNUSED_AXES:
+        return False
     return hasattr(getattr(model, "model", model), "rope_deltas")
 
 
@@ -376,6 +380,8 @@ def run_second_turn(family: TinyFamily, model: Any, rows: tuple[Row, ...], expec
             positions = (positions + deltas)[None].expand(3, -1, -1)
         elif family.model_type == "paligemma":
             positions = positions + 1
+        elif family.model_type in COUNT_PADDING:
+            positions = None
         with torch.no_grad():
             output = model(
                 input_ids=sequences[:, known:],

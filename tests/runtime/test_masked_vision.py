@@ -47,6 +47,7 @@ PICTURES = {
     "glm_ocr",
     "qwen2_5_omni_thinker",
     "qwen3_omni_moe_thinker",
+    "paddleocr_vl",
 }
 """The plain model cannot place an image on its axes of which tokens are masked."""
 LAYERED = [

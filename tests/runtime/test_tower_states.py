@@ -43,6 +43,10 @@ LAST: dict[str, Callable[[Any], Any]] = {
     "glm_ocr": lambda base: base.visual.post_layernorm,
     "qwen2_5_omni_thinker": lambda base: base.visual.blocks[-1],
     "qwen3_omni_moe_thinker": lambda base: base.visual.blocks[-1],
+    "exaone4_5": lambda base: base.visual.blocks[-1],
+    "hyperclovax_vision_v2": lambda base: base.vision_model.blocks[-1],
+    "video_llama_3": lambda base: base.vision_model.post_layernorm,
+    "paddleocr_vl": lambda base: base.visual.vision_model.post_layernorm,
 }
 """The module whose output are the last states in which patches stand apart."""
 

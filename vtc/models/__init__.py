@@ -28,6 +28,7 @@ from .mistral3 import Mistral3
 from .mllama import Mllama
 from .ovis2 import Ovis2
 from .qwen import Qwen3_5, QwenOmni, QwenVL
+from .qwen_like import OneAxis, PaddleOCRVL, VideoLlama3
 from .registry import FamilyInfo, families, find, models
 
 __all__ = [
@@ -54,7 +55,9 @@ __all__ = [
     "Mistral3",
     "Mllama",
     "Modality",
+    "OneAxis",
     "Ovis2",
+    "PaddleOCRVL",
     "PaliGemma",
     "PerceptionLM",
     "Qwen3_5",
@@ -62,6 +65,7 @@ __all__ = [
     "QwenVL",
     "SmolVLM",
     "UnsupportedModelError",
+    "VideoLlama3",
     "VideoLlava",
     "VipLlava",
     "families",

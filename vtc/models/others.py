@@ -46,10 +46,6 @@ OTHERS: dict[str, str] = {
         "vision tokens are places in the picture (m-RoPE), which needs a family of its own"
     ),
     "evolla": "EvollaForProteinText2Text (evolla) has no vision encoder",
-    "exaone4_5": (
-        "Exaone4_5_ForConditionalGeneration has rope_deltas: rotary positions of its vision "
-        "tokens are places in the picture (m-RoPE), which needs a family of its own"
-    ),
     "florence2": "Florence2ForConditionalGeneration lacks language_model",
     "fuyu": "FuyuForCausalLM (fuyu) has no vision encoder",
     "gemma4_unified": (
@@ -81,7 +77,6 @@ OTHERS: dict[str, str] = {
         "HYV4VLTextModel has layers of kind indexed_attention; supported are full and sliding"
         " attention"
     ),
-    "hyperclovax_vision_v2": ACCEPTED,
     "idefics": (
         "IdeficsForVisionText2Text lacks get_placeholder_mask, get_image_features, language_model"
     ),
@@ -149,10 +144,6 @@ OTHERS: dict[str, str] = {
         "NemotronHModel has layers of kind linear_attention, mlp, moe; supported are full and"
         " sliding attention"
     ),
-    "paddleocr_vl": (
-        "PaddleOCRVLForConditionalGeneration has rope_deltas: rotary positions of its vision "
-        "tokens are places in the picture (m-RoPE), which needs a family of its own"
-    ),
     "pi0": "PI0ForConditionalGeneration (pi0) has no vision encoder",
     "pix2struct": (
         "Pix2StructForConditionalGeneration lacks get_placeholder_mask, get_image_features, "
@@ -185,7 +176,6 @@ OTHERS: dict[str, str] = {
         "UnlimitedOcrTextModel has layers of kind reference_sliding_attention; supported are "
         "full and sliding attention"
     ),
-    "video_llama_3": ACCEPTED,
     "vision-encoder-decoder": (
         "VisionEncoderDecoderModel (vision-encoder-decoder) has no vision encoder"
     ),
