@@ -332,7 +332,71 @@ class PaddleOCRVL(Qwen2VL):
         return pixels(generator, frames * 4 * rows * columns, 3, self.patch, self.patch)
 
 
+class Ernie45VL(Qwen2VL):
+    name = model_type = "ernie4_5_vl_moe"
+    model_class = "Ernie4_5_VLMoeForConditionalGeneration"
+    per_token = ("mm_token_type_ids", "moe_mm_token_type_ids")
+    notes = (
+        "m-RoPE; vision tokens, and the marks around images, have experts of their own; two frames "
+        "of a clip become one"
+    )
+
+    def config(self) -> Any:
+        tokens = {
+            "image_token_id": IMAGE,
+            "video_token_id": VIDEO,
+            "image_start_token_id": START,
+            "image_end_token_id": END,
+            "video_start_token_id": TAG,
+            "video_end_token_id": TAG + 1,
+        }
+        return hf.Ernie4_5_VLMoeConfig(
+            vision_config={
+                "depth": 2,
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_heads": 4,
+                "patch_size": self.patch,
+            },
+            text_config=text_settings(
+                rope_parameters={
+                    "rope_type": "default",
+                    "rope_theta": 1e4,
+                    "mrope_section": [1, 1, 2],
+                },
+                moe_intermediate_size=[16, 16],
+                moe_num_experts=4,
+                moe_k=2,
+                moe_num_shared_experts=1,
+            ),
+            tie_word_embeddings=False,
+            **tokens,
+        )
+
+    def patches(self, generator: torch.Generator, frames: int, rows: int, columns: int) -> Tensor:
+        return pixels(generator, frames * 4 * rows * columns, 3 * self.patch**2)
+
+    def video(self, which: int, generator: torch.Generator) -> Piece:
+        frames, rows, columns = ((3, 2, 3), (4, 2, 2))[which]
+        tokens = marks(TAG, kind="text")
+        for f in range(frames):
+            tokens += cells(rows, columns, frame=f, token=VIDEO)
+        extras = {
+            "pixel_values_videos": self.patches(generator, 2 * frames, rows, columns),
+            "video_grid_thw": long(2 * frames, 2 * rows, 2 * columns),
+        }
+        return Piece([*tokens, *marks(TAG + 1, kind="text")], extras, video=True)
+
+    def finish(self, input_ids: Tensor, images: int, extras: dict[str, Tensor]) -> None:
+        super().finish(input_ids, images, extras)
+        kinds = extras["mm_token_type_ids"][0].clone()
+        kinds[(input_ids == START) | (input_ids == END)] = 1
+        kinds[(input_ids == TAG) | (input_ids == TAG + 1)] = 2
+        extras["moe_mm_token_type_ids"] = kinds[None]
+
+
 register(
+    Ernie45VL(),
     Qwen35Moe(),
     GlmOcr(),
     Qwen25Omni(),

@@ -48,6 +48,7 @@ PICTURES = {
     "qwen2_5_omni_thinker",
     "qwen3_omni_moe_thinker",
     "paddleocr_vl",
+    "ernie4_5_vl_moe",
 }
 """The plain model cannot place an image on its axes of which tokens are masked."""
 LAYERED = [

@@ -607,6 +607,7 @@ TOWERS: dict[str, tuple[str, ...]] = {
     "hyperclovax_vision_v2": ("model.vision_model", "blocks", "attn"),
     "video_llama_3": ("model.vision_model", "encoder.layers", "self_attn"),
     "paddleocr_vl": ("model.visual.vision_model", "encoder.layers", "self_attn"),
+    "ernie4_5_vl_moe": ("model.vision_tower", "blocks", "attn"),
 }
 """Where the towers are that can be read: the tower, its layers, the attention of a layer."""
 HAS_CLS = ("llava_next", "llava_next_video", "vipllava", "video_llava", "internvl")

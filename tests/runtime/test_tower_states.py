@@ -47,6 +47,7 @@ LAST: dict[str, Callable[[Any], Any]] = {
     "hyperclovax_vision_v2": lambda base: base.vision_model.blocks[-1],
     "video_llama_3": lambda base: base.vision_model.post_layernorm,
     "paddleocr_vl": lambda base: base.visual.vision_model.post_layernorm,
+    "ernie4_5_vl_moe": lambda base: base.vision_tower.ln,
 }
 """The module whose output are the last states in which patches stand apart."""
 

@@ -28,7 +28,7 @@ from .mistral3 import Mistral3
 from .mllama import Mllama
 from .ovis2 import Ovis2
 from .qwen import Qwen3_5, QwenOmni, QwenVL
-from .qwen_like import OneAxis, PaddleOCRVL, VideoLlama3
+from .qwen_like import Ernie45VL, OneAxis, PaddleOCRVL, VideoLlama3
 from .registry import FamilyInfo, families, find, models
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "CohereVision",
     "Convolutional",
     "DeepseekVL",
+    "Ernie45VL",
     "FamilyInfo",
     "Gemma3",
     "Gemma3n",

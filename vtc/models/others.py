@@ -41,10 +41,6 @@ OTHERS: dict[str, str] = {
         "sliding attention"
     ),
     "emu3": "Emu3ForConditionalGeneration (emu3) has no vision encoder",
-    "ernie4_5_vl_moe": (
-        "Ernie4_5_VLMoeForConditionalGeneration has rope_deltas: rotary positions of its "
-        "vision tokens are places in the picture (m-RoPE), which needs a family of its own"
-    ),
     "evolla": "EvollaForProteinText2Text (evolla) has no vision encoder",
     "florence2": "Florence2ForConditionalGeneration lacks language_model",
     "fuyu": "FuyuForCausalLM (fuyu) has no vision encoder",

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Relatives of Qwen-VL: EXAONE 4.5, HyperCLOVA X Vision, VideoLLaMA 3, PaddleOCR-VL."""
+"""Relatives of Qwen-VL: EXAONE 4.5, HyperCLOVA X Vision, VideoLLaMA 3, PaddleOCR-VL and
+ERNIE 4.5 VL."""
 
 from __future__ import annotations
 
@@ -96,4 +97,37 @@ class PaddleOCRVL(QwenVL):
             grid = grid_positions(rows // by, columns // by)
             maps.append([ImageMap(grid, patches=merged_patches(rows, columns, by, first))])
             first += rows * columns
+        return maps
+
+
+class Ernie45VL(QwenVL):
+    """Experts of their own for vision tokens, M-RoPE. Two frames of a clip become one."""
+
+    name: ClassVar[str] = "ernie4_5_vl_moe"
+    model_types: ClassVar[tuple[str, ...]] = ("ernie4_5_vl_moe",)
+
+    def projector(self) -> Any:
+        return self.base.resampler_model
+
+    def states_from(self) -> Any:
+        return self.tower.ln
+
+    def patch_states(self, given: Tensor, output: Any) -> Tensor:
+        return output
+
+    def image_maps(
+        self, modality: Modality, given: Mapping[str, Any], features: Any
+    ) -> list[list[ImageMap]]:
+        if modality == "image":
+            return super().image_maps(modality, given, features)
+        side, depth = self.tower.spatial_merge_size, self.base.resampler_model.temporal_merge_size
+        maps, first = [], 0
+        for frames, rows, columns in given["video_grid_thw"].tolist():
+            plane = grid_positions(rows // side, columns // side)
+            grid = torch.cat([plane] * (frames // depth))
+            grid[:, 0] = torch.arange(frames // depth).repeat_interleave(len(plane))
+            patches = torch.arange(first, first + frames * rows * columns)
+            patches = patches.view(frames // depth, depth, len(plane), side * side)
+            maps.append([ImageMap(grid, patches=patches.transpose(1, 2).flatten(0, 1).flatten(1))])
+            first += frames * rows * columns
         return maps
