@@ -401,7 +401,8 @@ def register(*families: TinyFamily) -> None:
     """Add families under their names, but for those that this transformers is too old for."""
     for family in families:
         needed = SINCE.get(family.model_type, "0")
-        if Version(transformers.__version__) >= Version(needed):
+        known = hasattr(transformers, family.model_class)
+        if known and Version(transformers.__version__) >= Version(needed):
             FAMILIES[family.name] = family
 
 

@@ -25,7 +25,17 @@ from tests.reference.families import (
     text_settings,
     vision_settings,
 )
-from tests.reference.families_rest import Glm4v, Qwen2VL, Qwen3VL, Qwen25VL, Qwen35
+from tests.reference.families_more import InternVL
+from tests.reference.families_own import GotOcr2
+from tests.reference.families_rest import (
+    Glm4v,
+    Glm46V,
+    Mistral3,
+    Qwen2VL,
+    Qwen3VL,
+    Qwen25VL,
+    Qwen35,
+)
 
 
 class Qwen35Moe(Qwen35):
@@ -395,7 +405,75 @@ class Ernie45VL(Qwen2VL):
         extras["moe_mm_token_type_ids"] = kinds[None]
 
 
+# ---- as others ----------------------------------------------------------------------------------
+class LightOnOcr(Mistral3):
+    name = model_type = "lighton_ocr"
+    model_class = "LightOnOcrForConditionalGeneration"
+    notes = "as mistral3, without break tokens"
+
+    def config(self) -> Any:
+        return hf.LightOnOcrConfig(
+            vision_config=hf.PixtralVisionConfig(**vision_settings(70)),
+            text_config=hf.Qwen3Config(**text_settings(head_dim=8)),
+            image_token_id=IMAGE,
+            tie_word_embeddings=False,
+        )
+
+    def image(self, which: int, generator: torch.Generator, count: int) -> Piece:
+        piece = super().image(which, generator, count)
+        tokens = [token for token in piece.tokens if token[0] == IMAGE]
+        piece.tokens = [*marks(START, kind="text"), *tokens, *marks(END, kind="text")]
+        return piece
+
+
+class QianfanOCR(InternVL):
+    name = model_type = "qianfan_ocr"
+    model_class = "QianfanOCRForConditionalGeneration"
+    has_video = False
+    notes = "as internvl, without clips"
+
+    def config(self) -> Any:
+        return hf.QianfanOCRConfig(
+            vision_config=vision_settings(42, use_mask_token=False)
+            | {"image_size": [42, 42], "patch_size": [7, 7]},
+            text_config=hf.Qwen3Config(**text_settings(head_dim=8)),
+            image_token_id=IMAGE,
+            image_seq_length=9,
+            tie_word_embeddings=False,
+        )
+
+
+class Glmga(Glm46V):
+    name = model_type = "glmga"
+    notes = Glm46V.notes + "; a config of its own"
+
+    def config(self) -> Any:
+        dense = super().config()
+        return hf.GlmgaConfig(
+            vision_config=dense.vision_config, text_config=dense.text_config, **self.marks()
+        )
+
+
+class PPChart2Table(GotOcr2):
+    name = model_type = "pp_chart2table"
+
+    def config(self) -> Any:
+        vision = super().config().vision_config.to_dict()
+        del vision["model_type"]
+        return hf.PPChart2TableConfig(
+            vision_config=vision,
+            text_config=hf.Qwen2Config(**text_settings()),
+            image_token_index=IMAGE,
+            image_seq_length=16,
+            tie_word_embeddings=False,
+        )
+
+
 register(
+    LightOnOcr(),
+    QianfanOCR(),
+    Glmga(),
+    PPChart2Table(),
     Ernie45VL(),
     Qwen35Moe(),
     GlmOcr(),

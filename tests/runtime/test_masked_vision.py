@@ -49,6 +49,7 @@ PICTURES = {
     "qwen3_omni_moe_thinker",
     "paddleocr_vl",
     "ernie4_5_vl_moe",
+    "glmga",
 }
 """The plain model cannot place an image on its axes of which tokens are masked."""
 LAYERED = [

@@ -608,9 +608,14 @@ TOWERS: dict[str, tuple[str, ...]] = {
     "video_llama_3": ("model.vision_model", "encoder.layers", "self_attn"),
     "paddleocr_vl": ("model.visual.vision_model", "encoder.layers", "self_attn"),
     "ernie4_5_vl_moe": ("model.vision_tower", "blocks", "attn"),
+    "lighton_ocr": ("model.vision_encoder", "transformer.layers", "attention"),
+    "qianfan_ocr": ("model.vision_tower", "layers", "attention"),
+    "glmga": ("model.visual", "blocks", "attn"),
 }
 """Where the towers are that can be read: the tower, its layers, the attention of a layer."""
-HAS_CLS = ("llava_next", "llava_next_video", "vipllava", "video_llava", "internvl")
+HAS_CLS = (
+    *("llava_next", "llava_next_video", "vipllava", "video_llava", "internvl", "qianfan_ocr"),
+)
 
 
 class Truth:

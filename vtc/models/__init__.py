@@ -18,13 +18,13 @@ from .convolutional import Convolutional, PerceptionLM
 from .deepseek_vl import DeepseekVL
 from .gemma import Gemma3, Gemma3n, Gemma4, PaliGemma
 from .idefics import Idefics2, Idefics3, SmolVLM
-from .internvl import InternVL
+from .internvl import InternVL, QianfanOCR
 from .kimi import KimiK25
 from .lfm2_vl import Lfm2VL
 from .llama4 import Llama4
 from .llava import Llava, VideoLlava, VipLlava
 from .llava_next import LlavaNext, LlavaOnevision
-from .mistral3 import Mistral3
+from .mistral3 import LightOnOcr, Mistral3
 from .mllama import Mllama
 from .ovis2 import Ovis2
 from .qwen import Qwen3_5, QwenOmni, QwenVL
@@ -49,6 +49,7 @@ __all__ = [
     "InternVL",
     "KimiK25",
     "Lfm2VL",
+    "LightOnOcr",
     "Llama4",
     "Llava",
     "LlavaNext",
@@ -61,6 +62,7 @@ __all__ = [
     "PaddleOCRVL",
     "PaliGemma",
     "PerceptionLM",
+    "QianfanOCR",
     "Qwen3_5",
     "QwenOmni",
     "QwenVL",

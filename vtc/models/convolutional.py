@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GOT-OCR 2, FastVLM and Perception LM, whose towers cannot be read."""
+"""GOT-OCR 2, PP-Chart2Table, FastVLM and Perception LM, whose towers cannot be read."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from vtc.models.base import Adapter
 class Convolutional(Adapter):
     """Towers without plain attention: tokens have a grid, but the tower cannot be read."""
 
-    name: ClassVar[str] = "got_ocr2, fast_vlm"
-    model_types: ClassVar[tuple[str, ...]] = ("got_ocr2", "fast_vlm")
+    name: ClassVar[str] = "got_ocr2, pp_chart2table, fast_vlm"
+    model_types: ClassVar[tuple[str, ...]] = ("got_ocr2", "pp_chart2table", "fast_vlm")
     projects_patches: ClassVar[bool] = False
     stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
     reads_tower: ClassVar[bool] = False

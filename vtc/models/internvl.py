@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""InternVL 2.5 and later."""
+"""InternVL 2.5 and later, and Qianfan-OCR."""
 
 from __future__ import annotations
 
@@ -37,3 +37,14 @@ class InternVL(Shuffled):
     def tower_attention(self) -> list[Any]:
         layers = self.tower.encoder.layer
         return [layer.attention for layer in layers]
+
+
+class QianfanOCR(InternVL):
+    """As InternVL, for images only."""
+
+    name: ClassVar[str] = "qianfan_ocr"
+    model_types: ClassVar[tuple[str, ...]] = ("qianfan_ocr",)
+    frames: ClassVar[bool] = False
+
+    def tower_attention(self) -> list[Any]:
+        return [layer.attention for layer in self.tower.layers]

@@ -53,10 +53,6 @@ OTHERS: dict[str, str] = {
         "Glm5NextTextModel has layers of kind indexed_attention, linear_attention; supported "
         "are full and sliding attention"
     ),
-    "glmga": (
-        "Glm46VForConditionalGeneration has rope_deltas: rotary positions of its vision "
-        "tokens are places in the picture (m-RoPE), which needs a family of its own"
-    ),
     "granite4_vision": (
         "vision tokens enter Granite4VisionTextModel as zeros, and features are added between"
         " its layers, which needs a family of its own"
@@ -105,7 +101,6 @@ OTHERS: dict[str, str] = {
         "language_model"
     ),
     "lfm3_vl": ("Lfm3Model has layers of kind conv; supported are full and sliding attention"),
-    "lighton_ocr": ACCEPTED,
     "minicpm_ocr": (
         "Qwen3_5TextModel has layers of kind linear_attention; supported are full and sliding"
         " attention"
@@ -145,12 +140,10 @@ OTHERS: dict[str, str] = {
         "Pix2StructForConditionalGeneration lacks get_placeholder_mask, get_image_features, "
         "language_model"
     ),
-    "pp_chart2table": ACCEPTED,
     "pp_formulanet": (
         "PPFormulaNetForConditionalGeneration lacks get_placeholder_mask, get_image_features,"
         " language_model"
     ),
-    "qianfan_ocr": ACCEPTED,
     "qwen4_exp": (
         "Qwen4ExpTextModel has layers of kind indexed_attention, linear_attention; supported "
         "are full and sliding attention"

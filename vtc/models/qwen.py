@@ -25,7 +25,7 @@ class QwenVL(Adapter):
 
     model_types: ClassVar[tuple[str, ...]] = (
         *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"),
-        *("glm4v", "glm4v_moe", "glm46v", "glm_ocr"),
+        *("glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr"),
     )
     name: ClassVar[str] = ", ".join(model_types)
     stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
