@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from tests.reference.families import (
     TAG,
     VIDEO,
     Piece,
+    Row,
     TinyFamily,
     cells,
     long,
@@ -469,7 +471,52 @@ class PPChart2Table(GotOcr2):
         )
 
 
+class MiniCPMV(TinyFamily):
+    name = model_type = "minicpmv4_6"
+    model_class = "MiniCPMV4_6ForConditionalGeneration"
+    notes = (
+        "the language model of qwen3_5 with positions that count tokens; 4x4 patches make a token, "
+        "2x2 of them inside the tower; image 1 has two slices, the whole first"
+    )
+    grids: tuple[tuple[tuple[int, int], ...], ...] = (
+        ((3, 4),),
+        ((2, 3), (2, 3), (2, 3)),
+        ((2, 5),),
+    )
+
+    def config(self) -> Any:
+        text = Qwen35().config().text_config.to_dict()
+        text["model_type"] = "qwen3_5_text"
+        return hf.MiniCPMV4_6Config(
+            vision_config=vision_settings(32, patch_size=4, insert_layer_id=0),
+            text_config=text,
+            insert_layer_id=0,
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            tie_word_embeddings=False,
+        )
+
+    def image(self, which: int, generator: torch.Generator, count: int) -> Piece:
+        grids, tokens, values = self.grids[which], [], []
+        for i, (rows, columns) in enumerate(grids):
+            tokens += marks(START, kind="text")
+            tokens += cells(rows, columns, crop=i if len(grids) > 1 else None)
+            tokens += marks(END, kind="text")
+            values.append(pixels(generator, 1, 3, 4, 4 * 16 * rows * columns))
+        extras = {"pixel_values": torch.cat(values, 3), "target_sizes": 4 * torch.tensor(grids)}
+        return Piece(tokens, extras)
+
+    def join(self, name: str, values: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(values), dim=3 if name == "pixel_values" else 0)
+
+    def collate(self, rows: Sequence[Row], side: str = "left") -> dict[str, Tensor]:
+        batch = super().collate(rows, side)
+        values = [row.extras["pixel_values"] for row in rows if "pixel_values" in row.extras]
+        return batch | ({"pixel_values": torch.cat(values, dim=3)} if values else {})
+
+
 register(
+    MiniCPMV(),
     LightOnOcr(),
     QianfanOCR(),
     Glmga(),

@@ -120,7 +120,7 @@ class Steps(Probe):
         return Selection(chosen, 0.8 * contents[chosen] + 0.2 * contents.mean(0))
 
 
-SEQUENCE_ONLY = {"qwen3_5", "qwen3_5_moe", "gemma3n", "lfm2_vl"}
+SEQUENCE_ONLY = {"qwen3_5", "qwen3_5_moe", "gemma3n", "lfm2_vl", "minicpmv4_6"}
 """Families without a layers stage."""
 COUNT_PADDING = {"exaone4_5", "hyperclovax_vision_v2"}
 """In `generate` their models number all tokens, padding included."""

@@ -24,6 +24,7 @@ from .lfm2_vl import Lfm2VL
 from .llama4 import Llama4
 from .llava import Llava, VideoLlava, VipLlava
 from .llava_next import LlavaNext, LlavaOnevision
+from .minicpmv import MiniCPMV
 from .mistral3 import LightOnOcr, Mistral3
 from .mllama import Mllama
 from .ovis2 import Ovis2
@@ -54,6 +55,7 @@ __all__ = [
     "Llava",
     "LlavaNext",
     "LlavaOnevision",
+    "MiniCPMV",
     "Mistral3",
     "Mllama",
     "Modality",

@@ -105,10 +105,6 @@ OTHERS: dict[str, str] = {
         "Qwen3_5TextModel has layers of kind linear_attention; supported are full and sliding"
         " attention"
     ),
-    "minicpmv4_6": (
-        "Qwen3_5TextModel has layers of kind linear_attention; supported are full and sliding"
-        " attention"
-    ),
     "minicpmv4_7": (
         "Qwen3_5TextModel has layers of kind linear_attention; supported are full and sliding"
         " attention"
