@@ -51,6 +51,10 @@ LACKING: dict[str, dict[str, Any]] = {
         }
     },
     "hunyuan_vl": {"text_config": {"head_dim": 128}},
+    # As released: only its first layers have full attention.
+    "minimax_m3_vl": {
+        "text_config": {"layer_types": ["full_attention"] * 3 + ["minimax_m3_sparse"] * 57}
+    },
     "qwen4_exp": {
         "text_config": {
             "indexer_budget": 64,
@@ -61,7 +65,7 @@ LACKING: dict[str, dict[str, Any]] = {
         }
     },
 }
-"""What default configs do not set, by config; "" is the model's own."""
+"""What default configs lack, by config; "" is the model's own."""
 
 
 def built(kind: str) -> Any:

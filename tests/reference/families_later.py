@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers as hf
@@ -17,7 +16,6 @@ from tests.reference.families import (
     TAG,
     VIDEO,
     Piece,
-    Row,
     TinyFamily,
     cells,
     long,
@@ -474,6 +472,7 @@ class PPChart2Table(GotOcr2):
 class MiniCPMV(TinyFamily):
     name = model_type = "minicpmv4_6"
     model_class = "MiniCPMV4_6ForConditionalGeneration"
+    dims: ClassVar = {"pixel_values": 3}
     notes = (
         "the language model of qwen3_5 with positions that count tokens; 4x4 patches make a token, "
         "2x2 of them inside the tower; image 1 has two slices, the whole first"
@@ -505,14 +504,6 @@ class MiniCPMV(TinyFamily):
             values.append(pixels(generator, 1, 3, 4, 4 * 16 * rows * columns))
         extras = {"pixel_values": torch.cat(values, 3), "target_sizes": 4 * torch.tensor(grids)}
         return Piece(tokens, extras)
-
-    def join(self, name: str, values: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(values), dim=3 if name == "pixel_values" else 0)
-
-    def collate(self, rows: Sequence[Row], side: str = "left") -> dict[str, Tensor]:
-        batch = super().collate(rows, side)
-        values = [row.extras["pixel_values"] for row in rows if "pixel_values" in row.extras]
-        return batch | ({"pixel_values": torch.cat(values, dim=3)} if values else {})
 
 
 register(

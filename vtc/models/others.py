@@ -109,7 +109,10 @@ OTHERS: dict[str, str] = {
         "Qwen3_5TextModel has layers of kind linear_attention; supported are full and sliding"
         " attention"
     ),
-    "minimax_m3_vl": ACCEPTED,
+    "minimax_m3_vl": (
+        "MiniMaxM3VLTextModel has layers of kind minimax_m3_sparse; supported are full and "
+        "sliding attention"
+    ),
     "mistral4": "Mistral4ForCausalLM (mistral4) has no vision encoder",
     "mistral_large4": (
         "MistralLarge4TextModel has layers of kind indexed_attention; supported are full and "
