@@ -506,7 +506,58 @@ class MiniCPMV(TinyFamily):
         return Piece(tokens, extras)
 
 
+class MuseGlimmer(Qwen2VL):
+    model_type = "muse_glimmer"
+    model_class = "MuseGlimmerForConditionalGeneration"
+    per_token = ()
+
+    def __init__(self, name: str, window: int) -> None:
+        self.name, self.window = name, window
+        self.notes = (
+            f"positions count tokens; a window of {window} in layers with rotary positions, the "
+            "others have full attention and no positions; a timestamp before each frame"
+        )
+
+    def config(self) -> Any:
+        return hf.MuseGlimmerConfig(
+            vision_config={
+                "patch_size": self.patch,
+                "pos_emb_height": 8,
+                "pos_emb_width": 8,
+                "num_attention_heads": 4,
+                "num_hidden_layers": 2,
+                "hidden_size": 32,
+                "intermediate_size": 48,
+            },
+            text_config=text_settings(
+                head_dim=8,
+                sliding_window=self.window,
+                layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+                layer_rope_theta=[1e4, 1e4, 0] * 2,
+                # Norms behind each part blow up what is nearly zero, and rounding with it.
+                rms_norm_eps=1e-3,
+                post_norm_eps=1e-3,
+            ),
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            out_hidden_size=128,
+            projector_hidden_size=32,
+            tie_word_embeddings=False,
+        )
+
+    def clip(self, frames: int, rows: int, columns: int) -> list[Any]:
+        tokens: list[Any] = []
+        for f in range(frames):
+            tokens += [*marks(TAG + f, kind="text"), *cells(rows, columns, frame=f, token=VIDEO)]
+        return tokens
+
+    def finish(self, input_ids: Tensor, images: int, extras: dict[str, Tensor]) -> None:
+        return
+
+
 register(
+    MuseGlimmer("muse_glimmer", 400),
+    MuseGlimmer("muse_glimmer_short", 12),
     MiniCPMV(),
     LightOnOcr(),
     QianfanOCR(),

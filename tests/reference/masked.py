@@ -426,7 +426,8 @@ class Masked:
                 low = torch.finfo(hidden.dtype).min
                 mask = torch.zeros(total, total).masked_fill(~seen, low)[None, None]
                 changed = {**given, "attention_mask": mask.to(hidden.dtype)}
-                if bool((step.closed != self.steps[-1].closed).any()):
+                moved = bool((step.closed != self.steps[-1].closed).any())
+                if moved and given["position_embeddings"] is not None:
                     changed["position_embeddings"] = self._rotary(i, hidden, self._moved(step))
                 return changed
 

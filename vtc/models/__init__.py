@@ -27,6 +27,7 @@ from .llava_next import LlavaNext, LlavaOnevision
 from .minicpmv import MiniCPMV
 from .mistral3 import LightOnOcr, Mistral3
 from .mllama import Mllama
+from .muse import MuseGlimmer
 from .ovis2 import Ovis2
 from .qwen import Qwen3_5, QwenOmni, QwenVL
 from .qwen_like import Ernie45VL, OneAxis, PaddleOCRVL, VideoLlama3
@@ -59,6 +60,7 @@ __all__ = [
     "Mistral3",
     "Mllama",
     "Modality",
+    "MuseGlimmer",
     "OneAxis",
     "Ovis2",
     "PaddleOCRVL",

@@ -122,10 +122,6 @@ OTHERS: dict[str, str] = {
         "Molmo2ForConditionalGeneration takes mm_token_type_ids, by which it may mask or "
         "place the tokens of an image in a way of its own, which needs a family of its own"
     ),
-    "muse_glimmer": (
-        "some layers of MuseGlimmerTextModel have no rotary positions, which needs a family "
-        "of its own"
-    ),
     "muse_spark": (
         "some layers of MuseSparkTextModel have no rotary positions, which needs a family of "
         "its own"
