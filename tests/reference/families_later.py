@@ -555,7 +555,45 @@ class MuseGlimmer(Qwen2VL):
         return
 
 
+class MuseSpark(MuseGlimmer):
+    model_type = "muse_spark"
+    model_class = "MuseSparkForConditionalGeneration"
+
+    def config(self) -> Any:
+        dense = super().config()
+        vision, text = dense.vision_config.to_dict(), dense.text_config.to_dict()
+        del vision["model_type"], text["model_type"], text["hidden_activation"]
+        experts = {
+            "moe_intermediate_size": 16,
+            "moe_hidden_size": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "mlp_layer_types": ["dense"] + ["sparse"] * 5,
+            "rms_norm_eps": 1e-2,
+            "post_norm_eps": 1e-2,
+            "qk_scale_factor": 2.0,  # sharper attention blows up rounding
+        }
+        return hf.MuseSparkConfig(
+            vision_config=vision,
+            text_config=text | experts,
+            audio_config={
+                "patch_sizes": [4, 2],
+                "hidden_sizes": [8, 8],
+                "depths": [1, 1],
+                "num_hidden_layers": 2,
+                "out_hidden_size": 32,
+            },
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            audio_token_id=TAG + 9,
+            out_hidden_size=128,
+            projector_hidden_size=32,
+            tie_word_embeddings=False,
+        )
+
+
 register(
+    MuseSpark("muse_spark", 400),
     MuseGlimmer("muse_glimmer", 400),
     MuseGlimmer("muse_glimmer_short", 12),
     MiniCPMV(),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Muse Glimmer."""
+"""Muse Glimmer and Muse Spark."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from vtc.models.base import Adapter, UnsupportedModelError
 
 class MuseGlimmer(Adapter):
     """Images and clips of any size. Layers with a window have rotary positions, those with full
-    attention have none."""
+    attention have none. Muse Spark is tested without audio."""
 
-    name: ClassVar[str] = "muse_glimmer"
-    model_types: ClassVar[tuple[str, ...]] = ("muse_glimmer",)
+    name: ClassVar[str] = "muse_glimmer, muse_spark"
+    model_types: ClassVar[tuple[str, ...]] = ("muse_glimmer", "muse_spark")
     projects_patches: ClassVar[bool] = False
     stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
     reads_tower: ClassVar[bool] = False

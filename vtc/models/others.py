@@ -122,10 +122,6 @@ OTHERS: dict[str, str] = {
         "Molmo2ForConditionalGeneration takes mm_token_type_ids, by which it may mask or "
         "place the tokens of an image in a way of its own, which needs a family of its own"
     ),
-    "muse_spark": (
-        "some layers of MuseSparkTextModel have no rotary positions, which needs a family of "
-        "its own"
-    ),
     "nemotron_h_omni": (
         "NemotronHModel has layers of kind linear_attention, mlp, moe; supported are full and"
         " sliding attention"
