@@ -214,8 +214,8 @@ def test_tokens_see_the_place_that_the_grid_says(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5"),
-        *("glm4v", "glm4v_moe", "glm46v"),
+        *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
+        *("glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr"),
     ],
 )
 @pytest.mark.parametrize("kind", ["images", "video"])

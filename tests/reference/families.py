@@ -208,6 +208,7 @@ class TinyFamily:
         layouts: what replaces `LAYOUTS` where the model cannot run those.
         per_token: extras of shape (1, s, ...), padded as `input_ids` are.
         per_row: extras whose first dimension counts rows: zeros stand for a row without.
+        dims: the dimension along which an extra of several images is joined, if not the first.
         attentions: what `build` takes.
         unstable: kinds of batch in which transformers itself gives a row other logits than alone.
         never: ids that are never generated.
@@ -223,6 +224,7 @@ class TinyFamily:
     layouts: ClassVar[Mapping[str, tuple[tuple[int | str, ...], ...]]] = {}
     per_token: tuple[str, ...] = ()
     per_row: tuple[str, ...] = ()
+    dims: ClassVar[Mapping[str, int]] = {}
     attentions: tuple[str, ...] = ("eager", "sdpa")
     unstable: tuple[str, ...] = ()
     never: tuple[int, ...] = tuple(range(FIRST_WORD))
@@ -313,7 +315,7 @@ class TinyFamily:
 
     def join(self, name: str, values: Sequence[Tensor]) -> Tensor:
         """The extras of one row's images as one tensor."""
-        return join(values)
+        return join(values, self.dims.get(name, 0))
 
     def collate(self, rows: Sequence[Row], side: str = "left") -> dict[str, Tensor]:
         """A padded batch of the model's arguments, `attention_mask` among them."""
@@ -336,7 +338,7 @@ class TinyFamily:
                 values = [row.extras.get(name, none) for row in rows]
             if name in self.per_token:
                 values = [pad(v, 0) for v in values]
-            batch[name] = join(values)
+            batch[name] = join(values, self.dims.get(name, 0))
         return batch
 
 
@@ -401,9 +403,15 @@ def register(*families: TinyFamily) -> None:
     """Add families under their names, but for those that this transformers is too old for."""
     for family in families:
         needed = SINCE.get(family.model_type, "0")
-        if Version(transformers.__version__) >= Version(needed):
+        known = hasattr(transformers, family.model_class)
+        if known and Version(transformers.__version__) >= Version(needed):
             FAMILIES[family.name] = family
 
 
 # The families register themselves; they import the names above.
-from tests.reference import families_more, families_own, families_rest  # noqa: E402, F401
+from tests.reference import (  # noqa: E402, F401
+    families_later,
+    families_more,
+    families_own,
+    families_rest,
+)

@@ -28,13 +28,18 @@ TILES_ARE_IMAGES = {
     "smolvlm",
     "llama4",
     "ovis2",
+    "lfm2_vl",
+    "aria",
+    "minicpmv4_6",
 }
 """Families whose model is not told which tiles make up an image: each is one of its own."""
 FRAMES_ARE_IMAGES = {"internvl", "smolvlm", "kimi_k25"}
 PREFIX = {"paligemma"}
 """The whole prompt is seen in both directions."""
-NO_PLACES = {"idefics2"}
+NO_PLACES = {"idefics2", "aria"}
 """Their tokens come from a resampler."""
+UNUSED_AXES = {"exaone4_5"}
+"""Their models inherit `rope_deltas` and use none."""
 BOTH_WAYS = {"gemma3", "gemma4"}
 """The tokens of an image are."""
 
@@ -142,7 +147,9 @@ class Masked:
     def recurrent(self) -> bool:
         """A layer that reads tokens one after the other cannot be masked: dropped tokens are left
         out by hand, without padding and without a cache."""
-        return "linear_attention" in (getattr(self.config, "layer_types", None) or ())
+        return bool(
+            {"linear_attention", "conv"} & {*(getattr(self.config, "layer_types", None) or ())}
+        )
 
     # ---- masks and positions --------------------------------------------------------------------
     def _blocks(self, total: int) -> Tensor:
@@ -191,6 +198,8 @@ class Masked:
 
     @property
     def _axial(self) -> bool:
+        if self.family.model_type in UNUSED_AXES:
+            return False
         base = self.model.model if hasattr(self.model, "model") else self.model
         return hasattr(base, "rope_deltas")
 
@@ -392,7 +401,8 @@ class Masked:
                     kept = torch.cat([step.alive, step.alive.new_ones(total - self.length)])
                     embeds = embeds[:, kept]
                     kwargs["position_ids"] = kwargs["position_ids"][..., kept]
-                    kwargs["attention_mask"] = None
+                    # Without a mask, transformers takes gaps in positions for packed sequences.
+                    kwargs["attention_mask"] = torch.ones(1, embeds.shape[1], dtype=torch.long)
             kwargs["inputs_embeds"] = embeds
             return args, kwargs
 
@@ -416,7 +426,8 @@ class Masked:
                 low = torch.finfo(hidden.dtype).min
                 mask = torch.zeros(total, total).masked_fill(~seen, low)[None, None]
                 changed = {**given, "attention_mask": mask.to(hidden.dtype)}
-                if bool((step.closed != self.steps[-1].closed).any()):
+                moved = bool((step.closed != self.steps[-1].closed).any())
+                if moved and given["position_embeddings"] is not None:
                     changed["position_embeddings"] = self._rotary(i, hidden, self._moved(step))
                 return changed
 

@@ -40,7 +40,9 @@ def _compare(model: Any, batch: dict[str, Any], methods: list[Method]) -> None:
 def test_embeddings_beside_pixels(name: str) -> None:
     family = FAMILIES[name]
     model = shared(name, family.attentions[-1])
-    sequence_only = name.startswith(("gemma3n", "qwen3_5")) or "device" in name
+    sequence_only = (
+        name.startswith(("gemma3n", "qwen3_5", "lfm2_vl", "minicpm")) or "device" in name
+    )
     methods = METHODS[:1] if sequence_only else METHODS
     _compare(model, family.collate(rows_of(name, "ragged")), methods)
 

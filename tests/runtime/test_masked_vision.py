@@ -43,6 +43,13 @@ class Sees(Probe):
 PICTURES = {
     *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5"),
     *("glm4v", "glm4v_moe", "glm46v"),
+    "qwen3_5_moe",
+    "glm_ocr",
+    "qwen2_5_omni_thinker",
+    "qwen3_omni_moe_thinker",
+    "paddleocr_vl",
+    "ernie4_5_vl_moe",
+    "glmga",
 }
 """The plain model cannot place an image on its axes of which tokens are masked."""
 LAYERED = [

@@ -24,7 +24,9 @@ def packed(name: str) -> dict[str, Tensor]:
     batch = {}
     for key in batches[0].keys() - {"attention_mask"}:
         parts = [batch[key] for batch in batches]
-        batch[key] = torch.cat(parts, dim=1) if key in along else join(parts)
+        batch[key] = (
+            torch.cat(parts, dim=1) if key in along else join(parts, family.dims.get(key, 0))
+        )
     lengths = [b["input_ids"].shape[1] for b in batches]
     batch["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None]
     return batch

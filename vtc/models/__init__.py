@@ -11,29 +11,36 @@ from types import ModuleType
 
 from vtc.core.images import ImageMap, Modality
 
+from .aria import Aria
 from .base import CACHE, Adapter, UnsupportedModelError
 from .cohere import CohereVision
 from .convolutional import FastVLM, GotOcr2
 from .deepseek_vl import DeepseekVL
 from .gemma import Gemma3, Gemma3n, Gemma4, PaliGemma
 from .idefics import Idefics2, Idefics3, SmolVLM
-from .internvl import InternVL
+from .internvl import InternVL, QianfanOCR
 from .kimi import KimiK25
+from .lfm2_vl import Lfm2VL
 from .llama4 import Llama4
 from .llava import Llava, VideoLlava, VipLlava
 from .llava_next import LlavaNext, LlavaOnevision
-from .mistral3 import Mistral3
+from .minicpmv import MiniCPMV
+from .mistral3 import LightOnOcr, Mistral3
 from .mllama import Mllama
+from .muse import MuseGlimmer
 from .ovis2 import Ovis2
 from .perception import PerceptionLM
-from .qwen import Qwen3_5, QwenVL
+from .qwen import Qwen3_5, QwenOmni, QwenVL
+from .qwen_like import Ernie45VL, OneAxis, PaddleOCRVL, VideoLlama3
 from .registry import FamilyInfo, families, find, models
 
 __all__ = [
     "CACHE",
     "Adapter",
+    "Aria",
     "CohereVision",
     "DeepseekVL",
+    "Ernie45VL",
     "FamilyInfo",
     "FastVLM",
     "Gemma3",
@@ -45,20 +52,29 @@ __all__ = [
     "ImageMap",
     "InternVL",
     "KimiK25",
+    "Lfm2VL",
+    "LightOnOcr",
     "Llama4",
     "Llava",
     "LlavaNext",
     "LlavaOnevision",
+    "MiniCPMV",
     "Mistral3",
     "Mllama",
     "Modality",
+    "MuseGlimmer",
+    "OneAxis",
     "Ovis2",
+    "PaddleOCRVL",
     "PaliGemma",
     "PerceptionLM",
+    "QianfanOCR",
     "Qwen3_5",
+    "QwenOmni",
     "QwenVL",
     "SmolVLM",
     "UnsupportedModelError",
+    "VideoLlama3",
     "VideoLlava",
     "VipLlava",
     "families",

@@ -206,6 +206,16 @@ class Adapter:
                 f"model: {type(self.decoder).__name__} has not one rotary embedding for all "
                 "layers, and so needs a family of its own"
             )
+        if 0 in (getattr(self.decoder.config, "layer_rope_theta", None) or ()):
+            raise UnsupportedModelError(
+                f"model: some layers of {type(self.decoder).__name__} have no rotary positions, "
+                "which needs a family of its own"
+            )
+        if "deepstack_features" in inspect.signature(type(self.decoder).forward).parameters:
+            raise UnsupportedModelError(
+                f"model: vision tokens enter {type(self.decoder).__name__} as zeros, and features "
+                "are added between its layers, which needs a family of its own"
+            )
         for name, meaning in _OWN.items():
             if hasattr(self.decoder, name) or hasattr(self.base, name):
                 raise UnsupportedModelError(

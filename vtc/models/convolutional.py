@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GOT-OCR 2 and FastVLM, whose towers cannot be read."""
+"""GOT-OCR 2, PP-Chart2Table and FastVLM, whose towers cannot be read."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from vtc.models.base import Adapter
 class GotOcr2(Adapter):
     """Tokens have a grid, but the tower of SAM cannot be read."""
 
-    name: ClassVar[str] = "got_ocr2"
-    model_types: ClassVar[tuple[str, ...]] = ("got_ocr2",)
+    name: ClassVar[str] = "got_ocr2, pp_chart2table"
+    model_types: ClassVar[tuple[str, ...]] = ("got_ocr2", "pp_chart2table")
     projects_patches: ClassVar[bool] = False
     stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
     unread: ClassVar[str] = "it attends in windows, and convolutions mix its patches"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""InternVL 2.5 and later."""
+"""InternVL 2.5 and later, and Qianfan-OCR."""
 
 from __future__ import annotations
 
@@ -49,3 +49,12 @@ class InternVL(Shuffled):
     def encoder_feed(self, layer: Any, hidden: Tensor) -> Tensor:
         fed = layer.dropout(layer.mlp(layer.layernorm_after(hidden)))
         return (fed if layer.lambda_2 is None else layer.lambda_2 * fed) + hidden
+
+
+class QianfanOCR(InternVL):
+    """As InternVL, for images only."""
+
+    name: ClassVar[str] = "qianfan_ocr"
+    model_types: ClassVar[tuple[str, ...]] = ("qianfan_ocr",)
+    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
+    frames: ClassVar[bool] = False

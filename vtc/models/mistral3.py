@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mistral 3."""
+"""Mistral 3 and LightOnOCR."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtc.core.images import ImageMap, Modality, merged_patches
 from vtc.models.base import Adapter
@@ -66,3 +67,19 @@ class Mistral3(Adapter):
             first += height * width
             maps.append([ImageMap(grid, patches=patches)])
         return maps
+
+
+class LightOnOcr(Mistral3):
+    """As Mistral 3, without breaks between the rows of an image."""
+
+    name: ClassVar[str] = "lighton_ocr"
+    model_types: ClassVar[tuple[str, ...]] = ("lighton_ocr",)
+    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
+
+    @classmethod
+    def bind(cls, model: nn.Module) -> Self:
+        found = super().bind(model)
+        return replace(found, tower=getattr(found.base, "vision_encoder", None))
+
+    def projector(self) -> Any:
+        return self.base.vision_projection

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from vtc.models import FamilyInfo, models
+from vtc.models.others import ACCEPTED, OTHERS, WRITTEN_FOR
 
 COLUMNS = (
     "family",
@@ -32,6 +33,21 @@ Frames of a clip have separate [CLS] tokens, so methods receive no [CLS] for cli
 """
 
 
+_OTHERS = """## Other models of transformers
+
+The other image-text-to-text models of transformers {version} (`tests/models/test_every_type.py`
+checks what `vtc.patch` says of each; it runs none of them).
+
+Taken by the generic family, with a warning, and compared with no reference: {taken}.
+
+Refused:
+
+| model type | reason |
+| --- | --- |
+{refused}
+"""
+
+
 def row(family: FamilyInfo) -> tuple[str, ...]:
     """The table cells of one family."""
     return (
@@ -55,4 +71,11 @@ def page(methods: str) -> str:
     lines += [" | ".join(row(family)) for family in models()]
     table = "\n".join(f"| {line} |" for line in lines)
     about = "\n".join(f"- **{f.name}**: {f.about}" for f in models())
-    return f"{_HEAD}{table}\n\n## Particularities\n\n{about}\n\n## Methods\n\n{methods}"
+    parts = (f"{_HEAD}{table}", "## Particularities", about, "## Methods", methods.rstrip("\n"))
+    return "\n\n".join((*parts, _others()))
+
+
+def _others() -> str:
+    taken = ", ".join(kind for kind, what in OTHERS.items() if what == ACCEPTED)
+    refused = "\n".join(f"| {kind} | {why} |" for kind, why in OTHERS.items() if why != ACCEPTED)
+    return _OTHERS.format(version=WRITTEN_FOR, taken=taken, refused=refused)

@@ -15,7 +15,7 @@ from vtc.models.base import Adapter, UnsupportedModelError
 
 
 class QwenVL(Adapter):
-    """Qwen2-VL, Qwen2.5-VL, Qwen3-VL (dense and MoE), GLM-4.1V, GLM-4.5V and GLM-4.6V.
+    """Qwen2-VL, Qwen2.5-VL, Qwen3-VL (dense and MoE), GLM-4.1V, GLM-4.5V, GLM-4.6V and GLM-OCR.
 
     A vision token's position is its place in the picture, so tokens keep theirs: "contiguous"
     equals "original" here, as in the methods' official code for these models. Qwen3-VL adds
@@ -25,7 +25,7 @@ class QwenVL(Adapter):
 
     model_types: ClassVar[tuple[str, ...]] = (
         *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"),
-        *("glm4v", "glm4v_moe", "glm46v"),
+        *("glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr"),
     )
     name: ClassVar[str] = ", ".join(model_types)
     stages: ClassVar[tuple[str, ...]] = ("encoder", "sequence", "layers")
@@ -145,11 +145,11 @@ class QwenVL(Adapter):
 
 
 class Qwen3_5(QwenVL):
-    """Qwen3.5: most layers are recurrent, and a token cannot be dropped from a recurrent state.
-    Methods act before the language model only."""
+    """Qwen3.5 (dense and MoE): most layers are recurrent, and a token cannot be dropped from a
+    recurrent state. Methods act before the language model only."""
 
-    name: ClassVar[str] = "qwen3_5"
-    model_types: ClassVar[tuple[str, ...]] = ("qwen3_5",)
+    name: ClassVar[str] = "qwen3_5, qwen3_5_moe"
+    model_types: ClassVar[tuple[str, ...]] = ("qwen3_5", "qwen3_5_moe")
     stages: ClassVar[tuple[str, ...]] = ("encoder", "sequence")
 
     def check_layers(self, layers: Sequence[int]) -> None:
@@ -163,6 +163,15 @@ class Qwen3_5(QwenVL):
 def _windows(given: Mapping[str, Any], places: Tensor) -> Tensor:
     """(t,) the number of the window of each place, in a tower layer."""
     return torch.bucketize(places, given["cu_seqlens"].to(places), right=True)
+
+
+class QwenOmni(QwenVL):
+    """The thinkers of Qwen2.5-Omni and Qwen3-Omni: patch `model.thinker`. Images and clips are
+    compressed; tested without audio."""
+
+    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")
+    name: ClassVar[str] = ", ".join(model_types)
 
 
 def _module(adapter: Adapter) -> Any:

@@ -106,8 +106,8 @@ def find(model: nn.Module) -> Adapter:
     kind = getattr(config, "model_type", None)
     if not hasattr(config, "vision_config") and not hasattr(model, "get_image_features"):
         raise UnsupportedModelError(
-            f"model: {type(model).__name__} ({kind}) has no vision; supported are {supported}, and "
-            "other vision-language models of the same shape"
+            f"model: {type(model).__name__} ({kind}) has no vision encoder. Supported are "
+            f"{supported}, and other vision-language models of the same shape"
         )
     family = next((cls for cls in families() if kind in cls.model_types), Adapter)
     needed = family.since.get(str(kind))

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MiniCPM-V 4.6."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from vtc.core.images import ImageMap, Modality, grid_positions
+from vtc.models.base import Adapter, UnsupportedModelError
+
+
+class MiniCPMV(Adapter):
+    """Images of any size; each slice is a separate image. Most layers are recurrent, as in Qwen3.5:
+    methods act before the language model only. Clips are not tested."""
+
+    name: ClassVar[str] = "minicpmv4_6"
+    model_types: ClassVar[tuple[str, ...]] = ("minicpmv4_6",)
+    projects_patches: ClassVar[bool] = False
+    stages: ClassVar[tuple[str, ...]] = ("sequence",)
+    unread: ClassVar[str] = "it joins patches between its layers"
+
+    def placeholders(self, output: Any, given: Mapping[str, Any]) -> dict[Modality, Tensor]:
+        clip = given["token_id"] == self.model.config.video_token_id
+        return {"video" if clip else "image": output[..., 0]}
+
+    def image_maps(
+        self, modality: Modality, given: Mapping[str, Any], features: Any
+    ) -> list[list[ImageMap]]:
+        sizes = given["target_sizes" if modality == "image" else "target_sizes_videos"].tolist()
+        maps = []
+        for own, (rows, columns) in zip(features, sizes, strict=True):
+            by = round((rows * columns / len(own)) ** 0.5)
+            maps.append([ImageMap(grid_positions(rows // by, columns // by))])
+        return maps
+
+    def check_layers(self, layers: Sequence[int]) -> None:
+        if layers:
+            raise UnsupportedModelError(
+                "model: tokens cannot be dropped between layers of MiniCPM-V 4.6, whose recurrent "
+                "layers have already read them; use a method that acts before the language model"
+            )
