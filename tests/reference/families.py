@@ -395,7 +395,14 @@ FAMILIES: dict[str, TinyFamily] = {}
 """By name: one per family, and variants such as "gemma3_short" (a window shorter than prompts)."""
 
 
-SINCE = {"smolvlm": "5.21", "video_llava": "5.21", "llava_next_video": "5.21"}
+SINCE = {
+    "smolvlm": "5.21",
+    "video_llava": "5.21",
+    "llava_next_video": "5.21",
+    "qwen2_5_omni_thinker": "5.21",
+    "qwen3_omni_moe_thinker": "5.21",
+    "exaone4_5": "5.21",
+}
 """Model types that older transformers do not run as their later ones do, and vtc refuses there."""
 
 

@@ -7,11 +7,17 @@ import re
 import warnings
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from packaging.version import Version
+
+if TYPE_CHECKING:
+    from vtc.models import Adapter
 
 __all__ = ["skeleton", "table"]
 
 _REPAIRS: dict[str, dict[str, Any]] = {
+    "gemma4": {"vision_config": {}},
     "aya_vision": {
         "vision_config": {"model_type": "siglip_vision_model", "num_attention_heads": 16}
     },
@@ -67,11 +73,14 @@ def table() -> str:
     columns: dict[str, dict[str, str]] = {}
     for family in families():
         refused: dict[str, str] = {}
-        for kind in family.model_types:
+        kinds = [kind for kind in family.model_types if _here(family, kind)]
+        if not kinds:
+            continue
+        for kind in kinds:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 refused |= vtc.refusals(skeleton(kind))
-        columns[family.model_types[0]] = refused
+        columns[kinds[0]] = refused
     taken = sum(name not in refused for refused in columns.values() for name in names)
     total = len(names) * len(columns)
     lines = [f"{taken} of {total} pairs ({taken / total:.0%}), with default settings.", ""]
@@ -89,6 +98,14 @@ def table() -> str:
     for reason, pairs in sorted(reasons.items()):
         lines.append(f"- {reason}: {_grouped(pairs)}")
     return "\n".join(lines) + "\n"
+
+
+def _here(family: type[Adapter], kind: str) -> bool:
+    """Whether the installed transformers has what vtc needs of a model type."""
+    import transformers
+
+    oldest = Version(family.since.get(kind, "0"))
+    return kind in transformers.CONFIG_MAPPING and Version(transformers.__version__) >= oldest
 
 
 def _reason(text: str, name: str) -> str:

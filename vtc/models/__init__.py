@@ -30,7 +30,7 @@ from .mllama import Mllama
 from .muse import MuseGlimmer
 from .ovis2 import Ovis2
 from .perception import PerceptionLM
-from .qwen import Qwen3_5, QwenOmni, QwenVL
+from .qwen import GlmV, Qwen3_5, QwenOmni, QwenVL
 from .qwen_like import Ernie45VL, OneAxis, PaddleOCRVL, VideoLlama3
 from .registry import FamilyInfo, families, find, models
 
@@ -46,6 +46,7 @@ __all__ = [
     "Gemma3",
     "Gemma3n",
     "Gemma4",
+    "GlmV",
     "GotOcr2",
     "Idefics2",
     "Idefics3",

@@ -15,7 +15,7 @@ from vtc.models.base import Adapter, UnsupportedModelError
 
 
 class QwenVL(Adapter):
-    """Qwen2-VL, Qwen2.5-VL, Qwen3-VL (dense and MoE), GLM-4.1V, GLM-4.5V, GLM-4.6V and GLM-OCR.
+    """Qwen2-VL, Qwen2.5-VL and Qwen3-VL (dense and MoE).
 
     A vision token's position is its place in the picture, so tokens keep theirs: "contiguous"
     equals "original" here, as in the methods' official code for these models. Qwen3-VL adds
@@ -25,7 +25,6 @@ class QwenVL(Adapter):
 
     model_types: ClassVar[tuple[str, ...]] = (
         *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"),
-        *("glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr"),
     )
     name: ClassVar[str] = ", ".join(model_types)
     stages: ClassVar[tuple[str, ...]] = ("encoder", "sequence", "layers")
@@ -77,17 +76,6 @@ class QwenVL(Adapter):
 
     def projector(self) -> Any:
         return self.tower.merger
-
-    def states_from(self) -> Any:
-        # GLM convolves the patches of a token before its merger.
-        return self.tower.post_layernorm if self._convolves else self.tower.merger
-
-    def patch_states(self, given: Tensor, output: Any) -> Tensor:
-        return output if self._convolves else given
-
-    @property
-    def _convolves(self) -> bool:
-        return hasattr(self.tower, "downsample")
 
     def image_maps(
         self, modality: Modality, given: Mapping[str, Any], features: Any
@@ -144,6 +132,20 @@ class QwenVL(Adapter):
         return apply(states, states, *rotation, section)[1]
 
 
+class GlmV(QwenVL):
+    """GLM-4.1V, GLM-4.5V, GLM-4.6V, its agent, and GLM-OCR: as Qwen2-VL, but a convolution joins
+    the patches of a token before the merger."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr")
+    name: ClassVar[str] = ", ".join(model_types)
+
+    def states_from(self) -> Any:
+        return self.tower.post_layernorm
+
+    def patch_states(self, given: Tensor, output: Any) -> Tensor:
+        return output
+
+
 class Qwen3_5(QwenVL):
     """Qwen3.5 (dense and MoE): most layers are recurrent, and a token cannot be dropped from a
     recurrent state. Methods act before the language model only."""
@@ -169,9 +171,9 @@ class QwenOmni(QwenVL):
     """The thinkers of Qwen2.5-Omni and Qwen3-Omni: patch `model.thinker`. Images and clips are
     compressed; tested without audio."""
 
-    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")
     name: ClassVar[str] = ", ".join(model_types)
+    since: ClassVar[Mapping[str, str]] = dict.fromkeys(model_types, "5.21")
 
 
 def _module(adapter: Adapter) -> Any:

@@ -21,6 +21,7 @@ class OneAxis(QwenVL):
     model_types: ClassVar[tuple[str, ...]] = ("exaone4_5", "hyperclovax_vision_v2")
     name: ClassVar[str] = ", ".join(model_types)
     stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
+    since: ClassVar[Mapping[str, str]] = {"exaone4_5": "5.21"}
     axial: ClassVar[bool] = False
     positions: ClassVar[str] = "one axis"
 
