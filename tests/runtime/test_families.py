@@ -125,7 +125,7 @@ SEQUENCE_ONLY = {"qwen3_5", "qwen3_5_moe", "gemma3n", "lfm2_vl", "minicpmv4_6"}
 """Families without a layers stage."""
 COUNT_PADDING = {"exaone4_5", "hyperclovax_vision_v2"}
 """In `generate` their models number all tokens, padding included."""
-PLAIN = {"llama4", "gemma4", "exaone4_5"}
+PLAIN = {"exaone4_5"}
 """Families of which not all can be read between layers; what cannot is refused."""
 REFUSED = {"mllama", "blip-2", "blip_2", "instructblip"}
 """Not here: mllama has tests/runtime/test_mllama.py, the others are refused."""
@@ -168,7 +168,7 @@ def _layers(family: TinyFamily, positions: Positions) -> Method | None:
     if family.model_type in SEQUENCE_ONLY:
         return None
     first, second = (1, 2) if "device" in family.name else (2, 5)
-    return Steps(first, second, positions)
+    return Steps(first, second, positions, plain=family.model_type in PLAIN)
 
 
 def _fastv(family: TinyFamily) -> Method | None:

@@ -25,7 +25,7 @@ from vtc.core.prefill import Stopwatch
 from vtc.models import find
 from vtc.runtime.hf import taps
 
-CLS = {"llama4": -1, "internvl": 0, "perception_lm": 0}
+CLS = {"llama4": -1, "internvl": 0, "qianfan_ocr": 0, "perception_lm": 0}
 """The place of [CLS], in towers that have one."""
 
 
@@ -132,7 +132,7 @@ def test_what_a_token_is_shown(name: str, kind: str, monkeypatch: pytest.MonkeyP
         ]
     )
     # Tiles are joined in another order than they are made in, and clips are made after images.
-    if name != "internvl" and kind != "video":
+    if name not in ("internvl", "qianfan_ocr") and kind != "video":
         assert (found - wanted).abs().max() < 1e-5
         assert (found - wanted)[:, :2].abs().max() < 1e-6
     assert torch.cdist(found.double(), wanted.double()).min(1).values.max() < 1e-5
