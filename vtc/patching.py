@@ -35,6 +35,7 @@ class Patch:
 
     @property
     def method(self) -> Method:
+        """What runs."""
         return self._bound.method
 
     @property

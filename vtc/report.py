@@ -26,6 +26,7 @@ class Report:
         self._prefills: deque[Prefill] = deque(maxlen=100_000)
 
     def reset(self) -> None:
+        """Forget all prefills."""
         self._prefills.clear()
 
     def hear(self, event: Event) -> None:
@@ -49,10 +50,12 @@ class Report:
 
     @property
     def samples(self) -> list[Sample]:
+        """All rows of all prefills."""
         return [sample for prefill in self.prefills for sample in prefill.samples]
 
     @property
     def images(self) -> list[ImageTokens]:
+        """All images of all prefills."""
         return [image for sample in self.samples for image in sample.images]
 
     @property
@@ -77,14 +80,17 @@ class Report:
 
     @property
     def vision_ms(self) -> float:
+        """Milliseconds of the tower and the projector in a prefill."""
         return _mean([prefill.vision_ms for prefill in self.prefills])
 
     @property
     def selector_ms(self) -> float:
+        """Milliseconds of the methods, with what is captured for them, in a prefill."""
         return _mean([prefill.selector_ms for prefill in self.prefills])
 
     @property
     def lm_ms(self) -> float:
+        """Milliseconds of the language model in a prefill."""
         return _mean([prefill.lm_ms for prefill in self.prefills])
 
     @property

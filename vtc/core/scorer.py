@@ -35,11 +35,19 @@ class ScorerMethod(Method):
 
     # ---- what a subclass implements -----------------------------------------------------------
     def score(self, tokens: VisionTokens) -> Tensor:
-        """(n,) scores of the tokens of one image, higher for those that should stay."""
+        """(n,) scores of the tokens of one image, higher for those that should stay.
+
+        Raises:
+            NotImplementedError: it scores only between layers.
+        """
         raise NotImplementedError
 
     def score_layer(self, state: LayerState) -> Tensor:
-        """(n,) scores of the vision tokens `state.vision` of one sample."""
+        """(n,) scores of the vision tokens `state.vision` of one sample.
+
+        Raises:
+            NotImplementedError: it scores only before the language model.
+        """
         raise NotImplementedError
 
     # ---- what it provides ---------------------------------------------------------------------

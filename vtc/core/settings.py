@@ -92,7 +92,12 @@ def check_number(name: str, value: Any, interval: str) -> None:
 
 
 def check_fraction(name: str, value: Any, interval: str = "(0, 1]") -> None:
-    """Like `check_number`, for what cannot be a number of tokens: `1` does not mean all."""
+    """Like `check_number`, for what cannot be a number of tokens: `1` does not mean all.
+
+    Raises:
+        ArgumentTypeError: not a fraction.
+        ArgumentError: outside `interval`.
+    """
     if not isinstance(value, float):
         raise ArgumentTypeError(name, f"expected a fraction such as 0.25, got {value!r}")
     check_number(name, value, interval)

@@ -121,6 +121,9 @@ class Runner:
             The model's output, whose features hold only the tokens that were made, and for each
             image where they stand; or features at their places, and what was merged. An empty list
             if nothing was changed.
+
+        Raises:
+            NotImplementedError: its stage does not act there.
         """
         raise NotImplementedError
 
