@@ -231,3 +231,17 @@ def _masked(model: Any, batch: dict[str, Tensor], cache: Any, keep: float, past:
         mask[b, places] = 0
         mask[b, places[size.argsort(descending=True)[:count]]] = 1
     return mask
+
+
+def test_what_a_stage_keeps_with_a_cache_follows_its_rows() -> None:
+    batch, model = collate(samples("images", "clip")), build_model("clip", "llama")
+    with vtc.patch(model, Lightest(keep=0.25)), torch.no_grad():
+        cache = model(**batch, use_cache=True).past_key_values
+    cache.vtc_ledger.rows["number"] = torch.arange(3)
+    cache.batch_repeat_interleave(2)
+    assert cache.vtc_ledger.rows["number"].tolist() == [0, 0, 1, 1, 2, 2]
+    cache.reorder_cache(torch.tensor([5, 0, 2, 2, 1, 4]))
+    assert cache.vtc_ledger.rows["number"].tolist() == [2, 0, 1, 1, 0, 2]
+    cache.batch_select_indices(torch.tensor([0, 3]))
+    assert cache.vtc_ledger.rows["number"].tolist() == [2, 1]
+    assert len(cache.vtc_ledger.groups[0].valid) == 2
