@@ -9,6 +9,7 @@ shown what the contract promises, taken from `tests.reference.families` and from
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -145,8 +146,8 @@ class Masked:
 
     @property
     def recurrent(self) -> bool:
-        """A layer that reads tokens one after the other cannot be masked: dropped tokens are left
-        out by hand, without padding and without a cache."""
+        """Whether some layers read tokens one after the other. These cannot be masked: from where
+        tokens are dropped on, they are handed the others only."""
         return bool(
             {"linear_attention", "conv"} & {*(getattr(self.config, "layer_types", None) or ())}
         )
@@ -367,18 +368,14 @@ class Masked:
                 batch[name] = torch.cat([batch[name], filling], dim=1)
         handles = [self.decoder.register_forward_pre_hook(self._enter(total), with_kwargs=True)]
         for i, layer in enumerate(self.decoder.layers):
-            if self.recurrent:
-                break
+            if mixer := self._mixer(layer):
+                handles += self._without_dropped(i, mixer, total)
             hook = self._layer(i, total)
             handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
             if not self.decided:
                 handles += self._listen(i, layer)
         try:
-            found = self.model(**batch, use_cache=False, **more).logits[0]
-            if self.recurrent and self.parts:
-                kept = torch.cat([self.alive, self.alive.new_ones(len(extra))])
-                found = found[(kept.cumsum(0) - 1).clamp_min(0)]
-            return found
+            return self.model(**batch, use_cache=False, **more).logits[0]
         finally:
             for handle in handles:
                 handle.remove()
@@ -397,16 +394,45 @@ class Masked:
                     positions = torch.arange(total)[None]
                 self.positions = positions
                 kwargs["position_ids"] = self._moved(step)
-                if self.recurrent:
-                    kept = torch.cat([step.alive, step.alive.new_ones(total - self.length)])
-                    embeds = embeds[:, kept]
-                    kwargs["position_ids"] = kwargs["position_ids"][..., kept]
-                    # Without a mask, transformers takes gaps in positions for packed sequences.
-                    kwargs["attention_mask"] = torch.ones(1, embeds.shape[1], dtype=torch.long)
             kwargs["inputs_embeds"] = embeds
             return args, kwargs
 
         return hook
+
+    @staticmethod
+    def _mixer(layer: Any) -> Any:
+        """What stands for attention in a recurrent layer, or `None`."""
+        return getattr(layer, "linear_attn", None) or getattr(layer, "conv", None)
+
+    def _without_dropped(self, i: int, mixer: Any, total: int) -> list[Any]:
+        """Hooks that leave dropped tokens out of what a recurrent layer reads."""
+
+        def kept() -> Tensor:
+            return torch.cat([self.steps[i].alive, torch.ones(total - self.length).bool()])
+
+        def enter(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            assert not args
+            if not self.parts:
+                return None
+            self.mixed = kwargs["hidden_states"]
+            if not self.decided:
+                self.notes[i]["attention_in"] = self.mixed[0]
+            left = self.mixed[:, kept()]
+            return args, {**kwargs, "hidden_states": left, "attention_mask": None}
+
+        def leave(module: Any, args: Any, output: Tensor) -> Any:
+            if not self.parts:
+                return None
+            every = torch.zeros_like(self.mixed)
+            every[:, kept()] = output
+            if not self.decided:
+                self.notes[i]["attention_out"] = every[0]
+            return every
+
+        return [
+            mixer.register_forward_pre_hook(enter, with_kwargs=True),
+            mixer.register_forward_hook(leave),
+        ]
 
     def _moved(self, step: _Step) -> Tensor:
         if self._axial:
@@ -417,9 +443,14 @@ class Masked:
 
     def _layer(self, i: int, total: int) -> Callable[..., Any]:
         def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-            hidden = args[0] if args else kwargs["hidden_states"]
             if not self.parts:
                 return None
+            if len(args) > 1:
+                names = list(inspect.signature(type(module).forward).parameters)[2:]
+                kwargs = {**kwargs, **dict(zip(names, args[1:], strict=False))}
+                args = args[:1]
+            entering = args[0] if args else kwargs["hidden_states"]
+            hidden = self._in_a_row(entering)
 
             def prepared(given: dict[str, Any], step: _Step) -> dict[str, Any]:
                 seen = self._visible(i, step.alive, total)
@@ -439,7 +470,7 @@ class Masked:
                     lambda module, args, output: found.append(output[1][0])
                 )
                 decided, self.decided = self.decided, True  # what runs now is not the run
-                module.forward(hidden, *args[1:], **given)
+                module.forward(self._apart(hidden), **given)
                 self.decided = decided
                 handle.remove()
                 return found[0].float()
@@ -454,15 +485,22 @@ class Masked:
             if not self.decided:
                 self.notes[i]["input"] = hidden[0]
             kwargs = prepared(kwargs, step)
-            if args:
-                return (hidden, *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": hidden}
+            hidden = self._apart(hidden)
+            return ((hidden,), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
         return hook
 
+    def _in_a_row(self, hidden: Tensor) -> Tensor:
+        """(b, s, d): of Gemma 3n, whose layers take (streams, b, s, d), all streams in a row."""
+        return hidden.permute(1, 2, 0, 3).flatten(2) if hidden.dim() == 4 else hidden
+
+    def _apart(self, hidden: Tensor) -> Tensor:
+        streams = getattr(self.config, "altup_num_inputs", None)
+        return hidden if streams is None else hidden.unflatten(2, (streams, -1)).permute(2, 0, 1, 3)
+
     def _rotary(self, layer: int, hidden: Tensor, positions: Tensor) -> Any:
         kinds = getattr(self.config, "layer_types", None)
-        if self.family.model_type in ("gemma3", "gemma4"):
+        if self.family.model_type in ("gemma3", "gemma3n", "gemma4"):
             assert kinds is not None
             return self.decoder.rotary_emb(hidden, positions, kinds[layer])
         return self.decoder.rotary_emb(hidden, positions)
@@ -482,9 +520,12 @@ class Masked:
 
         def leave_layer(module: Any, args: Any, output: Any) -> None:
             value = output[0] if isinstance(output, tuple) else output
-            note("output", value)
-            if hasattr(self.decoder, "norm"):
-                note("normed", self.decoder.norm(value))
+            note("output", self._in_a_row(value))
+            value = value[0] if value.dim() == 4 else value  # the stream that layers act on
+            norm = getattr(self.decoder, "norm", None)
+            norm = norm or getattr(self.decoder, "embedding_norm", None)
+            if norm is not None:
+                note("normed", norm(value))
 
         handles = [layer.register_forward_hook(leave_layer)]
 
@@ -530,7 +571,7 @@ class Masked:
     def alive_at_end(self) -> Tensor:
         if not self.parts:
             return self.alive
-        return self.steps[-1 if self.recurrent else self.num_layers - 1].alive
+        return self.steps[self.num_layers - 1].alive
 
     def step_logits(self, produced: Tensor) -> Tensor:
         """(b, e, V): what each of the tokens `produced` (b, e) was chosen from."""
@@ -541,7 +582,7 @@ class Masked:
         """For each image, its tokens in each decoder layer."""
         return tuple(
             tuple(
-                int((self.steps[-1 if self.recurrent else layer].alive & (self.image == i)).sum())
+                int((self.steps[layer].alive & (self.image == i)).sum())
                 for layer in range(self.num_layers)
             )
             for i in range(len(self.images))

@@ -78,21 +78,27 @@ class Blend(Probe):
 @dataclass(frozen=True)
 class Steps(Probe):
     """Layers stage: reads attention of layers that ran and, unless it is `plain`, of the one about
-    to run and what goes through layers; drops twice, rewrites what stays."""
+    to run and what goes through layers; drops twice, rewrites what stays. With `attends`, only
+    those layers have attention."""
 
     first: int = 2
     second: int = 5
     positions: Positions = "original"
     plain: bool = False
+    attends: tuple[int, ...] = ()
 
     def prune_layers(self, num_layers: int) -> tuple[int, ...]:
         return (self.first, self.second)
 
     def taps(self, num_layers: int) -> dict[int, Rows]:
-        return {0: "vision_text", self.first - 1: "last", self.second - 1: "text"}
+        rows: dict[int, Rows] = {0: "vision_text", self.first - 1: "last", self.second - 1: "text"}
+        if not self.attends:
+            return rows
+        return {layer: rows.get(layer, "last") for layer in self.attends if layer < self.second}
 
     def peeks(self, num_layers: int) -> dict[int, Rows]:
-        return {} if self.plain else {self.first: "text", self.second: "last"}
+        rows: dict[int, Rows] = {} if self.plain else {self.first: "text", self.second: "last"}
+        return {k: row for k, row in rows.items() if not self.attends or k in self.attends}
 
     def records(self, num_layers: int) -> dict[int, frozenset[Record]]:
         if self.plain:
@@ -105,13 +111,13 @@ class Steps(Probe):
 
     def prune(self, state: LayerState) -> Selection | None:
         vision = state.vision
-        score = state.attention[state.layer - 1].sum(0)[vision]
-        assert (state.ahead is None) == self.plain
+        score = state.attention[max(state.attention)].sum(0)[vision]
+        assert (state.ahead is None) == (state.layer not in self.peeks(state.num_layers))
         if state.ahead is not None:
             score = score + state.ahead.sum(0)[vision]
         for kept in state.recorded.values():
             score = score + 0.01 * kept[vision].mean(1).tanh()
-        score = score + state.attention[0].sum(0)[vision] / len(vision)
+        score = score + state.attention[min(state.attention)].sum(0)[vision] / len(vision)
         score = score + 0.001 * state.grid[vision].sum(1)
         count = len(vision) - len(vision) // (2 + int((score[0] > score.mean()).item()))
         chosen = score.topk(count).indices.sort().values
@@ -121,8 +127,8 @@ class Steps(Probe):
         return Selection(chosen, 0.8 * contents[chosen] + 0.2 * contents.mean(0))
 
 
-SEQUENCE_ONLY = {"qwen3_5", "qwen3_5_moe", "gemma3n", "lfm2_vl", "minicpmv4_6"}
-"""Families without a layers stage."""
+RECURRENT = {"qwen3_5", "qwen3_5_moe", "lfm2_vl", "minicpmv4_6"}
+"""Families of which only layers 2 and 5 attend."""
 COUNT_PADDING = {"exaone4_5", "hyperclovax_vision_v2"}
 """In `generate` their models number all tokens, padding included."""
 PLAIN = {"exaone4_5"}
@@ -141,13 +147,11 @@ PROBES: dict[str, Callable[[TinyFamily], Method | None]] = {
     ),
     "layers": lambda family: _layers(family, "original"),
     "layers-contiguous": lambda family: _layers(family, "contiguous"),
-    "ragged|layers": lambda family: _with(
-        Ragged(positions="contiguous"), _layers(family, "contiguous")
-    ),
+    "ragged|layers": lambda family: Ragged(positions="contiguous") | _layers(family, "contiguous"),
     "divprune": lambda family: vtc.DivPrune(keep=0.4),
     "split@tile": lambda family: _split(family, vtc.PerTile),
     "split@frame": lambda family: _split(family, vtc.PerFrame),
-    "fastv": lambda family: _with(None, _fastv(family)),
+    "fastv": lambda family: _fastv(family),
 }
 GLM = ("glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr")
 KINDS = ("one", "ragged", "images", "mixed", "video")
@@ -164,15 +168,20 @@ MODES = (
 )
 
 
-def _layers(family: TinyFamily, positions: Positions) -> Method | None:
-    if family.model_type in SEQUENCE_ONLY:
-        return None
-    first, second = (1, 2) if "device" in family.name else (2, 5)
+def _early(family: TinyFamily) -> bool:
+    """Whether late layers reuse the keys of the third, after which nothing can be dropped."""
+    return family.model_type == "gemma3n" or "device" in family.name
+
+
+def _layers(family: TinyFamily, positions: Positions) -> Method:
+    first, second = (1, 2) if _early(family) else (2, 5)
+    if family.model_type in RECURRENT:
+        return Steps(3, second, positions, attends=(2, 5))
     return Steps(first, second, positions, plain=family.model_type in PLAIN)
 
 
-def _fastv(family: TinyFamily) -> Method | None:
-    return None if family.model_type in SEQUENCE_ONLY else vtc.FastV(keep=0.5, layer=2)
+def _fastv(family: TinyFamily) -> Method:
+    return vtc.FastV(keep=0.5, layer=3 if family.model_type in RECURRENT else 2)
 
 
 def _split(family: TinyFamily, wrap: Any) -> Method | None:
@@ -185,14 +194,9 @@ def _split(family: TinyFamily, wrap: Any) -> Method | None:
     parts = [i.crop if wrap is vtc.PerTile else tuple(g[0] for g in i.grid) for i in images]
     if not any(part and len({*part}) > 1 for part in parts):
         return None
-    # Those for devices have no room for two cuts.
-    plain = family.model_type in SEQUENCE_ONLY or "device" in family.name
+    plain = family.model_type in RECURRENT or _early(family)  # no room for the method's two cuts
     inner = vtc.DivPrune(keep=0.4) if plain else vtc.CATP(keep=0.4, layer=3)
     return wrap(inner)  # type: ignore[no-any-return]
-
-
-def _with(first: Method | None, second: Method | None) -> Method | None:
-    return second if first is None or second is None else first | second
 
 
 # ---- shared -------------------------------------------------------------------------------------

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers.masking_utils import (
     create_causal_mask,
     create_chunked_causal_mask,
+    create_recurrent_attention_mask,
     create_sliding_window_causal_mask,
 )
 
@@ -23,8 +24,20 @@ CACHE = (
 """The name of the cache argument: `past_key_values` up to transformers 5.23, `cache` from 5.24."""
 
 
+RECURRENT = {"linear_attention": "linear_attn", "conv": "conv"}
+"""The kinds of layers that read tokens one after the other and hold a state instead of keys, and
+the name of what stands there for attention."""
+
+
 class DecoderPart:
-    """Rotation and masks of decoder layers; see `Adapter`."""
+    """Rotation and masks of decoder layers; see `Adapter`.
+
+    Class attributes:
+        decoder_parts: norm before attention, feed-forward of a layer, and norm after the last, by
+            name.
+    """
+
+    decoder_parts: ClassVar[tuple[str, str, str]] = ("input_layernorm", "mlp", "norm")
 
     decoder: Any
 
@@ -57,17 +70,61 @@ class DecoderPart:
             return attention.sliding_window is not None or getattr(attention, "force_rope", False)
         return bool(getattr(attention, "use_rope", True))
 
-    def recorded_at(self, name: str) -> tuple[str, bool]:
-        """Where the record `name` of a decoder layer is taken.
+    def recorded_at(self, layer: int, name: str) -> tuple[str, bool]:
+        """Where the record `name` of a decoder layer is taken. Of a layer that does not attend,
+        "attention" is what stands there instead.
 
         Args:
+            layer: 0-based decoder layer.
             name: of the record.
 
         Returns:
             The layer's attribute, "" for the layer, and whether it is the module's input.
         """
         part, _, end = name.partition("_")
-        return {"attention": "self_attn", "mlp": "mlp"}.get(part, ""), end == "in"
+        mixer = RECURRENT.get(self.layer_type(layer), "self_attn")
+        return {"attention": mixer, "mlp": self.decoder_parts[1]}.get(part, ""), end == "in"
+
+    def attends(self, layer: int) -> bool:
+        """Whether decoder layer `layer` has attention weights that can be read."""
+        return hasattr(getattr(self.layers[layer], "self_attn", None), "config")
+
+    @property
+    def any_attention(self) -> Any:
+        """The attention of the first decoder layer that has one."""
+        found: Iterator[Any] = (getattr(layer, "self_attn", None) for layer in self.layers)
+        return next(attention for attention in found if attention is not None)
+
+    def attention_input(self, layer: int, hidden: Tensor) -> Tensor:
+        """What the attention of a decoder layer receives.
+
+        Args:
+            layer: 0-based decoder layer.
+            hidden: (b, k, d) the layer's input.
+
+        Returns:
+            (b, k, d).
+        """
+        return getattr(self.layers[layer], self.decoder_parts[0])(hidden)
+
+    def join_streams(self, hidden: Tensor) -> Tensor:
+        """What enters or leaves a decoder layer as one row per token.
+
+        Args:
+            hidden: (b, k, d), or as the layers of the family take it.
+
+        Returns:
+            (b, k, d').
+        """
+        return hidden
+
+    def part_streams(self, tokens: Tensor) -> Tensor:
+        """The inverse of `join_streams`, for what enters a layer."""
+        return tokens
+
+    def normed(self, states: Tensor) -> Tensor:
+        """`states` (b, k, d) of a layer through the norm behind the last."""
+        return getattr(self.decoder, self.decoder_parts[2])(states)
 
     def attention_arguments(self, layer: int) -> dict[str, Any]:
         """Arguments that the attention of decoder layer `layer` takes beside the usual ones, where
@@ -81,7 +138,7 @@ class DecoderPart:
             UnsupportedModelError: it rotates a part of each key, or has no usual
                 `apply_rotary_pos_emb`.
         """
-        attention = self.layers[0].self_attn
+        attention = self.any_attention
         if hasattr(attention, "qk_rope_head_dim"):
             raise UnsupportedModelError(
                 f"model: {type(attention).__name__} turns a part of each key only, so "
@@ -111,7 +168,7 @@ class DecoderPart:
         return apply(states, states, *rotation)[1]
 
     def layer_type(self, layer: int) -> str:
-        """ "full_attention", "sliding_attention", "chunked_attention" or "linear_attention"."""
+        """ "full_attention", "sliding_attention", "chunked_attention", or one of `RECURRENT`."""
         config = self.decoder.config
         kinds: list[str] | None = getattr(config, "layer_types", None)
         if kinds:
@@ -150,7 +207,8 @@ class DecoderPart:
     ) -> Any:
         """The attention mask of a decoder layer.
 
-        Windows and chunks count the tokens that the layer holds, at prefill and in decoding.
+        Windows and chunks count the tokens that the layer holds, at prefill and in decoding. Of a
+        recurrent layer, it marks the new tokens that are no padding.
 
         Args:
             layer: 0-based decoder layer.
@@ -162,10 +220,13 @@ class DecoderPart:
         Returns:
             The mask in the form that the layer's attention takes.
         """
+        kind = self.layer_type(layer)
+        if kind in RECURRENT:
+            return create_recurrent_attention_mask(self.decoder.config, embeds, valid)
         build = {
             "sliding_attention": create_sliding_window_causal_mask,
             "chunked_attention": create_chunked_causal_mask,
-        }.get(self.layer_type(layer), create_causal_mask)
+        }.get(kind, create_causal_mask)
         extra = {} if blocks is None else {"block_sequence_ids": blocks}
         return build(
             config=self.decoder.config,

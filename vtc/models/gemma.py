@@ -108,13 +108,48 @@ class Gemma3(Adapter):
         )
 
 
-class Gemma3n(Adapter):
-    """A convolutional tower and causal attention. Hidden states have several streams (AltUp), so
-    methods act before the language model only."""
+class SharedKeys(Adapter):
+    """Decoders whose last layers reuse keys and values of earlier ones."""
+
+    def attention_arguments(self, layer: int) -> dict[str, Any]:
+        # A layer before which tokens can be dropped reuses no keys; what it stores is lost here.
+        attention: Any = self.layers[layer].self_attn
+        names = inspect.signature(attention.forward).parameters
+        return {"shared_kv_states": {}} if "shared_kv_states" in names else {}
+
+    def check_rotate(self) -> None:
+        pass
+
+    def rotate(self, layer: int, states: Tensor, rotation: Any) -> Tensor:
+        module = sys.modules[type(self.layers[layer].self_attn).__module__]
+        return module.apply_rotary_pos_emb(states, *rotation)
+
+    def check_layers(self, layers: Sequence[int]) -> None:
+        config = self.decoder.config
+        shared = getattr(config, "num_kv_shared_layers", 0) or 0
+        own = config.num_hidden_layers - shared
+        sources = [
+            max(i for i in range(own) if config.layer_types[i] == kind)
+            for kind in set(config.layer_types[own:])
+        ]
+        late = [layer for layer in layers if layer > min(sources, default=config.num_hidden_layers)]
+        if late:
+            raise UnsupportedModelError(
+                f"model: from decoder layer {own} on, {type(self.decoder).__name__} reuses the "
+                f"keys of layers {', '.join(map(str, sorted(sources)))}; tokens cannot be dropped "
+                f"before layer {late[0]}, only before layers up to {min(sources)}"
+            )
+
+
+class Gemma3n(SharedKeys):
+    """A convolutional tower and causal attention. Hidden states have several streams (AltUp): the
+    state of a token between layers is all of them in a row, and what is read of attention and MLP
+    is of the stream on which they act. Late layers reuse keys and values of earlier ones, after
+    which no token can be dropped."""
 
     name: ClassVar[str] = "gemma3n"
     model_types: ClassVar[tuple[str, ...]] = ("gemma3n",)
-    stages: ClassVar[tuple[str, ...]] = ("sequence",)
+    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
     unread: ClassVar[str] = "convolutions mix its places and fuse several resolutions"
 
     def placeholders(self, output: Any, given: Mapping[str, Any]) -> dict[Modality, Tensor]:
@@ -125,8 +160,21 @@ class Gemma3n(Adapter):
     ) -> list[list[ImageMap]]:
         return [[ImageMap(self.grid(len(own), None))] for own in features]
 
+    def join_streams(self, hidden: Tensor) -> Tensor:
+        return hidden if hidden.dim() == 3 else torch.cat(hidden.unbind(0), dim=-1)
 
-class Gemma4(Gemma3):
+    def part_streams(self, tokens: Tensor) -> Tensor:
+        return torch.stack(tokens.chunk(self.decoder.config.altup_num_inputs, dim=-1))
+
+    def attention_input(self, layer: int, hidden: Tensor) -> Tensor:
+        streams = self.layers[layer].altup.predict(self.part_streams(hidden))  # type: ignore[operator, union-attr]
+        return super().attention_input(layer, streams[self.decoder.config.altup_active_idx])
+
+    def normed(self, states: Tensor) -> Tensor:
+        return super().normed(self.part_streams(states)[self.decoder.config.altup_active_idx])
+
+
+class Gemma4(SharedKeys, Gemma3):
     """As Gemma 3, with pooled images of any size. Late layers reuse keys and values of earlier
     ones, after which no token can be dropped."""
 
@@ -179,40 +227,11 @@ class Gemma4(Gemma3):
     def states_from(self) -> Any:
         return self.tower.pooler
 
-    def recorded_at(self, name: str) -> tuple[str, bool]:
+    def recorded_at(self, layer: int, name: str) -> tuple[str, bool]:
         # What follows a mixture of experts, which runs beside the MLP, is the sum of both.
-        return (
-            ("post_feedforward_layernorm", True) if name == "mlp_out" else super().recorded_at(name)
-        )
-
-    def attention_arguments(self, layer: int) -> dict[str, Any]:
-        # A layer before which tokens can be dropped reuses no keys; what it stores is lost here.
-        attention: Any = self.layers[layer].self_attn
-        names = inspect.signature(attention.forward).parameters
-        return {"shared_kv_states": {}} if "shared_kv_states" in names else {}
-
-    def check_rotate(self) -> None:
-        pass
-
-    def rotate(self, layer: int, states: Tensor, rotation: Any) -> Tensor:
-        module = sys.modules[type(self.layers[layer].self_attn).__module__]
-        return module.apply_rotary_pos_emb(states, *rotation)
-
-    def check_layers(self, layers: Sequence[int]) -> None:
-        config = self.decoder.config
-        shared = getattr(config, "num_kv_shared_layers", 0) or 0
-        own = config.num_hidden_layers - shared
-        sources = [
-            max(i for i in range(own) if config.layer_types[i] == kind)
-            for kind in set(config.layer_types[own:])
-        ]
-        late = [layer for layer in layers if layer > min(sources, default=config.num_hidden_layers)]
-        if late:
-            raise UnsupportedModelError(
-                f"model: from decoder layer {own} on, Gemma 4 reuses the keys of layers "
-                f"{', '.join(map(str, sorted(sources)))}; tokens cannot be dropped before layer "
-                f"{late[0]}, only before layers up to {min(sources)}"
-            )
+        if name == "mlp_out":
+            return "post_feedforward_layernorm", True
+        return super().recorded_at(layer, name)
 
 
 def _pooled(corners: Tensor, columns: int, by: int) -> Tensor:

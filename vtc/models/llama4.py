@@ -23,6 +23,7 @@ class Llama4(Shuffled):
     model_types: ClassVar[tuple[str, ...]] = ("llama4",)
     stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
     attention: ClassVar[str] = "causal, in chunks"
+    decoder_parts: ClassVar[tuple[str, str, str]] = ("input_layernorm", "feed_forward", "norm")
 
     def cls_place(self) -> int:
         return -1
@@ -38,10 +39,6 @@ class Llama4(Shuffled):
 
     def states_from(self) -> Any:
         return self.tower.vision_adapter
-
-    def recorded_at(self, name: str) -> tuple[str, bool]:
-        attribute, enters = super().recorded_at(name)
-        return "feed_forward" if attribute == "mlp" else attribute, enters
 
     def check_rotate(self) -> None:
         pass

@@ -3,23 +3,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from vtc.core.images import ImageMap, Modality, grid_positions
-from vtc.models.base import Adapter, UnsupportedModelError
+from vtc.models.base import Adapter
 
 
 class MiniCPMV(Adapter):
-    """Images of any size; each slice is a separate image. Most layers are recurrent, as in Qwen3.5:
-    methods act before the language model only. Clips are not tested."""
+    """Images of any size; each slice is a separate image. Most layers are recurrent, as in Qwen3.5.
+    Clips are not tested."""
 
     name: ClassVar[str] = "minicpmv4_6"
     model_types: ClassVar[tuple[str, ...]] = ("minicpmv4_6",)
     projects_patches: ClassVar[bool] = False
-    stages: ClassVar[tuple[str, ...]] = ("sequence",)
+    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
     unread: ClassVar[str] = "it joins patches between its layers"
 
     def placeholders(self, output: Any, given: Mapping[str, Any]) -> dict[Modality, Tensor]:
@@ -35,10 +35,3 @@ class MiniCPMV(Adapter):
             by = round((rows * columns / len(own)) ** 0.5)
             maps.append([ImageMap(grid_positions(rows // by, columns // by))])
         return maps
-
-    def check_layers(self, layers: Sequence[int]) -> None:
-        if layers:
-            raise UnsupportedModelError(
-                "model: tokens cannot be dropped between layers of MiniCPM-V 4.6, whose recurrent "
-                "layers have already read them; use a method that acts before the language model"
-            )

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from vtc.core.images import ImageMap, Modality
-from vtc.models.base import Adapter, UnsupportedModelError
+from vtc.models.base import Adapter
 
 
 class QwenVL(Adapter):
@@ -147,19 +147,11 @@ class GlmV(QwenVL):
 
 
 class Qwen3_5(QwenVL):
-    """Qwen3.5 (dense and MoE): most layers are recurrent, and a token cannot be dropped from a
-    recurrent state. Methods act before the language model only."""
+    """Qwen3.5 (dense and MoE): most layers are recurrent. A token that is dropped between layers
+    stays in the states of the layers that have read it; those after never see it."""
 
     name: ClassVar[str] = "qwen3_5, qwen3_5_moe"
     model_types: ClassVar[tuple[str, ...]] = ("qwen3_5", "qwen3_5_moe")
-    stages: ClassVar[tuple[str, ...]] = ("encoder", "sequence")
-
-    def check_layers(self, layers: Sequence[int]) -> None:
-        if layers:
-            raise UnsupportedModelError(
-                "model: tokens cannot be dropped between layers of Qwen3.5, whose recurrent layers "
-                "have already read them; use a method that acts before the language model"
-            )
 
 
 def _windows(given: Mapping[str, Any], places: Tensor) -> Tensor:
@@ -177,4 +169,4 @@ class QwenOmni(QwenVL):
 
 
 def _module(adapter: Adapter) -> Any:
-    return sys.modules[type(adapter.layers[0].self_attn).__module__]
+    return sys.modules[type(adapter.any_attention).__module__]

@@ -465,7 +465,10 @@ class Engine(Hooked):
         forward = self.forward
         if forward is None or forward.phase == "plain":
             return None
-        hidden = args[0] if args else kwargs["hidden_states"]
+        if len(args) > 1:  # Gemma 3n
+            named = by_name(module, args, kwargs)
+            args, kwargs = (args[0],), {k: v for k, v in named.items() if v is not args[0]}
+        hidden = self.adapter.join_streams(args[0] if args else kwargs["hidden_states"])
         checkpointed = module.training and getattr(module, "gradient_checkpointing", False)
         if checkpointed and self.groups.group_of[layer] > 0:
             raise RuntimeError(
@@ -476,16 +479,15 @@ class Engine(Hooked):
             if layer in self.groups.first_layers[1:]:
                 hidden = self._drop(forward, layer, hidden, cache_in(kwargs))
                 if args:
-                    args = (hidden, *args[1:])
+                    args = (self.adapter.part_streams(hidden),)
                 else:
-                    kwargs["hidden_states"] = hidden
+                    kwargs["hidden_states"] = self.adapter.part_streams(hidden)
             for runner in self.runners:
                 if runner.watches(layer):
                     runner.watch(forward, layer, hidden)
         if forward.ledger.groups[self.groups.group_of[layer]].diverged:
             self.groups.adapt_layer(forward, layer, hidden, kwargs)
             if forward.phase == "prefill" and self.groups.group_of[layer] > 0:
-                args = (*args[:1], *(self._cut(forward, value) for value in args[1:]))
                 for name in set(kwargs) - _ADAPTED:
                     kwargs[name] = self._cut(forward, kwargs[name])
             if self.flash:

@@ -121,8 +121,8 @@ class Plan:
                 f"{', '.join(get_args(Rows))}",
             )
         attention: Any = getattr(self.adapter.layers[layer], "self_attn", None)
-        norm = getattr(self.adapter.layers[layer], "input_layernorm", None)
-        if not hasattr(attention, "config") or (where == "peeks" and norm is None):
+        norm = getattr(self.adapter.layers[layer], self.adapter.decoder_parts[0], None)
+        if not self.adapter.attends(layer) or (where == "peeks" and norm is None):
             raise UnsupportedModelError(
                 f"model: decoder layer {layer} of {type(self.adapter.model).__name__} has no "
                 f"self_attn that {method.name} could read"
@@ -164,12 +164,12 @@ class Plan:
                 )
             for name in names:
                 module, part = self.adapter.layers[layer], name.split("_")[0]
-                attribute, _ = self.adapter.recorded_at(name)
+                attribute, _ = self.adapter.recorded_at(layer, name)
                 lacks = {
-                    "normed": not hasattr(self.adapter.decoder, "norm"),
-                    "attention": not hasattr(module, "self_attn"),
-                    "keys": not hasattr(getattr(module, "self_attn", None), "config"),
-                    "rotary": not hasattr(getattr(module, "self_attn", None), "config"),
+                    "normed": not hasattr(self.adapter.decoder, self.adapter.decoder_parts[2]),
+                    "attention": not hasattr(module, attribute),
+                    "keys": not self.adapter.attends(layer),
+                    "rotary": not self.adapter.attends(layer),
                     "mlp": not hasattr(module, attribute),
                 }
                 if lacks.get(part, False):

@@ -45,7 +45,7 @@ class LayerReader:
                 self.handles.append(self._hook(layer, name))
 
     def _hook(self, layer: int, name: Record) -> Any:
-        attribute, enters = self.adapter.recorded_at(name)
+        attribute, enters = self.adapter.recorded_at(layer, name)
         module: Any = self.adapter.layers[layer]
         if attribute:
             module = self._part(layer, attribute)
@@ -95,9 +95,10 @@ class LayerReader:
         value = output[0] if isinstance(output, tuple) else output
         if args and value.numel() == args[0].numel():
             value = value.view(args[0].shape)  # experts return the tokens of all samples in one row
+        value = self.adapter.join_streams(value)
         if name == "normed" and self._listening() is not None:
             with torch.no_grad():
-                value = self.adapter.decoder.norm(value)
+                value = self.adapter.normed(value)
         self._note(layer, name, value)
 
     def _note(self, layer: int, name: Record, value: Tensor) -> None:
@@ -235,7 +236,7 @@ class LayerReader:
             try:
                 with tap.alone(), torch.no_grad():
                     decoder.self_attn(
-                        hidden_states=decoder.input_layernorm(hidden),
+                        hidden_states=self.adapter.attention_input(layer, hidden),
                         position_embeddings=self.adapter.rotary(layer, hidden, positions),
                         attention_mask=None,
                         **{CACHE: _ReadOnly(cache) if past else None},
