@@ -271,11 +271,12 @@ class Method:
         for field in fields:
             value = shown.get(field.name)
             budget = field.name == "keep" and isinstance(value, (int, float))
-            if field.init and not budget and self._is_default(field, value):
+            if field.init and not budget and self.is_default(field, value):
                 del shown[field.name]
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
-    def _is_default(self, field: dataclasses.Field[Any], value: Any) -> bool:
+    def is_default(self, field: dataclasses.Field[Any], value: Any) -> bool:
+        """Whether `value` is what the field of the method would have if it were not set."""
         if value == field.default:
             return True
         # Some defaults depend on other settings, as SparseVLM's on its version.

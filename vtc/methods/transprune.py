@@ -14,6 +14,7 @@ from vtc.core.errors import ArgumentError, ArgumentTypeError
 from vtc.core.settings import (
     check_choice,
     check_fraction,
+    check_layers,
     check_number,
     check_positions,
     scale_layers,
@@ -61,6 +62,8 @@ class TransPrune(Method):
         alpha: weight of the variation, in [0, 1].
         direction: "abs" or "signed".
         softmax_scope: "image" (all vision tokens held) or "sequence".
+        layers: three ascending 0-based layers before which it cuts; by default those after layers
+            7, 9 and 12 of 32, scaled to the depth.
         positions: "contiguous" (as in the code) or "original".
 
     Raises:
@@ -77,6 +80,7 @@ class TransPrune(Method):
     alpha: float = 0.5
     direction: Literal["abs", "signed"] = "abs"
     softmax_scope: Literal["image", "sequence"] = "image"
+    layers: tuple[int, int, int] | None = None
     positions: Positions = "contiguous"
 
     def __post_init__(self) -> None:
@@ -88,6 +92,10 @@ class TransPrune(Method):
         check_number("alpha", self.alpha, "[0, 1]")
         check_choice("direction", self.direction, ("abs", "signed"))
         check_choice("softmax_scope", self.softmax_scope, ("image", "sequence"))
+        layers = check_layers("layers", self.layers, lowest=1)
+        if layers is not None and len(layers) != len(self.shares):
+            raise ArgumentError("layers", f"expected three layers, got {self.layers}")
+        object.__setattr__(self, "layers", layers)
         check_positions(self.positions)
 
     @property
@@ -101,11 +109,15 @@ class TransPrune(Method):
         return self.keep == 1.0 and self.shares == (1.0, 1.0, 1.0)
 
     def prune_layers(self, num_layers: int) -> tuple[int, ...]:
-        """After layers 7, 9 and 12 of 32 (1-based), scaled to the depth."""
-        return scale_layers(None, (0.21875, 0.28125, 0.375), num_layers)
+        """After layers 7, 9 and 12 of 32 (1-based), scaled to the depth, or those that are set.
+
+        Raises:
+            ArgumentError: `layers` that the model does not have.
+        """
+        return scale_layers(self.layers, (0.21875, 0.28125, 0.375), num_layers)
 
     def watched(self, num_layers: int) -> range:
-        """0-based layers whose variation counts: layers 7 to 12 of 32, scaled."""
+        """0-based layers whose variation counts: from that before the first cut to the last."""
         cuts = self.prune_layers(num_layers)
         return range(cuts[0] - 1, cuts[-1]) if cuts else range(0)
 

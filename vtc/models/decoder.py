@@ -89,6 +89,10 @@ class DecoderPart:
         """Whether decoder layer `layer` has attention weights that can be read."""
         return hasattr(getattr(self.layers[layer], "self_attn", None), "config")
 
+    def can_peek(self, layer: int) -> bool:
+        """Whether `attention_input` knows what the attention of decoder layer `layer` receives."""
+        return hasattr(self.layers[layer], self.decoder_parts[0])
+
     @property
     def any_attention(self) -> Any:
         """The attention of the first decoder layer that has one."""

@@ -28,6 +28,15 @@ class OneAxis(QwenVL):
     def rotary(self, layer: int, hidden: Tensor, positions: Tensor) -> Any:
         return Adapter.rotary(self, layer, hidden, positions)
 
+    def can_peek(self, layer: int) -> bool:
+        return True
+
+    def attention_input(self, layer: int, hidden: Tensor) -> Tensor:
+        # EXAONE 4 has norms behind attention and MLP only.
+        if not hasattr(self.layers[layer], self.decoder_parts[0]):
+            return hidden
+        return super().attention_input(layer, hidden)
+
     def rotates(self, layer: int) -> bool:
         attention: Any = self.layers[layer].self_attn
         if not hasattr(attention, "is_sliding"):

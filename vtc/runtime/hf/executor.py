@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 from vtc.core import Method
 from vtc.models import families, find
 from vtc.runtime.executors import Executor
+from vtc.runtime.fitting import fit
 from vtc.runtime.hf.cross import CrossEngine
 from vtc.runtime.hf.engine import Engine
 from vtc.runtime.hf.hooked import Hooked
@@ -50,9 +52,19 @@ class Transformers(Executor):
     def bind(cls, model: Any, method: Method) -> Hooked:
         """Bind a method; see `Executor.bind`."""
         adapter = find(_unwrapped(model))
+        fitted = method
+        if not adapter.crosses and "layers" in method.stages:
+            fitted = fit(method, [adapter.attends(layer) for layer in range(len(adapter.layers))])
+        if fitted != method:
+            warnings.warn(
+                f"{method} reads attention of decoder layers that have none in "
+                f"{type(adapter.model).__name__}, most of whose layers are recurrent; the next "
+                f"layers that have it are taken: {fitted}",
+                stacklevel=3,
+            )
         # All checks precede the engine.
         engine: Any = CrossEngine if adapter.crosses else Engine
-        made: Hooked = engine(adapter, method)
+        made: Hooked = engine(adapter, fitted)
         return made
 
 

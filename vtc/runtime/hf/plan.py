@@ -121,11 +121,13 @@ class Plan:
                 f"{', '.join(get_args(Rows))}",
             )
         attention: Any = getattr(self.adapter.layers[layer], "self_attn", None)
-        norm = getattr(self.adapter.layers[layer], self.adapter.decoder_parts[0], None)
-        if not self.adapter.attends(layer) or (where == "peeks" and norm is None):
+        hidden = where == "peeks" and not self.adapter.can_peek(layer)
+        if hidden or not self.adapter.attends(layer):
+            there = [i for i in range(self.num_layers) if self.adapter.attends(i)]
+            has = f"; layers {', '.join(map(str, there))} have one" if there else ""
             raise UnsupportedModelError(
                 f"model: decoder layer {layer} of {type(self.adapter.model).__name__} has no "
-                f"self_attn that {method.name} could read"
+                f"self_attn that {method.name} could read{has}"
             )
         if foreign := foreign_options(attention):
             raise UnsupportedModelError(
