@@ -97,6 +97,7 @@ class Masked:
         model: an unpatched eager model of `family`; its weights and its own code are used.
         method: the compression, or `None` for the plain model.
         prompt_length: tokens of the row that are prompt, by default all.
+        deep: the deep features of the vision tokens, where a method changes the tower.
     """
 
     def __init__(
@@ -106,8 +107,9 @@ class Masked:
         method: Method | None,
         row: Row,
         prompt_length: int | None = None,
+        deep: list[Tensor] | None = None,
     ) -> None:
-        self.family, self.model, self.row = family, model, row
+        self.family, self.model, self.row, self.deep = family, model, row, deep
         self.decoder = decoder_of(model)
         self.config = self.decoder.config
         self.num_layers = len(self.decoder.layers)
@@ -395,6 +397,8 @@ class Masked:
                 self.positions = positions
                 kwargs["position_ids"] = self._moved(step)
             kwargs["inputs_embeds"] = embeds
+            if self.deep is not None and kwargs.get("deepstack_visual_embeds") is not None:
+                kwargs["deepstack_visual_embeds"] = self.deep
             return args, kwargs
 
         return hook
@@ -455,8 +459,8 @@ class Masked:
             def prepared(given: dict[str, Any], step: _Step) -> dict[str, Any]:
                 seen = self._visible(i, step.alive, total)
                 low = torch.finfo(hidden.dtype).min
-                mask = torch.zeros(total, total).masked_fill(~seen, low)[None, None]
-                changed = {**given, "attention_mask": mask.to(hidden.dtype)}
+                mask = hidden.new_zeros(total, total).masked_fill(~seen, low)[None, None]
+                changed = {**given, "attention_mask": mask}
                 moved = bool((step.closed != self.steps[-1].closed).any())
                 if moved and given["position_embeddings"] is not None:
                     changed["position_embeddings"] = self._rotary(i, hidden, self._moved(step))

@@ -151,7 +151,7 @@ PROBES: dict[str, Callable[[TinyFamily], Method | None]] = {
     "divprune": lambda family: vtc.DivPrune(keep=0.4),
     "split@tile": lambda family: _split(family, vtc.PerTile),
     "split@frame": lambda family: _split(family, vtc.PerFrame),
-    "fastv": lambda family: _fastv(family),
+    "fastv": lambda family: vtc.FastV(keep=0.5, layer=first_cut(family)),
 }
 GLM = ("glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr")
 KINDS = ("one", "ragged", "images", "mixed", "video")
@@ -174,14 +174,14 @@ def _early(family: TinyFamily) -> bool:
 
 
 def _layers(family: TinyFamily, positions: Positions) -> Method:
-    first, second = (1, 2) if _early(family) else (2, 5)
-    if family.model_type in RECURRENT:
-        return Steps(3, second, positions, attends=(2, 5))
-    return Steps(first, second, positions, plain=family.model_type in PLAIN)
+    first, second = first_cut(family), 2 if _early(family) else 5
+    attends = (2, 5) if family.model_type in RECURRENT else ()
+    return Steps(first, second, positions, family.model_type in PLAIN, attends)
 
 
-def _fastv(family: TinyFamily) -> Method:
-    return vtc.FastV(keep=0.5, layer=3 if family.model_type in RECURRENT else 2)
+def first_cut(family: TinyFamily) -> int:
+    """The first layer before which FastV can act."""
+    return 1 if _early(family) else 3 if family.model_type in RECURRENT else 2
 
 
 def _split(family: TinyFamily, wrap: Any) -> Method | None:

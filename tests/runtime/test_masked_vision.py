@@ -16,7 +16,7 @@ from tests.reference.families import FAMILIES, TinyFamily
 from tests.reference.models import IMAGE, build_model, collate, make_sample
 from tests.reference.probes import Probe
 from tests.runtime.test_exactness import METHODS, TOLERANCE
-from tests.runtime.test_families import SEQUENCE_ONLY, shared
+from tests.runtime.test_families import RECURRENT, first_cut, shared
 from tests.runtime.test_serving import EVERY
 from vtc.core import LayerState, Method, Selection, VisionTokens, make
 
@@ -55,7 +55,7 @@ PICTURES = {
 LAYERED = [
     name
     for name in EVERY
-    if FAMILIES[name].model_type not in {*SEQUENCE_ONLY, *PICTURES} and "device" not in name
+    if FAMILIES[name].model_type not in {*RECURRENT, *PICTURES} and "device" not in name
 ]
 
 
@@ -90,8 +90,8 @@ def test_keeping_all_is_the_plain_model(name: str, every: int | None) -> None:
         return
     plain = run(model, batch)
     keep_all: Method = vtc.Random(keep=1.0)
-    if family.model_type not in SEQUENCE_ONLY and "device" not in name:
-        keep_all = keep_all | vtc.FastV(keep=1.0, layer=2)
+    if "device" not in name:
+        keep_all = keep_all | vtc.FastV(keep=1.0, layer=first_cut(family))
     for method in (vtc.Full(), keep_all):
         with vtc.patch(model, method):
             found = run(model, batch)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import vtc
 from tests.reference.families import FAMILIES, join
-from tests.runtime.test_families import SEQUENCE_ONLY, shared
+from tests.runtime.test_families import first_cut, shared
 from tests.runtime.test_serving import EVERY
 
 
@@ -44,9 +44,9 @@ def test_documents_in_one_row(name: str) -> None:
     plain = logits_of(model, batch)
     keep_all: Any = vtc.Random(keep=1.0)
     methods: list[Any] = [vtc.Random(keep=0.3)]
-    if family.model_type not in SEQUENCE_ONLY and "device" not in name:
-        keep_all = keep_all | vtc.FastV(keep=1.0, layer=2)
-        methods.append(vtc.FastV(keep=2, layer=2))
+    if "device" not in name:
+        keep_all = keep_all | vtc.FastV(keep=1.0, layer=first_cut(family))
+        methods.append(vtc.FastV(keep=2, layer=first_cut(family)))
     for method in (vtc.Full(), keep_all):
         with vtc.patch(model, method):
             assert torch.equal(logits_of(model, batch), plain)

@@ -37,7 +37,7 @@ from tests.runtime.test_exactness import (
     plain_outputs,
     steps_of,
 )
-from tests.runtime.test_families import REFUSED, SEQUENCE_ONLY, shared
+from tests.runtime.test_families import REFUSED, first_cut, shared
 from vtc.core import Method, Selection, VisionTokens
 from vtc.models import families
 
@@ -514,12 +514,11 @@ def test_text_and_whole_images_are_as_without_a_patch(name: str) -> None:
     model = shared(name, family.attentions[-1])
     keep_all: Method = vtc.Random(keep=1.0)
     compress: Method = vtc.Random(keep=0.3)
-    if family.model_type not in SEQUENCE_ONLY:
-        layer = 1 if "device" in name else 2
-        # Small Gemma 4 runs its last layers on the last token only, but not where tokens may go
-        # between layers: that rounds differently.
-        keep_all = keep_all if "device" in name else keep_all | vtc.FastV(keep=1.0, layer=layer)
-        compress = compress | vtc.FastV(keep=2, layer=layer)
+    layer = first_cut(family)
+    # Small Gemma 4 runs its last layers on the last token only, but not where tokens may go between
+    # layers: that rounds differently.
+    keep_all = keep_all if "device" in name else keep_all | vtc.FastV(keep=1.0, layer=layer)
+    compress = compress | vtc.FastV(keep=2, layer=layer)
     for method, kind in ((compress, "text"), (keep_all, "mixed")):
         batch = batch_of(name, kind)
         real = batch["attention_mask"].bool()  # what stands at padding means nothing
@@ -536,10 +535,7 @@ def test_unpatching_restores_every_family(name: str) -> None:
     model, batch = shared(name, family.attentions[-1]), batch_of(name)
     before = outputs(model, batch)
     seen, weights = fingerprint(model), {k: v.clone() for k, v in model.state_dict().items()}
-    layers = family.model_type not in SEQUENCE_ONLY
-    chosen: Method = Ragged()
-    if layers:
-        chosen = chosen | vtc.FastV(keep=2, layer=1 if "device" in name else 2)
+    chosen: Method = Ragged() | vtc.FastV(keep=2, layer=first_cut(family))
     with vtc.patch(model, chosen):
         during = outputs(model, batch)
     assert difference(during[0][:, -1], before[0][:, -1]) > 1e-2

@@ -18,6 +18,13 @@ __all__ = ["skeleton", "table"]
 
 _REPAIRS: dict[str, dict[str, Any]] = {
     "gemma4": {"vision_config": {}},
+    "lfm2_vl": {
+        "text_config": {
+            "model_type": "lfm2",
+            "num_hidden_layers": 16,
+            "full_attn_idxs": [2, 5, 8, 10, 12, 14],
+        }
+    },
     "aya_vision": {
         "vision_config": {"model_type": "siglip_vision_model", "num_attention_heads": 16}
     },
@@ -36,7 +43,8 @@ _REPAIRS: dict[str, dict[str, Any]] = {
         }
     },
 }
-"""Settings without which the default configuration of a type makes no model."""
+"""Settings without which the default configuration of a type makes no model, or none of the kind
+that is published."""
 
 
 def skeleton(model: str) -> Any:
