@@ -50,6 +50,12 @@ def test_what_a_user_sets_stays() -> None:
         assert fit(plain, FOURTH) is plain
 
 
+def test_layers_before_and_after_which_methods_cut_are_told_apart() -> None:
+    attends = [layer in (2, 5, 8, 10, 12, 14) for layer in range(16)]  # LFM2
+    assert fit(vtc.SparseVLM(), attends).prune_layers(16) == (3, 6, 9)
+    assert fit(vtc.PyramidDrop(), attends).prune_layers(16) == (5, 8, 12)
+
+
 def test_a_method_that_reads_adjacent_layers_stays() -> None:
     assert fit(vtc.CATP(), FOURTH) == vtc.CATP()
 

@@ -57,8 +57,7 @@ def _candidates(method: Any, name: str, attends: Sequence[bool]) -> Iterator[Met
     while (moved := _with(method, total, layers=tuple(layers))) is not None:
         yield moved
         cuts = moved.prune_layers(total)
-        blind = _blind(moved, attends)
-        late = next((i for i, cut in enumerate(cuts) if any(layer <= cut for layer in blind)), 0)
+        late = next((i for i, cut in enumerate(cuts) if _blind_at(moved, cut, attends)), 0)
         layers[late] += 1
         for i in range(late + 1, len(layers)):
             layers[i] = max(layers[i], layers[i - 1] + 1)
@@ -78,9 +77,15 @@ def _cuts(method: Method | None, total: int) -> tuple[int, ...] | None:
     return None if method is None else method.prune_layers(total)
 
 
-def _blind(method: Method, attends: Sequence[bool]) -> list[int]:
-    """The layers without attention of which it reads attention or keys."""
+def _blind(method: Method, attends: Sequence[bool]) -> bool:
+    """Whether it reads attention or keys of a layer that has none."""
+    return any(_blind_at(method, cut, attends) for cut in method.prune_layers(len(attends)))
+
+
+def _blind_at(method: Method, cut: int, attends: Sequence[bool]) -> bool:
+    """Whether it does so by the time it acts before layer `cut`."""
     total = len(attends)
-    read = {*method.taps(total), *method.peeks(total)}
-    read |= {layer for layer, names in method.records(total).items() if names & {"keys", "rotary"}}
-    return sorted(layer for layer in read if not attends[layer])
+    seen = {*method.taps(total)}
+    seen |= {layer for layer, names in method.records(total).items() if names & {"keys", "rotary"}}
+    read = {layer for layer in seen if layer < cut} | {*method.peeks(total)} & {cut}
+    return not all(attends[layer] for layer in read)
