@@ -472,7 +472,10 @@ class PPChart2Table(GotOcr2):
 class MiniCPMV(TinyFamily):
     name = model_type = "minicpmv4_6"
     model_class = "MiniCPMV4_6ForConditionalGeneration"
+    config_class = "MiniCPMV4_6Config"
+    by = 4
     dims: ClassVar = {"pixel_values": 3}
+    marked: ClassVar[dict[str, int]] = {}
     notes = (
         "the language model of qwen3_5 with positions that count tokens; 4x4 patches make a token, "
         "2x2 of them inside the tower; image 1 has two slices, the whole first"
@@ -486,24 +489,61 @@ class MiniCPMV(TinyFamily):
     def config(self) -> Any:
         text = Qwen35().config().text_config.to_dict()
         text["model_type"] = "qwen3_5_text"
-        return hf.MiniCPMV4_6Config(
+        made: Any = getattr(hf, self.config_class)
+        return made(
             vision_config=vision_settings(32, patch_size=4, insert_layer_id=0),
             text_config=text,
             insert_layer_id=0,
             image_token_id=IMAGE,
             video_token_id=VIDEO,
             tie_word_embeddings=False,
+            **self.marked,
         )
+
+    def mark(self, crop: int, tokens: list[Any]) -> list[Any]:
+        """The tokens of a crop between marks."""
+        return [*marks(START, kind="text"), *tokens, *marks(END, kind="text")]
 
     def image(self, which: int, generator: torch.Generator, count: int) -> Piece:
         grids, tokens, values = self.grids[which], [], []
         for i, (rows, columns) in enumerate(grids):
-            tokens += marks(START, kind="text")
-            tokens += cells(rows, columns, crop=i if len(grids) > 1 else None)
-            tokens += marks(END, kind="text")
-            values.append(pixels(generator, 1, 3, 4, 4 * 16 * rows * columns))
-        extras = {"pixel_values": torch.cat(values, 3), "target_sizes": 4 * torch.tensor(grids)}
+            crop = cells(rows, columns, crop=i if len(grids) > 1 else None)
+            tokens += self.mark(i, crop)
+            values.append(pixels(generator, 1, 3, 4, 4 * self.by**2 * rows * columns))
+        sizes = self.by * torch.tensor(grids)
+        extras = {"pixel_values": torch.cat(values, 3), "target_sizes": sizes}
         return Piece(tokens, extras)
+
+
+class MiniCPMOcr(MiniCPMV):
+    name = model_type = "minicpm_ocr"
+    model_class = "MiniCPMOcrForConditionalGeneration"
+    config_class = "MiniCPMOcrConfig"
+    by = 2
+    notes = MiniCPMV.notes + "; 2x2 patches make a token, none inside the tower"
+
+
+class MiniCPMV47(MiniCPMV):
+    name = model_type = "minicpmv4_7"
+    model_class = "MiniCPMV4_7ForConditionalGeneration"
+    config_class = "MiniCPMV4_7Config"
+    per_token = ("mm_token_type_ids",)
+    notes = MiniCPMV.notes + "; m-RoPE, in which the slices of an image share one canvas"
+    marked: ClassVar = {
+        "image_start_id": START,
+        "image_end_id": END,
+        "slice_start_id": TAG,
+        "slice_end_id": TAG + 1,
+        "newline_id": TAG + 2,
+    }
+
+    def mark(self, crop: int, tokens: list[Any]) -> list[Any]:
+        if crop == 0:
+            return [*marks(START, kind="text"), *tokens, *marks(END, kind="text")]
+        return [*marks(TAG, kind="text"), *tokens, *marks(TAG + 1, kind="text")]
+
+    def finish(self, input_ids: Tensor, images: int, extras: dict[str, Tensor]) -> None:
+        extras["mm_token_type_ids"] = (input_ids == IMAGE).long()[None]
 
 
 class MuseGlimmer(Qwen2VL):
@@ -597,6 +637,8 @@ register(
     MuseGlimmer("muse_glimmer", 400),
     MuseGlimmer("muse_glimmer_short", 12),
     MiniCPMV(),
+    MiniCPMOcr(),
+    MiniCPMV47(),
     LightOnOcr(),
     QianfanOCR(),
     Glmga(),

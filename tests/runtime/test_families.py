@@ -127,7 +127,7 @@ class Steps(Probe):
         return Selection(chosen, 0.8 * contents[chosen] + 0.2 * contents.mean(0))
 
 
-RECURRENT = {"qwen3_5", "qwen3_5_moe", "lfm2_vl", "minicpmv4_6"}
+RECURRENT = {"qwen3_5", "qwen3_5_moe", "lfm2_vl", "minicpmv4_6", "minicpmv4_7", "minicpm_ocr"}
 """Families of which only layers 2 and 5 attend."""
 COUNT_PADDING = {"exaone4_5", "hyperclovax_vision_v2"}
 """In `generate` their models number all tokens, padding included."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MiniCPM-V 4.6."""
+"""MiniCPM-V 4.6 and 4.7, and MiniCPM-OCR."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from torch import Tensor
 
 from vtc.core.images import ImageMap, Modality, grid_positions
 from vtc.models.base import Adapter
+from vtc.models.qwen import QwenVL
 
 
 class MiniCPMV(Adapter):
     """Images of any size; each slice is a separate image. Most layers are recurrent, as in Qwen3.5.
     Clips are not tested."""
 
-    name: ClassVar[str] = "minicpmv4_6"
-    model_types: ClassVar[tuple[str, ...]] = ("minicpmv4_6",)
+    model_types: ClassVar[tuple[str, ...]] = ("minicpmv4_6", "minicpm_ocr")
+    name: ClassVar[str] = ", ".join(model_types)
     projects_patches: ClassVar[bool] = False
     stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
     unread: ClassVar[str] = "it joins patches between its layers"
@@ -35,3 +36,15 @@ class MiniCPMV(Adapter):
             by = round((rows * columns / len(own)) ** 0.5)
             maps.append([ImageMap(grid_positions(rows // by, columns // by))])
         return maps
+
+
+class MiniCPMV47(MiniCPMV):
+    """As MiniCPM-V 4.6, with M-RoPE: the slices of an image share one canvas."""
+
+    name: ClassVar[str] = "minicpmv4_7"
+    model_types: ClassVar[tuple[str, ...]] = ("minicpmv4_7",)
+    axial: ClassVar[bool] = True
+    positions: ClassVar[str] = "places in the picture"
+
+    def rotary(self, layer: int, hidden: Tensor, positions: Tensor) -> Any:
+        return QwenVL.rotary(self, layer, hidden, positions)  # type: ignore[arg-type]
