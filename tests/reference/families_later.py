@@ -274,6 +274,35 @@ class HyperClovaX(Exaone45):
         )
 
 
+class Lfm3VL(HyperClovaX):
+    name = model_type = "lfm3_vl"
+    model_class = "Lfm3VlForConditionalGeneration"
+    notes = (
+        "layers 0, 1, 3 and 4 of the language model are short convolutions, layer 2 has a window; "
+        "positions count tokens; one convolution over the grid and one attention layer in the tower"
+    )
+    window = 400
+
+    def config(self) -> Any:
+        kinds = ["conv", "conv", "sliding_attention", "conv", "conv", "full_attention"]
+        return hf.Lfm3VlConfig(
+            vision_config={
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "patch_size": self.patch,
+                "layer_types": ["conv", "full_attention"],
+            },
+            text_config=hf.Lfm3Config(
+                **text_settings(head_dim=8, sliding_window=self.window, layer_types=kinds)
+            ),
+            projector_hidden_size=32,
+            **self.tokens(),
+        )
+
+
 class VideoLlama3(Qwen2VL):
     name = model_type = "video_llama_3"
     model_class = "VideoLlama3ForConditionalGeneration"
@@ -652,6 +681,7 @@ register(
     Aria(),
     Exaone45(),
     HyperClovaX(),
+    Lfm3VL(),
     VideoLlama3(),
     PaddleOCRVL(),
 )

@@ -464,7 +464,8 @@ class Masked:
                 mask = hidden.new_zeros(total, total).masked_fill(~seen, low)[None, None]
                 changed = {**given, "attention_mask": mask}
                 moved = bool((step.closed != self.steps[-1].closed).any())
-                if moved and given["position_embeddings"] is not None:
+                turns = hasattr(self.decoder.layers[i], "self_attn")
+                if turns and moved and given["position_embeddings"] is not None:
                     changed["position_embeddings"] = self._rotary(i, hidden, self._moved(step))
                 return changed
 
@@ -505,10 +506,8 @@ class Masked:
         return hidden if streams is None else hidden.unflatten(2, (streams, -1)).permute(2, 0, 1, 3)
 
     def _rotary(self, layer: int, hidden: Tensor, positions: Tensor) -> Any:
-        kinds = getattr(self.config, "layer_types", None)
-        if self.family.model_type in ("gemma3", "gemma3n", "gemma4"):
-            assert kinds is not None
-            return self.decoder.rotary_emb(hidden, positions, kinds[layer])
+        if "layer_type" in inspect.signature(self.decoder.rotary_emb.forward).parameters:
+            return self.decoder.rotary_emb(hidden, positions, self.config.layer_types[layer])
         return self.decoder.rotary_emb(hidden, positions)
 
     def _listen(self, i: int, layer: Any) -> list[Any]:

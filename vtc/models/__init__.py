@@ -20,7 +20,7 @@ from .gemma import Gemma3, Gemma3n, Gemma4, PaliGemma
 from .idefics import Idefics2, Idefics3, SmolVLM
 from .internvl import InternVL, QianfanOCR
 from .kimi import KimiK25
-from .lfm2_vl import Lfm2VL
+from .lfm2_vl import Lfm2VL, Lfm3VL
 from .llama4 import Llama4
 from .llava import Llava, VideoLlava, VipLlava
 from .llava_next import LlavaNext, LlavaOnevision
@@ -54,6 +54,7 @@ __all__ = [
     "InternVL",
     "KimiK25",
     "Lfm2VL",
+    "Lfm3VL",
     "LightOnOcr",
     "Llama4",
     "Llava",

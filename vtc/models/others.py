@@ -100,15 +100,6 @@ OTHERS: dict[str, str] = {
         "Kosmos2_5ForConditionalGeneration lacks get_placeholder_mask, get_image_features, "
         "language_model"
     ),
-    "lfm3_vl": ("Lfm3Model has layers of kind conv; supported are full and sliding attention"),
-    "minicpm_ocr": (
-        "Qwen3_5TextModel has layers of kind linear_attention; supported are full and sliding"
-        " attention"
-    ),
-    "minicpmv4_7": (
-        "Qwen3_5TextModel has layers of kind linear_attention; supported are full and sliding"
-        " attention"
-    ),
     "minimax_m3_vl": (
         "MiniMaxM3VLTextModel has layers of kind minimax_m3_sparse; supported are full and "
         "sliding attention"

@@ -10,6 +10,7 @@ from torch import Tensor
 from vtc.core import Method
 from vtc.core.errors import ArgumentError
 from vtc.models import Adapter
+from vtc.models.decoder import RECURRENT
 from vtc.runtime.forward import Forward
 from vtc.runtime.hf.arguments import ones
 from vtc.runtime.hf.cache import cache_in
@@ -118,6 +119,8 @@ class LayerGroups:
         if (number, kind) not in forward.memo:
             forward.memo[number, kind] = self.of_layer(forward, number, layer, hidden, cache)
         kwargs["attention_mask"] = forward.memo[number, kind]
+        if kind in RECURRENT:  # it has no positions
+            return
         if (number, kind, "rotary") not in forward.memo:
             positions = forward.rotary_positions(number).to(hidden.device)
             rotation = self.adapter.rotary(layer, hidden, positions)
