@@ -104,6 +104,8 @@ PROBES: dict[str, Callable[[], Method]] = {
     "ragged|reads": lambda: vtc.Compose((Ragged(), Reads())),
     "pool": lambda: vtc.make("pool", keep=0.25),
     "divprune": lambda: vtc.make("divprune", keep=0.2),
+    "cdpruner": lambda: vtc.make("cdpruner", keep=0.2),
+    "downsample": lambda: vtc.make("downsample", keep=0.25),
 }
 
 
