@@ -42,16 +42,24 @@ UNITS: dict[str, int] = {
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5"), 2),
     **dict.fromkeys(("glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr", "qwen3_5_moe"), 2),
     **dict.fromkeys(("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), 2),
+    **dict.fromkeys(("exaone4_5", "hyperclovax_vision_v2", "ernie4_5_vl_moe"), 2),
+    **dict.fromkeys(("video_llama_3", "paddleocr_vl", "kimi_k25", "lighton_ocr"), 2),
+    **dict.fromkeys(("muse_glimmer", "muse_spark", "qianfan_ocr", "ovis2"), 2),
 }
 """Patches along the side of a token."""
+PIXTRAL = ("mistral3", "lighton_ocr")
+MUSE = ("muse_glimmer", "muse_spark")
 PACKED = (
-    *("mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5"),
+    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5"),
     *("glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr", "qwen3_5_moe"),
-    *("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"),
+    *("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "exaone4_5", "hyperclovax_vision_v2"),
+    *("ernie4_5_vl_moe", "video_llama_3", "paddleocr_vl", "kimi_k25", *MUSE),
 )
+"""Families whose towers take all images in one sequence, divided by `cu_seqlens`."""
 UNKNOWN_COST = (
     *("qwen3_5", "qwen3_5_moe", "glmga", "glm_ocr"),
-    *("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"),
+    *("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "exaone4_5", "hyperclovax_vision_v2"),
+    *("ernie4_5_vl_moe", "video_llama_3", "paddleocr_vl", "lighton_ocr", "qianfan_ocr", *MUSE),
 )
 """Families of which a part has no formula."""
 HERE = [name for name in UNITS if name in FAMILIES]
@@ -124,6 +132,8 @@ def build(name: str, attention: str | None = None) -> Any:
     config = family.config()
     vision = config.vision_config
     setattr(vision, "depth" if hasattr(vision, "depth") else "num_hidden_layers", depth)
+    if name in MUSE:
+        vision.layer_types = ["window_attention", "full_attention"] * (depth // 2)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         cls = getattr(transformers, family.model_class)
@@ -144,16 +154,18 @@ def base_of(model: Any) -> Any:
 
 def towers_of(model: Any) -> list[Any]:
     names = ("vision_tower", "vision_model", "visual", "image_tower", "video_tower")
+    names = (*names, "vision_encoder")
     return [getattr(base_of(model), n) for n in names if getattr(base_of(model), n, None)]
+
+
+INNER = ("transformer", "vision_model", "encoder", "blocks", "layers", "layer")
 
 
 def parts_of(tower: Any) -> list[tuple[Any, Any, Any]]:
     """(layer, attention, second norm) of each layer."""
-    if hasattr(tower, "blocks"):
-        layers = tower.blocks
-    else:
-        inner = tower.transformer if hasattr(tower, "transformer") else tower.encoder
-        layers = inner.layers if hasattr(inner, "layers") else inner.layer
+    layers = tower
+    while not isinstance(layers, torch.nn.ModuleList):
+        layers = next(getattr(layers, name) for name in INNER if hasattr(layers, name))
     first = lambda layer, *names: next(  # noqa: E731
         getattr(layer, name) for name in names if hasattr(layer, name)
     )
@@ -161,7 +173,7 @@ def parts_of(tower: Any) -> list[tuple[Any, Any, Any]]:
         (
             layer,
             first(layer, "self_attn", "attention", "attn"),
-            first(layer, "layer_norm2", "layernorm_after", "ffn_norm", "norm2"),
+            first(layer, "layer_norm2", "layernorm_after", "ffn_norm", "norm2", "rms_norm2"),
         )
         for layer in layers
     ]
@@ -260,20 +272,54 @@ class Reference:
         inside = {p for unit in units for p in unit}
         return units, [p for p in range(first, first + rows * columns) if p not in inside]
 
+    def packed(self) -> Iterator[list[list[int]]]:
+        """The units of each tile of a packed tower, as places in its sequence."""
+        first, video = 0, self.kind_of == "video"
+        sizes = self.given[f"{self.kind_of}_grid_thw"].tolist()
+        for number, (t, h, w) in enumerate(sizes):
+            starts = range(first, first + t * h * w, h * w)
+            if self.name in ("paddleocr_vl", "kimi_k25", *MUSE):
+                frames = [self.raster(h, w, start)[0] for start in starts]
+            else:
+                m = 4
+                if self.name == "video_llama_3":
+                    m = int(self.given[f"{self.kind_of}_merge_sizes"][number]) ** 2
+                frames = [
+                    [list(range(p, p + m)) for p in range(start, start + h * w, m)]
+                    for start in starts
+                ]
+            if self.name in MUSE:
+                frames = [self.windowed(h, w, *pair) for pair in zip(starts, frames, strict=True)]
+            joined = {"kimi_k25": t, "ernie4_5_vl_moe": 2 if video else 1}.get(self.name, 1)
+            for f in range(0, t, joined):
+                together = zip(*frames[f : f + joined], strict=True)
+                yield [[place for part in parts for place in part] for parts in together]
+            first += t * h * w
+
+    def windowed(self, h: int, w: int, start: int, units: list[list[int]]) -> list[list[int]]:
+        """Where the tower has patches of a frame that it takes window by window."""
+        side = self.model.config.vision_config.pos_emb_height
+        order = [
+            start + r * w + c
+            for top in range(0, h, side)
+            for left in range(0, w, side)
+            for r in range(top, min(top + side, h))
+            for c in range(left, min(left + side, w))
+        ]
+        place = {patch: start + i for i, patch in enumerate(order)}
+        return [[place[patch] for patch in unit] for unit in units]
+
     def start(self, rows: int, length: int) -> None:
         self.tiles, first = [], 0
-        if "mistral3" in self.name:
+        if self.name in PIXTRAL:
             patch = self.model.config.vision_config.patch_size
             for height, width in self.given["image_sizes"].tolist():
                 units, loose = self.raster(height // patch, width // patch, first)
                 self.tiles.append(TileTruth(0, None, loose, units, []))
                 first += height // patch * (width // patch)
         elif self.name in PACKED:
-            for t, h, w in self.given[f"{self.kind_of}_grid_thw"].tolist():
-                for _ in range(t):
-                    units = [list(range(p, p + 4)) for p in range(first, first + h * w, 4)]
-                    self.tiles.append(TileTruth(0, None, [], units, []))
-                    first += h * w
+            for units in self.packed():
+                self.tiles.append(TileTruth(0, None, [], units, []))
         else:
             side = math.isqrt(length)
             cls = length - side * side
@@ -294,13 +340,15 @@ class Reference:
     ) -> Tensor:
         i = self.at[id(module)]
         # Packed towers call this once for each frame, or for each window of a frame, in order.
-        chunked = self.name in PACKED and self.name != "mistral3"
+        chunked = self.name in PACKED
         total = self.given_length() if chunked else q.shape[2]
         first = self.place
         self.place = (first + q.shape[2]) % total if chunked else 0
         if i == 0 and first == 0:
             self.start(q.shape[0], total)
-        logits = (q @ k.transpose(-1, -2)).float() * scaling
+        times = q.shape[1] // k.shape[1]  # grouped keys
+        every_k, every_v = k.repeat_interleave(times, 1), v.repeat_interleave(times, 1)
+        logits = (q @ every_k.transpose(-1, -2)).float() * scaling
         if mask is not None:
             if mask.dtype == torch.bool:
                 mask = torch.zeros(mask.shape).masked_fill(~mask, -math.inf)
@@ -326,7 +374,7 @@ class Reference:
                         tile.cls_value = v[tile.row, :, tile.cls]
                 if tile.end <= own.stop and tile.heard:
                     self.decide(i, tile)
-        return (p.to(v.dtype) @ v).transpose(1, 2).contiguous()
+        return (p.to(v.dtype) @ every_v).transpose(1, 2).contiguous()
 
     def given_length(self) -> int:
         return int(self.given[f"{self.kind_of}_grid_thw"].prod(1).sum())
@@ -597,7 +645,7 @@ class Halves(Probe):
 @pytest.mark.parametrize("name", [name for name in HERE if name not in UNKNOWN_COST])
 def test_the_report_counts_what_ran(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Pixtral also embeds the padding of smaller images, which the report leaves out.
-    kind = "one" if name == "mistral3" else "images"
+    kind = "one" if name in PIXTRAL else "images"
     usable(name, kind)
     family, model = FAMILIES[name], build(name, "eager")
     # Not counted: the rows of attention that methods are shown.

@@ -19,7 +19,7 @@ import vtc
 from tests.reference.families import FAMILIES
 from tests.reference.probes import Probe
 from tests.runtime.test_families import rows_of, shared, skip_reason
-from tests.runtime.test_tower_states import HERE, uses_by_gradient
+from tests.runtime.test_tower_states import HERE, LAST, uses_by_gradient
 from vtc.core import Selection, VisionTokens
 from vtc.core.prefill import Stopwatch
 from vtc.models import find
@@ -27,6 +27,12 @@ from vtc.runtime.hf import taps
 
 CLS = {"llama4": -1, "internvl": 0, "qianfan_ocr": 0, "perception_lm": 0}
 """The place of [CLS], in towers that have one."""
+
+INSIDE: dict[str, Callable[[Any], Any]] = dict.fromkeys(
+    ("muse_glimmer", "muse_spark"), lambda base: base.vision_tower.layers[-1]
+)
+"""The module whose output are the last states in the order in which attention sees them, where that
+of `LAST` are in another."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,8 @@ def test_what_a_token_is_shown(name: str, kind: str, monkeypatch: pytest.MonkeyP
     tower = find(model).tower_attention()
     first, last = tower[0], tower[-1]
     own = watched(tower, monkeypatch)
+    if name in INSIDE:
+        monkeypatch.setitem(LAST, name, INSIDE[name])
     used = uses_by_gradient(name, model, batch)
     assert len(used) == sum(len(tokens) for tokens in SHOWN)
     cls = CLS.get(name)

@@ -125,11 +125,11 @@ def projector_flops(config: Any, images: Images) -> float:
                 # [CLS] of a frame is projected even if it does not count as a token.
                 made += int(own / shrink) + (family.cls and count > 1)
         tokens = made
-    elif (merged := images.merged) is not None:
+    elif (merged := images.merged) is not None and not family.whole:
         patches = sum(own[0] for own in merged)
         # Features of earlier layers have the tokens that were left there.
         read = [*(layer + 1 for layer in get(vision, "deepstack_visual_indexes", default=())), -1]
-        left = [own[0 if family.whole else layer] for own in merged for layer in read]
+        left = [own[layer] for own in merged for layer in read]
         return 2.0 * family.macs(config, patches, int(sum(left) / shrink)) / len(read)
     elif kind == "mllama_vision_model":
         patches = tokens = sum(_all_tiles(vision, images)) * (_grid_patches(vision) + 1)
@@ -359,6 +359,7 @@ _TILED: dict[str, Callable[[Any, Sequence[int]], float]] = {
 _WIDTHS: dict[str, Callable[[Any], tuple[int, int, int]]] = {
     "glm4v_moe_vision": _glm4v_widths,
     "glm4v_vision": _glm4v_widths,
+    "kimi_k25_vision": _qwen3_widths,
     "pixtral": _gated_widths,
     "qwen2_vl_vision": _qwen2_widths,
     "qwen2_5_vl_vision": _gated_widths,
@@ -568,7 +569,7 @@ _FAMILIES = {
     "glm4v_moe": _Family(_glm4v_merger, _merged),
     "idefics3": _Family(_idefics3, _factor),
     "internvl": _Family(_internvl, _shuffled),
-    "kimi_k25": _Family(_kimi, _kernel),
+    "kimi_k25": _Family(_kimi, _kernel, whole=True),
     "llama4": _Family(_llama4, _llama4_shuffled),
     "llava": _Family(_llava),
     "llava_next": _Family(_llava),

@@ -81,6 +81,7 @@ class Adapter(MergingPart, DecoderPart):
         frames: clips are sets of images, one per frame, for `vtc models`.
         projects_patches: the projector makes one token of each patch state; otherwise it joins
             patches, and merged tokens are averages of what comes out of it.
+        joins_frames: the frames of an image's map attend to one another, as one tile.
         unread: why nothing of the vision tower can be read; empty if it can.
         clips_as_images: the base model encodes clips with `get_image_features`.
         places: its vision tokens have places in the picture.

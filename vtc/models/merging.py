@@ -19,6 +19,7 @@ class MergingPart(TowerPart):
     """How a layer of the tower runs on fewer tokens; see `Adapter`."""
 
     projects_patches: ClassVar[bool] = True
+    joins_frames: ClassVar[bool] = False
     encoder_parts: ClassVar[tuple[str, str, str, str]] = (
         *("layer_norm1", "self_attn"),
         *("layer_norm2", "mlp"),
@@ -95,13 +96,14 @@ class MergingPart(TowerPart):
         """
         return None
 
-    def encoder_given(self, given: Mapping[str, Any], places: Tensor) -> dict[str, Any]:
+    def encoder_given(self, given: Mapping[str, Any], row: int, places: Tensor) -> dict[str, Any]:
         """The further arguments of a tower layer for some tokens of one tile.
 
         Tiles run on their own, so that a mask that keeps tiles apart is left out.
 
         Args:
             given: the arguments for all tokens, by name.
+            row: of the tower's batch.
             places: (t,) of the tokens in the tower's sequence, in their order.
 
         Returns:

@@ -376,7 +376,8 @@ class Encoding:
                 made = alive[patches].all(1)
                 # Tiles follow one another; of some, unpadding leaves no token.
                 first, last = int(tile[patches].min()), int(tile[patches].max())
-                tiles = range(first, max(last + 1, first + of_image.tiles))
+                count = 1 if self.adapter.joins_frames else of_image.tiles
+                tiles = range(first, max(last + 1, first + count))
                 every = separator.clone()
                 every[~separator] = made
                 there.append(every)

@@ -237,7 +237,7 @@ class MergingTower:
         order = self.adapter.encoder_order(given, places)
         if order is not None:
             places, hidden = places[order], hidden[:, order]
-        own = self.adapter.encoder_given(given, places)
+        own = self.adapter.encoder_given(given, tile.row, places)
         if i >= self.used:
             hidden = self.adapter.encoder_attend(layer, hidden, own)
             return self.adapter.encoder_feed(
@@ -297,8 +297,8 @@ class MergingTower:
         self, original: Callable[..., Any], states: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         """Run what makes tokens of patches or groups only for those that are left."""
-        if not self.current() or not self.tiles:
-            return original(states, *args, **kwargs)
+        if not self.current() or not self.tiles or not states.is_floating_point():
+            return original(states, *args, **kwargs)  # numbers of words look up no states
         rows = states if states.dim() == 3 else states[None]
         # Its input holds patches, with or without [CLS], or the patches of a unit as one row.
         patches = [tile.units.numel() for tile in self.tiles]
