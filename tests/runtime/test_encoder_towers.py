@@ -45,6 +45,7 @@ UNITS: dict[str, int] = {
     **dict.fromkeys(("exaone4_5", "hyperclovax_vision_v2", "ernie4_5_vl_moe"), 2),
     **dict.fromkeys(("video_llama_3", "paddleocr_vl", "kimi_k25", "lighton_ocr"), 2),
     **dict.fromkeys(("muse_glimmer", "muse_spark", "qianfan_ocr", "ovis2"), 2),
+    **dict.fromkeys(("lfm2_vl",), 2),
 }
 """Patches along the side of a token."""
 PIXTRAL = ("mistral3", "lighton_ocr")
@@ -60,6 +61,7 @@ UNKNOWN_COST = (
     *("qwen3_5", "qwen3_5_moe", "glmga", "glm_ocr"),
     *("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "exaone4_5", "hyperclovax_vision_v2"),
     *("ernie4_5_vl_moe", "video_llama_3", "paddleocr_vl", "lighton_ocr", "qianfan_ocr", *MUSE),
+    "lfm2_vl",
 )
 """Families of which a part has no formula."""
 HERE = [name for name in UNITS if name in FAMILIES]
@@ -317,6 +319,10 @@ class Reference:
                 units, loose = self.raster(height // patch, width // patch, first)
                 self.tiles.append(TileTruth(0, None, loose, units, []))
                 first += height // patch * (width // patch)
+        elif self.name == "lfm2_vl":  # padded rows
+            for row, (height, width) in enumerate(self.given["spatial_shapes"].tolist()):
+                units, loose = self.raster(height, width, 0)
+                self.tiles.append(TileTruth(row, None, loose, units, []))
         elif self.name in PACKED:
             for units in self.packed():
                 self.tiles.append(TileTruth(0, None, [], units, []))

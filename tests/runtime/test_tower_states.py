@@ -57,6 +57,7 @@ LAST: dict[str, Callable[[Any], Any]] = {
     "lighton_ocr": lambda base: base.vision_encoder.transformer.layers[-1],
     "qianfan_ocr": lambda base: base.vision_tower.layernorm,
     "glmga": lambda base: base.visual.post_layernorm,
+    "lfm2_vl": lambda base: base.vision_tower.post_layernorm,
     "muse_glimmer": lambda base: base.vision_tower.ln_post,
     "muse_spark": lambda base: base.vision_tower.ln_post,
 }

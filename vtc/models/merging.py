@@ -33,8 +33,13 @@ class MergingPart(TowerPart):
                 cannot pass what follows the tower.
         """
         encoder = getattr(self.tower, "encoder", None)
-        layers = list(getattr(encoder, "layers", None) or ())
-        return self._with_parts(layers)
+        layers = self._with_parts(list(getattr(encoder, "layers", None) or ()))
+        if "spatial_shapes" in inspect.signature(self.tower.forward).parameters:
+            raise UnsupportedModelError(
+                f"model: {type(self.tower).__name__} pads images to one number of patches, and "
+                "merged patches would mix with padding"
+            )
+        return layers
 
     def _with_parts(self, layers: list[Any]) -> list[Any]:
         """`layers`, all of which have `encoder_parts`.
@@ -49,11 +54,6 @@ class MergingPart(TowerPart):
                 f"the parts {', '.join(parts)} between which patches could be merged"
             )
         self.tower_attention()
-        if "spatial_shapes" in inspect.signature(self.tower.forward).parameters:
-            raise UnsupportedModelError(
-                f"model: {type(self.tower).__name__} pads images to one number of patches, and "
-                "merged patches would mix with padding"
-            )
         return layers
 
     def encoder_attend(self, layer: Any, hidden: Tensor, given: Mapping[str, Any]) -> Tensor:

@@ -69,7 +69,8 @@ class Packed(Adapter):
     ) -> list[tuple[int, Tensor, Tensor]]:
         none, tiles, order = torch.empty(0, dtype=torch.long), [], self.tower_order(given)
         for found in self.maps(modality, given):
-            assert found.grid is not None and found.patches is not None
+            assert found.grid is not None
+            assert found.patches is not None
             for frame in found.grid[:, 0].unique():
                 units = found.patches[found.grid[:, 0] == frame]
                 tiles.append((0, none, units if order is None else order[units]))
