@@ -34,6 +34,8 @@ from vtc.core import EncoderState, Merging, Method, Positions, Selection, Vision
 from vtc.runtime.hf import taps
 
 DEPTH = 4
+JOIN = 1
+"""The layer after which MiniCPM-V joins squares of patches."""
 UNITS: dict[str, int] = {
     **dict.fromkeys(("vipllava", "paligemma", "llava_next", "llava_next_video"), 1),
     **dict.fromkeys(("llava_onevision", "video_llava", "deepseek_vl"), 1),
@@ -45,7 +47,8 @@ UNITS: dict[str, int] = {
     **dict.fromkeys(("exaone4_5", "hyperclovax_vision_v2", "ernie4_5_vl_moe"), 2),
     **dict.fromkeys(("video_llama_3", "paddleocr_vl", "kimi_k25", "lighton_ocr"), 2),
     **dict.fromkeys(("muse_glimmer", "muse_spark", "qianfan_ocr", "ovis2"), 2),
-    **dict.fromkeys(("lfm2_vl",), 2),
+    "lfm2_vl": 2,
+    "minicpmv4_6": 4,
 }
 """Patches along the side of a token."""
 PIXTRAL = ("mistral3", "lighton_ocr")
@@ -55,13 +58,14 @@ PACKED = (
     *("glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr", "qwen3_5_moe"),
     *("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "exaone4_5", "hyperclovax_vision_v2"),
     *("ernie4_5_vl_moe", "video_llama_3", "paddleocr_vl", "kimi_k25", *MUSE),
+    "minicpmv4_6",
 )
 """Families whose towers take all images in one sequence, divided by `cu_seqlens`."""
 UNKNOWN_COST = (
     *("qwen3_5", "qwen3_5_moe", "glmga", "glm_ocr"),
     *("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "exaone4_5", "hyperclovax_vision_v2"),
     *("ernie4_5_vl_moe", "video_llama_3", "paddleocr_vl", "lighton_ocr", "qianfan_ocr", *MUSE),
-    "lfm2_vl",
+    *("lfm2_vl", "minicpmv4_6"),
 )
 """Families of which a part has no formula."""
 HERE = [name for name in UNITS if name in FAMILIES]
@@ -136,6 +140,8 @@ def build(name: str, attention: str | None = None) -> Any:
     setattr(vision, "depth" if hasattr(vision, "depth") else "num_hidden_layers", depth)
     if name in MUSE:
         vision.layer_types = ["window_attention", "full_attention"] * (depth // 2)
+    if name == "minicpmv4_6":
+        vision.insert_layer_id = JOIN
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         cls = getattr(transformers, family.model_class)
@@ -261,8 +267,10 @@ class Reference:
                 attention.config = config
 
     # ---- tiles
-    def raster(self, rows: int, columns: int, first: int) -> tuple[list[list[int]], list[int]]:
-        by = UNITS[self.name]
+    def raster(
+        self, rows: int, columns: int, first: int, by: int | None = None
+    ) -> tuple[list[list[int]], list[int]]:
+        by = UNITS[self.name] if by is None else by
         if self.name == "llava_next_video" and self.kind == "video":
             by = self.model.config.spatial_pool_stride
         place = lambda r, c: first + r * columns + c  # noqa: E731
@@ -276,6 +284,9 @@ class Reference:
 
     def packed(self) -> Iterator[list[list[int]]]:
         """The units of each tile of a packed tower, as places in its sequence."""
+        if self.name == "minicpmv4_6":
+            yield from self.squares(4, 1)
+            return
         first, video = 0, self.kind_of == "video"
         sizes = self.given[f"{self.kind_of}_grid_thw"].tolist()
         for number, (t, h, w) in enumerate(sizes):
@@ -297,6 +308,13 @@ class Reference:
                 together = zip(*frames[f : f + joined], strict=True)
                 yield [[place for part in parts for place in part] for parts in together]
             first += t * h * w
+
+    def squares(self, by: int, joined: int) -> Iterator[list[list[int]]]:
+        """Units of by x by patches, of which the tower has joined squares."""
+        first = 0
+        for h, w in (self.given["target_sizes"] // joined).tolist():
+            yield self.raster(h, w, first, by)[0]
+            first += h * w
 
     def windowed(self, h: int, w: int, start: int, units: list[list[int]]) -> list[list[int]]:
         """Where the tower has patches of a frame that it takes window by window."""
@@ -347,11 +365,14 @@ class Reference:
         i = self.at[id(module)]
         # Packed towers call this once for each frame, or for each window of a frame, in order.
         chunked = self.name in PACKED
-        total = self.given_length() if chunked else q.shape[2]
+        total = self.given_length(i) if chunked else q.shape[2]
         first = self.place
         self.place = (first + q.shape[2]) % total if chunked else 0
         if i == 0 and first == 0:
             self.start(q.shape[0], total)
+        if self.name == "minicpmv4_6" and i == JOIN + 1 and first == 0:
+            for tile, units in zip(self.tiles, self.squares(2, 2), strict=True):
+                tile.units = units
         times = q.shape[1] // k.shape[1]  # grouped keys
         every_k, every_v = k.repeat_interleave(times, 1), v.repeat_interleave(times, 1)
         logits = (q @ every_k.transpose(-1, -2)).float() * scaling
@@ -382,7 +403,9 @@ class Reference:
                     self.decide(i, tile)
         return (p.to(v.dtype) @ every_v).transpose(1, 2).contiguous()
 
-    def given_length(self) -> int:
+    def given_length(self, layer: int) -> int:
+        if self.name == "minicpmv4_6":
+            return int(self.given["target_sizes"].prod(1).sum()) // (4 if layer > JOIN else 1)
         return int(self.given[f"{self.kind_of}_grid_thw"].prod(1).sum())
 
     def decide(self, i: int, tile: TileTruth) -> None:

@@ -110,6 +110,19 @@ def watched(tower: list[Any], monkeypatch: pytest.MonkeyPatch) -> Own:
     return own
 
 
+def joined_by_gradient(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """(joined patches, patches) bool: of which patches the tower of MiniCPM-V makes each of those
+    that its later layers have."""
+    seen: list[Tensor] = []
+    merger = model.model.vision_tower.vit_merger
+    handle = merger.register_forward_hook(lambda m, args, out: seen.extend((args[0], out)))
+    model(**batch)
+    handle.remove()
+    patches, joined = seen
+    grads = [torch.autograd.grad(own.sum(), patches, retain_graph=True)[0][0] for own in joined[0]]
+    return torch.stack(grads).abs().sum(2) > 0
+
+
 @pytest.mark.parametrize("kind", ["one", "images", "video"])
 @pytest.mark.parametrize("name", HERE)
 def test_what_a_token_is_shown(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +144,16 @@ def test_what_a_token_is_shown(name: str, kind: str, monkeypatch: pytest.MonkeyP
     low, high = (own.received(module, cls) for module in (first, last))
     keys = torch.cat([k.transpose(0, 1).flatten(1) for k in own.keys[id(last)]])
     assert len(used[0]) == len(keys)
-    expected = [torch.cat([s[u].mean(0).reshape(-1) for s in (low, high, keys)]) for u in used]
+    early = joined_by_gradient(model, batch) if name == "minicpmv4_6" else None
+    expected = [
+        torch.cat(
+            [
+                low[u if early is None else early[u].any(0)].mean(0, keepdim=True),
+                *(s[u].mean(0).reshape(-1) for s in (high, keys)),
+            ]
+        )
+        for u in used
+    ]
     wanted = torch.stack(expected)
     found = torch.cat(
         [

@@ -58,6 +58,7 @@ LAST: dict[str, Callable[[Any], Any]] = {
     "qianfan_ocr": lambda base: base.vision_tower.layernorm,
     "glmga": lambda base: base.visual.post_layernorm,
     "lfm2_vl": lambda base: base.vision_tower.post_layernorm,
+    "minicpmv4_6": lambda base: base.vision_tower.post_layernorm,
     "muse_glimmer": lambda base: base.vision_tower.ln_post,
     "muse_spark": lambda base: base.vision_tower.ln_post,
 }

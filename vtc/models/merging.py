@@ -132,7 +132,8 @@ class MergingPart(TowerPart):
             modality: "image" or "video".
             given: the arguments of `get_image_features` or `get_video_features`.
             rows: rows of the tower's batch.
-            length: tokens of a row, with [CLS].
+            length: tokens of a row, with [CLS]; other numbers before and after a tower has joined
+                patches between its layers, which must lie within a unit.
 
         Returns:
             For each tile, in the order of their patches: its row; (p,) the places in this row of

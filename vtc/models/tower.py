@@ -107,6 +107,20 @@ class TowerPart:
         """
         return None
 
+    def patches_at(self, layer: int, patches: Tensor, given: Mapping[str, Any]) -> Tensor:
+        """The patches of each token as a tower layer sees them, of a tower that joins patches
+        between its layers.
+
+        Args:
+            layer: 0-based tower layer.
+            patches: (n, m) as in `ImageMap.patches`, in the tower's order.
+            given: the arguments of `get_image_features` or `get_video_features`.
+
+        Returns:
+            (n, k), numbered as the layer's sequence; `patches` where nothing is joined later.
+        """
+        return patches
+
     def projector(self) -> nn.Module | None:
         """The module that maps patch states to embeddings; `None` if unknown."""
         return getattr(self.base, "multi_modal_projector", None)

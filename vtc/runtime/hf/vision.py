@@ -462,7 +462,8 @@ class Encoding:
         found: dict[str, Any] = {}
         if self.taps:
             found["tower"] = {
-                layer: self._heard(layer, patches, crop) for layer in self.tower_layers
+                layer: self._heard(layer, self.adapter.patches_at(layer, patches, self.given), crop)
+                for layer in self.tower_layers
             }
         if self.reads_encoder:
             states, cls = self.encoder_states, self.cls_states

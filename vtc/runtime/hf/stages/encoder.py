@@ -211,6 +211,13 @@ class MergingTower:
             for row, fixed, units in found
         ]
 
+    def _joined(self, rows: int, length: int) -> None:
+        """Go on after the tower has joined patches within each unit."""
+        self.shape = rows, length
+        found = self.adapter.encoder_tiles(self.modality, self.given, rows, length)
+        for tile, (_, fixed, units) in zip(self.tiles, found, strict=True):
+            tile.fixed, tile.units = fixed.to(tile.fixed), units.to(tile.units)
+
     def _layer(
         self, i: int, original: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
@@ -221,6 +228,8 @@ class MergingTower:
         rows = hidden_states if hidden_states.dim() == 3 else hidden_states[None]
         if i == 0:
             self._begin(rows.shape[0], rows.shape[1], rows.device)
+        elif rows.shape[1] != self.shape[1]:
+            self._joined(rows.shape[0], rows.shape[1])
         out: Tensor | None = None
         for tile in self.tiles:
             found = self._run(i, tile, rows[tile.row, tile.places][None], given)[0]
