@@ -26,6 +26,7 @@ from transformers.modeling_utils import AttentionInterface
 
 import vtc
 from tests.reference.families import FAMILIES, draw_weights
+from tests.reference.families_more import add_image_outputs
 from tests.reference.probes import Probe
 from tests.runtime.test_exactness import difference
 from tests.runtime.test_families import rows_of, skip_reason
@@ -49,6 +50,7 @@ UNITS: dict[str, int] = {
     **dict.fromkeys(("muse_glimmer", "muse_spark", "qianfan_ocr", "ovis2"), 2),
     "lfm2_vl": 2,
     "minicpmv4_6": 4,
+    "llama4": 2,
 }
 """Patches along the side of a token."""
 PIXTRAL = ("mistral3", "lighton_ocr")
@@ -66,6 +68,7 @@ UNKNOWN_COST = (
     *("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "exaone4_5", "hyperclovax_vision_v2"),
     *("ernie4_5_vl_moe", "video_llama_3", "paddleocr_vl", "lighton_ocr", "qianfan_ocr", *MUSE),
     *("lfm2_vl", "minicpmv4_6"),
+    "llama4",  # of which transformers runs all experts
 )
 """Families of which a part has no formula."""
 HERE = [name for name in UNITS if name in FAMILIES]
@@ -148,6 +151,8 @@ def build(name: str, attention: str | None = None) -> Any:
         attention = attention or family.attentions[-1]
         model = cls._from_config(config, attn_implementation=attention, dtype=torch.float32)
     draw_weights(model, 0, family.never)
+    if name == "llama4":
+        model.language_model.register_forward_hook(add_image_outputs)
     return model.eval()
 
 
@@ -166,7 +171,12 @@ def towers_of(model: Any) -> list[Any]:
     return [getattr(base_of(model), n) for n in names if getattr(base_of(model), n, None)]
 
 
-INNER = ("transformer", "vision_model", "encoder", "blocks", "layers", "layer")
+INNER = ("transformer", "vision_model", "model", "encoder", "blocks", "layers", "layer")
+NORMS = (
+    *("layer_norm2", "layernorm_after", "ffn_norm", "norm2", "rms_norm2"),
+    *("pre_feedforward_layernorm", "post_attention_layernorm"),
+)
+"""Of the second half of a layer."""
 
 
 def parts_of(tower: Any) -> list[tuple[Any, Any, Any]]:
@@ -181,7 +191,7 @@ def parts_of(tower: Any) -> list[tuple[Any, Any, Any]]:
         (
             layer,
             first(layer, "self_attn", "attention", "attn"),
-            first(layer, "layer_norm2", "layernorm_after", "ffn_norm", "norm2", "rms_norm2"),
+            first(layer, *NORMS),
         )
         for layer in layers
     ]
@@ -346,10 +356,13 @@ class Reference:
                 self.tiles.append(TileTruth(0, None, [], units, []))
         else:
             side = math.isqrt(length)
-            cls = length - side * side
+            cls = 0 if length > side * side else None
+            first = length - side * side
+            if self.name == "llama4":
+                cls, first = length - 1, 0
             for row in range(rows):
-                units, loose = self.raster(side, side, cls)
-                self.tiles.append(TileTruth(row, 0 if cls else None, loose, units, []))
+                units, loose = self.raster(side, side, first)
+                self.tiles.append(TileTruth(row, cls, loose, units, []))
         for tile in self.tiles:
             tile.groups = [Group([u]) for u in range(len(tile.units))]
         self.counts = [[] for _ in self.tiles]
@@ -492,6 +505,11 @@ def _reference_attention(
 AttentionInterface.register("vtc_reference", _reference_attention)
 
 
+def features_of(output: Any) -> Any:
+    pooled = output.pooler_output
+    return output.last_hidden_state if pooled is None else pooled
+
+
 def encode_calls(model: Any, batch: dict[str, Tensor]) -> list[tuple[str, dict[str, Any], Any]]:
     """The calls that the model's forward makes to encode images and clips, and their outputs."""
     base, calls = base_of(model), []
@@ -511,7 +529,7 @@ def encode_calls(model: Any, batch: dict[str, Tensor]) -> list[tuple[str, dict[s
             names = list(inspect.signature(original).parameters)
             given = {**dict(zip(names, args, strict=False)), **kwargs}
             given.pop("return_dict", None)
-            calls.append((kind, given, out.pooler_output))
+            calls.append((kind, given, features_of(out)))
             return out
 
         return run
@@ -564,9 +582,9 @@ def test_features_are_those_of_a_tower_in_which_patches_are_masked(
         expected, _ = reference_features(name, METHODS[method], modality, given)
         with vtc.patch(model, METHODS[method]), torch.no_grad():
             call = getattr(base_of(model), f"get_{modality}_features")
-            found = call(**given, return_dict=True).pooler_output
+            found = features_of(call(**given, return_dict=True))
         missing = 0
-        for triple in zip(found, expected.pooler_output, plain, strict=True):
+        for triple in zip(found, features_of(expected), plain, strict=True):
             own, true, whole = (every.reshape(-1, every.shape[-1]) for every in triple)
             gone = true.isnan().any(1)
             missing += int(gone.sum())
@@ -636,7 +654,7 @@ def shown(model: Any, whole: dict[str, Any]) -> Iterator[None]:
             running.pop()
             if running:  # some encode clips as images
                 return out
-            copy_into(out.pooler_output, whole[kind].pooler_output)
+            copy_into(features_of(out), features_of(whole[kind]))
             if hasattr(out, "deepstack_features"):
                 copy_into(out.deepstack_features, whole[kind].deepstack_features)
             return out

@@ -570,7 +570,7 @@ _FAMILIES = {
     "idefics3": _Family(_idefics3, _factor),
     "internvl": _Family(_internvl, _shuffled),
     "kimi_k25": _Family(_kimi, _kernel, whole=True),
-    "llama4": _Family(_llama4, _llama4_shuffled),
+    "llama4": _Family(_llama4, _llama4_shuffled, whole=True),
     "llava": _Family(_llava),
     "llava_next": _Family(_llava),
     "llava_next_video": _Family(_llava, pools_first=True),

@@ -232,6 +232,15 @@ class Adapter(MergingPart, DecoderPart):
         """
         return output.pooler_output
 
+    def replace_features(self, output: Any, features: Any) -> None:
+        """Set the features for the placeholders in place.
+
+        Args:
+            output: what `get_image_features` returned.
+            features: as `features` returns them.
+        """
+        output.pooler_output = features
+
     def placeholders(self, output: Any, given: Mapping[str, Any]) -> dict[Modality, Tensor]:
         """Locate the placeholders.
 

@@ -84,6 +84,14 @@ class MergingPart(TowerPart):
         _, _, norm, feed = self.encoder_parts
         return hidden + getattr(layer, feed)(getattr(layer, norm)(hidden))
 
+    def encoder_output(self, hidden: Tensor) -> Any:
+        """What a tower layer returns.
+
+        Args:
+            hidden: (b, n, d) or (n, d) its output.
+        """
+        return hidden
+
     def encoder_order(self, given: Mapping[str, Any], places: Tensor) -> Tensor | None:
         """The order in which a tower layer takes the tokens of one tile: window by window.
 
@@ -140,8 +148,8 @@ class MergingPart(TowerPart):
             the tokens that are never merged, [CLS] first; and (u, m) the places of the m patches of
             each of its u units, which are what becomes one token each.
         """
-        prefix = int(self.has_cls())
-        units = self.encoder_units(modality, length - prefix) + prefix
+        cls = self.cls_place()
+        units = self.encoder_units(modality, length - int(cls is not None)) + int(cls == 0)
         fixed = torch.ones(length, dtype=torch.bool)
         fixed[units.flatten()] = False
         return [(row, fixed.nonzero()[:, 0], units) for row in range(rows)]

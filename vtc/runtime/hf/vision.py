@@ -391,8 +391,8 @@ class Encoding:
             rows = torch.cat(there).to(own.device).view(own.shape[:-1])
             found.append(torch.where(rows[..., None], own, own.new_zeros(())))
             signals.append(of_one)
-        as_one = isinstance(out.pooler_output, Tensor)
-        out.pooler_output = torch.stack(found) if as_one else found
+        as_one = isinstance(features, Tensor)
+        self.adapter.replace_features(out, torch.stack(found) if as_one else found)
         return signals
 
     def _maps(self, features: Any) -> list[list[ImageMap]]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -150,7 +151,7 @@ class MergingTower:
                 f"and {method.name} merges patches in them"
             )
         self.has_cls = adapter.has_cls()
-        kept = not adapter.prefix(given)
+        kept = not (adapter.prefix(given) or adapter.suffix())
         if self.has_cls and kept and not method.keeps_all:
             raise UnsupportedModelError(
                 "vision_feature_select_strategy: got 'full', in which [CLS] is a vision token, and "
@@ -188,10 +189,12 @@ class MergingTower:
             alive[tile.row, tile.places.cpu()] = True
             number[tile.row, tile.fixed.cpu()] = i
             number[tile.row, tile.units.flatten().cpu()] = i
-        prefix = int(self.has_cls)
+        patches = torch.ones(length, dtype=torch.bool)
+        if (cls := self.adapter.cls_place()) is not None:
+            patches[cls] = False
         return Merged(
-            alive[:, prefix:].flatten(),
-            number[:, prefix:].flatten(),
+            alive[:, patches].flatten(),
+            number[:, patches].flatten(),
             tuple(tuple(tile.counts) for tile in self.tiles),
         )
 
@@ -218,13 +221,11 @@ class MergingTower:
         for tile, (_, fixed, units) in zip(self.tiles, found, strict=True):
             tile.fixed, tile.units = fixed.to(tile.fixed), units.to(tile.units)
 
-    def _layer(
-        self, i: int, original: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
+    def _layer(self, i: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self.current():  # of a nested call, or another thread
-            return original(hidden_states, *args, **kwargs)
-        given = by_name(self.layers[i], (hidden_states, *args), kwargs)
-        given.pop("hidden_states")
+            return original(*args, **kwargs)
+        given = dict(by_name(self.layers[i], args, kwargs))
+        hidden_states: Tensor = given.pop(_first_name(type(self.layers[i])))
         rows = hidden_states if hidden_states.dim() == 3 else hidden_states[None]
         if i == 0:
             self._begin(rows.shape[0], rows.shape[1], rows.device)
@@ -237,7 +238,7 @@ class MergingTower:
                 out = found.new_zeros(*rows.shape[:2], found.shape[-1])
             out[tile.row, tile.places] = found
         assert out is not None
-        return out.view(hidden_states.shape)
+        return self.adapter.encoder_output(out.view(hidden_states.shape))
 
     def _run(self, i: int, tile: Tile, hidden: Tensor, given: Mapping[str, Any]) -> Tensor:
         """(1, t', d) a layer's output for the tokens of one tile (1, t, d)."""
@@ -390,6 +391,12 @@ class Heard:
         self.keys.append(key[0].transpose(0, 1))
         self.values.append(value[0].transpose(0, 1))
         return bias
+
+
+@functools.cache
+def _first_name(layer: type) -> str:
+    """The name of the first argument of a layer's forward, its hidden states."""
+    return list(inspect.signature(layer.forward).parameters)[1]
 
 
 def _back(rows: Tensor, order: Tensor) -> Tensor:
