@@ -51,6 +51,7 @@ UNITS: dict[str, int] = {
     "lfm2_vl": 2,
     "minicpmv4_6": 4,
     "llama4": 2,
+    **dict.fromkeys(("gemma4", "gemma4_device"), 2),
 }
 """Patches along the side of a token."""
 PIXTRAL = ("mistral3", "lighton_ocr")
@@ -263,7 +264,10 @@ class Reference:
                 attention.config = copy.copy(attention.config)
                 attention.config._attn_implementation_internal = "vtc_reference"
                 self.handles.append(norm.register_forward_pre_hook(self.mean(i)))
-                if i == self.used - 1:
+                if i == self.used - 1 and hasattr(tower, "pooler"):
+                    hook = tower.pooler.register_forward_hook(self.mark_cells)
+                    self.handles.append(hook)
+                elif i == self.used - 1:
                     hook = layer.register_forward_hook(self.mark, prepend=True)
                     self.handles.append(hook)
         CURRENT = self
@@ -351,6 +355,10 @@ class Reference:
             for row, (height, width) in enumerate(self.given["spatial_shapes"].tolist()):
                 units, loose = self.raster(height, width, 0)
                 self.tiles.append(TileTruth(row, None, loose, units, []))
+        elif "gemma4" in self.name:  # padded rows
+            for row, places in enumerate(self.given[f"{self.kind_of}_position_ids"]):
+                columns, height = (int(most) + 1 for most in places.max(0).values)
+                self.tiles.append(TileTruth(row, None, [], self.raster(height, columns, 0)[0], []))
         elif self.name in PACKED:
             for units in self.packed():
                 self.tiles.append(TileTruth(0, None, [], units, []))
@@ -479,6 +487,15 @@ class Reference:
 
         return hook
 
+    def mark_cells(self, module: Any, args: Any, output: Any) -> Any:
+        """As `mark`, after a matrix that pools cells, through which one NaN would reach all."""
+        pooled, real = output
+        pooled = pooled.clone()
+        for tile in self.tiles:
+            left = {group.first for group in tile.groups}
+            pooled[tile.row, [u for u in range(len(tile.units)) if u not in left]] = math.nan
+        return pooled, real
+
     def mark(self, module: Any, args: Any, output: Any) -> Any:
         states = output[0] if isinstance(output, tuple) else output
         states = states.clone()
@@ -591,7 +608,8 @@ def test_features_are_those_of_a_tower_in_which_patches_are_masked(
             assert bool((own[gone] == 0).all())
             away = difference(own[~gone], true[~gone])
             WORST[name] = max(WORST.get(name, 0.0), away)
-            assert away < 2e-5
+            # Those of Gemma 4 are near 20, with rounding to match.
+            assert away < (5e-5 if "gemma4" in name else 2e-5)
             moved = max(moved, difference(whole[~gone], true[~gone]))
         assert missing > 0
     # FlowCut drops late in these towers, after which windows of Qwen2.5 hear of it no more.
@@ -691,8 +709,8 @@ class Halves(Probe):
 
 @pytest.mark.parametrize("name", [name for name in HERE if name not in UNKNOWN_COST])
 def test_the_report_counts_what_ran(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Pixtral also embeds the padding of smaller images, which the report leaves out.
-    kind = "one" if name in PIXTRAL else "images"
+    # Pixtral and Gemma 4 also embed the padding of smaller images, which the report leaves out.
+    kind = "one" if name in PIXTRAL or "gemma4" in name else "images"
     usable(name, kind)
     family, model = FAMILIES[name], build(name, "eager")
     # Not counted: the rows of attention that methods are shown.

@@ -89,7 +89,8 @@ def vision_flops(config: Any, images: Images) -> float:
         return sum(tower(vision, own) for i in every for own in images.by_tile(i, tiles[i], usual))
     if kind == "gemma4_vision":
         frames = images.tiles or [1] * len(images.tokens)
-        return sum(frames[i] * _gemma4(vision, images.passed(i)) for i in every)
+        tiles = (images.by_tile(i, frames[i], images.passed(i) or ()) for i in every)
+        return sum(_gemma4(vision, own) for of_one in tiles for own in of_one)
     if kind == "mllama_vision_model":
         return sum(_mllama(vision, n) for n in _all_tiles(vision, images))
     raise Unknown(kind)
@@ -317,18 +318,22 @@ def _glm4v(vision: Any, images: Segments) -> float:
     return _native_total(vision, d, sum(own), macs, pairs, _embedding(vision, d))
 
 
-def _gemma4(vision: Any, passed: Sequence[int] | None) -> float:
+def _gemma4(vision: Any, passed: Sequence[int]) -> float:
     """Images are padded to a number of patches that only the processor knows."""
-    if passed is None:
+    if not passed:
         raise Unknown("patches")
-    n, d = passed[0], size(vision, "hidden_size")
+    d = size(vision, "hidden_size")
     heads = size(vision, "num_attention_heads")
     head = size(vision, "head_dim", default=d // heads)
     kv = size(vision, "num_key_value_heads", default=heads)
-    linear = 2 * d * head * (heads + kv) + 3 * d * size(vision, "intermediate_size")
-    layer = n * linear + 2 * n * n * heads * head
-    pooled = n * d * (n // size(vision, "pooling_kernel_size") ** 2)
-    return 2.0 * (n * _embedding(vision, d) + size(vision, "num_hidden_layers") * layer + pooled)
+    projections, feed = 2 * d * head * (heads + kv), 3 * d * size(vision, "intermediate_size")
+    total = passed[0] * (
+        _embedding(vision, d) + d * (passed[0] // size(vision, "pooling_kernel_size") ** 2)
+    )
+    for i in range(size(vision, "num_hidden_layers")):
+        n, after = (passed[min(k, len(passed) - 1)] for k in (i, i + 1))
+        total += n * projections + 2 * n * n * heads * head + after * feed
+    return 2.0 * total
 
 
 def _all_tiles(vision: Any, images: Images) -> Sequence[int]:
@@ -509,6 +514,10 @@ def _pooled(config: Any) -> float:
     return _grid_patches(_vision(config)) / size(config, "mm_tokens_per_image")
 
 
+def _gemma4_pooled(config: Any) -> float:
+    return size(_vision(config), "pooling_kernel_size") ** 2
+
+
 def _merged(config: Any) -> float:
     where = config if get(config, "spatial_merge_size") is not None else _vision(config)
     return size(where, "spatial_merge_size", default=2) ** 2
@@ -563,7 +572,7 @@ _FAMILIES = {
     "cohere2_vision": _Family(_swiglu, _factor, whole=True),
     "deepseek_vl": _Family(_llava),
     "gemma3": _Family(_gemma, _pooled, whole=True),
-    "gemma4": _Family(_gemma),
+    "gemma4": _Family(_gemma, _gemma4_pooled),
     "glm46v": _Family(_glm4v_merger, _merged),
     "glm4v": _Family(_glm4v_merger, _merged),
     "glm4v_moe": _Family(_glm4v_merger, _merged),

@@ -172,7 +172,8 @@ class MergingTower:
                 layer = self.layers[i]
                 overrides.append(Override(layer, "forward", functools.partial(self._layer, i)))
             for projector in self.adapter.encoder_projectors():
-                overrides.append(Override(projector, "forward", self._project))
+                project = functools.partial(self._project, projector)
+                overrides.append(Override(projector, "forward", project))
             yield
         finally:
             for override in reversed(overrides):
@@ -304,11 +305,13 @@ class MergingTower:
         return sizes if order is None else sizes[order]
 
     def _project(
-        self, original: Callable[..., Any], states: Tensor, *args: Any, **kwargs: Any
+        self, projector: Any, original: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         """Run what makes tokens of patches or groups only for those that are left."""
+        given = dict(by_name(projector, args, kwargs))
+        states: Tensor = given.pop(_first_name(type(projector)))
         if not self.current() or not self.tiles or not states.is_floating_point():
-            return original(states, *args, **kwargs)  # numbers of words look up no states
+            return original(*args, **kwargs)  # numbers of words look up no states
         rows = states if states.dim() == 3 else states[None]
         # Its input holds patches, with or without [CLS], or the patches of a unit as one row.
         patches = [tile.units.numel() for tile in self.tiles]
@@ -335,7 +338,7 @@ class MergingTower:
                 taken = tile.units[source].flatten() + (spare - int(self.has_cls))
                 taken = torch.cat([cls, taken])
             row = i // per_row
-            found = original(_like(rows[row, taken], states), *args, **kwargs)
+            found = original(_like(rows[row, taken], states), **given)
             found = found if found.dim() == 2 else found[0]
             if len(found) != len(source) + spare:
                 raise RuntimeError(
@@ -394,9 +397,9 @@ class Heard:
 
 
 @functools.cache
-def _first_name(layer: type) -> str:
-    """The name of the first argument of a layer's forward, its hidden states."""
-    return list(inspect.signature(layer.forward).parameters)[1]
+def _first_name(kind: Any) -> str:
+    """The name of the first argument of a module's forward, by class: its states."""
+    return list(inspect.signature(kind.forward).parameters)[1]
 
 
 def _back(rows: Tensor, order: Tensor) -> Tensor:
