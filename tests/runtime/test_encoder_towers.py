@@ -51,7 +51,7 @@ UNITS: dict[str, int] = {
     "lfm2_vl": 2,
     "minicpmv4_6": 4,
     "llama4": 2,
-    **dict.fromkeys(("gemma4", "gemma4_device"), 2),
+    **dict.fromkeys(("gemma4", "gemma4_device", "perception_lm"), 2),
 }
 """Patches along the side of a token."""
 PIXTRAL = ("mistral3", "lighton_ocr")
@@ -69,6 +69,7 @@ UNKNOWN_COST = (
     *("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "exaone4_5", "hyperclovax_vision_v2"),
     *("ernie4_5_vl_moe", "video_llama_3", "paddleocr_vl", "lighton_ocr", "qianfan_ocr", *MUSE),
     *("lfm2_vl", "minicpmv4_6"),
+    "perception_lm",
     "llama4",  # of which transformers runs all experts
 )
 """Families of which a part has no formula."""
@@ -144,6 +145,8 @@ def build(name: str, attention: str | None = None) -> Any:
     setattr(vision, "depth" if hasattr(vision, "depth") else "num_hidden_layers", depth)
     if name in MUSE:
         vision.layer_types = ["window_attention", "full_attention"] * (depth // 2)
+    if name == "perception_lm":
+        vision.model_args["depth"] = depth
     if name == "minicpmv4_6":
         vision.insert_layer_id = JOIN
     with torch.random.fork_rng(devices=[]):
@@ -172,7 +175,16 @@ def towers_of(model: Any) -> list[Any]:
     return [getattr(base_of(model), n) for n in names if getattr(base_of(model), n, None)]
 
 
-INNER = ("transformer", "vision_model", "model", "encoder", "blocks", "layers", "layer")
+INNER = (
+    "timm_model",
+    "transformer",
+    "vision_model",
+    "model",
+    "encoder",
+    "blocks",
+    "layers",
+    "layer",
+)
 NORMS = (
     *("layer_norm2", "layernorm_after", "ffn_norm", "norm2", "rms_norm2"),
     *("pre_feedforward_layernorm", "post_attention_layernorm"),
@@ -260,9 +272,13 @@ class Reference:
         for tower in towers_of(self.model):
             for i, (layer, attention, norm) in enumerate(parts_of(tower)):
                 self.at[id(attention)] = i
-                before[attention] = attention.config
-                attention.config = copy.copy(attention.config)
-                attention.config._attn_implementation_internal = "vtc_reference"
+                if hasattr(attention, "config"):
+                    before[attention] = attention.config
+                    attention.config = copy.copy(attention.config)
+                    attention.config._attn_implementation_internal = "vtc_reference"
+                else:  # of timm
+                    hook = attention.register_forward_pre_hook(self.enter)
+                    self.handles.append(hook)
                 self.handles.append(norm.register_forward_pre_hook(self.mean(i)))
                 if i == self.used - 1 and hasattr(tower, "pooler"):
                     hook = tower.pooler.register_forward_hook(self.mark_cells)
@@ -271,14 +287,25 @@ class Reference:
                     hook = layer.register_forward_hook(self.mark, prepend=True)
                     self.handles.append(hook)
         CURRENT = self
+        usual = torch.nn.functional.scaled_dot_product_attention
+        if "perception" in self.name:
+            torch.nn.functional.scaled_dot_product_attention = self.attend_of_timm  # type: ignore
         try:
             yield
         finally:
             CURRENT = None
+            torch.nn.functional.scaled_dot_product_attention = usual
             for handle in self.handles:
                 handle.remove()
             for attention, config in before.items():
                 attention.config = config
+
+    def enter(self, module: Any, args: Any) -> None:
+        self.module = module
+
+    def attend_of_timm(self, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+        scaling = query.shape[-1] ** -0.5
+        return self.attend(self.module, query, key, value, None, scaling).transpose(1, 2)
 
     # ---- tiles
     def raster(
@@ -634,10 +661,10 @@ def test_logits_are_those_of_a_selection_of_the_reference_s_tokens(
     family, model = FAMILIES[name], build(name)
     batch = family.collate(rows_of(name, kind))
     calls = encode_calls(untouched(name), batch)
-    whole = {
-        modality: reference_features(name, METHODS[method], modality, given)[0]
-        for modality, given, _ in calls
-    }
+    whole: dict[str, list[Any]] = {}
+    for modality, arguments, _ in calls:
+        out = reference_features(name, METHODS[method], modality, arguments)[0]
+        whole.setdefault(modality, []).append(out)
     given = Given(positions=METHODS[method].positions)
     with vtc.patch(model, given) as patch, shown(model, whole):
         expected_logits = logits_of(model, batch)
@@ -659,8 +686,10 @@ def test_logits_are_those_of_a_selection_of_the_reference_s_tokens(
 
 
 @contextmanager
-def shown(model: Any, whole: dict[str, Any]) -> Iterator[None]:
-    """The features that the model encodes are those of `whole`, NaN where no token is."""
+def shown(model: Any, whole: dict[str, list[Any]]) -> Iterator[None]:
+    """The features that the model encodes in its calls are those of `whole`, NaN where no token
+    is."""
+    left = {kind: iter(every) for kind, every in whole.items()}
     base = base_of(model)
     before = {kind: getattr(base, f"get_{kind}_features") for kind in whole}
     running: list[str] = []
@@ -672,9 +701,10 @@ def shown(model: Any, whole: dict[str, Any]) -> Iterator[None]:
             running.pop()
             if running:  # some encode clips as images
                 return out
-            copy_into(features_of(out), features_of(whole[kind]))
+            true = next(left[kind])
+            copy_into(features_of(out), features_of(true))
             if hasattr(out, "deepstack_features"):
-                copy_into(out.deepstack_features, whole[kind].deepstack_features)
+                copy_into(out.deepstack_features, true.deepstack_features)
             return out
 
         return run

@@ -84,6 +84,16 @@ class MergingPart(TowerPart):
         _, _, norm, feed = self.encoder_parts
         return hidden + getattr(layer, feed)(getattr(layer, norm)(hidden))
 
+    def encoder_weighed(self, given: Mapping[str, Any], bias: Tensor) -> dict[str, Any]:
+        """The arguments of `encoder_attend` with which attention adds to its logits, in a tower
+        that does not attend through the attention functions of transformers.
+
+        Args:
+            given: the arguments without.
+            bias: (t,) what is added at each key.
+        """
+        raise NotImplementedError
+
     def encoder_output(self, hidden: Tensor) -> Any:
         """What a tower layer returns.
 

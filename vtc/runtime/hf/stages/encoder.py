@@ -168,7 +168,8 @@ class MergingTower:
         overrides: list[Override] = []
         try:
             for i, module in enumerate(self.adapter.tower_attention()):
-                self.taps.append(taps.install(module))
+                watch = self.adapter.watch_attention
+                self.taps.append(taps.install_in_tower(module, watch))
                 layer = self.layers[i]
                 overrides.append(Override(layer, "forward", functools.partial(self._layer, i)))
             for projector in self.adapter.encoder_projectors():
@@ -257,7 +258,10 @@ class MergingTower:
         m, prefix = tile.units.shape[1], len(tile.fixed)
         loose = prefix - int(self.has_cls)
         tile.counts.append(m * len(tile.source) + loose)
-        heard = Heard(self.current, self.has_cls, self._sizes(tile, order, hidden.dtype))
+        sizes = self._sizes(tile, order, hidden.dtype)
+        if sizes is not None and self.taps[i].handles:  # it only listens
+            own = self.adapter.encoder_weighed(own, sizes)
+        heard = Heard(self.current, self.has_cls, sizes)
         self.taps[i].arm(heard.capture)
         hidden = self.adapter.encoder_attend(layer, hidden, own)
         self.taps[i].armed = None
@@ -295,7 +299,8 @@ class MergingTower:
         """(t,) log sizes of the tokens, added to the attention logits; `None` to add nothing."""
         if not self.method.weighs_sizes or tile.whole:
             return None
-        if "flash" in (self.taps[0].config._attn_implementation or ""):
+        tap = self.taps[0]
+        if not tap.handles and "flash" in (tap.config._attn_implementation or ""):
             raise RuntimeError(
                 f"attn_implementation: {self.method} weighs attention in the vision tower, which "
                 "flash attention cannot; load the model with attn_implementation='sdpa'"
