@@ -83,6 +83,8 @@ class Adapter(MergingPart, DecoderPart):
             patches, and merged tokens are averages of what comes out of it.
         joins_frames: the frames of an image's map attend to one another, as one tile.
         unread: why nothing of the vision tower can be read; empty if it can.
+        shows_states: for each token the projector receives a state that can be read, though
+            nothing else of the tower can.
         clips_as_images: the base model encodes clips with `get_image_features`.
         places: its vision tokens have places in the picture.
         encoder_parts: the norm, the attention, the second norm and the feed-forward of a tower
@@ -121,7 +123,8 @@ class Adapter(MergingPart, DecoderPart):
     def readable(cls) -> str:
         """What methods can read of the vision tower, in words."""
         if cls.unread:
-            return f"nothing: {cls.unread}"
+            what = "the projector's input" if cls.shows_states else "nothing"
+            return f"{what}: {cls.unread}"
         return "attention, keys, patch states"
 
     # ---- where things are ---------------------------------------------------------------------

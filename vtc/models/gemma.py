@@ -20,6 +20,7 @@ from transformers.masking_utils import (
 
 from vtc.core.images import ImageMap, Modality, grid_positions, merged_patches
 from vtc.models.base import CACHE, Adapter, UnsupportedModelError
+from vtc.models.convolutional import feature_maps
 
 
 class PaliGemma(Adapter):
@@ -115,7 +116,12 @@ class Gemma3n(Adapter):
     name: ClassVar[str] = "gemma3n"
     model_types: ClassVar[tuple[str, ...]] = ("gemma3n",)
     stages: ClassVar[tuple[str, ...]] = ("sequence",)
+    projects_patches: ClassVar[bool] = False
     unread: ClassVar[str] = "convolutions mix its places and fuse several resolutions"
+    shows_states: ClassVar[bool] = True
+
+    def projector(self) -> Any:
+        return self.base.embed_vision
 
     def placeholders(self, output: Any, given: Mapping[str, Any]) -> dict[Modality, Tensor]:
         return super().placeholders(output[0], given)  # the other output is for audio
@@ -123,7 +129,7 @@ class Gemma3n(Adapter):
     def image_maps(
         self, modality: Modality, given: Mapping[str, Any], features: Any
     ) -> list[list[ImageMap]]:
-        return [[ImageMap(self.grid(len(own), None))] for own in features]
+        return feature_maps(self, features)
 
 
 class Gemma4(Gemma3):

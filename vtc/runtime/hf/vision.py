@@ -50,8 +50,10 @@ class Vision:
         self.reads_encoder = False
         for part in method.parts:
             if "sequence" in part.stages and "encoder" in part.needs:
-                if adapter.unread or adapter.projector() is None:
-                    why = adapter.unread or "its projector is unknown"
+                why = "" if adapter.shows_states else adapter.unread
+                if adapter.projector() is None:
+                    why = why or "its projector is unknown"
+                if why:
                     raise UnsupportedModelError(
                         f"model: {part.name} reads what the projector receives for each token, "
                         f"which vtc does not read in {type(adapter.model).__name__}: {why}"
