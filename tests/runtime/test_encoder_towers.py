@@ -40,6 +40,7 @@ JOIN = 1
 UNITS: dict[str, int] = {
     **dict.fromkeys(("vipllava", "paligemma", "llava_next", "llava_next_video"), 1),
     **dict.fromkeys(("llava_onevision", "video_llava", "deepseek_vl"), 1),
+    "deepseek_vl_hybrid": 1,
     **dict.fromkeys(("internvl", "aya_vision", "aya_vision_short", "cohere2_vision"), 2),
     **dict.fromkeys(("idefics3", "smolvlm", "gemma3", "gemma3_short", "mistral3"), 2),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5"), 2),
@@ -69,7 +70,7 @@ UNKNOWN_COST = (
     *("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "exaone4_5", "hyperclovax_vision_v2"),
     *("ernie4_5_vl_moe", "video_llama_3", "paddleocr_vl", "lighton_ocr", "qianfan_ocr", *MUSE),
     *("lfm2_vl", "minicpmv4_6"),
-    "perception_lm",
+    *("perception_lm", "deepseek_vl_hybrid"),
     "llama4",  # of which transformers runs all experts
 )
 """Families of which a part has no formula."""
@@ -772,13 +773,6 @@ def test_keeping_all_is_the_plain_model_bit_for_bit(name: str) -> None:
 
 
 # ---- refusals -----------------------------------------------------------------------------------
-def test_the_hybrid_of_deepseek_is_refused() -> None:
-    model = FAMILIES["deepseek_vl_hybrid"].build()
-    for method in (vtc.ToMe(), vtc.FlowCut()):
-        with pytest.raises(vtc.UnsupportedModelError, match=r"SAM tower.*no counterpart"):
-            vtc.patch(model, method)
-
-
 def test_interpolation_between_patches_is_refused() -> None:
     for name, kind, why in (
         ("llava_onevision_shrunk", "one", "resamples"),

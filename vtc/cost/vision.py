@@ -89,8 +89,8 @@ def vision_flops(config: Any, images: Images) -> float:
         return sum(tower(vision, own) for i in every for own in images.by_tile(i, tiles[i], usual))
     if kind == "gemma4_vision":
         frames = images.tiles or [1] * len(images.tokens)
-        tiles = (images.by_tile(i, frames[i], images.passed(i) or ()) for i in every)
-        return sum(_gemma4(vision, own) for of_one in tiles for own in of_one)
+        of_images = [images.by_tile(i, frames[i], images.passed(i) or ()) for i in every]
+        return sum(_gemma4(vision, own) for of_one in of_images for own in of_one)
     if kind == "mllama_vision_model":
         return sum(_mllama(vision, n) for n in _all_tiles(vision, images))
     raise Unknown(kind)

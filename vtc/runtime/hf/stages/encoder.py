@@ -227,7 +227,7 @@ class MergingTower:
         if not self.current():  # of a nested call, or another thread
             return original(*args, **kwargs)
         given = dict(by_name(self.layers[i], args, kwargs))
-        hidden_states: Tensor = given.pop(_first_name(type(self.layers[i])))
+        hidden_states: Tensor = given.pop(_first_name(self.layers[i].__class__))
         rows = hidden_states if hidden_states.dim() == 3 else hidden_states[None]
         if i == 0:
             self._begin(rows.shape[0], rows.shape[1], rows.device)
@@ -314,7 +314,7 @@ class MergingTower:
     ) -> Any:
         """Run what makes tokens of patches or groups only for those that are left."""
         given = dict(by_name(projector, args, kwargs))
-        states: Tensor = given.pop(_first_name(type(projector)))
+        states: Tensor = given.pop(_first_name(projector.__class__))
         if not self.current() or not self.tiles or not states.is_floating_point():
             return original(*args, **kwargs)  # numbers of words look up no states
         rows = states if states.dim() == 3 else states[None]
