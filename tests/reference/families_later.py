@@ -591,8 +591,8 @@ class MuseGlimmer(Qwen2VL):
         return hf.MuseGlimmerConfig(
             vision_config={
                 "patch_size": self.patch,
-                "pos_emb_height": 8,
-                "pos_emb_width": 8,
+                "pos_emb_height": 5,  # of a window too, which so cuts through squares of patches
+                "pos_emb_width": 5,
                 "num_attention_heads": 4,
                 "num_hidden_layers": 2,
                 "hidden_size": 32,

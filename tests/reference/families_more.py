@@ -372,7 +372,7 @@ class Llama4(Tiled):
         model: Any = super().build(*args, **kwargs)
         # Its forward reads outputs.image_outputs of the language model, which has no such field
         # in transformers 5.24.0: without this every call fails, with and without images.
-        model.language_model.register_forward_hook(_add_image_outputs)
+        model.language_model.register_forward_hook(add_image_outputs)
         return model
 
     def image(self, which: int, generator: torch.Generator, count: int) -> Piece:
@@ -387,7 +387,7 @@ class Llama4(Tiled):
         return Piece(tokens, self.extras(1 + down * across, generator))
 
 
-def _add_image_outputs(module: Any, args: Any, output: Any) -> None:
+def add_image_outputs(module: Any, args: Any, output: Any) -> None:
     output.image_outputs = getattr(output, "image_outputs", None)
 
 

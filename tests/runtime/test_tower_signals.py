@@ -19,7 +19,7 @@ import vtc
 from tests.reference.families import FAMILIES
 from tests.reference.probes import Probe
 from tests.runtime.test_families import rows_of, shared, skip_reason
-from tests.runtime.test_tower_states import HERE, uses_by_gradient
+from tests.runtime.test_tower_states import HERE, LAST, uses_by_gradient
 from vtc.core import Selection, VisionTokens
 from vtc.core.prefill import Stopwatch
 from vtc.models import find
@@ -27,6 +27,12 @@ from vtc.runtime.hf import taps
 
 CLS = {"llama4": -1, "internvl": 0, "qianfan_ocr": 0, "perception_lm": 0}
 """The place of [CLS], in towers that have one."""
+
+INSIDE: dict[str, Callable[[Any], Any]] = dict.fromkeys(
+    ("muse_glimmer", "muse_spark"), lambda base: base.vision_tower.layers[-1]
+)
+"""The module whose output are the last states in the order in which attention sees them, where that
+of `LAST` are in another."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,19 @@ def watched(tower: list[Any], monkeypatch: pytest.MonkeyPatch) -> Own:
     return own
 
 
+def joined_by_gradient(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """(joined patches, patches) bool: of which patches the tower of MiniCPM-V makes each of those
+    that its later layers have."""
+    seen: list[Tensor] = []
+    merger = model.model.vision_tower.vit_merger
+    handle = merger.register_forward_hook(lambda m, args, out: seen.extend((args[0], out)))
+    model(**batch)
+    handle.remove()
+    patches, joined = seen
+    grads = [torch.autograd.grad(own.sum(), patches, retain_graph=True)[0][0] for own in joined[0]]
+    return torch.stack(grads).abs().sum(2) > 0
+
+
 @pytest.mark.parametrize("kind", ["one", "images", "video"])
 @pytest.mark.parametrize("name", HERE)
 def test_what_a_token_is_shown(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,13 +136,24 @@ def test_what_a_token_is_shown(name: str, kind: str, monkeypatch: pytest.MonkeyP
     tower = find(model).tower_attention()
     first, last = tower[0], tower[-1]
     own = watched(tower, monkeypatch)
+    if name in INSIDE:
+        monkeypatch.setitem(LAST, name, INSIDE[name])
     used = uses_by_gradient(name, model, batch)
     assert len(used) == sum(len(tokens) for tokens in SHOWN)
     cls = CLS.get(name)
     low, high = (own.received(module, cls) for module in (first, last))
     keys = torch.cat([k.transpose(0, 1).flatten(1) for k in own.keys[id(last)]])
     assert len(used[0]) == len(keys)
-    expected = [torch.cat([s[u].mean(0).reshape(-1) for s in (low, high, keys)]) for u in used]
+    early = joined_by_gradient(model, batch) if name == "minicpmv4_6" else None
+    expected = [
+        torch.cat(
+            [
+                low[u if early is None else early[u].any(0)].mean(0, keepdim=True),
+                *(s[u].mean(0).reshape(-1) for s in (high, keys)),
+            ]
+        )
+        for u in used
+    ]
     wanted = torch.stack(expected)
     found = torch.cat(
         [

@@ -57,6 +57,10 @@ LAST: dict[str, Callable[[Any], Any]] = {
     "lighton_ocr": lambda base: base.vision_encoder.transformer.layers[-1],
     "qianfan_ocr": lambda base: base.vision_tower.layernorm,
     "glmga": lambda base: base.visual.post_layernorm,
+    "lfm2_vl": lambda base: base.vision_tower.post_layernorm,
+    "minicpmv4_6": lambda base: base.vision_tower.post_layernorm,
+    "muse_glimmer": lambda base: base.vision_tower.ln_post,
+    "muse_spark": lambda base: base.vision_tower.ln_post,
 }
 """The module whose output are the last states in which patches stand apart."""
 
@@ -174,3 +178,31 @@ def test_methods_that_merge_patches_merge_features_there(name: str, method: str)
     with vtc.patch(shared(name, attention), method) as patch, torch.no_grad():
         assert patch.model(**batch).logits.isfinite().all()
     assert patch.report.tokens_out < patch.report.tokens_in
+
+
+MAKERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "fast_vlm": lambda base, states: base.multi_modal_projector(states),
+    "got_ocr2": lambda base, states: base.multi_modal_projector.multimodal_projector(states),
+    "pp_chart2table": lambda base, states: base.multi_modal_projector.multimodal_projector(states),
+    "gemma3n": lambda base, states: base.embed_vision(inputs_embeds=states),
+}
+"""What makes features of states, of convolutional towers."""
+
+
+@pytest.mark.parametrize("kind", ["one", "images"])
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_token_is_shown_the_feature_map_at_its_place(name: str, kind: str) -> None:
+    family = FAMILIES[name]
+    model, batch = shared(name, family.attentions[-1]), family.collate(rows_of(name, kind))
+    SHOWN.clear()
+    with vtc.patch(model, Asks()), torch.no_grad():
+        model(**batch)
+        assert SHOWN
+        for tokens in SHOWN:
+            made = MAKERS[name](model.model, tokens.encoder[None])[0]
+            assert (made - tokens.features).abs().max() < 1e-5
+    with vtc.patch(model, "mmtok") as patch, torch.no_grad():
+        assert patch.model(**batch).logits.isfinite().all()
+    assert patch.report.tokens_out < patch.report.tokens_in
+    with pytest.raises(vtc.UnsupportedModelError, match="no attention and no keys"):
+        vtc.patch(model, "scope")

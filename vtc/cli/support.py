@@ -120,7 +120,9 @@ def _reason(text: str, name: str) -> str:
     """The reason of a refusal, without the names of model and method."""
     text = re.sub(rf"\b{name}\b(\([^)]*\))?", "the method", text.partition(": ")[2])
     text = re.sub(r"(of )?(the )?\w+ForConditionalGeneration", r"\1the model", text)
-    text = re.sub(r"the family .* does not support; .*", "the family does not support", text)
+    text = re.sub(
+        r"the family .* does not support(: [^;]*)?; .*", r"the family does not support\1", text
+    )
     return re.sub(r"reads [\w, ]+ of the vision tower", "reads the vision tower", text)
 
 

@@ -89,7 +89,8 @@ def vision_flops(config: Any, images: Images) -> float:
         return sum(tower(vision, own) for i in every for own in images.by_tile(i, tiles[i], usual))
     if kind == "gemma4_vision":
         frames = images.tiles or [1] * len(images.tokens)
-        return sum(frames[i] * _gemma4(vision, images.passed(i)) for i in every)
+        of_images = [images.by_tile(i, frames[i], images.passed(i) or ()) for i in every]
+        return sum(_gemma4(vision, own) for of_one in of_images for own in of_one)
     if kind == "mllama_vision_model":
         return sum(_mllama(vision, n) for n in _all_tiles(vision, images))
     raise Unknown(kind)
@@ -125,11 +126,11 @@ def projector_flops(config: Any, images: Images) -> float:
                 # [CLS] of a frame is projected even if it does not count as a token.
                 made += int(own / shrink) + (family.cls and count > 1)
         tokens = made
-    elif (merged := images.merged) is not None:
+    elif (merged := images.merged) is not None and not family.whole:
         patches = sum(own[0] for own in merged)
         # Features of earlier layers have the tokens that were left there.
         read = [*(layer + 1 for layer in get(vision, "deepstack_visual_indexes", default=())), -1]
-        left = [own[0 if family.whole else layer] for own in merged for layer in read]
+        left = [own[layer] for own in merged for layer in read]
         return 2.0 * family.macs(config, patches, int(sum(left) / shrink)) / len(read)
     elif kind == "mllama_vision_model":
         patches = tokens = sum(_all_tiles(vision, images)) * (_grid_patches(vision) + 1)
@@ -317,18 +318,22 @@ def _glm4v(vision: Any, images: Segments) -> float:
     return _native_total(vision, d, sum(own), macs, pairs, _embedding(vision, d))
 
 
-def _gemma4(vision: Any, passed: Sequence[int] | None) -> float:
+def _gemma4(vision: Any, passed: Sequence[int]) -> float:
     """Images are padded to a number of patches that only the processor knows."""
-    if passed is None:
+    if not passed:
         raise Unknown("patches")
-    n, d = passed[0], size(vision, "hidden_size")
+    d = size(vision, "hidden_size")
     heads = size(vision, "num_attention_heads")
     head = size(vision, "head_dim", default=d // heads)
     kv = size(vision, "num_key_value_heads", default=heads)
-    linear = 2 * d * head * (heads + kv) + 3 * d * size(vision, "intermediate_size")
-    layer = n * linear + 2 * n * n * heads * head
-    pooled = n * d * (n // size(vision, "pooling_kernel_size") ** 2)
-    return 2.0 * (n * _embedding(vision, d) + size(vision, "num_hidden_layers") * layer + pooled)
+    projections, feed = 2 * d * head * (heads + kv), 3 * d * size(vision, "intermediate_size")
+    total = passed[0] * (
+        _embedding(vision, d) + d * (passed[0] // size(vision, "pooling_kernel_size") ** 2)
+    )
+    for i in range(size(vision, "num_hidden_layers")):
+        n, after = (passed[min(k, len(passed) - 1)] for k in (i, i + 1))
+        total += n * projections + 2 * n * n * heads * head + after * feed
+    return 2.0 * total
 
 
 def _all_tiles(vision: Any, images: Images) -> Sequence[int]:
@@ -359,6 +364,7 @@ _TILED: dict[str, Callable[[Any, Sequence[int]], float]] = {
 _WIDTHS: dict[str, Callable[[Any], tuple[int, int, int]]] = {
     "glm4v_moe_vision": _glm4v_widths,
     "glm4v_vision": _glm4v_widths,
+    "kimi_k25_vision": _qwen3_widths,
     "pixtral": _gated_widths,
     "qwen2_vl_vision": _qwen2_widths,
     "qwen2_5_vl_vision": _gated_widths,
@@ -508,6 +514,10 @@ def _pooled(config: Any) -> float:
     return _grid_patches(_vision(config)) / size(config, "mm_tokens_per_image")
 
 
+def _gemma4_pooled(config: Any) -> float:
+    return size(_vision(config), "pooling_kernel_size") ** 2
+
+
 def _merged(config: Any) -> float:
     where = config if get(config, "spatial_merge_size") is not None else _vision(config)
     return size(where, "spatial_merge_size", default=2) ** 2
@@ -562,14 +572,14 @@ _FAMILIES = {
     "cohere2_vision": _Family(_swiglu, _factor, whole=True),
     "deepseek_vl": _Family(_llava),
     "gemma3": _Family(_gemma, _pooled, whole=True),
-    "gemma4": _Family(_gemma),
+    "gemma4": _Family(_gemma, _gemma4_pooled),
     "glm46v": _Family(_glm4v_merger, _merged),
     "glm4v": _Family(_glm4v_merger, _merged),
     "glm4v_moe": _Family(_glm4v_merger, _merged),
     "idefics3": _Family(_idefics3, _factor),
     "internvl": _Family(_internvl, _shuffled),
-    "kimi_k25": _Family(_kimi, _kernel),
-    "llama4": _Family(_llama4, _llama4_shuffled),
+    "kimi_k25": _Family(_kimi, _kernel, whole=True),
+    "llama4": _Family(_llama4, _llama4_shuffled, whole=True),
     "llava": _Family(_llava),
     "llava_next": _Family(_llava),
     "llava_next_video": _Family(_llava, pools_first=True),

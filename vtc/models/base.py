@@ -81,7 +81,10 @@ class Adapter(MergingPart, DecoderPart):
         frames: clips are sets of images, one per frame, for `vtc models`.
         projects_patches: the projector makes one token of each patch state; otherwise it joins
             patches, and merged tokens are averages of what comes out of it.
+        joins_frames: the frames of an image's map attend to one another, as one tile.
         unread: why nothing of the vision tower can be read; empty if it can.
+        shows_states: for each token the projector receives a state that can be read, though
+            nothing else of the tower can.
         clips_as_images: the base model encodes clips with `get_image_features`.
         places: its vision tokens have places in the picture.
         encoder_parts: the norm, the attention, the second norm and the feed-forward of a tower
@@ -120,7 +123,8 @@ class Adapter(MergingPart, DecoderPart):
     def readable(cls) -> str:
         """What methods can read of the vision tower, in words."""
         if cls.unread:
-            return f"nothing: {cls.unread}"
+            what = "the projector's input" if cls.shows_states else "nothing"
+            return f"{what}: {cls.unread}"
         return "attention, keys, patch states"
 
     # ---- where things are ---------------------------------------------------------------------
@@ -230,6 +234,15 @@ class Adapter(MergingPart, DecoderPart):
             A tensor (images, n, d), or a list of (n, d).
         """
         return output.pooler_output
+
+    def replace_features(self, output: Any, features: Any) -> None:
+        """Set the features for the placeholders in place.
+
+        Args:
+            output: what `get_image_features` returned.
+            features: as `features` returns them.
+        """
+        output.pooler_output = features
 
     def placeholders(self, output: Any, given: Mapping[str, Any]) -> dict[Modality, Tensor]:
         """Locate the placeholders.

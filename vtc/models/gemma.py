@@ -20,6 +20,7 @@ from transformers.masking_utils import (
 
 from vtc.core.images import ImageMap, Modality, grid_positions, merged_patches
 from vtc.models.base import CACHE, Adapter, UnsupportedModelError
+from vtc.models.convolutional import feature_maps
 
 
 class PaliGemma(Adapter):
@@ -150,7 +151,12 @@ class Gemma3n(SharedKeys):
     name: ClassVar[str] = "gemma3n"
     model_types: ClassVar[tuple[str, ...]] = ("gemma3n",)
     stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
+    projects_patches: ClassVar[bool] = False
     unread: ClassVar[str] = "convolutions mix its places and fuse several resolutions"
+    shows_states: ClassVar[bool] = True
+
+    def projector(self) -> Any:
+        return self.base.embed_vision
 
     def placeholders(self, output: Any, given: Mapping[str, Any]) -> dict[Modality, Tensor]:
         return super().placeholders(output[0], given)  # the other output is for audio
@@ -158,7 +164,7 @@ class Gemma3n(SharedKeys):
     def image_maps(
         self, modality: Modality, given: Mapping[str, Any], features: Any
     ) -> list[list[ImageMap]]:
-        return [[ImageMap(self.grid(len(own), None))] for own in features]
+        return feature_maps(self, features)
 
     def join_streams(self, hidden: Tensor) -> Tensor:
         return hidden if hidden.dim() == 3 else torch.cat(hidden.unbind(0), dim=-1)
@@ -180,7 +186,10 @@ class Gemma4(SharedKeys, Gemma3):
 
     name: ClassVar[str] = "gemma4"
     model_types: ClassVar[tuple[str, ...]] = ("gemma4",)
-    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
+    encoder_parts: ClassVar[tuple[str, str, str, str]] = (
+        *("input_layernorm", "self_attn"),
+        *("pre_feedforward_layernorm", "mlp"),
+    )
     attention: ClassVar[str] = "both directions in windows; causal in the small models"
     kinds: ClassVar[str] = "mm_token_type_ids"
     video: ClassVar[bool] = True
@@ -199,7 +208,7 @@ class Gemma4(SharedKeys, Gemma3):
         self, modality: Modality, given: Mapping[str, Any], features: Any
     ) -> list[list[ImageMap]]:
         video = modality == "video"
-        places = given["video_position_ids" if video else "image_position_ids"].cpu()
+        places = self._corners(modality, given)
         frames = given["num_frames_per_video"].tolist() if video else [1] * len(places)
         by = self.model.config.vision_config.pooling_kernel_size
         maps, first = [], 0
@@ -207,11 +216,11 @@ class Gemma4(SharedKeys, Gemma3):
         for own, of_one in zip(features, places.split(frames), strict=True):
             grids, patches = [], []
             for frame, corners in enumerate(of_one):  # (x, y) of each patch, -1 at padding
-                columns, rows = ((corners.max(0).values + 1) // by).tolist()
+                rows, columns = _cells(corners, by)
                 grid = grid_positions(rows, columns)
                 grid[:, 0] = frame
                 grids.append(grid)
-                patches.append(_pooled(corners, columns, by) + first)
+                patches.append(_pooled(corners, by) + first)
                 first += padded
             found = ImageMap(torch.cat(grids), tiles=len(of_one), padded=padded)
             assert len(found) == len(own)
@@ -220,6 +229,50 @@ class Gemma4(SharedKeys, Gemma3):
                 found = replace(found, patches=joined)
             maps.append([found])
         return maps
+
+    def encoder_attend(self, layer: Any, hidden: Tensor, given: Mapping[str, Any]) -> Tensor:
+        attended, _ = layer.self_attn(layer.input_layernorm(hidden), **given)
+        return hidden + layer.post_attention_layernorm(attended)
+
+    def encoder_feed(self, layer: Any, hidden: Tensor) -> Tensor:
+        fed = layer.mlp(layer.pre_feedforward_layernorm(hidden))
+        return hidden + layer.post_feedforward_layernorm(fed)
+
+    def encoder_given(self, given: Mapping[str, Any], row: int, places: Tensor) -> dict[str, Any]:
+        cos, sin = (part[row : row + 1, places] for part in given["position_embeddings"])
+        return {
+            **super().encoder_given(given, row, places),
+            "position_embeddings": (cos, sin),
+            "position_ids": given["position_ids"][row : row + 1, places],
+        }
+
+    def check_encoder(self, modality: Modality, given: Mapping[str, Any]) -> None:
+        by = self.model.config.vision_config.pooling_kernel_size
+        for corners in self._corners(modality, given):
+            if not len(_pooled(corners, by)):
+                raise UnsupportedModelError(
+                    f"{modality}_position_ids: the patches of an image do not fill cells of {by} x "
+                    f"{by}, so that tokens have different numbers of patches, and those of one "
+                    "cannot be merged with those of another"
+                )
+
+    def encoder_tiles(
+        self, modality: Modality, given: Mapping[str, Any], rows: int, length: int
+    ) -> list[tuple[int, Tensor, Tensor]]:
+        # Padding, which nothing attends to, is in no tile and does not run.
+        by, none = self.model.config.vision_config.pooling_kernel_size, torch.empty(0).long()
+        return [
+            (row, none, _pooled(corners, by))
+            for row, corners in enumerate(self._corners(modality, given))
+        ]
+
+    def encoder_projectors(self) -> list[Any]:
+        return [self.base.embed_vision]
+
+    def _corners(self, modality: Modality, given: Mapping[str, Any]) -> Tensor:
+        """(tiles, p, 2) the (x, y) of each patch, -1 at padding."""
+        found: Tensor = given[f"{modality}_position_ids"]
+        return found.cpu()
 
     def projector(self) -> Any:
         return self.base.embed_vision
@@ -234,18 +287,23 @@ class Gemma4(SharedKeys, Gemma3):
         return super().recorded_at(layer, name)
 
 
-def _pooled(corners: Tensor, columns: int, by: int) -> Tensor:
+def _cells(corners: Tensor, by: int) -> tuple[int, int]:
+    """Rows and columns of pooled cells of by x by patches at `corners` (p, 2)."""
+    columns, rows = ((corners.max(0).values + 1) // by).tolist()
+    return rows, columns
+
+
+def _pooled(corners: Tensor, by: int) -> Tensor:
     """(n, by * by) the patches of each pooled cell, in raster order of the cells; (0, by * by) if
     cells are incomplete.
 
     Args:
         corners: (p, 2) the (x, y) of each patch, -1 at padding.
-        columns: of cells.
         by: side of a cell.
     """
     real = (corners[:, 0] >= 0).nonzero()[:, 0]
     x, y = (corners[real] // by).unbind(1)
-    cells = y * columns + x
+    cells = y * _cells(corners, by)[1] + x
     if not bool((cells.bincount() == by * by).all()):
         return corners.new_empty(0, by * by)
     return real[cells.argsort(stable=True)].view(-1, by * by)

@@ -56,5 +56,15 @@ class QianfanOCR(InternVL):
 
     name: ClassVar[str] = "qianfan_ocr"
     model_types: ClassVar[tuple[str, ...]] = ("qianfan_ocr",)
-    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
     frames: ClassVar[bool] = False
+
+    def encoder_layers(self) -> list[Any]:
+        return self._with_parts(list(self.tower.layers))
+
+    def encoder_attend(self, layer: Any, hidden: Tensor, given: Mapping[str, Any]) -> Tensor:
+        attended, _ = layer.attention(layer.layernorm_before(hidden))
+        return layer.drop_path1(layer.lambda_1 * attended) + hidden
+
+    def encoder_feed(self, layer: Any, hidden: Tensor) -> Tensor:
+        fed = layer.dropout(layer.mlp(layer.layernorm_after(hidden)))
+        return layer.drop_path2(layer.lambda_2 * fed) + hidden

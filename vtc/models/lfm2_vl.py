@@ -6,7 +6,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from vtc.core.images import ImageMap, Modality, grid_positions
+import torch
+from torch import Tensor
+
+from vtc.core.images import ImageMap, Modality, grid_positions, merged_patches
 from vtc.models.base import Adapter
 from vtc.models.qwen_like import OneAxis
 
@@ -19,17 +22,45 @@ class Lfm2VL(Adapter):
     name: ClassVar[str] = "lfm2_vl"
     model_types: ClassVar[tuple[str, ...]] = ("lfm2_vl",)
     projects_patches: ClassVar[bool] = False
-    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
+    stages: ClassVar[tuple[str, ...]] = ("encoder", "sequence", "layers")
     decoder_parts: ClassVar[tuple[str, str, str]] = (
         *("operator_norm", "feed_forward", "embedding_norm"),
     )
-    unread: ClassVar[str] = "its images are padded to the largest of a batch"
 
     def image_maps(
         self, modality: Modality, given: Mapping[str, Any], features: Any
     ) -> list[list[ImageMap]]:
-        sizes = (given["spatial_shapes"] // self.model.config.downsample_factor).tolist()
-        return [[ImageMap(grid_positions(rows, columns))] for rows, columns in sizes]
+        by, padded = self.model.config.downsample_factor, given["pixel_values"].shape[1]
+        maps = []
+        for i, (rows, columns) in enumerate(given["spatial_shapes"].tolist()):
+            grid = grid_positions(rows // by, columns // by)
+            patches = merged_patches(rows, columns, by, i * padded)
+            maps.append([ImageMap(grid, patches=patches, padded=padded)])
+        return maps
+
+    def states_from(self) -> Any:
+        return self.tower.post_layernorm
+
+    def patch_states(self, given: Tensor, output: Any) -> Tensor:
+        return output
+
+    def encoder_layers(self) -> list[Any]:
+        return self._with_parts(list(self.tower.encoder.layers))
+
+    def encoder_tiles(
+        self, modality: Modality, given: Mapping[str, Any], rows: int, length: int
+    ) -> list[tuple[int, Tensor, Tensor]]:
+        # Padding, which nothing attends to, is in no tile and does not run.
+        tiles = []
+        for row, (height, width) in enumerate(given["spatial_shapes"].tolist()):
+            units = merged_patches(height, width, self.model.config.downsample_factor)
+            loose = torch.ones(height * width, dtype=torch.bool)
+            loose[units.flatten()] = False  # what fills no square, and yields no token
+            tiles.append((row, loose.nonzero()[:, 0], units))
+        return tiles
+
+    def encoder_projectors(self) -> list[Any]:
+        return []  # the projector unfolds the grid
 
 
 class Lfm3VL(OneAxis):

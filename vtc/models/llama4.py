@@ -21,7 +21,10 @@ class Llama4(Shuffled):
 
     name: ClassVar[str] = "llama4"
     model_types: ClassVar[tuple[str, ...]] = ("llama4",)
-    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
+    encoder_parts: ClassVar[tuple[str, str, str, str]] = (
+        *("input_layernorm", "self_attn"),
+        *("post_attention_layernorm", "mlp"),
+    )
     attention: ClassVar[str] = "causal, in chunks"
     decoder_parts: ClassVar[tuple[str, str, str]] = ("input_layernorm", "feed_forward", "norm")
 
@@ -37,6 +40,21 @@ class Llama4(Shuffled):
     def suffix(self) -> int:
         return 1
 
+    def encoder_layers(self) -> list[Any]:
+        return self._with_parts(list(self.tower.model.layers))
+
+    def encoder_given(self, given: Mapping[str, Any], row: int, places: Tensor) -> dict[str, Any]:
+        return {"freqs_ci": given["freqs_ci"].to(places.device)[places]}
+
+    def encoder_output(self, hidden: Tensor) -> Any:
+        return (hidden,)
+
+    def encoder_depth(self, given: Mapping[str, Any]) -> int:
+        return len(self.encoder_layers())
+
+    def encoder_projectors(self) -> list[Any]:
+        return []  # the adapter unfolds the grid
+
     def states_from(self) -> Any:
         return self.tower.vision_adapter
 
@@ -49,6 +67,9 @@ class Llama4(Shuffled):
 
     def features(self, output: Any) -> Any:
         return output.last_hidden_state
+
+    def replace_features(self, output: Any, features: Any) -> None:
+        output.last_hidden_state = features
 
     def per_side(self) -> int:
         return round(1 / self.model.config.vision_config.pixel_shuffle_ratio)

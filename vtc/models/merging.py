@@ -19,6 +19,7 @@ class MergingPart(TowerPart):
     """How a layer of the tower runs on fewer tokens; see `Adapter`."""
 
     projects_patches: ClassVar[bool] = True
+    joins_frames: ClassVar[bool] = False
     encoder_parts: ClassVar[tuple[str, str, str, str]] = (
         *("layer_norm1", "self_attn"),
         *("layer_norm2", "mlp"),
@@ -32,8 +33,13 @@ class MergingPart(TowerPart):
                 cannot pass what follows the tower.
         """
         encoder = getattr(self.tower, "encoder", None)
-        layers = list(getattr(encoder, "layers", None) or ())
-        return self._with_parts(layers)
+        layers = self._with_parts(list(getattr(encoder, "layers", None) or ()))
+        if "spatial_shapes" in inspect.signature(self.tower.forward).parameters:
+            raise UnsupportedModelError(
+                f"model: {type(self.tower).__name__} pads images to one number of patches, and "
+                "merged patches would mix with padding"
+            )
+        return layers
 
     def _with_parts(self, layers: list[Any]) -> list[Any]:
         """`layers`, all of which have `encoder_parts`.
@@ -48,11 +54,6 @@ class MergingPart(TowerPart):
                 f"the parts {', '.join(parts)} between which patches could be merged"
             )
         self.tower_attention()
-        if "spatial_shapes" in inspect.signature(self.tower.forward).parameters:
-            raise UnsupportedModelError(
-                f"model: {type(self.tower).__name__} pads images to one number of patches, and "
-                "merged patches would mix with padding"
-            )
         return layers
 
     def encoder_attend(self, layer: Any, hidden: Tensor, given: Mapping[str, Any]) -> Tensor:
@@ -83,6 +84,24 @@ class MergingPart(TowerPart):
         _, _, norm, feed = self.encoder_parts
         return hidden + getattr(layer, feed)(getattr(layer, norm)(hidden))
 
+    def encoder_weighed(self, given: Mapping[str, Any], bias: Tensor) -> dict[str, Any]:
+        """The arguments of `encoder_attend` with which attention adds to its logits, in a tower
+        that does not attend through the attention functions of transformers.
+
+        Args:
+            given: the arguments without.
+            bias: (t,) what is added at each key.
+        """
+        raise NotImplementedError
+
+    def encoder_output(self, hidden: Tensor) -> Any:
+        """What a tower layer returns.
+
+        Args:
+            hidden: (b, n, d) or (n, d) its output.
+        """
+        return hidden
+
     def encoder_order(self, given: Mapping[str, Any], places: Tensor) -> Tensor | None:
         """The order in which a tower layer takes the tokens of one tile: window by window.
 
@@ -95,13 +114,14 @@ class MergingPart(TowerPart):
         """
         return None
 
-    def encoder_given(self, given: Mapping[str, Any], places: Tensor) -> dict[str, Any]:
+    def encoder_given(self, given: Mapping[str, Any], row: int, places: Tensor) -> dict[str, Any]:
         """The further arguments of a tower layer for some tokens of one tile.
 
         Tiles run on their own, so that a mask that keeps tiles apart is left out.
 
         Args:
             given: the arguments for all tokens, by name.
+            row: of the tower's batch.
             places: (t,) of the tokens in the tower's sequence, in their order.
 
         Returns:
@@ -130,15 +150,16 @@ class MergingPart(TowerPart):
             modality: "image" or "video".
             given: the arguments of `get_image_features` or `get_video_features`.
             rows: rows of the tower's batch.
-            length: tokens of a row, with [CLS].
+            length: tokens of a row, with [CLS]; other numbers before and after a tower has joined
+                patches between its layers, which must lie within a unit.
 
         Returns:
             For each tile, in the order of their patches: its row; (p,) the places in this row of
             the tokens that are never merged, [CLS] first; and (u, m) the places of the m patches of
             each of its u units, which are what becomes one token each.
         """
-        prefix = int(self.has_cls())
-        units = self.encoder_units(modality, length - prefix) + prefix
+        cls = self.cls_place()
+        units = self.encoder_units(modality, length - int(cls is not None)) + int(cls == 0)
         fixed = torch.ones(length, dtype=torch.bool)
         fixed[units.flatten()] = False
         return [(row, fixed.nonzero()[:, 0], units) for row in range(rows)]

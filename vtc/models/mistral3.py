@@ -30,10 +30,10 @@ class Mistral3(Adapter):
     def encoder_layers(self) -> list[Any]:
         return self._with_parts(list(self.tower.transformer.layers))
 
-    def encoder_given(self, given: Mapping[str, Any], places: Tensor) -> dict[str, Any]:
+    def encoder_given(self, given: Mapping[str, Any], row: int, places: Tensor) -> dict[str, Any]:
         cos, sin = given["position_embeddings"]
         return {
-            **super().encoder_given(given, places),
+            **super().encoder_given(given, row, places),
             "position_embeddings": (cos[..., places, :], sin[..., places, :]),
         }
 
@@ -74,7 +74,6 @@ class LightOnOcr(Mistral3):
 
     name: ClassVar[str] = "lighton_ocr"
     model_types: ClassVar[tuple[str, ...]] = ("lighton_ocr",)
-    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
 
     @classmethod
     def bind(cls, model: nn.Module) -> Self:

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from vtc.core.images import ImageMap, Modality, merged_patches
-from vtc.models.base import Adapter
+from vtc.models.base import Adapter, UnsupportedModelError
 
 
 class Ovis2(Adapter):
@@ -18,8 +19,30 @@ class Ovis2(Adapter):
 
     name: ClassVar[str] = "ovis2"
     model_types: ClassVar[tuple[str, ...]] = ("ovis2",)
-    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
+    stages: ClassVar[tuple[str, ...]] = ("encoder", "sequence", "layers")
     projects_patches: ClassVar[bool] = False
+    encoder_parts: ClassVar[tuple[str, str, str, str]] = (
+        *("rms_norm1", "attention"),
+        *("rms_norm2", "ffn"),
+    )
+
+    def encoder_layers(self) -> list[Any]:
+        vision = self.model.config.vision_config
+        side, by = vision.image_size // vision.patch_size, vision.hidden_stride
+        if side % by:
+            raise UnsupportedModelError(
+                f"model: the tower pads the {side} x {side} patches of an image to squares of "
+                f"{by} x {by}, so that tokens have different numbers of patches, and those of one "
+                "cannot be merged with those of another"
+            )
+        return self._with_parts(list(self.tower.transformer.encoder.layers))
+
+    def encoder_units(self, modality: Modality, n: int) -> Tensor:
+        side = math.isqrt(n)
+        return merged_patches(side, side, self.model.config.vision_config.hidden_stride)
+
+    def encoder_projectors(self) -> list[Any]:
+        return [self.tower.head_linear, self.base.visual_embeddings_table]
 
     def image_maps(
         self, modality: Modality, given: Mapping[str, Any], features: Any

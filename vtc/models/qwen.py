@@ -12,9 +12,10 @@ from torch import Tensor
 
 from vtc.core.images import ImageMap, Modality
 from vtc.models.base import Adapter
+from vtc.models.packed import Packed
 
 
-class QwenVL(Adapter):
+class QwenVL(Packed):
     """Qwen2-VL, Qwen2.5-VL and Qwen3-VL (dense and MoE).
 
     A vision token's position is its place in the picture, so tokens keep theirs: "contiguous"
@@ -28,39 +29,20 @@ class QwenVL(Adapter):
     )
     name: ClassVar[str] = ", ".join(model_types)
     stages: ClassVar[tuple[str, ...]] = ("encoder", "sequence", "layers")
-    encoder_parts: ClassVar[tuple[str, str, str, str]] = ("norm1", "attn", "norm2", "mlp")
     axial: ClassVar[bool] = True
     positions: ClassVar[str] = "places in the picture"
-    projects_patches: ClassVar[bool] = False
     video: ClassVar[bool] = True
 
     def encoder_layers(self) -> list[Any]:
         return self._with_parts(list(self.tower.blocks))
 
-    def encoder_attend(self, layer: Any, hidden: Tensor, given: Mapping[str, Any]) -> Tensor:
-        return super().encoder_attend(layer, hidden[0], given)[None]
-
-    def encoder_given(self, given: Mapping[str, Any], places: Tensor) -> dict[str, Any]:
-        # A token lies in the window (or frame) of its place, of which some may be left empty.
-        cos, sin = given["position_embeddings"]
-        counts = torch.bincount(_windows(given, places))
-        ends = torch.nn.functional.pad(counts[counts > 0].cumsum(0), (1, 0)).to(torch.int32)
-        own = {**given, "cu_seqlens": ends, "position_embeddings": (cos[places], sin[places])}
-        if given.get("max_seqlen") is not None:
-            own["max_seqlen"] = int(counts.max())
-        return own
-
-    def encoder_order(self, given: Mapping[str, Any], places: Tensor) -> Tensor | None:
-        windows = _windows(given, places)
-        return None if bool((windows == windows[0]).all()) else windows.argsort(stable=True)
-
     def encoder_tiles(
         self, modality: Modality, given: Mapping[str, Any], rows: int, length: int
     ) -> list[tuple[int, Tensor, Tensor]]:
-        sizes = given["image_grid_thw" if modality == "image" else "video_grid_thw"]
+        # Unit by unit in the tower's own order, in which its merger makes tokens.
         none, tiles, first = torch.empty(0, dtype=torch.long), [], 0
         unit = self.tower.spatial_merge_size**2
-        for frames, height, width in sizes.tolist():
+        for frames, height, width in self.grids(modality, given):
             for _ in range(frames):  # each attends to itself only
                 count = height * width
                 places = torch.arange(first, first + count)
@@ -71,27 +53,19 @@ class QwenVL(Adapter):
     def encoder_projectors(self) -> list[Any]:
         return [self.tower.merger, *getattr(self.tower, "deepstack_merger_list", ())]
 
-    def encoder_depth(self, given: Mapping[str, Any]) -> int:
-        return len(self.encoder_layers())
-
     def projector(self) -> Any:
         return self.tower.merger
 
-    def image_maps(
-        self, modality: Modality, given: Mapping[str, Any], features: Any
-    ) -> list[list[ImageMap]]:
-        sizes = given["image_grid_thw" if modality == "image" else "video_grid_thw"]
+    def maps(self, modality: Modality, given: Mapping[str, Any]) -> list[ImageMap]:
         by, maps, first = self.tower.spatial_merge_size, [], 0
-        for own, (frames, rows, columns) in zip(features, sizes.tolist(), strict=True):
-            place = torch.arange(len(own))
+        for frames, rows, columns in self.grids(modality, given):
             r, c = rows // by, columns // by
+            place = torch.arange(frames * r * c)
             grid = torch.stack([place // (r * c), place // c % r, place % c], dim=1)
-            assert len(own) == frames * r * c
             # The processor orders patches so that those of one token are adjacent.
-            count = len(own) * by * by
-            patches = torch.arange(first, first + count).view(-1, by * by)
-            first += count
-            maps.append([ImageMap(grid, patches=patches)])
+            patches = torch.arange(first, first + frames * rows * columns).view(-1, by * by)
+            first += frames * rows * columns
+            maps.append(ImageMap(grid, patches=patches))
         return maps
 
     def tower_order(self, given: Mapping[str, Any]) -> Tensor | None:
@@ -152,11 +126,6 @@ class Qwen3_5(QwenVL):
 
     name: ClassVar[str] = "qwen3_5, qwen3_5_moe"
     model_types: ClassVar[tuple[str, ...]] = ("qwen3_5", "qwen3_5_moe")
-
-
-def _windows(given: Mapping[str, Any], places: Tensor) -> Tensor:
-    """(t,) the number of the window of each place, in a tower layer."""
-    return torch.bucketize(places, given["cu_seqlens"].to(places), right=True)
 
 
 class QwenOmni(QwenVL):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vtc.core.images import ImageMap, Modality, grid_positions, merged_patches
 from vtc.models.base import Adapter
+from vtc.models.packed import Packed
 from vtc.models.qwen import QwenVL
 
 
@@ -20,7 +21,6 @@ class OneAxis(QwenVL):
 
     model_types: ClassVar[tuple[str, ...]] = ("exaone4_5", "hyperclovax_vision_v2")
     name: ClassVar[str] = ", ".join(model_types)
-    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
     since: ClassVar[Mapping[str, str]] = {"exaone4_5": "5.21"}
     axial: ClassVar[bool] = False
     positions: ClassVar[str] = "one axis"
@@ -45,14 +45,14 @@ class OneAxis(QwenVL):
         return attention.sliding_window is None or bool(attention.is_sliding)
 
 
-class VideoLlama3(Adapter):
+class VideoLlama3(Packed):
     """Images and clips of any size, positions that count tokens. The processor of clips must be
     called with `use_token_compression=False`: what it drops itself vtc cannot place."""
 
     name: ClassVar[str] = "video_llama_3"
     model_types: ClassVar[tuple[str, ...]] = ("video_llama_3",)
-    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
-    projects_patches: ClassVar[bool] = False
+    stages: ClassVar[tuple[str, ...]] = ("encoder", "sequence", "layers")
+    encoder_parts: ClassVar[tuple[str, str, str, str]] = Adapter.encoder_parts
     video: ClassVar[bool] = True
 
     def projector(self) -> Any:
@@ -64,20 +64,17 @@ class VideoLlama3(Adapter):
     def patch_states(self, given: Tensor, output: Any) -> Tensor:
         return output
 
-    def image_maps(
-        self, modality: Modality, given: Mapping[str, Any], features: Any
-    ) -> list[list[ImageMap]]:
+    def maps(self, modality: Modality, given: Mapping[str, Any]) -> list[ImageMap]:
         # `get_video_features` calls `get_image_features` with its own arguments' names.
-        sizes = given["image_grid_thw" if modality == "image" else "video_grid_thw"].tolist()
         merged = given["image_merge_sizes" if modality == "image" else "video_merge_sizes"].tolist()
         maps, first = [], 0
-        for (frames, rows, columns), by in zip(sizes, merged, strict=True):
+        for (frames, rows, columns), by in zip(self.grids(modality, given), merged, strict=True):
             grid = torch.cat([grid_positions(rows // by, columns // by)] * frames)
             grid[:, 0] = torch.arange(frames).repeat_interleave(len(grid) // frames)
             # The processor orders patches so that those of one token are adjacent.
             patches = torch.arange(first, first + len(grid) * by * by).view(-1, by * by)
             first += len(grid) * by * by
-            maps.append([ImageMap(grid, patches=patches)])
+            maps.append(ImageMap(grid, patches=patches))
         return maps
 
 
@@ -86,8 +83,19 @@ class PaddleOCRVL(QwenVL):
 
     name: ClassVar[str] = "paddleocr_vl"
     model_types: ClassVar[tuple[str, ...]] = ("paddleocr_vl",)
-    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
+    encoder_parts: ClassVar[tuple[str, str, str, str]] = Adapter.encoder_parts
     video: ClassVar[bool] = False
+
+    def encoder_layers(self) -> list[Any]:
+        return self._with_parts(list(self.tower.vision_model.encoder.layers))
+
+    def encoder_tiles(
+        self, modality: Modality, given: Mapping[str, Any], rows: int, length: int
+    ) -> list[tuple[int, Tensor, Tensor]]:
+        return Packed.encoder_tiles(self, modality, given, rows, length)
+
+    def encoder_projectors(self) -> list[Any]:
+        return []  # the projector divides its input by images
 
     def projector(self) -> Any:
         return self.base.projector
@@ -98,13 +106,11 @@ class PaddleOCRVL(QwenVL):
     def patch_states(self, given: Tensor, output: Any) -> Tensor:
         return given
 
-    def image_maps(
-        self, modality: Modality, given: Mapping[str, Any], features: Any
-    ) -> list[list[ImageMap]]:
+    def maps(self, modality: Modality, given: Mapping[str, Any]) -> list[ImageMap]:
         by, maps, first = self.model.config.vision_config.spatial_merge_size, [], 0
-        for _, rows, columns in given["image_grid_thw"].tolist():
+        for _, rows, columns in self.grids(modality, given):
             grid = grid_positions(rows // by, columns // by)
-            maps.append([ImageMap(grid, patches=merged_patches(rows, columns, by, first))])
+            maps.append(ImageMap(grid, patches=merged_patches(rows, columns, by, first)))
             first += rows * columns
         return maps
 
@@ -114,7 +120,15 @@ class Ernie45VL(QwenVL):
 
     name: ClassVar[str] = "ernie4_5_vl_moe"
     model_types: ClassVar[tuple[str, ...]] = ("ernie4_5_vl_moe",)
-    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
+
+    def encoder_tiles(
+        self, modality: Modality, given: Mapping[str, Any], rows: int, length: int
+    ) -> list[tuple[int, Tensor, Tensor]]:
+        # Both frames of a token are one tile, though each attends to itself.
+        return Packed.encoder_tiles(self, modality, given, rows, length)
+
+    def encoder_projectors(self) -> list[Any]:
+        return []  # the resampler pairs frames
 
     def projector(self) -> Any:
         return self.base.resampler_model
@@ -125,19 +139,17 @@ class Ernie45VL(QwenVL):
     def patch_states(self, given: Tensor, output: Any) -> Tensor:
         return output
 
-    def image_maps(
-        self, modality: Modality, given: Mapping[str, Any], features: Any
-    ) -> list[list[ImageMap]]:
+    def maps(self, modality: Modality, given: Mapping[str, Any]) -> list[ImageMap]:
         if modality == "image":
-            return super().image_maps(modality, given, features)
+            return super().maps(modality, given)
         side, depth = self.tower.spatial_merge_size, self.base.resampler_model.temporal_merge_size
         maps, first = [], 0
-        for frames, rows, columns in given["video_grid_thw"].tolist():
+        for frames, rows, columns in self.grids(modality, given):
             plane = grid_positions(rows // side, columns // side)
             grid = torch.cat([plane] * (frames // depth))
             grid[:, 0] = torch.arange(frames // depth).repeat_interleave(len(plane))
             patches = torch.arange(first, first + frames * rows * columns)
             patches = patches.view(frames // depth, depth, len(plane), side * side)
-            maps.append([ImageMap(grid, patches=patches.transpose(1, 2).flatten(0, 1).flatten(1))])
+            maps.append(ImageMap(grid, patches=patches.transpose(1, 2).flatten(0, 1).flatten(1)))
             first += frames * rows * columns
         return maps

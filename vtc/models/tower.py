@@ -22,6 +22,7 @@ class TowerPart:
     base: Any
     tower: Any
     unread: ClassVar[str] = ""
+    shows_states: ClassVar[bool] = False
 
     def tower_attention(self) -> list[nn.Module]:
         """The attention module of each layer of the vision tower, first to last.
@@ -106,6 +107,20 @@ class TowerPart:
             (patches,) the tower's place of each patch, or `None` for the same order.
         """
         return None
+
+    def patches_at(self, layer: int, patches: Tensor, given: Mapping[str, Any]) -> Tensor:
+        """The patches of each token as a tower layer sees them, of a tower that joins patches
+        between its layers.
+
+        Args:
+            layer: 0-based tower layer.
+            patches: (n, m) as in `ImageMap.patches`, in the tower's order.
+            given: the arguments of `get_image_features` or `get_video_features`.
+
+        Returns:
+            (n, k), numbered as the layer's sequence; `patches` where nothing is joined later.
+        """
+        return patches
 
     def projector(self) -> nn.Module | None:
         """The module that maps patch states to embeddings; `None` if unknown."""

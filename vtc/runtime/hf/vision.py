@@ -50,8 +50,10 @@ class Vision:
         self.reads_encoder = False
         for part in method.parts:
             if "sequence" in part.stages and "encoder" in part.needs:
-                if adapter.unread or adapter.projector() is None:
-                    why = adapter.unread or "its projector is unknown"
+                why = "" if adapter.shows_states else adapter.unread
+                if adapter.projector() is None:
+                    why = why or "its projector is unknown"
+                if why:
                     raise UnsupportedModelError(
                         f"model: {part.name} reads what the projector receives for each token, "
                         f"which vtc does not read in {type(adapter.model).__name__}: {why}"
@@ -376,7 +378,8 @@ class Encoding:
                 made = alive[patches].all(1)
                 # Tiles follow one another; of some, unpadding leaves no token.
                 first, last = int(tile[patches].min()), int(tile[patches].max())
-                tiles = range(first, max(last + 1, first + of_image.tiles))
+                count = 1 if self.adapter.joins_frames else of_image.tiles
+                tiles = range(first, max(last + 1, first + count))
                 every = separator.clone()
                 every[~separator] = made
                 there.append(every)
@@ -390,8 +393,8 @@ class Encoding:
             rows = torch.cat(there).to(own.device).view(own.shape[:-1])
             found.append(torch.where(rows[..., None], own, own.new_zeros(())))
             signals.append(of_one)
-        as_one = isinstance(out.pooler_output, Tensor)
-        out.pooler_output = torch.stack(found) if as_one else found
+        as_one = isinstance(features, Tensor)
+        self.adapter.replace_features(out, torch.stack(found) if as_one else found)
         return signals
 
     def _maps(self, features: Any) -> list[list[ImageMap]]:
@@ -461,7 +464,8 @@ class Encoding:
         found: dict[str, Any] = {}
         if self.taps:
             found["tower"] = {
-                layer: self._heard(layer, patches, crop) for layer in self.tower_layers
+                layer: self._heard(layer, self.adapter.patches_at(layer, patches, self.given), crop)
+                for layer in self.tower_layers
             }
         if self.reads_encoder:
             states, cls = self.encoder_states, self.cls_states

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -150,7 +151,7 @@ class MergingTower:
                 f"and {method.name} merges patches in them"
             )
         self.has_cls = adapter.has_cls()
-        kept = not adapter.prefix(given)
+        kept = not (adapter.prefix(given) or adapter.suffix())
         if self.has_cls and kept and not method.keeps_all:
             raise UnsupportedModelError(
                 "vision_feature_select_strategy: got 'full', in which [CLS] is a vision token, and "
@@ -167,11 +168,13 @@ class MergingTower:
         overrides: list[Override] = []
         try:
             for i, module in enumerate(self.adapter.tower_attention()):
-                self.taps.append(taps.install(module))
+                watch = self.adapter.watch_attention
+                self.taps.append(taps.install_in_tower(module, watch))
                 layer = self.layers[i]
                 overrides.append(Override(layer, "forward", functools.partial(self._layer, i)))
             for projector in self.adapter.encoder_projectors():
-                overrides.append(Override(projector, "forward", self._project))
+                project = functools.partial(self._project, projector)
+                overrides.append(Override(projector, "forward", project))
             yield
         finally:
             for override in reversed(overrides):
@@ -188,10 +191,12 @@ class MergingTower:
             alive[tile.row, tile.places.cpu()] = True
             number[tile.row, tile.fixed.cpu()] = i
             number[tile.row, tile.units.flatten().cpu()] = i
-        prefix = int(self.has_cls)
+        patches = torch.ones(length, dtype=torch.bool)
+        if (cls := self.adapter.cls_place()) is not None:
+            patches[cls] = False
         return Merged(
-            alive[:, prefix:].flatten(),
-            number[:, prefix:].flatten(),
+            alive[:, patches].flatten(),
+            number[:, patches].flatten(),
             tuple(tuple(tile.counts) for tile in self.tiles),
         )
 
@@ -211,16 +216,23 @@ class MergingTower:
             for row, fixed, units in found
         ]
 
-    def _layer(
-        self, i: int, original: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
+    def _joined(self, rows: int, length: int) -> None:
+        """Go on after the tower has joined patches within each unit."""
+        self.shape = rows, length
+        found = self.adapter.encoder_tiles(self.modality, self.given, rows, length)
+        for tile, (_, fixed, units) in zip(self.tiles, found, strict=True):
+            tile.fixed, tile.units = fixed.to(tile.fixed), units.to(tile.units)
+
+    def _layer(self, i: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self.current():  # of a nested call, or another thread
-            return original(hidden_states, *args, **kwargs)
-        given = by_name(self.layers[i], (hidden_states, *args), kwargs)
-        given.pop("hidden_states")
+            return original(*args, **kwargs)
+        given = dict(by_name(self.layers[i], args, kwargs))
+        hidden_states: Tensor = given.pop(_first_name(self.layers[i].__class__))
         rows = hidden_states if hidden_states.dim() == 3 else hidden_states[None]
         if i == 0:
             self._begin(rows.shape[0], rows.shape[1], rows.device)
+        elif rows.shape[1] != self.shape[1]:
+            self._joined(rows.shape[0], rows.shape[1])
         out: Tensor | None = None
         for tile in self.tiles:
             found = self._run(i, tile, rows[tile.row, tile.places][None], given)[0]
@@ -228,7 +240,7 @@ class MergingTower:
                 out = found.new_zeros(*rows.shape[:2], found.shape[-1])
             out[tile.row, tile.places] = found
         assert out is not None
-        return out.view(hidden_states.shape)
+        return self.adapter.encoder_output(out.view(hidden_states.shape))
 
     def _run(self, i: int, tile: Tile, hidden: Tensor, given: Mapping[str, Any]) -> Tensor:
         """(1, t', d) a layer's output for the tokens of one tile (1, t, d)."""
@@ -237,7 +249,7 @@ class MergingTower:
         order = self.adapter.encoder_order(given, places)
         if order is not None:
             places, hidden = places[order], hidden[:, order]
-        own = self.adapter.encoder_given(given, places)
+        own = self.adapter.encoder_given(given, tile.row, places)
         if i >= self.used:
             hidden = self.adapter.encoder_attend(layer, hidden, own)
             return self.adapter.encoder_feed(
@@ -246,7 +258,10 @@ class MergingTower:
         m, prefix = tile.units.shape[1], len(tile.fixed)
         loose = prefix - int(self.has_cls)
         tile.counts.append(m * len(tile.source) + loose)
-        heard = Heard(self.current, self.has_cls, self._sizes(tile, order, hidden.dtype))
+        sizes = self._sizes(tile, order, hidden.dtype)
+        if sizes is not None and self.taps[i].handles:  # it only listens
+            own = self.adapter.encoder_weighed(own, sizes)
+        heard = Heard(self.current, self.has_cls, sizes)
         self.taps[i].arm(heard.capture)
         hidden = self.adapter.encoder_attend(layer, hidden, own)
         self.taps[i].armed = None
@@ -284,7 +299,8 @@ class MergingTower:
         """(t,) log sizes of the tokens, added to the attention logits; `None` to add nothing."""
         if not self.method.weighs_sizes or tile.whole:
             return None
-        if "flash" in (self.taps[0].config._attn_implementation or ""):
+        tap = self.taps[0]
+        if not tap.handles and "flash" in (tap.config._attn_implementation or ""):
             raise RuntimeError(
                 f"attn_implementation: {self.method} weighs attention in the vision tower, which "
                 "flash attention cannot; load the model with attn_implementation='sdpa'"
@@ -294,11 +310,13 @@ class MergingTower:
         return sizes if order is None else sizes[order]
 
     def _project(
-        self, original: Callable[..., Any], states: Tensor, *args: Any, **kwargs: Any
+        self, projector: Any, original: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         """Run what makes tokens of patches or groups only for those that are left."""
-        if not self.current() or not self.tiles:
-            return original(states, *args, **kwargs)
+        given = dict(by_name(projector, args, kwargs))
+        states: Tensor = given.pop(_first_name(projector.__class__))
+        if not self.current() or not self.tiles or not states.is_floating_point():
+            return original(*args, **kwargs)  # numbers of words look up no states
         rows = states if states.dim() == 3 else states[None]
         # Its input holds patches, with or without [CLS], or the patches of a unit as one row.
         patches = [tile.units.numel() for tile in self.tiles]
@@ -325,7 +343,7 @@ class MergingTower:
                 taken = tile.units[source].flatten() + (spare - int(self.has_cls))
                 taken = torch.cat([cls, taken])
             row = i // per_row
-            found = original(_like(rows[row, taken], states), *args, **kwargs)
+            found = original(_like(rows[row, taken], states), **given)
             found = found if found.dim() == 2 else found[0]
             if len(found) != len(source) + spare:
                 raise RuntimeError(
@@ -381,6 +399,12 @@ class Heard:
         self.keys.append(key[0].transpose(0, 1))
         self.values.append(value[0].transpose(0, 1))
         return bias
+
+
+@functools.cache
+def _first_name(kind: Any) -> str:
+    """The name of the first argument of a module's forward, by class: its states."""
+    return list(inspect.signature(kind.forward).parameters)[1]
 
 
 def _back(rows: Tensor, order: Tensor) -> Tensor:
