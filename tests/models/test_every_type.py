@@ -50,7 +50,6 @@ LACKING: dict[str, dict[str, Any]] = {
             "downsample_rate": "4/8",
         }
     },
-    "hunyuan_vl": {"text_config": {"head_dim": 128}},
     # As released: only its first layers have full attention.
     "minimax_m3_vl": {
         "text_config": {"layer_types": ["full_attention"] * 3 + ["minimax_m3_sparse"] * 57}

@@ -420,5 +420,6 @@ from tests.reference import (  # noqa: E402, F401
     families_later,
     families_more,
     families_own,
+    families_recent,
     families_rest,
 )

@@ -222,6 +222,10 @@ class Masked:
             after = [i for i in image.index if i > place]
             frame = image.grid[image.index.index(after[0])][0]
             return [i for i, (f, _, _) in zip(image.index, image.grid, strict=True) if f == frame]
+        if kind == "hunyuan_vl" and place not in (image.separators[0], image.separators[-1]):
+            before = max(i for i in image.index if i < place)
+            row = image.grid[image.index.index(before)][1]
+            return [i for i, (_, r, _) in zip(image.index, image.grid, strict=True) if r == row]
         if image.video or image.crop is None:  # one newline after all
             return list(image.index)
         before = max(i for i in image.index if i < place)

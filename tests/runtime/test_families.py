@@ -125,6 +125,8 @@ SEQUENCE_ONLY = {"qwen3_5", "qwen3_5_moe", "gemma3n", "lfm2_vl", "minicpmv4_6"}
 """Families without a layers stage."""
 COUNT_PADDING = {"exaone4_5", "hyperclovax_vision_v2"}
 """In `generate` their models number all tokens, padding included."""
+AXES = {"hunyuan_vl": 4}
+"""Axes of positions, where there are not three."""
 PLAIN = {"exaone4_5"}
 """Families of which not all can be read between layers; what cannot is refused."""
 REFUSED = {"mllama", "blip-2", "blip_2", "instructblip"}
@@ -381,7 +383,7 @@ def run_second_turn(family: TinyFamily, model: Any, rows: tuple[Row, ...], expec
         positions = (mask.cumsum(1) - 1).clamp_min(0)[:, known:]
         if axial(model):
             deltas = model.model.rope_deltas
-            positions = (positions + deltas)[None].expand(3, -1, -1)
+            positions = (positions + deltas)[None].expand(AXES.get(family.model_type, 3), -1, -1)
         elif family.model_type == "paligemma":
             positions = positions + 1
         elif family.model_type in COUNT_PADDING:

@@ -57,6 +57,7 @@ LAST: dict[str, Callable[[Any], Any]] = {
     "lighton_ocr": lambda base: base.vision_encoder.transformer.layers[-1],
     "qianfan_ocr": lambda base: base.vision_tower.layernorm,
     "glmga": lambda base: base.visual.post_layernorm,
+    "hunyuan_vl": lambda base: base.vision_tower.layers[-1],
 }
 """The module whose output are the last states in which patches stand apart."""
 
@@ -90,7 +91,8 @@ def uses_by_gradient(
     name: str, model: Any, batch: dict[str, Tensor], made: list[Tensor] | None = None
 ) -> list[Tensor]:
     """For each token of the batch that the tower makes, which of its last states the token depends
-    on: (all states,) bool. The states are appended to `made`."""
+    on: (all states,) bool. The states are appended to `made`. Separators, which depend on none, are
+    left out."""
     made = [] if made is None else made
     features: list[Tensor] = []
 
@@ -131,7 +133,7 @@ def uses_by_gradient(
             for states, grad in zip(made, grads, strict=True)
         ]
         uses.append(torch.cat(found))
-    return uses
+    return [own for own in uses if own.any()]
 
 
 @pytest.mark.parametrize("kind", ["one", "images", "video"])

@@ -17,6 +17,7 @@ from .cohere import CohereVision
 from .convolutional import FastVLM, GotOcr2
 from .deepseek_vl import DeepseekVL
 from .gemma import Gemma3, Gemma3n, Gemma4, PaliGemma
+from .hunyuan import HunYuanVL
 from .idefics import Idefics2, Idefics3, SmolVLM
 from .internvl import InternVL, QianfanOCR
 from .kimi import KimiK25
@@ -48,6 +49,7 @@ __all__ = [
     "Gemma4",
     "GlmV",
     "GotOcr2",
+    "HunYuanVL",
     "Idefics2",
     "Idefics3",
     "ImageMap",

@@ -61,10 +61,6 @@ OTHERS: dict[str, str] = {
         "GraniteDoclingForConditionalGeneration has _deepstack_process: features of earlier "
         "tower layers are added between decoder layers, which needs a family of its own"
     ),
-    "hunyuan_vl": (
-        "HunYuanVLForConditionalGeneration has rope_deltas: rotary positions of its vision "
-        "tokens are places in the picture (m-RoPE), which needs a family of its own"
-    ),
     "hy_v4_vl": (
         "HYV4VLTextModel has layers of kind indexed_attention; supported are full and sliding"
         " attention"
