@@ -43,13 +43,6 @@ LACKING: dict[str, dict[str, Any]] = {
         "text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64}
     },
     "emu3": {"": {"vocabulary_map": {"<image>": 4, "<|extra_200|>": 5}}},
-    "granite4_vision": {
-        "": {
-            "deepstack_layer_map": [[-1, 0]],
-            "spatial_target_layers": [1],
-            "downsample_rate": "4/8",
-        }
-    },
     # As released: only its first layers have full attention.
     "minimax_m3_vl": {
         "text_config": {"layer_types": ["full_attention"] * 3 + ["minimax_m3_sparse"] * 57}

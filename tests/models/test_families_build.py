@@ -118,7 +118,11 @@ def test_truth(name: str, kind: str) -> None:
         seen: list[Tensor] = []
 
         def look(module: Any, args: Any, kwargs: Any, seen: list[Tensor] = seen) -> None:
-            seen.append(kwargs["inputs_embeds"].detach())
+            entering = kwargs["inputs_embeds"].detach()
+            if kwargs.get("deepstack_features") is not None:  # they enter as zeros
+                first = min(kwargs["deepstack_features"].items())[1]
+                entering = entering.masked_scatter(kwargs["vision_mask"], first)
+            seen.append(entering)
 
         with embeds(model, look):
             whole = logits(model, family, (row,))
@@ -131,7 +135,11 @@ def test_truth(name: str, kind: str) -> None:
         def zero(module: Any, args: Any, kwargs: Any, places: list[int] = places) -> Any:
             changed = kwargs["inputs_embeds"].clone()
             changed[:, places] = 0
-            return args, {**kwargs, "inputs_embeds": changed}
+            given = {**kwargs, "inputs_embeds": changed}
+            if given.get("deepstack_features") is not None:
+                features = given["deepstack_features"]
+                given["deepstack_features"] = {layer: 0 * f for layer, f in features.items()}
+            return args, given
 
         with embeds(model, zero):
             assert (logits(model, family, (row,)) - whole)[0, -1].abs().max() > 1e-2

@@ -1,20 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""More of `tests.reference.families`: HunYuan-VL."""
+"""More of `tests.reference.families`: HunYuan-VL, Granite 4 Vision, Molmo 2."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 import transformers as hf
 from torch import Tensor
+from torch.nn import functional
 
 from tests.reference.families import (
+    BOS,
     END,
     IMAGE,
     START,
     TAG,
     Piece,
+    Row,
+    TinyFamily,
     cells,
     long,
     marks,
@@ -23,6 +28,7 @@ from tests.reference.families import (
     text_settings,
     vision_settings,
 )
+from tests.reference.families_more import LlavaNext
 from tests.reference.families_rest import Qwen2VL
 
 
@@ -74,7 +80,174 @@ class HunYuanVL(Qwen2VL):
         return Piece(tokens, extras)
 
 
+# ---- features between decoder layers ------------------------------------------------------------
+class Granite4Vision(LlavaNext):
+    name = model_type = "granite4_vision"
+    model_class = "Granite4VisionForConditionalGeneration"
+    sizes = ((56, 112), (112, 80), (56, 56))
+    tile, patch = 4, 7
+    planes: ClassVar = {(56, 112): (1, 2, 0, 0), (112, 80): (2, 2, 0, 1), (56, 56): (1, 2, 0, 2)}
+    notes = (
+        "as llava_next, with tiles of 4x4 tokens from windows of 4x4 of 8x8 patches; vision tokens "
+        "enter as zeros, and features are added before layers 0, 1, 2, 3 and 5"
+    )
+
+    def config(self) -> Any:
+        vision = vision_settings(56, self.patch) | {"hidden_size": 64, "num_hidden_layers": 3}
+        return hf.Granite4VisionConfig(
+            vision_config=hf.SiglipVisionConfig(**vision),
+            text_config=text_settings(
+                embedding_multiplier=2.0, residual_multiplier=0.8, attention_multiplier=0.3
+            ),
+            qformer_config={
+                "model_type": "blip_2_qformer",
+                "num_hidden_layers": 1,
+                "intermediate_size": 48,
+                "cross_attention_frequency": 1,
+                "use_qformer_text_input": False,
+            },
+            image_token_index=IMAGE,
+            image_grid_pinpoints=[[56, 112], [112, 56], [112, 112]],
+            vision_feature_select_strategy="full",
+            downsample_rate="2/4",
+            deepstack_layer_map=[[-2, 2], [-1, 0]],
+            spatial_vision_layer=-1,
+            spatial_target_layers=[1, 3, 5],
+            projector_dropout=0.0,
+        )
+
+    def image(self, which: int, generator: torch.Generator, count: int) -> Piece:
+        piece = super().image(which, generator, count)
+        tiles = piece.extras["pixel_values"].shape[1]
+        return Piece(
+            piece.tokens,
+            {**piece.extras, "pixel_values": pixels(generator, 1, tiles, 3, 56, 56)},
+        )
+
+
+# ---- images that see one another ----------------------------------------------------------------
+class Molmo2(TinyFamily):
+    name = model_type = "molmo2"
+    model_class = "Molmo2ForConditionalGeneration"
+    has_video = True
+    per_token = ("mm_token_type_ids",)
+    layouts: ClassVar = {"video": ((2, "video0", 7), (4, "video1", 3), (1, "video0", 4))}
+    notes = (
+        "a thumbnail and a plane of tiles of 5x5 patches, of which 2x2 become a token, at the edge "
+        "fewer; an id starts and ends each and ends each row; all these see one another; not images "
+        "and clips in one batch; some layers rotate by other angles"
+    )
+    side = 5
+    planes = ((1, 2), (2, 1), (1, 1))
+
+    def config(self) -> Any:
+        return hf.Molmo2Config(
+            vision_config={
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 4,
+                "head_dim": 8,
+                "patch_size": 2,
+                "image_size": [10, 10],
+            },
+            adapter_config={
+                "vision_feature_layer": [-1],
+                "hidden_size": 32,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 4,
+                "head_dim": 8,
+                "intermediate_size": 48,
+                "text_hidden_size": 32,
+            },
+            text_config=text_settings(
+                head_dim=8,
+                additional_vocab_size=0,
+                rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+                rope_scaling_layers=[1, 3, 4],
+            ),
+            image_start_token_id=START,
+            image_end_token_id=END,
+            low_res_image_start_token_id=TAG,
+            image_patch_id=IMAGE,
+            frame_start_token_id=TAG + 1,
+            frame_end_token_id=TAG + 2,
+            tie_word_embeddings=False,
+        )
+
+    def pooled(self, rows: int, columns: int, first: int, by: int) -> tuple[Tensor, int, int]:
+        """The patches of each token of a plane of tiles, by ceil(side / by) a side."""
+        side = self.side
+        place = torch.arange(rows * columns * side * side).view(rows, columns, side, side)
+        plane = place.transpose(1, 2).reshape(rows * side, columns * side) + first
+        down, right = -(rows * side) % by, -(columns * side) % by
+        plane = functional.pad(plane, (0, right, 0, down), value=-1)
+        squares = plane.unfold(0, by, by).unfold(1, by, by)
+        return squares.flatten(0, 1).flatten(1), *squares.shape[:2]
+
+    def image(self, which: int, generator: torch.Generator, count: int) -> Piece:
+        area, (down, across) = self.side**2, self.planes[which]
+        low, *small = self.pooled(1, 1, 0, 2)
+        high, *large = self.pooled(down, across, area, 2)
+        tokens = marks(TAG, kind="text")
+        for crop, (rows, columns), pool in ((0, small, low), (1, large, high)):
+            for r in range(rows):
+                for c in range(columns):
+                    tile = crop and int(pool[r * columns + c].max()) // area
+                    tokens.append((IMAGE, (0, r, c, tile)))
+                tokens += marks(TAG + 3, kind="text")
+            tokens += marks(END, *([] if crop else [START]), kind="text")
+        tiles = 1 + down * across
+        extras = {
+            "pixel_values": pixels(generator, tiles, area, 12),
+            "image_token_pooling": torch.cat([low, high]),
+            "image_grids": long(*small, *large),
+            "image_num_crops": torch.tensor([tiles]),
+        }
+        return Piece(tokens, extras)
+
+    def video(self, which: int, generator: torch.Generator) -> Piece:
+        frames, area = (2, 3)[which], self.side**2
+        pools = [self.pooled(1, 1, frame * area, 2) for frame in range(frames)]
+        _, rows, columns = pools[0]
+        tokens: list[Any] = []
+        for f in range(frames):
+            tokens += [*marks(TAG + 4 + f, TAG + 1, kind="text"), *cells(rows, columns, frame=f)]
+            tokens += marks(TAG + 2, kind="text")
+        extras = {
+            "pixel_values_videos": pixels(generator, frames, area, 12),
+            "video_token_pooling": torch.cat([pool for pool, *_ in pools]),
+            "video_grids": long(frames, rows, columns),
+        }
+        return Piece(tokens, extras, video=True)
+
+    def join(self, name: str, values: Sequence[Tensor]) -> Tensor:
+        if not name.endswith("token_pooling"):
+            return super().join(name, values)
+        # Patches are numbered through all tiles.
+        found, first = [], 0
+        for own in values:
+            found.append(torch.where(own >= 0, own + first, -1))
+            first += (int(own.max()) // self.side**2 + 1) * self.side**2
+        return torch.cat(found)
+
+    def collate(self, rows: Sequence[Row], side: str = "left") -> dict[str, Tensor]:
+        batch = super().collate(rows, side)
+        for name in ("image_token_pooling", "video_token_pooling"):
+            if name in batch:
+                own = [row.extras[name] for row in rows if name in row.extras]
+                batch[name] = self.join(name, own)
+        return batch
+
+    def finish(self, input_ids: Tensor, images: int, extras: dict[str, Tensor]) -> None:
+        kinds = (input_ids != BOS) & (input_ids < TAG + 4)
+        extras["mm_token_type_ids"] = kinds.long()[None]
+
+
 register(
+    Molmo2(),
+    Granite4Vision(),
     HunYuanVL("hunyuan_vl", [1, 1, 2, 0]),
     HunYuanVL("hunyuan_vl_counting", [1, 1, 1, 1]),
 )

@@ -156,6 +156,9 @@ class Masked:
         blocks = torch.full((total,), -1)
         if self.family.model_type in PREFIX:
             blocks[: self.length] = 0
+        if self.family.model_type == "molmo2":
+            kinds = self.row.extras["mm_token_type_ids"][0]
+            blocks[: self.length] = torch.where(kinds == 1, 0, -1)
         both = self.family.model_type in BOTH_WAYS
         if both and getattr(self.config, "use_bidirectional_attention", "vision") in (
             "vision",
@@ -390,12 +393,21 @@ class Masked:
     def _enter(self, total: int) -> Callable[..., Any]:
         def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             embeds = kwargs["inputs_embeds"].clone()
+            injected = kwargs.get("deepstack_features")
+            if injected is not None:  # vision tokens enter as zeros, and methods see the first
+                injected = dict(injected)
+                mask, first = kwargs["vision_mask"][0, :, 0], min(injected)
+                embeds[0, mask] = injected[first]
             if not self.decided:
                 self._select(embeds[0])
             if self.parts:
                 step = self.steps[-1]
                 for kept, contents in step.replaced:
                     embeds[0, kept] = contents
+            if injected is not None:
+                injected[first] = embeds[0, mask]
+                kwargs["deepstack_features"], embeds[0, mask] = injected, 0.0
+            if self.parts:
                 positions = kwargs.get("position_ids")
                 if positions is None:
                     positions = torch.arange(total)[None]
@@ -469,6 +481,8 @@ class Masked:
         if self.family.model_type in ("gemma3", "gemma4"):
             assert kinds is not None
             return self.decoder.rotary_emb(hidden, positions, kinds[layer])
+        if getattr(self.decoder, "rope_types", ["scaled"] * (layer + 1))[layer] == "unscaled":
+            return self.decoder.rotary_emb_unscaled(hidden, positions)
         return self.decoder.rotary_emb(hidden, positions)
 
     def _listen(self, i: int, layer: Any) -> list[Any]:

@@ -265,7 +265,9 @@ def skip_reason(name: str, kind: str, attention: str, mode: str) -> str | None:
     if OLD and (family.model_type[:7], mode) == ("qwen3_5", "beam"):
         return "transformers 5.20 itself leaves this model's recurrent states with other beams"
     if mode == "beam" and (
-        family.model_type == "llama4" or (name in GLM and kind in ("video", "images"))
+        family.model_type == "llama4"
+        or (name in GLM and kind in ("video", "images"))
+        or (name, kind) == ("granite4_vision", "images")
     ):
         return f"transformers itself cannot expand the features of {name} for beams"
     if OLD and (family.model_type, kind) in (("gemma4", "video"), ("kimi_k25", "video")):

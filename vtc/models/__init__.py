@@ -24,10 +24,11 @@ from .kimi import KimiK25
 from .lfm2_vl import Lfm2VL
 from .llama4 import Llama4
 from .llava import Llava, VideoLlava, VipLlava
-from .llava_next import LlavaNext, LlavaOnevision
+from .llava_next import Granite4Vision, LlavaNext, LlavaOnevision
 from .minicpmv import MiniCPMV
 from .mistral3 import LightOnOcr, Mistral3
 from .mllama import Mllama
+from .molmo2 import Molmo2
 from .muse import MuseGlimmer
 from .ovis2 import Ovis2
 from .perception import PerceptionLM
@@ -49,6 +50,7 @@ __all__ = [
     "Gemma4",
     "GlmV",
     "GotOcr2",
+    "Granite4Vision",
     "HunYuanVL",
     "Idefics2",
     "Idefics3",
@@ -65,6 +67,7 @@ __all__ = [
     "Mistral3",
     "Mllama",
     "Modality",
+    "Molmo2",
     "MuseGlimmer",
     "OneAxis",
     "Ovis2",

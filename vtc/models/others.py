@@ -53,10 +53,6 @@ OTHERS: dict[str, str] = {
         "Glm5NextTextModel has layers of kind indexed_attention, linear_attention; supported "
         "are full and sliding attention"
     ),
-    "granite4_vision": (
-        "vision tokens enter Granite4VisionTextModel as zeros, and features are added between"
-        " its layers, which needs a family of its own"
-    ),
     "granite_docling": (
         "GraniteDoclingForConditionalGeneration has _deepstack_process: features of earlier "
         "tower layers are added between decoder layers, which needs a family of its own"
@@ -113,10 +109,6 @@ OTHERS: dict[str, str] = {
     "mistral_large4": (
         "MistralLarge4TextModel has layers of kind indexed_attention; supported are full and "
         "sliding attention"
-    ),
-    "molmo2": (
-        "Molmo2ForConditionalGeneration takes mm_token_type_ids, by which it may mask or "
-        "place the tokens of an image in a way of its own, which needs a family of its own"
     ),
     "nemotron_h_omni": (
         "NemotronHModel has layers of kind linear_attention, mlp, moe; supported are full and"
