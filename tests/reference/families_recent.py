@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""More of `tests.reference.families`: HunYuan-VL, Granite 4 Vision, Molmo 2."""
+"""More of `tests.reference.families`: HunYuan-VL, Granite 4 Vision, Molmo 2, Step 3.7."""
 
 from __future__ import annotations
 
@@ -245,7 +245,66 @@ class Molmo2(TinyFamily):
         extras["mm_token_type_ids"] = kinds.long()[None]
 
 
+# ---- windows ------------------------------------------------------------------------------------
+class Step3p7(TinyFamily):
+    model_type = "step3p7"
+    model_class = "Step3p7ForConditionalGeneration"
+    tiles = (2, 3, 0)
+
+    def __init__(self, name: str, window: int) -> None:
+        self.name, self.window = name, window
+        self.notes = (
+            "tiles of 2x2 tokens between ids, then the picture of 3x3; a mixture of experts; layers "
+            f"with a window of {window} have more heads and rotate by other angles"
+        )
+
+    def config(self) -> Any:
+        kinds = ["full_attention", "sliding_attention", "sliding_attention"] * 2
+        return hf.Step3p7Config(
+            vision_config=vision_settings(40, 4, mlp_ratio=1.5),
+            text_config=text_settings(
+                head_dim=8,
+                layer_types=kinds,
+                mlp_layer_types=["dense"] * 2 + ["sparse"] * 4,
+                num_sliding_attention_heads=6,
+                sliding_window=self.window,
+                n_routed_experts=4,
+                num_experts_per_tok=2,
+                moe_intermediate_size=16,
+                share_expert_dim=16,
+                rope_parameters={
+                    "full_attention": {
+                        "rope_type": "default",
+                        "rope_theta": 1e4,
+                        "partial_rotary_factor": 0.5,
+                    },
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+                },
+            ),
+            image_token_id=IMAGE,
+            tie_word_embeddings=False,
+        )
+
+    def image(self, which: int, generator: torch.Generator, count: int) -> Piece:
+        tiles = self.tiles[which]
+        tokens: list[Any] = []
+        for tile in range(tiles):
+            tokens += [*marks(TAG, kind="text"), *cells(2, 2, crop=tile + 1)]
+            tokens += marks(TAG + 1, *([TAG + 2] if tile == 1 else []), kind="text")
+        tokens += [*marks(START, kind="text"), *cells(3, 3, crop=0 if tiles else None)]
+        tokens += marks(END, kind="text")
+        extras = {
+            "pixel_values": pixels(generator, 1, 3, 40, 40),
+            "num_local_patches": torch.tensor([tiles]),
+        }
+        if tiles:
+            extras["pixel_values_local"] = pixels(generator, tiles, 3, 28, 28)
+        return Piece(tokens, extras)
+
+
 register(
+    Step3p7("step3p7", 400),
+    Step3p7("step3p7_short", 12),
     Molmo2(),
     Granite4Vision(),
     HunYuanVL("hunyuan_vl", [1, 1, 2, 0]),

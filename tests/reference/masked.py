@@ -9,6 +9,7 @@ shown what the contract promises, taken from `tests.reference.families` and from
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -478,7 +479,7 @@ class Masked:
 
     def _rotary(self, layer: int, hidden: Tensor, positions: Tensor) -> Any:
         kinds = getattr(self.config, "layer_types", None)
-        if self.family.model_type in ("gemma3", "gemma4"):
+        if "layer_type" in inspect.signature(self.decoder.rotary_emb.forward).parameters:
             assert kinds is not None
             return self.decoder.rotary_emb(hidden, positions, kinds[layer])
         if getattr(self.decoder, "rope_types", ["scaled"] * (layer + 1))[layer] == "unscaled":

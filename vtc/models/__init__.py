@@ -35,6 +35,7 @@ from .perception import PerceptionLM
 from .qwen import GlmV, Qwen3_5, QwenOmni, QwenVL
 from .qwen_like import Ernie45VL, OneAxis, PaddleOCRVL, VideoLlama3
 from .registry import FamilyInfo, families, find, models
+from .step import Step3p7
 
 __all__ = [
     "CACHE",
@@ -79,6 +80,7 @@ __all__ = [
     "QwenOmni",
     "QwenVL",
     "SmolVLM",
+    "Step3p7",
     "UnsupportedModelError",
     "VideoLlama3",
     "VideoLlava",

@@ -131,10 +131,6 @@ OTHERS: dict[str, str] = {
         "Gemma3TextModel has not one rotary embedding for all layers, and so needs a family "
         "of its own"
     ),
-    "step3p7": (
-        "Step3p7TextModel has not one rotary embedding for all layers, and so needs a family "
-        "of its own"
-    ),
     "t5gemma2": (
         "T5Gemma2ForConditionalGeneration lacks get_placeholder_mask, get_image_features, "
         "language_model"
