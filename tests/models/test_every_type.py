@@ -30,14 +30,6 @@ SAME = Version(transformers.__version__).release[:2] == Version(WRITTEN_FOR).rel
 
 LACKING: dict[str, dict[str, Any]] = {
     "chameleon": {"": {"vocabulary_map": {"<image>": 4}}},
-    "cohere_compass": {
-        "text_config": {
-            "rope_parameters": {
-                kind: {"rope_type": "default", "rope_theta": 1e4}
-                for kind in ("full_attention", "sliding_attention")
-            }
-        }
-    },
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense"] * 32}},
     "diffusion_gemma": {
         "text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64}

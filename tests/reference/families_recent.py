@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""More of `tests.reference.families`: HunYuan-VL, Granite 4 Vision, Molmo 2, Step 3.7."""
+"""More of `tests.reference.families`: HunYuan-VL, Granite 4 Vision, Granite-Docling,
+Molmo 2, Step 3.7, Cohere Compass."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from tests.reference.families import (
     BOS,
     END,
     IMAGE,
+    PAD,
     START,
     TAG,
     Piece,
@@ -28,8 +30,8 @@ from tests.reference.families import (
     text_settings,
     vision_settings,
 )
-from tests.reference.families_more import LlavaNext
-from tests.reference.families_rest import Qwen2VL
+from tests.reference.families_more import Idefics3, LlavaNext
+from tests.reference.families_rest import Qwen2VL, Qwen3VL
 
 
 class HunYuanVL(Qwen2VL):
@@ -122,6 +124,75 @@ class Granite4Vision(LlavaNext):
         return Piece(
             piece.tokens,
             {**piece.extras, "pixel_values": pixels(generator, 1, tiles, 3, 56, 56)},
+        )
+
+
+class GraniteDocling(Idefics3):
+    model_type = "granite_docling"
+    model_class = "GraniteDoclingForConditionalGeneration"
+    per_row = ("pixel_values", "pixel_attention_mask", "tile_fine_mask")
+
+    def __init__(self, name: str, fine: bool) -> None:
+        self.name, self.fine = name, fine
+        self.side = 6 if fine else 3
+        self.notes = (
+            "tiles as idefics3; deep features are added to vision tokens after the first two layers"
+            f"; {'a token for each patch' if fine else 'four patches a token'}"
+        )
+
+    def config(self) -> Any:
+        vision = vision_settings(42) | {"num_hidden_layers": 3}
+        return hf.GraniteDoclingConfig(
+            vision_config=vision
+            | {
+                "out_hidden_size": 32,
+                "scale_factor": 2,
+                "deepstack_visual_indexes": [0, 1],
+            },
+            text_config=text_settings(
+                embedding_multiplier=2.0,
+                logits_scaling=0.5,
+                residual_multiplier=0.8,
+                attention_multiplier=0.3,
+            ),
+            image_token_id=IMAGE,
+            pad_token_id=PAD,
+            tie_word_embeddings=False,
+        )
+
+    def extras(self, tiles: int, generator: torch.Generator) -> dict[str, Tensor]:
+        size = self.side_pixels
+        found = {
+            "pixel_values": pixels(generator, 1, tiles, 3, size, size),
+            "pixel_attention_mask": torch.ones(1, tiles, dtype=torch.bool),
+        }
+        return found | ({"tile_fine_mask": torch.ones(1, dtype=torch.bool)} if self.fine else {})
+
+    def join(self, name: str, values: Sequence[Tensor]) -> Tensor:
+        return values[0] if name == "tile_fine_mask" else super().join(name, values)
+
+
+class CohereCompass(Qwen3VL):
+    model_type = "cohere_compass"
+    model_class = "CohereCompassForConditionalGeneration"
+
+    def __init__(self, name: str, window: int) -> None:
+        self.name, self.window = name, window
+        self.notes = (
+            f"{Qwen3VL.notes}; attention and MLP side by side; layers with a window of {window} "
+            "rotate, the others do not"
+        )
+
+    def config(self) -> Any:
+        return hf.CohereCompassConfig(
+            vision_config={**self.vision(), "deepstack_visual_indexes": [0, 1]},
+            text_config=text_settings(
+                layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+                sliding_window=self.window,
+                logit_scale=1.0,
+                rope_parameters={"sliding_attention": self.rope(), "full_attention": None},
+            ),
+            **self.tokens(),
         )
 
 
@@ -303,6 +374,10 @@ class Step3p7(TinyFamily):
 
 
 register(
+    GraniteDocling("granite_docling", fine=False),
+    GraniteDocling("granite_docling_fine", fine=True),
+    CohereCompass("cohere_compass", 400),
+    CohereCompass("cohere_compass_short", 12),
     Step3p7("step3p7", 400),
     Step3p7("step3p7_short", 12),
     Molmo2(),

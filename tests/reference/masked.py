@@ -32,6 +32,7 @@ TILES_ARE_IMAGES = {
     "lfm2_vl",
     "aria",
     "minicpmv4_6",
+    "granite_docling",
 }
 """Families whose model is not told which tiles make up an image: each is one of its own."""
 FRAMES_ARE_IMAGES = {"internvl", "smolvlm", "kimi_k25"}

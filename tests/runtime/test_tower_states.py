@@ -58,6 +58,9 @@ LAST: dict[str, Callable[[Any], Any]] = {
     "qianfan_ocr": lambda base: base.vision_tower.layernorm,
     "glmga": lambda base: base.visual.post_layernorm,
     "hunyuan_vl": lambda base: base.vision_tower.layers[-1],
+    "granite_docling": lambda base: base.vision_model.post_layernorm,
+    "granite_docling_fine": lambda base: base.vision_model.post_layernorm,
+    "cohere_compass": lambda base: base.visual.blocks[-1],
     "molmo2": lambda base: base.vision_tower.layers[-1],
 }
 """The module whose output are the last states in which patches stand apart."""

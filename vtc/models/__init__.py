@@ -14,9 +14,11 @@ from vtc.core.images import ImageMap, Modality
 from .aria import Aria
 from .base import CACHE, Adapter, UnsupportedModelError
 from .cohere import CohereVision
+from .cohere_compass import CohereCompass
 from .convolutional import FastVLM, GotOcr2
 from .deepseek_vl import DeepseekVL
 from .gemma import Gemma3, Gemma3n, Gemma4, PaliGemma
+from .granite_docling import GraniteDocling
 from .hunyuan import HunYuanVL
 from .idefics import Idefics2, Idefics3, SmolVLM
 from .internvl import InternVL, QianfanOCR
@@ -41,6 +43,7 @@ __all__ = [
     "CACHE",
     "Adapter",
     "Aria",
+    "CohereCompass",
     "CohereVision",
     "DeepseekVL",
     "Ernie45VL",
@@ -52,6 +55,7 @@ __all__ = [
     "GlmV",
     "GotOcr2",
     "Granite4Vision",
+    "GraniteDocling",
     "HunYuanVL",
     "Idefics2",
     "Idefics3",

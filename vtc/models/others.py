@@ -19,10 +19,6 @@ OTHERS: dict[str, str] = {
         "Blip2ForConditionalGeneration has a generate of its own, which needs a family of its own"
     ),
     "chameleon": "ChameleonForConditionalGeneration lacks language_model",
-    "cohere_compass": (
-        "CohereCompassTextModel has not one rotary embedding for all layers, and so needs a "
-        "family of its own"
-    ),
     "cosmos3_edge": (
         "Cosmos3EdgeForConditionalGeneration has rope_deltas: rotary positions of its vision "
         "tokens are places in the picture (m-RoPE), which needs a family of its own"
@@ -52,10 +48,6 @@ OTHERS: dict[str, str] = {
     "glm5_next": (
         "Glm5NextTextModel has layers of kind indexed_attention, linear_attention; supported "
         "are full and sliding attention"
-    ),
-    "granite_docling": (
-        "GraniteDoclingForConditionalGeneration has _deepstack_process: features of earlier "
-        "tower layers are added between decoder layers, which needs a family of its own"
     ),
     "hy_v4_vl": (
         "HYV4VLTextModel has layers of kind indexed_attention; supported are full and sliding"
