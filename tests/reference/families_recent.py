@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """More of `tests.reference.families`: HunYuan-VL, Granite 4 Vision, Granite-Docling,
-Molmo 2, Step 3.7, Cohere Compass."""
+Molmo 2, Step 3.7, Cohere Compass, Cosmos 3."""
 
 from __future__ import annotations
 
@@ -196,6 +196,34 @@ class CohereCompass(Qwen3VL):
         )
 
 
+class Cosmos3Omni(Qwen3VL):
+    name = model_type = "cosmos3_omni"
+    model_class = "Cosmos3OmniForConditionalGeneration"
+
+    def config(self) -> Any:
+        dense = super().config()
+        return hf.Cosmos3OmniConfig(
+            vision_config=dense.vision_config, text_config=dense.text_config, **self.tokens()
+        )
+
+
+class Cosmos3Edge(Qwen3VL):
+    name = model_type = "cosmos3_edge"
+    model_class = "Cosmos3EdgeForConditionalGeneration"
+    notes = "interleaved m-RoPE; a tower with learned positions; clips as qwen3_vl"
+
+    def config(self) -> Any:
+        return hf.Cosmos3EdgeConfig(
+            vision_config=vision_settings(32, self.patch, num_patches=64),
+            text_config=text_settings(head_dim=8, rope_parameters=self.rope()),
+            projector_hidden_size=48,
+            **self.tokens(),
+        )
+
+    def patches(self, generator: torch.Generator, frames: int, rows: int, columns: int) -> Tensor:
+        return pixels(generator, frames * 4 * rows * columns, 3 * self.patch**2)
+
+
 # ---- images that see one another ----------------------------------------------------------------
 class Molmo2(TinyFamily):
     name = model_type = "molmo2"
@@ -374,6 +402,8 @@ class Step3p7(TinyFamily):
 
 
 register(
+    Cosmos3Omni(),
+    Cosmos3Edge(),
     GraniteDocling("granite_docling", fine=False),
     GraniteDocling("granite_docling_fine", fine=True),
     CohereCompass("cohere_compass", 400),

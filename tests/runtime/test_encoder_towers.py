@@ -42,16 +42,19 @@ UNITS: dict[str, int] = {
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5"), 2),
     **dict.fromkeys(("glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr", "qwen3_5_moe"), 2),
     **dict.fromkeys(("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "cohere_compass"), 2),
+    **dict.fromkeys(("cosmos3_omni", "cosmos3_edge"), 2),
 }
 """Patches along the side of a token."""
 PACKED = (
     *("mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5"),
     *("glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr", "qwen3_5_moe"),
     *("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "cohere_compass"),
+    *("cosmos3_omni", "cosmos3_edge"),
 )
 UNKNOWN_COST = (
     *("qwen3_5", "qwen3_5_moe", "glmga", "glm_ocr"),
     *("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "cohere_compass"),
+    *("cosmos3_omni", "cosmos3_edge"),
 )
 """Families of which a part has no formula."""
 HERE = [name for name in UNITS if name in FAMILIES]

@@ -61,6 +61,8 @@ LAST: dict[str, Callable[[Any], Any]] = {
     "granite_docling": lambda base: base.vision_model.post_layernorm,
     "granite_docling_fine": lambda base: base.vision_model.post_layernorm,
     "cohere_compass": lambda base: base.visual.blocks[-1],
+    "cosmos3_omni": lambda base: base.visual.blocks[-1],
+    "cosmos3_edge": lambda base: base.visual.post_layernorm,
     "molmo2": lambda base: base.vision_tower.layers[-1],
 }
 """The module whose output are the last states in which patches stand apart."""

@@ -16,6 +16,7 @@ from .base import CACHE, Adapter, UnsupportedModelError
 from .cohere import CohereVision
 from .cohere_compass import CohereCompass
 from .convolutional import FastVLM, GotOcr2
+from .cosmos3 import Cosmos3Edge, Cosmos3Omni
 from .deepseek_vl import DeepseekVL
 from .gemma import Gemma3, Gemma3n, Gemma4, PaliGemma
 from .granite_docling import GraniteDocling
@@ -45,6 +46,8 @@ __all__ = [
     "Aria",
     "CohereCompass",
     "CohereVision",
+    "Cosmos3Edge",
+    "Cosmos3Omni",
     "DeepseekVL",
     "Ernie45VL",
     "FamilyInfo",

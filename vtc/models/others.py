@@ -19,14 +19,6 @@ OTHERS: dict[str, str] = {
         "Blip2ForConditionalGeneration has a generate of its own, which needs a family of its own"
     ),
     "chameleon": "ChameleonForConditionalGeneration lacks language_model",
-    "cosmos3_edge": (
-        "Cosmos3EdgeForConditionalGeneration has rope_deltas: rotary positions of its vision "
-        "tokens are places in the picture (m-RoPE), which needs a family of its own"
-    ),
-    "cosmos3_omni": (
-        "Cosmos3OmniForConditionalGeneration has rope_deltas: rotary positions of its vision "
-        "tokens are places in the picture (m-RoPE), which needs a family of its own"
-    ),
     "deepseek_ocr2": ACCEPTED,
     "diffusion_gemma": (
         "DiffusionGemmaForBlockDiffusion lacks get_placeholder_mask, get_image_features, "

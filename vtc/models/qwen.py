@@ -42,10 +42,12 @@ class QwenVL(Adapter):
 
     def encoder_given(self, given: Mapping[str, Any], places: Tensor) -> dict[str, Any]:
         # A token lies in the window (or frame) of its place, of which some may be left empty.
-        cos, sin = given["position_embeddings"]
         counts = torch.bincount(_windows(given, places))
         ends = torch.nn.functional.pad(counts[counts > 0].cumsum(0), (1, 0)).to(torch.int32)
-        own = {**given, "cu_seqlens": ends, "position_embeddings": (cos[places], sin[places])}
+        own = {**given, "cu_seqlens": ends}
+        if given.get("position_embeddings") is not None:
+            cos, sin = given["position_embeddings"]
+            own["position_embeddings"] = cos[places], sin[places]
         if given.get("max_seqlen") is not None:
             own["max_seqlen"] = int(counts.max())
         return own
