@@ -30,7 +30,6 @@ SAME = Version(transformers.__version__).release[:2] == Version(WRITTEN_FOR).rel
 
 LACKING: dict[str, dict[str, Any]] = {
     "chameleon": {"": {"vocabulary_map": {"<image>": 4}}},
-    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense"] * 32}},
     "diffusion_gemma": {
         "text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64}
     },

@@ -19,6 +19,7 @@ from tests.reference.families import (
     PAD,
     START,
     TAG,
+    VIDEO,
     Piece,
     Row,
     TinyFamily,
@@ -30,8 +31,8 @@ from tests.reference.families import (
     text_settings,
     vision_settings,
 )
-from tests.reference.families_more import Idefics3, LlavaNext
-from tests.reference.families_rest import Qwen2VL, Qwen3VL
+from tests.reference.families_more import Gemma3, Idefics3, LlavaNext
+from tests.reference.families_rest import Gemma4, Qwen2VL, Qwen3VL
 
 
 class HunYuanVL(Qwen2VL):
@@ -401,7 +402,140 @@ class Step3p7(TinyFamily):
         return Piece(tokens, extras)
 
 
+# ---- relatives of Gemma -------------------------------------------------------------------------
+class Gemma4Unified(Gemma4):
+    model_type = "gemma4_unified"
+    model_class = "Gemma4UnifiedForConditionalGeneration"
+
+    def __init__(self, name: str, window: int) -> None:
+        self.name, self.window, self.device = name, window, False
+        self.notes = (
+            f"no tower: a patch is a token; padded with positions -1; sliding window of {window}, "
+            "which does not limit images; these attend in both directions in all layers"
+        )
+
+    def config(self) -> Any:
+        text = super().config().text_config.to_dict()
+        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+        names += ("num_attention_heads", "num_key_value_heads", "head_dim", "layer_types")
+        names += ("sliding_window", "rms_norm_eps", "max_position_embeddings", "pad_token_id")
+        return hf.Gemma4UnifiedConfig(
+            text_config={name: text[name] for name in names}
+            | {
+                "bos_token_id": BOS,
+                "eos_token_id": None,
+                "tie_word_embeddings": False,
+                "global_head_dim": 16,
+                "num_global_key_value_heads": 1,
+                "attention_k_eq_v": True,
+            },
+            vision_config={
+                "patch_size": 2,
+                "pooling_kernel_size": 2,
+                "mm_embed_dim": 32,
+                "mm_posemb_size": 16,
+                "output_proj_dims": 32,
+            },
+            audio_config=None,
+            boi_token_id=START,
+            eoi_token_id=END,
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            audio_token_id=TAG + 16,
+            tie_word_embeddings=False,
+        )
+
+    def patches(
+        self, generator: torch.Generator, rows: int, columns: int, most: int
+    ) -> tuple[Tensor, Tensor]:
+        values, places = torch.zeros(1, most, 48), torch.full((1, most, 2), -1)
+        values[:, : rows * columns] = torch.rand(1, rows * columns, 48, generator=generator)
+        raster = torch.arange(rows * columns)
+        places[0, : rows * columns] = torch.stack([raster % columns, raster // columns], dim=1)
+        return values, places
+
+
+class ShieldGemma2(Gemma3):
+    model_type = "shieldgemma2"
+
+    def config(self) -> Any:
+        dense = super().config()
+        return hf.ShieldGemma2Config(
+            vision_config=dense.vision_config,
+            text_config=dense.text_config,
+            mm_tokens_per_image=16,
+            boi_token_index=START,
+            eoi_token_index=END,
+            image_token_index=IMAGE,
+            tie_word_embeddings=False,
+            yes_token_index=30,
+            no_token_index=31,
+        )
+
+
+# ---- a resampler --------------------------------------------------------------------------------
+class DeepseekOcr2(TinyFamily):
+    name = model_type = "deepseek_ocr2"
+    model_class = "DeepseekOcr2ForConditionalGeneration"
+    tiles = (0, 1, 0)
+    notes = (
+        "144 queries read the patches of each tile and of the picture behind them, a separator "
+        "follows; a mixture of experts"
+    )
+
+    def config(self) -> Any:
+        return hf.DeepseekOcr2Config(
+            vision_config={
+                "sam_config": {
+                    "hidden_size": 16,
+                    "output_channels": 16,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 2,
+                    "image_size": 48,
+                    "patch_size": 4,
+                    "window_size": 4,
+                    "global_attn_indexes": [1],
+                    "mlp_dim": 32,
+                    "downsample_channels": [16, 32],
+                },
+                "encoder_config": {
+                    "hidden_size": 32,
+                    "intermediate_size": 48,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 4,
+                    "num_key_value_heads": 2,
+                },
+            },
+            text_config=text_settings(
+                max_position_embeddings=2048,
+                n_routed_experts=4,
+                n_shared_experts=1,
+                num_experts_per_tok=2,
+                moe_intermediate_size=16,
+                mlp_layer_types=["dense"] + ["sparse"] * 5,
+            ),
+            image_token_id=IMAGE,
+            tie_word_embeddings=False,
+        )
+
+    def image(self, which: int, generator: torch.Generator, count: int) -> Piece:
+        tiles, tokens = self.tiles[which], []
+        for crop in (*range(1, tiles + 1), 0):
+            tokens += [(IMAGE, (0, 0, n, crop if tiles else None)) for n in range(144)]
+        extras = {
+            "pixel_values": pixels(generator, 1, 3, 48, 48),
+            "num_local_patches": torch.tensor([tiles]),
+        }
+        if tiles:
+            extras["pixel_values_local"] = pixels(generator, tiles, 3, 32, 32)
+        return Piece([*tokens, *marks(IMAGE)], extras)
+
+
 register(
+    Gemma4Unified("gemma4_unified", 400),
+    Gemma4Unified("gemma4_unified_short", 12),
+    ShieldGemma2("shieldgemma2", 400),
+    DeepseekOcr2(),
     Cosmos3Omni(),
     Cosmos3Edge(),
     GraniteDocling("granite_docling", fine=False),

@@ -38,11 +38,11 @@ TILES_ARE_IMAGES = {
 FRAMES_ARE_IMAGES = {"internvl", "smolvlm", "kimi_k25"}
 PREFIX = {"paligemma"}
 """The whole prompt is seen in both directions."""
-NO_PLACES = {"idefics2", "aria"}
+NO_PLACES = {"idefics2", "aria", "deepseek_ocr2"}
 """Their tokens come from a resampler."""
 UNUSED_AXES = {"exaone4_5"}
 """Their models inherit `rope_deltas` and use none."""
-BOTH_WAYS = {"gemma3", "gemma4"}
+BOTH_WAYS = {"gemma3", "gemma4", "gemma4_unified", "shieldgemma2"}
 """The tokens of an image are."""
 
 
@@ -188,7 +188,10 @@ class Masked:
         rank = alive.cumsum(0) - 1
         window = getattr(self.config, "sliding_window", None)
         if window and (kinds is None or kinds[layer] == "sliding_attention"):
-            seen &= rank > rank[:, None] - window
+            near = rank > rank[:, None] - window
+            if self.family.model_type == "gemma4_unified":  # its images are seen from afar
+                near |= (blocks[:, None] == blocks) & (blocks[:, None] >= 0)
+            seen &= near
         if kinds is not None and kinds[layer] == "chunked_attention":
             chunk = self.config.attention_chunk_size
             seen &= rank // chunk == rank[:, None] // chunk
@@ -231,7 +234,7 @@ class Masked:
             before = max(i for i in image.index if i < place)
             row = image.grid[image.index.index(before)][1]
             return [i for i, (_, r, _) in zip(image.index, image.grid, strict=True) if r == row]
-        if image.video or image.crop is None:  # one newline after all
+        if image.video or image.crop is None or kind == "deepseek_ocr2":  # one after all
             return list(image.index)
         before = max(i for i in image.index if i < place)
         row = image.grid[image.index.index(before)][1]

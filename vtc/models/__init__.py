@@ -17,8 +17,9 @@ from .cohere import CohereVision
 from .cohere_compass import CohereCompass
 from .convolutional import FastVLM, GotOcr2
 from .cosmos3 import Cosmos3Edge, Cosmos3Omni
+from .deepseek_ocr2 import DeepseekOcr2
 from .deepseek_vl import DeepseekVL
-from .gemma import Gemma3, Gemma3n, Gemma4, PaliGemma
+from .gemma import Gemma3, Gemma3n, Gemma4, Gemma4Unified, PaliGemma, ShieldGemma2
 from .granite_docling import GraniteDocling
 from .hunyuan import HunYuanVL
 from .idefics import Idefics2, Idefics3, SmolVLM
@@ -48,6 +49,7 @@ __all__ = [
     "CohereVision",
     "Cosmos3Edge",
     "Cosmos3Omni",
+    "DeepseekOcr2",
     "DeepseekVL",
     "Ernie45VL",
     "FamilyInfo",
@@ -55,6 +57,7 @@ __all__ = [
     "Gemma3",
     "Gemma3n",
     "Gemma4",
+    "Gemma4Unified",
     "GlmV",
     "GotOcr2",
     "Granite4Vision",
@@ -86,6 +89,7 @@ __all__ = [
     "Qwen3_5",
     "QwenOmni",
     "QwenVL",
+    "ShieldGemma2",
     "SmolVLM",
     "Step3p7",
     "UnsupportedModelError",

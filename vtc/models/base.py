@@ -71,6 +71,7 @@ class Adapter(MergingPart, DecoderPart):
         stages: the stages in which methods can act.
         merger: the method of the base model that merges features into the sequence.
         masks_in_base: the base model builds the attention masks, not the decoder.
+        masks_alike: the masks that `generate` prepares for a static cache are those of a forward.
         attention: how the tokens of an image attend to one another, for `vtc models`.
         positions: what rotary positions encode, for `vtc models`.
         crosses: the sequence contains no vision tokens; cross-attention layers read them.
@@ -96,6 +97,7 @@ class Adapter(MergingPart, DecoderPart):
     stages: ClassVar[tuple[str, ...]] = ("pixels", "encoder", "sequence", "layers")
     merger: ClassVar[str] = "get_placeholder_mask"
     masks_in_base: ClassVar[bool] = False
+    masks_alike: ClassVar[bool] = True
     attention: ClassVar[str] = "causal"
     positions: ClassVar[str] = "one axis"
     crosses: ClassVar[bool] = False

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PaliGemma, Gemma 3, Gemma 3n and Gemma 4: mostly bidirectional attention within an image, with
+"""PaliGemma, ShieldGemma 2, Gemma 3, Gemma 3n and Gemma 4: mostly bidirectional attention within an image, with
 masks from the base model."""
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -153,7 +153,7 @@ class Gemma4(Gemma3):
         video = modality == "video"
         places = given["video_position_ids" if video else "image_position_ids"].cpu()
         frames = given["num_frames_per_video"].tolist() if video else [1] * len(places)
-        by = self.model.config.vision_config.pooling_kernel_size
+        by = self.per_side()
         maps, first = [], 0
         padded = places.shape[1]
         for own, of_one in zip(features, places.split(frames), strict=True):
@@ -172,6 +172,10 @@ class Gemma4(Gemma3):
                 found = replace(found, patches=joined)
             maps.append([found])
         return maps
+
+    def per_side(self) -> int:
+        """Patches along the side of a token's square."""
+        return int(self.model.config.vision_config.pooling_kernel_size)
 
     def projector(self) -> Any:
         return self.base.embed_vision
@@ -213,6 +217,48 @@ class Gemma4(Gemma3):
                 f"{', '.join(map(str, sorted(sources)))}; tokens cannot be dropped before layer "
                 f"{late[0]}, only before layers up to {min(sources)}"
             )
+
+
+class Gemma4Unified(Gemma4):
+    """Gemma 4 without a vision tower: a linear layer makes a token of each patch. A forward lets
+    images attend in both directions in all layers, and no window limits that; for a static cache
+    transformers itself builds the masks of Gemma 4 as long as nothing is dropped."""
+
+    name: ClassVar[str] = "gemma4_unified"
+    model_types: ClassVar[tuple[str, ...]] = ("gemma4_unified",)
+    masks_alike: ClassVar[bool] = False
+    attention: ClassVar[str] = "both directions"
+    unread: ClassVar[str] = "it has none"
+
+    def per_side(self) -> int:
+        return 1
+
+    def layer_blocks(self, layer: int, blocks: Tensor | None) -> Tensor | None:
+        return blocks
+
+    def mask(
+        self,
+        layer: int,
+        embeds: Tensor,
+        valid: Tensor | None,
+        cache: Any,
+        blocks: Tensor | None,
+    ) -> Any:
+        return Adapter.mask(self, layer, embeds, valid, cache, blocks)
+
+
+class ShieldGemma2(Gemma3):
+    """Gemma 3 that judges images, with or without the head of the classifier."""
+
+    name: ClassVar[str] = "shieldgemma2"
+    model_types: ClassVar[tuple[str, ...]] = ("shieldgemma2",)
+
+    @classmethod
+    def bind(cls, model: Any) -> Self:
+        inner = getattr(model, "model", None)
+        if not hasattr(inner, "lm_head"):
+            return super().bind(model)
+        return replace(super().bind(inner), model=model)
 
 
 def _pooled(corners: Tensor, columns: int, by: int) -> Tensor:

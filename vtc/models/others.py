@@ -19,7 +19,6 @@ OTHERS: dict[str, str] = {
         "Blip2ForConditionalGeneration has a generate of its own, which needs a family of its own"
     ),
     "chameleon": "ChameleonForConditionalGeneration lacks language_model",
-    "deepseek_ocr2": ACCEPTED,
     "diffusion_gemma": (
         "DiffusionGemmaForBlockDiffusion lacks get_placeholder_mask, get_image_features, "
         "language_model"
@@ -32,10 +31,6 @@ OTHERS: dict[str, str] = {
     "evolla": "EvollaForProteinText2Text (evolla) has no vision encoder",
     "florence2": "Florence2ForConditionalGeneration lacks language_model",
     "fuyu": "FuyuForCausalLM (fuyu) has no vision encoder",
-    "gemma4_unified": (
-        "Gemma4UnifiedTextModel has not one rotary embedding for all layers, and so needs a "
-        "family of its own"
-    ),
     "git": ("GitForCausalLM lacks get_placeholder_mask, get_image_features, language_model"),
     "glm5_next": (
         "Glm5NextTextModel has layers of kind indexed_attention, linear_attention; supported "
@@ -110,10 +105,6 @@ OTHERS: dict[str, str] = {
     "qwen4_exp": (
         "Qwen4ExpTextModel has layers of kind indexed_attention, linear_attention; supported "
         "are full and sliding attention"
-    ),
-    "shieldgemma2": (
-        "Gemma3TextModel has not one rotary embedding for all layers, and so needs a family "
-        "of its own"
     ),
     "t5gemma2": (
         "T5Gemma2ForConditionalGeneration lacks get_placeholder_mask, get_image_features, "

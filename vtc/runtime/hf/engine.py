@@ -385,7 +385,8 @@ class Engine(Hooked):
         if plain and not group.diverged:
             # Nothing was dropped: the model's own masks and positions are right.
             call = forward.generating
-            if call is not None and call.masks is not None:
+            alike = self.adapter.masks_alike or len(forward.ledger.groups) == 1
+            if alike and call is not None and call.masks is not None:
                 kwargs["attention_mask"], call.masks = call.masks, None
             return
         if self.adapter.masks_in_base:
