@@ -32,7 +32,7 @@ from tests.reference.families import (
     vision_settings,
 )
 from tests.reference.families_more import Gemma3, Idefics3, LlavaNext
-from tests.reference.families_rest import Gemma4, Qwen2VL, Qwen3VL
+from tests.reference.families_rest import Gemma4, Mistral3, Qwen2VL, Qwen3VL
 
 
 class HunYuanVL(Qwen2VL):
@@ -402,6 +402,32 @@ class Step3p7(TinyFamily):
         return Piece(tokens, extras)
 
 
+class Mistral4(Mistral3):
+    name = "mistral3_mistral4"
+    notes = f"{Mistral3.notes}; latent attention (MLA), which scales queries by position, and experts"
+
+    def config(self) -> Any:
+        dense = super().config()
+        return hf.Mistral3Config(
+            vision_config=dense.vision_config,
+            text_config=hf.Mistral4Config(
+                **text_settings(num_key_value_heads=4),
+                moe_intermediate_size=16,
+                n_routed_experts=4,
+                num_experts_per_tok=2,
+                first_k_dense_replace=4,
+                q_lora_rank=16,
+                kv_lora_rank=16,
+                qk_rope_head_dim=4,
+                qk_nope_head_dim=8,
+                v_head_dim=8,
+            ),
+            image_token_index=IMAGE,
+            vision_feature_layer=-1,
+            tie_word_embeddings=False,
+        )
+
+
 # ---- relatives of Gemma -------------------------------------------------------------------------
 class Gemma4Unified(Gemma4):
     model_type = "gemma4_unified"
@@ -523,15 +549,16 @@ class DeepseekOcr2(TinyFamily):
         for crop in (*range(1, tiles + 1), 0):
             tokens += [(IMAGE, (0, 0, n, crop if tiles else None)) for n in range(144)]
         extras = {
-            "pixel_values": pixels(generator, 1, 3, 48, 48),
+            "pixel_values": pixels(generator, 1, 3, 56, 56),
             "num_local_patches": torch.tensor([tiles]),
         }
         if tiles:
-            extras["pixel_values_local"] = pixels(generator, tiles, 3, 32, 32)
+            extras["pixel_values_local"] = pixels(generator, tiles, 3, 40, 40)
         return Piece([*tokens, *marks(IMAGE)], extras)
 
 
 register(
+    Mistral4(),
     Gemma4Unified("gemma4_unified", 400),
     Gemma4Unified("gemma4_unified_short", 12),
     ShieldGemma2("shieldgemma2", 400),

@@ -23,6 +23,13 @@ _OWN = {
     "_deepstack_process": "features of earlier tower layers are added between decoder layers",
 }
 """Features outside the common shape, by the attribute that reveals them."""
+_BY_PLACE = {
+    "minimax_m3_sparse": (
+        "; they choose blocks of adjacent keys by their place in the cache, and a dropped token "
+        "moves all later keys to other blocks, so that no mask gives the same result"
+    ),
+}
+"""Why tokens cannot be dropped from layers of a kind."""
 
 
 __all__ = ["ADAPTERS", "CACHE", "Adapter", "UnsupportedModelError"]
@@ -181,6 +188,7 @@ class Adapter(MergingPart, DecoderPart):
             raise UnsupportedModelError(
                 f"model: {type(self.decoder).__name__} has layers of kind "
                 f"{', '.join(sorted(foreign))}; supported are full and sliding attention"
+                f"{''.join(_BY_PLACE.get(kind, '') for kind in sorted(foreign))}"
             )
         rotary = getattr(self.decoder, "rotary_emb", None)
         if rotary is None or "layer_type" in inspect.signature(rotary.forward).parameters:

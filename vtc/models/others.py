@@ -82,7 +82,9 @@ OTHERS: dict[str, str] = {
     ),
     "minimax_m3_vl": (
         "MiniMaxM3VLTextModel has layers of kind minimax_m3_sparse; supported are full and "
-        "sliding attention"
+        "sliding attention; they choose blocks of adjacent keys by their place in the cache, and "
+        "a dropped token moves all later keys to other blocks, so that no mask gives the same "
+        "result"
     ),
     "mistral4": "Mistral4ForCausalLM (mistral4) has no vision encoder",
     "mistral_large4": (
