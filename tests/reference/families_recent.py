@@ -404,7 +404,9 @@ class Step3p7(TinyFamily):
 
 class Mistral4(Mistral3):
     name = "mistral3_mistral4"
-    notes = f"{Mistral3.notes}; latent attention (MLA), which scales queries by position, and experts"
+    notes = (
+        f"{Mistral3.notes}; latent attention (MLA), which scales queries by position, and experts"
+    )
 
     def config(self) -> Any:
         dense = super().config()

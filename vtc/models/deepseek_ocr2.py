@@ -42,7 +42,9 @@ class DeepseekOcr2(Adapter):
     def _queries(self, pixels: Any) -> int:
         """Tokens of a tile: convolutions leave a sixteenth of its patches, rounded up; there are
         queries for small tiles and for large ones."""
-        rows, columns = (size // self.tower.config.sam_config.patch_size for size in pixels.shape[-2:])
+        rows, columns = (
+            size // self.tower.config.sam_config.patch_size for size in pixels.shape[-2:]
+        )
         small = -(-rows // 4) * -(-columns // 4) <= len(self.tower.query_768_resolution.weight)
         queries = self.tower.query_768_resolution if small else self.tower.query_1024_resolution
         return len(queries.weight)

@@ -226,6 +226,7 @@ class Gemma4Unified(Gemma4):
 
     name: ClassVar[str] = "gemma4_unified"
     model_types: ClassVar[tuple[str, ...]] = ("gemma4_unified",)
+    since: ClassVar[Mapping[str, str]] = {"gemma4_unified": "5.21"}
     masks_alike: ClassVar[bool] = False
     attention: ClassVar[str] = "both directions"
     unread: ClassVar[str] = "it has none"

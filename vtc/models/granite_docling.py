@@ -19,6 +19,7 @@ class GraniteDocling(Adapter):
 
     name: ClassVar[str] = "granite_docling"
     model_types: ClassVar[tuple[str, ...]] = ("granite_docling",)
+    since: ClassVar[Mapping[str, str]] = {"granite_docling": "5.21"}
     stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
     projects_patches: ClassVar[bool] = False
 

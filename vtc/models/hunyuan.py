@@ -22,6 +22,7 @@ class HunYuanVL(QwenVL):
 
     name: ClassVar[str] = "hunyuan_vl"
     model_types: ClassVar[tuple[str, ...]] = ("hunyuan_vl",)
+    since: ClassVar[Mapping[str, str]] = {"hunyuan_vl": "5.21"}
     stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
     video: ClassVar[bool] = False
 

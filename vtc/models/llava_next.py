@@ -283,8 +283,9 @@ class Granite4Vision(LlavaNext):
 
     def injects(self) -> tuple[int, ...]:
         config = self.model.config
-        return tuple(sorted({*dict(config.deepstack_layer_map).values()}
-            | {*config.spatial_target_layers}))
+        return tuple(
+            sorted({*dict(config.deepstack_layer_map).values()} | {*config.spatial_target_layers})
+        )
 
     def take_injected(self, kwargs: dict[str, Any]) -> tuple[Tensor, dict[int, Tensor]] | None:
         features, mask = kwargs.get("deepstack_features"), kwargs.get("vision_mask")
