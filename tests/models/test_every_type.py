@@ -30,27 +30,10 @@ SAME = Version(transformers.__version__).release[:2] == Version(WRITTEN_FOR).rel
 
 LACKING: dict[str, dict[str, Any]] = {
     "chameleon": {"": {"vocabulary_map": {"<image>": 4}}},
-    "cohere_compass": {
-        "text_config": {
-            "rope_parameters": {
-                kind: {"rope_type": "default", "rope_theta": 1e4}
-                for kind in ("full_attention", "sliding_attention")
-            }
-        }
-    },
-    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense"] * 32}},
     "diffusion_gemma": {
         "text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64}
     },
     "emu3": {"": {"vocabulary_map": {"<image>": 4, "<|extra_200|>": 5}}},
-    "granite4_vision": {
-        "": {
-            "deepstack_layer_map": [[-1, 0]],
-            "spatial_target_layers": [1],
-            "downsample_rate": "4/8",
-        }
-    },
-    "hunyuan_vl": {"text_config": {"head_dim": 128}},
     # As released: only its first layers have full attention.
     "minimax_m3_vl": {
         "text_config": {"layer_types": ["full_attention"] * 3 + ["minimax_m3_sparse"] * 57}

@@ -402,6 +402,9 @@ SINCE = {
     "qwen2_5_omni_thinker": "5.21",
     "qwen3_omni_moe_thinker": "5.21",
     "exaone4_5": "5.21",
+    "gemma4_unified": "5.21",
+    "granite_docling": "5.21",
+    "hunyuan_vl": "5.21",
 }
 """Model types that older transformers do not run as their later ones do, and vtc refuses there."""
 
@@ -420,5 +423,6 @@ from tests.reference import (  # noqa: E402, F401
     families_later,
     families_more,
     families_own,
+    families_recent,
     families_rest,
 )

@@ -34,16 +34,17 @@ TILES_ARE_IMAGES = {
     "minicpmv4_6",
     "minicpmv4_7",
     "minicpm_ocr",
+    "granite_docling",
 }
 """Families whose model is not told which tiles make up an image: each is one of its own."""
 FRAMES_ARE_IMAGES = {"internvl", "smolvlm", "kimi_k25"}
 PREFIX = {"paligemma"}
 """The whole prompt is seen in both directions."""
-NO_PLACES = {"idefics2", "aria"}
+NO_PLACES = {"idefics2", "aria", "deepseek_ocr2"}
 """Their tokens come from a resampler."""
 UNUSED_AXES = {"exaone4_5"}
 """Their models inherit `rope_deltas` and use none."""
-BOTH_WAYS = {"gemma3", "gemma4"}
+BOTH_WAYS = {"gemma3", "gemma4", "gemma4_unified", "shieldgemma2"}
 """The tokens of an image are."""
 
 
@@ -161,6 +162,9 @@ class Masked:
         blocks = torch.full((total,), -1)
         if self.family.model_type in PREFIX:
             blocks[: self.length] = 0
+        if self.family.model_type == "molmo2":
+            kinds = self.row.extras["mm_token_type_ids"][0]
+            blocks[: self.length] = torch.where(kinds == 1, 0, -1)
         both = self.family.model_type in BOTH_WAYS
         if both and getattr(self.config, "use_bidirectional_attention", "vision") in (
             "vision",
@@ -188,7 +192,10 @@ class Masked:
         rank = alive.cumsum(0) - 1
         window = getattr(self.config, "sliding_window", None)
         if window and (kinds is None or kinds[layer] == "sliding_attention"):
-            seen &= rank > rank[:, None] - window
+            near = rank > rank[:, None] - window
+            if self.family.model_type == "gemma4_unified":  # its images are seen from afar
+                near |= (blocks[:, None] == blocks) & (blocks[:, None] >= 0)
+            seen &= near
         if kinds is not None and kinds[layer] == "chunked_attention":
             chunk = self.config.attention_chunk_size
             seen &= rank // chunk == rank[:, None] // chunk
@@ -227,7 +234,11 @@ class Masked:
             after = [i for i in image.index if i > place]
             frame = image.grid[image.index.index(after[0])][0]
             return [i for i, (f, _, _) in zip(image.index, image.grid, strict=True) if f == frame]
-        if image.video or image.crop is None:  # one newline after all
+        if kind == "hunyuan_vl" and place not in (image.separators[0], image.separators[-1]):
+            before = max(i for i in image.index if i < place)
+            row = image.grid[image.index.index(before)][1]
+            return [i for i, (_, r, _) in zip(image.index, image.grid, strict=True) if r == row]
+        if image.video or image.crop is None or kind == "deepseek_ocr2":  # one after all
             return list(image.index)
         before = max(i for i in image.index if i < place)
         row = image.grid[image.index.index(before)][1]
@@ -387,12 +398,21 @@ class Masked:
     def _enter(self, total: int) -> Callable[..., Any]:
         def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             embeds = kwargs["inputs_embeds"].clone()
+            injected = kwargs.get("deepstack_features")
+            if injected is not None:  # vision tokens enter as zeros, and methods see the first
+                injected = dict(injected)
+                mask, first = kwargs["vision_mask"][0, :, 0], min(injected)
+                embeds[0, mask] = injected[first]
             if not self.decided:
                 self._select(embeds[0])
             if self.parts:
                 step = self.steps[-1]
                 for kept, contents in step.replaced:
                     embeds[0, kept] = contents
+            if injected is not None:
+                injected[first] = embeds[0, mask]
+                kwargs["deepstack_features"], embeds[0, mask] = injected, 0.0
+            if self.parts:
                 positions = kwargs.get("position_ids")
                 if positions is None:
                     positions = torch.arange(total)[None]
@@ -506,8 +526,12 @@ class Masked:
         return hidden if streams is None else hidden.unflatten(2, (streams, -1)).permute(2, 0, 1, 3)
 
     def _rotary(self, layer: int, hidden: Tensor, positions: Tensor) -> Any:
+        kinds = getattr(self.config, "layer_types", None)
         if "layer_type" in inspect.signature(self.decoder.rotary_emb.forward).parameters:
-            return self.decoder.rotary_emb(hidden, positions, self.config.layer_types[layer])
+            assert kinds is not None
+            return self.decoder.rotary_emb(hidden, positions, kinds[layer])
+        if getattr(self.decoder, "rope_types", ["scaled"] * (layer + 1))[layer] == "unscaled":
+            return self.decoder.rotary_emb_unscaled(hidden, positions)
         return self.decoder.rotary_emb(hidden, positions)
 
     def _listen(self, i: int, layer: Any) -> list[Any]:

@@ -54,6 +54,8 @@ UNITS: dict[str, int] = {
     "minicpmv4_6": 4,
     "llama4": 2,
     **dict.fromkeys(("gemma4", "gemma4_device", "perception_lm"), 2),
+    "cohere_compass": 2,
+    **dict.fromkeys(("cosmos3_omni", "cosmos3_edge"), 2),
 }
 """Patches along the side of a token."""
 PIXTRAL = ("mistral3", "lighton_ocr")
@@ -64,6 +66,8 @@ PACKED = (
     *("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "exaone4_5", "hyperclovax_vision_v2"),
     *("ernie4_5_vl_moe", "video_llama_3", "paddleocr_vl", "kimi_k25", *MUSE),
     "minicpmv4_6",
+    "cohere_compass",
+    *("cosmos3_omni", "cosmos3_edge"),
 )
 """Families whose towers take all images in one sequence, divided by `cu_seqlens`."""
 UNKNOWN_COST = (
@@ -73,6 +77,8 @@ UNKNOWN_COST = (
     *("lfm2_vl", "minicpmv4_6"),
     *("perception_lm", "deepseek_vl_hybrid"),
     "llama4",  # of which transformers runs all experts
+    "cohere_compass",
+    *("cosmos3_omni", "cosmos3_edge"),
 )
 """Families of which a part has no formula."""
 HERE = [name for name in UNITS if name in FAMILIES]

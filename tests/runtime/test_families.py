@@ -134,6 +134,8 @@ RECURRENT = {
 """Families of which only layers 2 and 5 attend."""
 COUNT_PADDING = {"exaone4_5", "hyperclovax_vision_v2"}
 """In `generate` their models number all tokens, padding included."""
+AXES = {"hunyuan_vl": 4}
+"""Axes of positions, where there are not three."""
 PLAIN = {"exaone4_5"}
 """Families of which not all can be read between layers; what cannot is refused."""
 REFUSED = {"mllama", "blip-2", "blip_2", "instructblip"}
@@ -270,7 +272,9 @@ def skip_reason(name: str, kind: str, attention: str, mode: str) -> str | None:
     if OLD and (family.model_type[:7], mode) == ("qwen3_5", "beam"):
         return "transformers 5.20 itself leaves this model's recurrent states with other beams"
     if mode == "beam" and (
-        family.model_type == "llama4" or (name in GLM and kind in ("video", "images"))
+        family.model_type == "llama4"
+        or (name in GLM and kind in ("video", "images"))
+        or (name, kind) == ("granite4_vision", "images")
     ):
         return f"transformers itself cannot expand the features of {name} for beams"
     if OLD and (family.model_type, kind) in (("gemma4", "video"), ("kimi_k25", "video")):
@@ -391,7 +395,7 @@ def run_second_turn(family: TinyFamily, model: Any, rows: tuple[Row, ...], expec
         positions = (mask.cumsum(1) - 1).clamp_min(0)[:, known:]
         if axial(model):
             deltas = model.model.rope_deltas
-            positions = (positions + deltas)[None].expand(3, -1, -1)
+            positions = (positions + deltas)[None].expand(AXES.get(family.model_type, 3), -1, -1)
         elif family.model_type == "paligemma":
             positions = positions + 1
         elif family.model_type in COUNT_PADDING:

@@ -22,7 +22,8 @@ class ImageMap:
             row that it ends, or row -1 if it belongs to the frame, -2 to the whole image. `None`
             for tokens without places, as a resampler makes them; then `count` is given.
         crop: (n,) the tile of each token, 0 for the thumbnail, or `None` without tiles.
-        separator: (n,) bool, features that are not vision tokens (ends of rows), or `None`.
+        separator: (n,) bool, features that are not vision tokens (ends of rows), or `None`. Without
+            places they belong to the whole image.
         patches: (n, m) the tower patches that make up each token, numbered through everything
             `base` encoded in one call, -1 at separators; `None` if unknown.
         states: (n, m) the rows of the projector's input that make up each token, numbered
@@ -33,7 +34,7 @@ class ImageMap:
         count: n; may be left out if `grid` is given.
 
     Raises:
-        ValueError: neither `grid` nor `count`, or separators of tokens without places.
+        ValueError: neither `grid` nor `count`.
     """
 
     grid: Tensor | None
@@ -47,8 +48,8 @@ class ImageMap:
     count: int | None = None
 
     def __post_init__(self) -> None:
-        if self.grid is None and (self.count is None or self.separator is not None):
-            raise ValueError("grid: tokens without places need a count, and have no separators")
+        if self.grid is None and self.count is None:
+            raise ValueError("grid: tokens without places need a count")
 
     def __len__(self) -> int:
         return self.grid.shape[0] if self.grid is not None else int(self.count or 0)

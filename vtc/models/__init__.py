@@ -14,31 +14,42 @@ from vtc.core.images import ImageMap, Modality
 from .aria import Aria
 from .base import CACHE, Adapter, UnsupportedModelError
 from .cohere import CohereVision
+from .cohere_compass import CohereCompass
 from .convolutional import FastVLM, GotOcr2
+from .cosmos3 import Cosmos3Edge, Cosmos3Omni
+from .deepseek_ocr2 import DeepseekOcr2
 from .deepseek_vl import DeepseekVL
-from .gemma import Gemma3, Gemma3n, Gemma4, PaliGemma
+from .gemma import Gemma3, Gemma3n, Gemma4, Gemma4Unified, PaliGemma, ShieldGemma2
+from .granite_docling import GraniteDocling
+from .hunyuan import HunYuanVL
 from .idefics import Idefics2, Idefics3, SmolVLM
 from .internvl import InternVL, QianfanOCR
 from .kimi import KimiK25
 from .lfm2_vl import Lfm2VL, Lfm3VL
 from .llama4 import Llama4
 from .llava import Llava, VideoLlava, VipLlava
-from .llava_next import LlavaNext, LlavaOnevision
+from .llava_next import Granite4Vision, LlavaNext, LlavaOnevision
 from .minicpmv import MiniCPMV
 from .mistral3 import LightOnOcr, Mistral3
 from .mllama import Mllama
+from .molmo2 import Molmo2
 from .muse import MuseGlimmer
 from .ovis2 import Ovis2
 from .perception import PerceptionLM
 from .qwen import GlmV, Qwen3_5, QwenOmni, QwenVL
 from .qwen_like import Ernie45VL, OneAxis, PaddleOCRVL, VideoLlama3
 from .registry import FamilyInfo, families, find, models
+from .step import Step3p7
 
 __all__ = [
     "CACHE",
     "Adapter",
     "Aria",
+    "CohereCompass",
     "CohereVision",
+    "Cosmos3Edge",
+    "Cosmos3Omni",
+    "DeepseekOcr2",
     "DeepseekVL",
     "Ernie45VL",
     "FamilyInfo",
@@ -46,8 +57,12 @@ __all__ = [
     "Gemma3",
     "Gemma3n",
     "Gemma4",
+    "Gemma4Unified",
     "GlmV",
     "GotOcr2",
+    "Granite4Vision",
+    "GraniteDocling",
+    "HunYuanVL",
     "Idefics2",
     "Idefics3",
     "ImageMap",
@@ -64,6 +79,7 @@ __all__ = [
     "Mistral3",
     "Mllama",
     "Modality",
+    "Molmo2",
     "MuseGlimmer",
     "OneAxis",
     "Ovis2",
@@ -74,7 +90,9 @@ __all__ = [
     "Qwen3_5",
     "QwenOmni",
     "QwenVL",
+    "ShieldGemma2",
     "SmolVLM",
+    "Step3p7",
     "UnsupportedModelError",
     "VideoLlama3",
     "VideoLlava",

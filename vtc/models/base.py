@@ -23,6 +23,13 @@ _OWN = {
     "_deepstack_process": "features of earlier tower layers are added between decoder layers",
 }
 """Features outside the common shape, by the attribute that reveals them."""
+_BY_PLACE = {
+    "minimax_m3_sparse": (
+        "; they choose blocks of adjacent keys by their place in the cache, and a dropped token "
+        "moves all later keys to other blocks, so that no mask gives the same result"
+    ),
+}
+"""Why tokens cannot be dropped from layers of a kind."""
 
 
 __all__ = ["ADAPTERS", "CACHE", "Adapter", "UnsupportedModelError"]
@@ -71,6 +78,7 @@ class Adapter(MergingPart, DecoderPart):
         stages: the stages in which methods can act.
         merger: the method of the base model that merges features into the sequence.
         masks_in_base: the base model builds the attention masks, not the decoder.
+        masks_alike: the masks that `generate` prepares for a static cache are those of a forward.
         attention: how the tokens of an image attend to one another, for `vtc models`.
         positions: what rotary positions encode, for `vtc models`.
         crosses: the sequence contains no vision tokens; cross-attention layers read them.
@@ -99,6 +107,7 @@ class Adapter(MergingPart, DecoderPart):
     stages: ClassVar[tuple[str, ...]] = ("pixels", "encoder", "sequence", "layers")
     merger: ClassVar[str] = "get_placeholder_mask"
     masks_in_base: ClassVar[bool] = False
+    masks_alike: ClassVar[bool] = True
     attention: ClassVar[str] = "causal"
     positions: ClassVar[str] = "one axis"
     crosses: ClassVar[bool] = False
@@ -183,6 +192,7 @@ class Adapter(MergingPart, DecoderPart):
             raise UnsupportedModelError(
                 f"model: {type(self.decoder).__name__} has layers of kind "
                 f"{', '.join(sorted(foreign))}; supported are full and sliding attention"
+                f"{''.join(_BY_PLACE.get(kind, '') for kind in sorted(foreign))}"
             )
         rotary = getattr(self.decoder, "rotary_emb", None)
         if rotary is None or "layer_type" in inspect.signature(rotary.forward).parameters:

@@ -62,6 +62,10 @@ class DecoderPart:
             return embed(hidden, positions, self.layer_type(layer))
         return embed(hidden, position_ids=positions)
 
+    def rotary_kind(self, layer: int) -> str:
+        """The kind of a decoder layer's rotation: layers of one kind rotate alike."""
+        return self.layer_type(layer)
+
     def rotates(self, layer: int) -> bool:
         """Whether decoder layer `layer` rotates queries and keys by position."""
         attention: Any = self.layers[layer].self_attn
@@ -200,6 +204,23 @@ class DecoderPart:
     def layer_blocks(self, layer: int, blocks: Tensor | None) -> Tensor | None:
         """The `blocks` that apply in decoder layer `layer`."""
         return blocks
+
+    def injects(self) -> tuple[int, ...]:
+        """0-based decoder layers before which features are added to the vision tokens, where these
+        enter as zeros; ascending, and empty where they enter with their features."""
+        return ()
+
+    def take_injected(self, kwargs: dict[str, Any]) -> tuple[Tensor, dict[int, Tensor]] | None:
+        """Take the features of `injects` off the arguments of the decoder, which then adds none.
+
+        Args:
+            kwargs: the arguments of the decoder, changed in place.
+
+        Returns:
+            (b, s) bool, True at the tokens that receive features, and these by layer: (n, d) in the
+            order of the tokens; `None` if there are none.
+        """
+        return None
 
     def mask(
         self,

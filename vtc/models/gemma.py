@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PaliGemma, Gemma 3, Gemma 3n and Gemma 4: mostly bidirectional attention within an image, with
-masks from the base model."""
+"""PaliGemma, Gemma 3, ShieldGemma 2, Gemma 3n and Gemma 4: mostly bidirectional attention within an
+image, with masks from the base model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -210,7 +210,7 @@ class Gemma4(SharedKeys, Gemma3):
         video = modality == "video"
         places = self._corners(modality, given)
         frames = given["num_frames_per_video"].tolist() if video else [1] * len(places)
-        by = self.model.config.vision_config.pooling_kernel_size
+        by = self.per_side()
         maps, first = [], 0
         padded = places.shape[1]
         for own, of_one in zip(features, places.split(frames), strict=True):
@@ -230,6 +230,10 @@ class Gemma4(SharedKeys, Gemma3):
             maps.append([found])
         return maps
 
+    def per_side(self) -> int:
+        """Patches along the side of a token's square."""
+        return int(self.model.config.vision_config.pooling_kernel_size)
+
     def encoder_attend(self, layer: Any, hidden: Tensor, given: Mapping[str, Any]) -> Tensor:
         attended, _ = layer.self_attn(layer.input_layernorm(hidden), **given)
         return hidden + layer.post_attention_layernorm(attended)
@@ -247,7 +251,7 @@ class Gemma4(SharedKeys, Gemma3):
         }
 
     def check_encoder(self, modality: Modality, given: Mapping[str, Any]) -> None:
-        by = self.model.config.vision_config.pooling_kernel_size
+        by = self.per_side()
         for corners in self._corners(modality, given):
             if not len(_pooled(corners, by)):
                 raise UnsupportedModelError(
@@ -260,7 +264,7 @@ class Gemma4(SharedKeys, Gemma3):
         self, modality: Modality, given: Mapping[str, Any], rows: int, length: int
     ) -> list[tuple[int, Tensor, Tensor]]:
         # Padding, which nothing attends to, is in no tile and does not run.
-        by, none = self.model.config.vision_config.pooling_kernel_size, torch.empty(0).long()
+        by, none = self.per_side(), torch.empty(0).long()
         return [
             (row, none, _pooled(corners, by))
             for row, corners in enumerate(self._corners(modality, given))
@@ -285,6 +289,50 @@ class Gemma4(SharedKeys, Gemma3):
         if name == "mlp_out":
             return "post_feedforward_layernorm", True
         return super().recorded_at(layer, name)
+
+
+class Gemma4Unified(Gemma4):
+    """Gemma 4 without a vision tower: a linear layer makes a token of each patch. A forward lets
+    images attend in both directions in all layers, and no window limits that; for a static cache
+    transformers itself builds the masks of Gemma 4 as long as nothing is dropped."""
+
+    name: ClassVar[str] = "gemma4_unified"
+    model_types: ClassVar[tuple[str, ...]] = ("gemma4_unified",)
+    since: ClassVar[Mapping[str, str]] = {"gemma4_unified": "5.21"}
+    masks_alike: ClassVar[bool] = False
+    attention: ClassVar[str] = "both directions"
+    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
+    unread: ClassVar[str] = "it has none"
+
+    def per_side(self) -> int:
+        return 1
+
+    def layer_blocks(self, layer: int, blocks: Tensor | None) -> Tensor | None:
+        return blocks
+
+    def mask(
+        self,
+        layer: int,
+        embeds: Tensor,
+        valid: Tensor | None,
+        cache: Any,
+        blocks: Tensor | None,
+    ) -> Any:
+        return Adapter.mask(self, layer, embeds, valid, cache, blocks)
+
+
+class ShieldGemma2(Gemma3):
+    """Gemma 3 that judges images, with or without the head of the classifier."""
+
+    name: ClassVar[str] = "shieldgemma2"
+    model_types: ClassVar[tuple[str, ...]] = ("shieldgemma2",)
+
+    @classmethod
+    def bind(cls, model: Any) -> Self:
+        inner = getattr(model, "model", None)
+        if not hasattr(inner, "lm_head"):
+            return super().bind(model)
+        return replace(super().bind(inner), model=model)
 
 
 def _cells(corners: Tensor, by: int) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any, ClassVar
 
 import torch
@@ -250,3 +251,45 @@ class LlavaOnevision(LlavaNext):
             vision_aspect_ratio=ratio,
         )
         return packed[0]
+
+
+class Granite4Vision(LlavaNext):
+    """As LLaVA-NeXT, with a resampler for each of several decoder layers: vision tokens enter as
+    zeros, and features are added before these layers. Methods see the first of them."""
+
+    name: ClassVar[str] = "granite4_vision"
+    model_types: ClassVar[tuple[str, ...]] = ("granite4_vision",)
+    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
+    unread: ClassVar[str] = "each token mixes all patches of its window (a resampler)"
+    projects_patches: ClassVar[bool] = False
+    video: ClassVar[bool] = False
+
+    def features(self, output: Any) -> Any:
+        return min(output.deepstack_features, key=lambda pair: pair[0])[1]
+
+    def side(self) -> int:
+        return int(super().side() * Fraction(self.base.downsample_rate))
+
+    def pack(self, given: Mapping[str, Any], i: int, places: Tensor) -> Tensor:
+        newline, sizes = places.new_full((2,), -1), given["image_sizes"][i : i + 1]
+        packed: list[Tensor] = self.base.pack_image_features([places], sizes, "full", newline)
+        return packed[0]
+
+    def image_maps(
+        self, modality: Modality, given: Mapping[str, Any], features: Any
+    ) -> list[list[ImageMap]]:
+        every = super().image_maps(modality, given, features)
+        return [[replace(found, patches=None) for found in maps] for maps in every]
+
+    def injects(self) -> tuple[int, ...]:
+        config = self.model.config
+        return tuple(
+            sorted({*dict(config.deepstack_layer_map).values()} | {*config.spatial_target_layers})
+        )
+
+    def take_injected(self, kwargs: dict[str, Any]) -> tuple[Tensor, dict[int, Tensor]] | None:
+        features, mask = kwargs.get("deepstack_features"), kwargs.get("vision_mask")
+        if features is None or mask is None:
+            return None
+        kwargs["deepstack_features"] = kwargs["vision_mask"] = None
+        return mask[..., 0], features

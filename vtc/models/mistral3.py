@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Self
@@ -11,12 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from vtc.core.images import ImageMap, Modality, merged_patches
-from vtc.models.base import Adapter
+from vtc.models.base import Adapter, UnsupportedModelError
 
 
 class Mistral3(Adapter):
     """Images of any size, packed into one tower sequence; each square of patches becomes one
-    token."""
+    token.
+
+    The language models of Ministral 3 and Mistral Small 4 scale queries by position, in steps of
+    `original_max_position_embeddings` tokens: results are exact below one step, by default 8192.
+    """
 
     name: ClassVar[str] = "mistral3"
     model_types: ClassVar[tuple[str, ...]] = ("mistral3",)
@@ -26,6 +31,17 @@ class Mistral3(Adapter):
         *("attention_norm", "attention"),
         *("ffn_norm", "feed_forward"),
     )
+
+    def check(self) -> None:
+        super().check()
+        attention = type(getattr(self.layers[0], "self_attn", None))
+        scales = "position_ids" in inspect.signature(attention.forward).parameters
+        if scales and "flash" in (self.decoder.config._attn_implementation or ""):
+            raise UnsupportedModelError(
+                f"model: {attention.__name__} scales queries by position and hands positions on to "
+                "flash attention, which takes gaps in them for packed sequences; use "
+                "attn_implementation='sdpa'"
+            )
 
     def encoder_layers(self) -> list[Any]:
         return self._with_parts(list(self.tower.transformer.layers))

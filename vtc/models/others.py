@@ -19,19 +19,6 @@ OTHERS: dict[str, str] = {
         "Blip2ForConditionalGeneration has a generate of its own, which needs a family of its own"
     ),
     "chameleon": "ChameleonForConditionalGeneration lacks language_model",
-    "cohere_compass": (
-        "CohereCompassTextModel has not one rotary embedding for all layers, and so needs a "
-        "family of its own"
-    ),
-    "cosmos3_edge": (
-        "Cosmos3EdgeForConditionalGeneration has rope_deltas: rotary positions of its vision "
-        "tokens are places in the picture (m-RoPE), which needs a family of its own"
-    ),
-    "cosmos3_omni": (
-        "Cosmos3OmniForConditionalGeneration has rope_deltas: rotary positions of its vision "
-        "tokens are places in the picture (m-RoPE), which needs a family of its own"
-    ),
-    "deepseek_ocr2": ACCEPTED,
     "diffusion_gemma": (
         "DiffusionGemmaForBlockDiffusion lacks get_placeholder_mask, get_image_features, "
         "language_model"
@@ -44,26 +31,10 @@ OTHERS: dict[str, str] = {
     "evolla": "EvollaForProteinText2Text (evolla) has no vision encoder",
     "florence2": "Florence2ForConditionalGeneration lacks language_model",
     "fuyu": "FuyuForCausalLM (fuyu) has no vision encoder",
-    "gemma4_unified": (
-        "Gemma4UnifiedTextModel has not one rotary embedding for all layers, and so needs a "
-        "family of its own"
-    ),
     "git": ("GitForCausalLM lacks get_placeholder_mask, get_image_features, language_model"),
     "glm5_next": (
         "Glm5NextTextModel has layers of kind indexed_attention, linear_attention; supported "
         "are full and sliding attention"
-    ),
-    "granite4_vision": (
-        "vision tokens enter Granite4VisionTextModel as zeros, and features are added between"
-        " its layers, which needs a family of its own"
-    ),
-    "granite_docling": (
-        "GraniteDoclingForConditionalGeneration has _deepstack_process: features of earlier "
-        "tower layers are added between decoder layers, which needs a family of its own"
-    ),
-    "hunyuan_vl": (
-        "HunYuanVLForConditionalGeneration has rope_deltas: rotary positions of its vision "
-        "tokens are places in the picture (m-RoPE), which needs a family of its own"
     ),
     "hy_v4_vl": (
         "HYV4VLTextModel has layers of kind indexed_attention; supported are full and sliding"
@@ -102,16 +73,14 @@ OTHERS: dict[str, str] = {
     ),
     "minimax_m3_vl": (
         "MiniMaxM3VLTextModel has layers of kind minimax_m3_sparse; supported are full and "
-        "sliding attention"
+        "sliding attention; they choose blocks of adjacent keys by their place in the cache, and "
+        "a dropped token moves all later keys to other blocks, so that no mask gives the same "
+        "result"
     ),
     "mistral4": "Mistral4ForCausalLM (mistral4) has no vision encoder",
     "mistral_large4": (
         "MistralLarge4TextModel has layers of kind indexed_attention; supported are full and "
         "sliding attention"
-    ),
-    "molmo2": (
-        "Molmo2ForConditionalGeneration takes mm_token_type_ids, by which it may mask or "
-        "place the tokens of an image in a way of its own, which needs a family of its own"
     ),
     "nemotron_h_omni": (
         "NemotronHModel has layers of kind linear_attention, mlp, moe; supported are full and"
@@ -129,14 +98,6 @@ OTHERS: dict[str, str] = {
     "qwen4_exp": (
         "Qwen4ExpTextModel has layers of kind indexed_attention, linear_attention; supported "
         "are full and sliding attention"
-    ),
-    "shieldgemma2": (
-        "Gemma3TextModel has not one rotary embedding for all layers, and so needs a family "
-        "of its own"
-    ),
-    "step3p7": (
-        "Step3p7TextModel has not one rotary embedding for all layers, and so needs a family "
-        "of its own"
     ),
     "t5gemma2": (
         "T5Gemma2ForConditionalGeneration lacks get_placeholder_mask, get_image_features, "

@@ -75,6 +75,8 @@ class Forward:
         entered: the tokens that entered the decoder; set at prefill.
         entering: the arguments of the decoder before compression; set at prefill.
         deepstack: (b, s) bool, True at tokens to which DeepStack adds features, or `None`.
+        injected: by layer, the (n, d) features that are added before it to the tokens of
+            `deepstack`, where these enter as zeros.
         captured: what was captured in decoder layers.
         counts: tokens by layer.
         places: positions; set whenever a compressed cache is written.
@@ -99,6 +101,7 @@ class Forward:
     entered: Layout | None = None
     entering: Mapping[str, Any] = field(default_factory=dict)
     deepstack: Tensor | None = None
+    injected: dict[int, Tensor] = field(default_factory=dict)
     captured: Captured = field(default_factory=Captured)
     counts: TokenCounts = field(default_factory=TokenCounts)
 
@@ -131,6 +134,21 @@ class Forward:
         hidden = gather_tokens(hidden, place.to(hidden.device))
         pads = ~self.layout.valid[..., None].to(hidden.device)
         return hidden.masked_fill(pads, 0), place
+
+    def deepstack_left(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the tokens of `deepstack`, those still held.
+
+        Args:
+            features: (n, d) one for each token of `deepstack`, in their order.
+
+        Returns:
+            (b, k) bool, where these tokens are in the current layout, and (m, d) their features.
+        """
+        every, index = self.deepstack, self.layout.index
+        assert every is not None
+        left = every.gather(1, index) & self.layout.valid
+        row = (every.flatten().cumsum(0) - 1).view_as(every).gather(1, index)[left]
+        return left, features[row.to(features.device)]
 
     def rotary_positions(self, number: int) -> Tensor:
         """Rotary positions of this forward's tokens in a layer group.

@@ -168,8 +168,13 @@ class ImageSpan:
             place, ends = place[left], ends[left]
             grid = None if grid is None else grid[left]
             crop = None if crop is None else crop[left]
-        if grid is None or not bool(ends.any()):
+        if not bool(ends.any()):
             return cls(sample, ordinal, place, signals, grid, crop, none, none[:, None].bool())
+        own_crop = None if crop is None else crop[~ends]
+        if grid is None:
+            closes = ends.new_ones(int(ends.sum()), int((~ends).sum()))
+            left, apart = place[~ends], place[ends]
+            return cls(sample, ordinal, left, signals, None, own_crop, apart, closes)
         planes = grid[:, :2]
         if crop is not None:
             # Adjacent tiles share rows; the thumbnail has its own.
@@ -178,8 +183,8 @@ class ImageSpan:
         of_frame = grid[ends][:, 1:2] == -1
         closes |= of_frame & (grid[ends][:, None, 0] == grid[~ends][None, :, 0])
         closes |= grid[ends][:, 1:2] == -2
-        crop = None if crop is None else crop[~ends]
-        return cls(sample, ordinal, place[~ends], signals, grid[~ends], crop, place[ends], closes)
+        left, apart = place[~ends], place[ends]
+        return cls(sample, ordinal, left, signals, grid[~ends], own_crop, apart, closes)
 
     def emptied(self, alive: Tensor) -> Tensor:
         """The separators of rows that have lost all tokens. A row without tokens from the start, as

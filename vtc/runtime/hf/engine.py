@@ -111,6 +111,7 @@ class Engine(Hooked):
             self.overrides.append(Override(b.decoder, "_deepstack_process", self._deepstack))
         for i, layer in enumerate(self.layers):
             watched = any(runner.watches(i) for runner in self.runners)
+            watched = watched or i in self.adapter.injects()
             if self.flash or watched or self.groups.group_of[i] > 0:
                 hook = functools.partial(self._enter_layer, i)
                 self.handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
@@ -193,12 +194,37 @@ class Engine(Hooked):
         forward = self.forward
         if forward is None or forward.phase != "prefill" or forward.deepstack is None:
             return original(hidden_states, visual_pos_masks, visual_embeds)
-        every, index = forward.deepstack, forward.layout.index
         if forward.whole:
             return original(hidden_states, visual_pos_masks, visual_embeds)
-        left = every.gather(1, index) & forward.layout.valid
-        row = (every.flatten().cumsum(0) - 1).view_as(every).gather(1, index)[left]
-        return original(hidden_states, left, visual_embeds[row.to(visual_embeds.device)])
+        return original(hidden_states, *forward.deepstack_left(visual_embeds))
+
+    def _take_injected(self, forward: Forward, kwargs: dict[str, Any]) -> Tensor:
+        """(b, s, d) what enters the decoder, with the first features of vision tokens that enter as
+        zeros. Layers get the others, and what methods make of the first, in `_inject`."""
+        embeds: Tensor = kwargs["inputs_embeds"]
+        found = self.adapter.take_injected(kwargs)
+        if found is None:
+            return embeds
+        forward.deepstack, forward.injected = found
+        first = forward.injected[min(forward.injected)].to(embeds)
+        return embeds.masked_scatter(forward.deepstack[..., None], first)
+
+    def _put_injected(self, forward: Forward, embeds: Tensor) -> Tensor:
+        """(b, s, d) `embeds` with zeros for the vision tokens that get their features later."""
+        if not forward.injected:
+            return embeds
+        forward.injected = {**forward.injected, min(forward.injected): embeds[forward.deepstack]}
+        return embeds.masked_fill(forward.deepstack[..., None], 0)
+
+    def _inject(self, forward: Forward, layer: int, hidden: Tensor) -> Tensor:
+        """Add the features of a layer to the vision tokens that are left, as the decoder would."""
+        if layer not in forward.injected:
+            return hidden
+        features = forward.injected[layer].to(hidden)
+        left, features = forward.deepstack_left(features)
+        hidden = hidden.clone()
+        hidden[left] = hidden[left] + features
+        return hidden
 
     def _run_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.adapter.model._compiled_call_impl is not None:
@@ -294,7 +320,8 @@ class Engine(Hooked):
 
     def _compress(self, forward: Forward, kwargs: dict[str, Any]) -> None:
         """Prefill with images: run the sequence stage and pass on the tokens that are kept."""
-        embeds, cache = kwargs["inputs_embeds"], cache_in(kwargs)
+        forward.deepstack = kwargs.get("visual_pos_masks")
+        embeds, cache = self._take_injected(forward, kwargs), cache_in(kwargs)
         rows, length = embeds.shape[:2]
         forward.entering = dict(kwargs)
         ledger = ledger_of(cache)
@@ -305,7 +332,6 @@ class Engine(Hooked):
         blocks = self.adapter.blocks(forward.given)
         if blocks is not None:  # candidate tokens of assisted decoding have no type
             blocks = nn.functional.pad(blocks, (0, max(length - blocks.shape[1], 0)), value=-1)
-        forward.deepstack = kwargs.get("visual_pos_masks")
         forward.ledger = ledger or Ledger.fresh(self.groups.first_layers, past, past_valid)
         forward.ledger.may_write = True
         self.groups.check(forward.ledger)
@@ -342,6 +368,7 @@ class Engine(Hooked):
             dropped = not torch.equal(keep, valid)
             if dropped or new_embeds is not embeds:
                 refuse_packed(forward.given, forward.entering, self.flash)
+            new_embeds = self._put_injected(forward, new_embeds)
             if dropped:
                 new_embeds, place = forward.drop(keep, new_embeds)
                 for name, value in kwargs.items():
@@ -358,7 +385,8 @@ class Engine(Hooked):
         if plain and not group.diverged:
             # Nothing was dropped: the model's own masks and positions are right.
             call = forward.generating
-            if call is not None and call.masks is not None:
+            alike = self.adapter.masks_alike or len(forward.ledger.groups) == 1
+            if alike and call is not None and call.masks is not None:
                 kwargs["attention_mask"], call.masks = call.masks, None
             return
         if self.adapter.masks_in_base:
@@ -476,12 +504,13 @@ class Engine(Hooked):
                 "checkpoint cannot replay; switch it off for training under this patch"
             )
         if forward.phase == "prefill":
+            hidden = self._inject(forward, layer, hidden)
             if layer in self.groups.first_layers[1:]:
                 hidden = self._drop(forward, layer, hidden, cache_in(kwargs))
-                if args:
-                    args = (self.adapter.part_streams(hidden),)
-                else:
-                    kwargs["hidden_states"] = self.adapter.part_streams(hidden)
+            if args:
+                args = (self.adapter.part_streams(hidden),)
+            else:
+                kwargs["hidden_states"] = self.adapter.part_streams(hidden)
             for runner in self.runners:
                 if runner.watches(layer):
                     runner.watch(forward, layer, hidden)

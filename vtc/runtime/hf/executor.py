@@ -46,7 +46,8 @@ class Transformers(Executor):
     def holders(cls, model: Any) -> tuple[Any, ...]:
         """The part that merges images in, possibly the model itself."""
         inner = _unwrapped(model)
-        return inner, getattr(inner, "model", None)
+        part = getattr(inner, "model", None)
+        return inner, part, getattr(part, "model", None)  # of a classifier around the model
 
     @classmethod
     def bind(cls, model: Any, method: Method) -> Hooked:

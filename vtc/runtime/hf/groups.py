@@ -121,6 +121,7 @@ class LayerGroups:
         kwargs["attention_mask"] = forward.memo[number, kind]
         if kind in RECURRENT:  # it has no positions
             return
+        kind = self.adapter.rotary_kind(layer)
         if (number, kind, "rotary") not in forward.memo:
             positions = forward.rotary_positions(number).to(hidden.device)
             rotation = self.adapter.rotary(layer, hidden, positions)

@@ -141,7 +141,12 @@ class Plan:
                 if value.default is value.empty and value.kind is value.POSITIONAL_OR_KEYWORD
             }
             given = {"self", "hidden_states", "position_embeddings", "attention_mask"}
-            given |= {"cache", "past_key_values", *self.adapter.attention_arguments(layer)}
+            given |= {
+                "cache",
+                "past_key_values",
+                "position_ids",
+                *self.adapter.attention_arguments(layer),
+            }
             if unmet := needed - given:
                 raise UnsupportedModelError(
                     f"model: attention of {type(self.adapter.model).__name__} takes "

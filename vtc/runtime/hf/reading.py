@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -231,6 +232,9 @@ class LayerReader:
             )
             positions = forward.rotary_positions(forward.ledger.group_of(layer)).to(hidden.device)
             decoder: Any = self.adapter.layers[layer]
+            own = self.adapter.attention_arguments(layer)
+            if "position_ids" in inspect.signature(decoder.self_attn.forward).parameters:
+                own["position_ids"] = positions
             # The look-ahead is not part of the forward, so its inputs are not recorded.
             forward.captured.paused = True
             try:
@@ -240,7 +244,7 @@ class LayerReader:
                         position_embeddings=self.adapter.rotary(layer, hidden, positions),
                         attention_mask=None,
                         **{CACHE: _ReadOnly(cache) if past else None},
-                        **self.adapter.attention_arguments(layer),
+                        **own,
                     )
             finally:
                 forward.captured.paused = False
