@@ -421,4 +421,5 @@ from tests.reference import (  # noqa: E402, F401
     families_more,
     families_own,
     families_rest,
+    families_shapes,
 )

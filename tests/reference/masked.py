@@ -38,6 +38,8 @@ PREFIX = {"paligemma"}
 """The whole prompt is seen in both directions."""
 NO_PLACES = {"idefics2", "aria"}
 """Their tokens come from a resampler."""
+MERGES_IN_DECODER = {"chameleon"}
+"""Their decoder takes ids and pixels."""
 UNUSED_AXES = {"exaone4_5"}
 """Their models inherit `rope_deltas` and use none."""
 BOTH_WAYS = {"gemma3", "gemma4"}
@@ -46,6 +48,8 @@ BOTH_WAYS = {"gemma3", "gemma4"}
 
 def decoder_of(model: Any) -> Any:
     base = model.model if hasattr(model, "model") else model
+    if model.config.model_type in MERGES_IN_DECODER:
+        return base
     found = getattr(base, "language_model", None) or base.text_model
     while not hasattr(found, "layers"):
         found = found.model
@@ -222,6 +226,10 @@ class Masked:
             after = [i for i in image.index if i > place]
             frame = image.grid[image.index.index(after[0])][0]
             return [i for i, (f, _, _) in zip(image.index, image.grid, strict=True) if f == frame]
+        if kind == "emu3":
+            before = max(i for i in image.index if i < place)
+            row = image.grid[image.index.index(before)][1]
+            return [i for i, (_, r, _) in zip(image.index, image.grid, strict=True) if r == row]
         if image.video or image.crop is None:  # one newline after all
             return list(image.index)
         before = max(i for i in image.index if i < place)
@@ -385,6 +393,12 @@ class Masked:
 
     def _enter(self, total: int) -> Callable[..., Any]:
         def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            if self.family.model_type in MERGES_IN_DECODER:
+                ids, pixels = kwargs.pop("input_ids"), kwargs.pop("pixel_values")
+                kwargs["inputs_embeds"] = module.embed_tokens(ids)
+                if pixels is not None:
+                    fed = module.get_image_features(pixels).pooler_output.flatten(0, 1)
+                    kwargs["inputs_embeds"][0, ids[0] == self.image_id] = fed
             embeds = kwargs["inputs_embeds"].clone()
             if not self.decided:
                 self._select(embeds[0])

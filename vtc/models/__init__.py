@@ -16,9 +16,11 @@ from .base import CACHE, Adapter, UnsupportedModelError
 from .cohere import CohereVision
 from .convolutional import FastVLM, GotOcr2
 from .deepseek_vl import DeepseekVL
+from .discrete import Chameleon, Emu3
 from .gemma import Gemma3, Gemma3n, Gemma4, PaliGemma
 from .idefics import Idefics2, Idefics3, SmolVLM
 from .internvl import InternVL, QianfanOCR
+from .janus import Janus
 from .kimi import KimiK25
 from .lfm2_vl import Lfm2VL
 from .llama4 import Llama4
@@ -38,8 +40,10 @@ __all__ = [
     "CACHE",
     "Adapter",
     "Aria",
+    "Chameleon",
     "CohereVision",
     "DeepseekVL",
+    "Emu3",
     "Ernie45VL",
     "FamilyInfo",
     "FastVLM",
@@ -52,6 +56,7 @@ __all__ = [
     "Idefics3",
     "ImageMap",
     "InternVL",
+    "Janus",
     "KimiK25",
     "Lfm2VL",
     "LightOnOcr",

@@ -84,6 +84,8 @@ class Adapter(MergingPart, DecoderPart):
         unread: why nothing of the vision tower can be read; empty if it can.
         clips_as_images: the base model encodes clips with `get_image_features`.
         places: its vision tokens have places in the picture.
+        own_generate: its model has a `generate` of its own that vtc knows.
+        merges_in_decoder: the base model is the decoder, and merges features in with `merged`.
         encoder_parts: the norm, the attention, the second norm and the feed-forward of a tower
             layer, by name.
         since: by model type, the first transformers version with what vtc hooks, if newer than the
@@ -105,6 +107,8 @@ class Adapter(MergingPart, DecoderPart):
     frames: ClassVar[bool] = False
     clips_as_images: ClassVar[bool] = False
     places: ClassVar[bool] = True
+    own_generate: ClassVar[bool] = False
+    merges_in_decoder: ClassVar[bool] = False
 
     model: Any
     base: Any
@@ -167,7 +171,7 @@ class Adapter(MergingPart, DecoderPart):
         """
         kind = type(self.model).__name__
         own = getattr(type(self.model), "generate", GenerationMixin.generate)
-        if own is not GenerationMixin.generate:
+        if own is not GenerationMixin.generate and not self.own_generate:
             raise UnsupportedModelError(
                 f"model: {kind} has a generate of its own, which needs a family of its own"
             )
@@ -248,6 +252,17 @@ class Adapter(MergingPart, DecoderPart):
             for name, mask in zip(names, masks, strict=False)
             if mask is not None
         }
+
+    def merged(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Merge features in, where `merges_in_decoder`.
+
+        Args:
+            given: the arguments of the base model's forward.
+
+        Returns:
+            The same with the prompt as `inputs_embeds`, without images.
+        """
+        raise NotImplementedError
 
     def image_maps(
         self, modality: Modality, given: Mapping[str, Any], features: Any

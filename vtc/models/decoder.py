@@ -69,6 +69,11 @@ class DecoderPart:
         part, _, end = name.partition("_")
         return {"attention": "self_attn", "mlp": "mlp"}.get(part, ""), end == "in"
 
+    def attention_norm(self, layer: int) -> Any:
+        """The module between the input of decoder layer `layer` and its attention; `None` if it is
+        unknown."""
+        return getattr(self.layers[layer], "input_layernorm", None)
+
     def attention_arguments(self, layer: int) -> dict[str, Any]:
         """Arguments that the attention of decoder layer `layer` takes beside the usual ones, where
         vtc looks ahead at it."""

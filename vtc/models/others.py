@@ -18,7 +18,6 @@ OTHERS: dict[str, str] = {
     "blip-2": (
         "Blip2ForConditionalGeneration has a generate of its own, which needs a family of its own"
     ),
-    "chameleon": "ChameleonForConditionalGeneration lacks language_model",
     "cohere_compass": (
         "CohereCompassTextModel has not one rotary embedding for all layers, and so needs a "
         "family of its own"
@@ -40,7 +39,6 @@ OTHERS: dict[str, str] = {
         "Dots3NoteTextModel has layers of kind indexed_attention; supported are full and "
         "sliding attention"
     ),
-    "emu3": "Emu3ForConditionalGeneration (emu3) has no vision encoder",
     "evolla": "EvollaForProteinText2Text (evolla) has no vision encoder",
     "florence2": "Florence2ForConditionalGeneration lacks language_model",
     "fuyu": "FuyuForCausalLM (fuyu) has no vision encoder",
@@ -89,9 +87,6 @@ OTHERS: dict[str, str] = {
         " of its own"
     ),
     "instructblipvideo": ("InstructBlipVideoForConditionalGeneration lacks get_image_features"),
-    "janus": (
-        "JanusForConditionalGeneration has a generate of its own, which needs a family of its own"
-    ),
     "kosmos-2": (
         "Kosmos2ForConditionalGeneration lacks get_placeholder_mask, get_image_features, "
         "language_model"

@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -232,10 +232,24 @@ class Engine(Hooked):
             if self.adapter.masks_in_base and ledger_of(cache_in(given)) is not None:
                 # The base model's own masks would not fit; `forward.given` keeps this one.
                 args, kwargs = (), {**given, "attention_mask": None}
-            out = original(*args, **kwargs)
+            if self.adapter.merges_in_decoder:
+                out = self._run_merged(original, given)
+            else:
+                out = original(*args, **kwargs)
         if forward.images_seen and forward.phase != "prefill":
             raise RuntimeError(UNHANDLED.format(model=type(self.adapter.model).__name__))
         return out
+
+    def _run_merged(self, original: Callable[..., Any], given: Mapping[str, Any]) -> Any:
+        """Run a base model that is the decoder: merge images in, as it would, and then enter it."""
+        wanted = given.get("return_dict")
+        if wanted is None:
+            wanted = getattr(self.adapter.base.config, "return_dict", True)
+        kwargs = {**self.adapter.merged(given), "return_dict": True}
+        self._enter_decoder(self.adapter.decoder, (), kwargs)
+        out = original(**kwargs)
+        self._leave_decoder(self.adapter.decoder, (), out)
+        return out if wanted else out.to_tuple()
 
     @contextmanager
     def _in_forward(self, forward: Forward) -> Iterator[None]:

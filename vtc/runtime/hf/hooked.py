@@ -151,10 +151,11 @@ class Hooked(Bound):
                 Override(b.model, "prepare_inputs_for_generation", self._prepare_step),
                 Override(b.model, "create_masks_for_generate", self._create_masks),
             ]
-        self.handles += [
-            b.decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True),
-            b.decoder.register_forward_hook(self._leave_decoder),
-        ]
+        if not b.merges_in_decoder:
+            self.handles += [
+                b.decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True),
+                b.decoder.register_forward_hook(self._leave_decoder),
+            ]
         self.layers = list(b.layers)
 
     def uninstall(self) -> None:

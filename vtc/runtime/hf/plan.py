@@ -121,7 +121,7 @@ class Plan:
                 f"{', '.join(get_args(Rows))}",
             )
         attention: Any = getattr(self.adapter.layers[layer], "self_attn", None)
-        norm = getattr(self.adapter.layers[layer], "input_layernorm", None)
+        norm = self.adapter.attention_norm(layer)
         if not hasattr(attention, "config") or (where == "peeks" and norm is None):
             raise UnsupportedModelError(
                 f"model: decoder layer {layer} of {type(self.adapter.model).__name__} has no "

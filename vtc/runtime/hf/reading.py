@@ -235,7 +235,7 @@ class LayerReader:
             try:
                 with tap.alone(), torch.no_grad():
                     decoder.self_attn(
-                        hidden_states=decoder.input_layernorm(hidden),
+                        hidden_states=self.adapter.attention_norm(layer)(hidden),
                         position_embeddings=self.adapter.rotary(layer, hidden, positions),
                         attention_mask=None,
                         **{CACHE: _ReadOnly(cache) if past else None},
