@@ -26,6 +26,7 @@ from tests.reference.families import (
     text_settings,
     vision_settings,
 )
+from tests.reference.families_own import InstructBlip
 
 CODES = range(VOCABULARY, VOCABULARY + 512)
 """Ids of the codes of a VQ-VAE."""
@@ -97,8 +98,8 @@ class Emu3(TinyFamily):
     never = (*range(FIRST_WORD), *CODES)
     sizes: ClassVar = ((4, 5), (4, 5), (4, 5))
     notes = (
-        "images are codes of a VQ-VAE, as words are; a code ends each row. All have one size: where "
-        "a batch pads one, the convolutions of the plain model give it other codes"
+        "images are codes of a VQ-VAE, as words are; a code ends each row. All have one size: "
+        "where a batch pads one, the convolutions of the plain model give it other codes"
     )
 
     def config(self) -> Any:
@@ -139,7 +140,32 @@ class Emu3(TinyFamily):
         return Piece(tokens, extras)
 
 
+class InstructBlipVideo(InstructBlip):
+    name = model_type = "instructblipvideo"
+    model_class = "InstructBlipVideoForConditionalGeneration"
+    has_video = True
+    layouts: ClassVar = {
+        **InstructBlip.layouts,
+        # Clips of a batch have equally many frames.
+        "video": ((2, "video0", 7), (4, "video1", 3)),
+    }
+
+    def config(self) -> Any:
+        text = hf.LlamaConfig(**text_settings())
+        settings = self.settings() | {"video_token_index": IMAGE}
+        del settings["image_token_index"]
+        return hf.InstructBlipVideoConfig(text_config=text.to_dict(), **settings)
+
+    def image(self, which: int, generator: torch.Generator, count: int) -> Piece:
+        return Piece(cells(1, 16), {"pixel_values": pixels(generator, 1, 1, 3, 28, 28)})
+
+    def video(self, which: int, generator: torch.Generator) -> Piece:
+        tokens = cells(1, 32)
+        return Piece(tokens, {"pixel_values": pixels(generator, 1, 2, 3, 28, 28)}, video=True)
+
+
 register(
+    InstructBlipVideo(),
     Janus(),
     Chameleon("chameleon", False),
     Chameleon("chameleon_swin", True),

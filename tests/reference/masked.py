@@ -36,7 +36,7 @@ TILES_ARE_IMAGES = {
 FRAMES_ARE_IMAGES = {"internvl", "smolvlm", "kimi_k25"}
 PREFIX = {"paligemma"}
 """The whole prompt is seen in both directions."""
-NO_PLACES = {"idefics2", "aria"}
+NO_PLACES = {"idefics2", "aria", "blip-2", "instructblip", "instructblipvideo"}
 """Their tokens come from a resampler."""
 MERGES_IN_DECODER = {"chameleon"}
 """Their decoder takes ids and pixels."""
@@ -52,7 +52,7 @@ def decoder_of(model: Any) -> Any:
         return base
     found = getattr(base, "language_model", None) or base.text_model
     while not hasattr(found, "layers"):
-        found = found.model
+        found = getattr(found, "model", None) or found.decoder
     return found
 
 
@@ -441,7 +441,7 @@ class Masked:
                 mask = torch.zeros(total, total).masked_fill(~seen, low)[None, None]
                 changed = {**given, "attention_mask": mask.to(hidden.dtype)}
                 moved = bool((step.closed != self.steps[-1].closed).any())
-                if moved and given["position_embeddings"] is not None:
+                if moved and given.get("position_embeddings") is not None:
                     changed["position_embeddings"] = self._rotary(i, hidden, self._moved(step))
                 return changed
 

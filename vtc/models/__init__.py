@@ -13,6 +13,7 @@ from vtc.core.images import ImageMap, Modality
 
 from .aria import Aria
 from .base import CACHE, Adapter, UnsupportedModelError
+from .blip import Blip2, InstructBlipVideo
 from .cohere import CohereVision
 from .convolutional import FastVLM, GotOcr2
 from .deepseek_vl import DeepseekVL
@@ -40,6 +41,7 @@ __all__ = [
     "CACHE",
     "Adapter",
     "Aria",
+    "Blip2",
     "Chameleon",
     "CohereVision",
     "DeepseekVL",
@@ -55,6 +57,7 @@ __all__ = [
     "Idefics2",
     "Idefics3",
     "ImageMap",
+    "InstructBlipVideo",
     "InternVL",
     "Janus",
     "KimiK25",

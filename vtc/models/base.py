@@ -85,6 +85,7 @@ class Adapter(MergingPart, DecoderPart):
         clips_as_images: the base model encodes clips with `get_image_features`.
         places: its vision tokens have places in the picture.
         own_generate: its model has a `generate` of its own that vtc knows.
+        nested: its language model is a model of its own, whose `generate` it calls.
         merges_in_decoder: the base model is the decoder, and merges features in with `merged`.
         encoder_parts: the norm, the attention, the second norm and the feed-forward of a tower
             layer, by name.
@@ -108,6 +109,7 @@ class Adapter(MergingPart, DecoderPart):
     clips_as_images: ClassVar[bool] = False
     places: ClassVar[bool] = True
     own_generate: ClassVar[bool] = False
+    nested: ClassVar[bool] = False
     merges_in_decoder: ClassVar[bool] = False
 
     model: Any
@@ -161,6 +163,11 @@ class Adapter(MergingPart, DecoderPart):
                 )
         towers = (getattr(base, name, None) for name in ("vision_tower", "vision_model", "visual"))
         return cls(model, base, decoder, next((t for t in towers if t is not None), None))
+
+    @property
+    def generator(self) -> Any:
+        """The model whose `generate` decodes."""
+        return self.model
 
     def check(self) -> None:
         """Refuse a model that this family does not support.

@@ -15,9 +15,6 @@ OTHERS: dict[str, str] = {
         "BlipForConditionalGeneration lacks get_placeholder_mask, get_image_features, "
         "language_model"
     ),
-    "blip-2": (
-        "Blip2ForConditionalGeneration has a generate of its own, which needs a family of its own"
-    ),
     "cohere_compass": (
         "CohereCompassTextModel has not one rotary embedding for all layers, and so needs a "
         "family of its own"
@@ -82,11 +79,6 @@ OTHERS: dict[str, str] = {
         "InklingTextModel has layers of kind hybrid, hybrid_sliding; supported are full and "
         "sliding attention"
     ),
-    "instructblip": (
-        "InstructBlipForConditionalGeneration has a generate of its own, which needs a family"
-        " of its own"
-    ),
-    "instructblipvideo": ("InstructBlipVideoForConditionalGeneration lacks get_image_features"),
     "kosmos-2": (
         "Kosmos2ForConditionalGeneration lacks get_placeholder_mask, get_image_features, "
         "language_model"

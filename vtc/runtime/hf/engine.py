@@ -325,7 +325,8 @@ class Engine(Hooked):
         self.groups.check(forward.ledger)
         positions = kwargs.get("position_ids")
         if positions is None:
-            positions = torch.arange(past, past + length, device=embeds.device)[None]
+            mask = self.groups.padding(forward, kwargs)
+            positions = self.adapter.numbered(mask, past, length, embeds.device)
         positions = positions.expand(*positions.shape[:-2], rows, -1)
         axis = positions if positions.dim() == 2 else positions[0]
         first = axis.gather(1, valid.long().argmax(1, keepdim=True))
@@ -396,7 +397,8 @@ class Engine(Hooked):
             valid = None
         positions = kwargs.get("position_ids")
         if positions is None:
-            positions = torch.arange(past, past + count, device=embeds.device)[None]
+            mask = self.groups.padding(forward, kwargs)
+            positions = self.adapter.numbered(mask, past, count, embeds.device)
         positions = positions.expand(*positions.shape[:-2], rows, -1)
         forward.places = Places(positions, positions.new_empty(0), positions.new_empty(0), [])
         for group in ledger.groups:

@@ -14,6 +14,7 @@ from vtc.runtime.executors import Executor
 from vtc.runtime.hf.cross import CrossEngine
 from vtc.runtime.hf.engine import Engine
 from vtc.runtime.hf.hooked import Hooked
+from vtc.runtime.hf.nested import NestedEngine
 from vtc.runtime.hf.stages import RUNNERS
 
 
@@ -51,7 +52,7 @@ class Transformers(Executor):
         """Bind a method; see `Executor.bind`."""
         adapter = find(_unwrapped(model))
         # All checks precede the engine.
-        engine: Any = CrossEngine if adapter.crosses else Engine
+        engine: Any = CrossEngine if adapter.crosses else NestedEngine if adapter.nested else Engine
         made: Hooked = engine(adapter, method)
         return made
 

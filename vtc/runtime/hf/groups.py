@@ -118,6 +118,8 @@ class LayerGroups:
         if (number, kind) not in forward.memo:
             forward.memo[number, kind] = self.of_layer(forward, number, layer, hidden, cache)
         kwargs["attention_mask"] = forward.memo[number, kind]
+        if self.adapter.learned:
+            return  # they were added to what entered
         if (number, kind, "rotary") not in forward.memo:
             positions = forward.rotary_positions(number).to(hidden.device)
             rotation = self.adapter.rotary(layer, hidden, positions)

@@ -148,8 +148,8 @@ class Hooked(Bound):
         if hasattr(b.model, "generate"):
             self.overrides += [
                 Override(b.model, "generate", self._generate),
-                Override(b.model, "prepare_inputs_for_generation", self._prepare_step),
-                Override(b.model, "create_masks_for_generate", self._create_masks),
+                Override(b.generator, "prepare_inputs_for_generation", self._prepare_step),
+                Override(b.generator, "create_masks_for_generate", self._create_masks),
             ]
         if not b.merges_in_decoder:
             self.handles += [
