@@ -537,8 +537,9 @@ def test_every_pair_of_the_matrix_occurs() -> None:
 
 
 def test_every_supported_model_type_is_in_the_matrix() -> None:
-    """The families of this file and of test_exactness.py are all that is called tested."""
-    here = {family.model_type for family in FAMILIES.values()} | {"llava"}
+    """The families of this file, test_exactness.py and test_seq2seq.py are all that is called
+    tested."""
+    here = {family.model_type for family in FAMILIES.values()} | {"llava", "florence2"}
     supported = {
         kind
         for cls in families()

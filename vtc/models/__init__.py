@@ -36,6 +36,7 @@ from .perception import PerceptionLM
 from .qwen import GlmV, Qwen3_5, QwenOmni, QwenVL
 from .qwen_like import Ernie45VL, OneAxis, PaddleOCRVL, VideoLlama3
 from .registry import FamilyInfo, families, find, models
+from .seq2seq import Florence2
 
 __all__ = [
     "CACHE",
@@ -49,6 +50,7 @@ __all__ = [
     "Ernie45VL",
     "FamilyInfo",
     "FastVLM",
+    "Florence2",
     "Gemma3",
     "Gemma3n",
     "Gemma4",

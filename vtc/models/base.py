@@ -86,6 +86,7 @@ class Adapter(MergingPart, DecoderPart):
         places: its vision tokens have places in the picture.
         own_generate: its model has a `generate` of its own that vtc knows.
         nested: its language model is a model of its own, whose `generate` it calls.
+        seq2seq: vision tokens enter an encoder, which `decoder` is.
         merges_in_decoder: the base model is the decoder, and merges features in with `merged`.
         encoder_parts: the norm, the attention, the second norm and the feed-forward of a tower
             layer, by name.
@@ -110,6 +111,7 @@ class Adapter(MergingPart, DecoderPart):
     places: ClassVar[bool] = True
     own_generate: ClassVar[bool] = False
     nested: ClassVar[bool] = False
+    seq2seq: ClassVar[bool] = False
     merges_in_decoder: ClassVar[bool] = False
 
     model: Any

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from vtc.core.images import ImageMap, Modality
 from vtc.models.base import Adapter, UnsupportedModelError
+from vtc.models.seq2seq import Seq2Seq
 
 
 class Blip2(Adapter):
     """A Q-Former makes a fixed number of tokens of each image or frame, which have no places. The
     language model, such as OPT or Vicuna, is a model of its own. The positions of OPT are learned
-    and added to what enters, so that gaps cannot close between layers."""
+    and added to what enters, so that gaps cannot close between layers. Of T5, which has an encoder
+    and a decoder, methods drop tokens before the encoder, and none between layers."""
 
     name: ClassVar[str] = "blip-2, instructblip"
     model_types: ClassVar[tuple[str, ...]] = ("blip-2", "instructblip")
@@ -40,18 +42,16 @@ class Blip2(Adapter):
             The adapter, bound to the model.
 
         Raises:
-            UnsupportedModelError: the model lacks a module that vtc hooks, or its language model is
-                an encoder and a decoder; the message says so.
+            UnsupportedModelError: the model lacks a module that vtc hooks; the message names it.
         """
         parts = (cls.merger, f"get_{cls.encodes}_features", "language_model", "generate")
         if missing := [name for name in parts if not hasattr(model, name)]:
             raise UnsupportedModelError(f"model: {type(model).__name__} lacks {', '.join(missing)}")
         base: Any = model
         if base.language_model.config.is_encoder_decoder:
-            raise UnsupportedModelError(
-                f"model: the language model {type(base.language_model).__name__} is an encoder and "
-                "a decoder, which needs a family of its own"
-            )
+            both: Any = Blip2Seq2Seq if cls.encodes == "image" else InstructBlipVideoSeq2Seq
+            found: Self = both(model, base, base.language_model.encoder, base.vision_model)
+            return found
         decoder = base.language_model
         while not hasattr(decoder, "layers"):
             decoder = getattr(decoder, "model", None) or getattr(decoder, "decoder", None)
@@ -63,7 +63,7 @@ class Blip2(Adapter):
 
     def check(self) -> None:
         super().check()
-        if not hasattr(self.decoder, "rotary_emb") and not self.learned:
+        if not (hasattr(self.decoder, "rotary_emb") or self.learned or self.seq2seq):
             raise UnsupportedModelError(
                 f"model: {type(self.decoder).__name__} has neither one rotary embedding for all "
                 "layers nor the learned positions of OPT"
@@ -104,12 +104,13 @@ class Blip2(Adapter):
     def placeholders(self, output: Any, given: Mapping[str, Any]) -> dict[Modality, Tensor]:
         return {self.encodes: output[..., 0] if output.dim() == 3 else output}
 
-    def embedded(self, given: Mapping[str, Any], ids: Tensor | None) -> Tensor:
+    def embedded(self, given: Mapping[str, Any], ids: Tensor | None, merged: Tensor) -> Tensor:
         """Locate the placeholders in the prompt of `generate`.
 
         Args:
             given: the arguments of `generate`.
-            ids: (b, s) what the language model receives, or `None`.
+            ids: (b, s) the prompt, or `None`.
+            merged: (b, s, d) what the model hands to its language model.
 
         Returns:
             (b, s) bool.
@@ -117,7 +118,10 @@ class Blip2(Adapter):
         token = getattr(self.model.config, f"{self.encodes}_token_id")
         if ids is not None:
             return ids == token
-        embeds = given["inputs_embeds"]
+        embeds = given.get("inputs_embeds")
+        if embeds is None:  # the model's own prompt: the images, and the first token of a text
+            place = torch.arange(merged.shape[1], device=merged.device)
+            return (place < merged.shape[1] - 1).expand(merged.shape[:2])
         table = self.base.get_input_embeddings()
         mark = table(torch.full((), token, dtype=torch.long, device=embeds.device))
         return (embeds == mark).all(-1)
@@ -136,3 +140,23 @@ class InstructBlipVideo(Blip2):
     model_types: ClassVar[tuple[str, ...]] = ("instructblipvideo",)
     video: ClassVar[bool] = True
     encodes: ClassVar[Modality] = "video"
+
+
+class Blip2Seq2Seq(Seq2Seq, Blip2):
+    """With T5, whose encoder reads the tokens of the Q-Former and the text."""
+
+    name: ClassVar[str] = Blip2.name
+
+    @property
+    def reader(self) -> Any:
+        return self.base.language_model.decoder
+
+
+class InstructBlipVideoSeq2Seq(Seq2Seq, InstructBlipVideo):
+    """The same for clips."""
+
+    name: ClassVar[str] = InstructBlipVideo.name
+
+    @property
+    def reader(self) -> Any:
+        return self.base.language_model.decoder

@@ -37,7 +37,6 @@ OTHERS: dict[str, str] = {
         "sliding attention"
     ),
     "evolla": "EvollaForProteinText2Text (evolla) has no vision encoder",
-    "florence2": "Florence2ForConditionalGeneration lacks language_model",
     "fuyu": "FuyuForCausalLM (fuyu) has no vision encoder",
     "gemma4_unified": (
         "Gemma4UnifiedTextModel has not one rotary embedding for all layers, and so needs a "

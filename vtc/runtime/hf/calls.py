@@ -36,6 +36,7 @@ class Generating:
             model's `generate`, and the clock of its encoding, until the language model's begins.
         embedded: the placeholders (b, s) bool and the features (images, n, d) that entered as
             embeddings there.
+        kept: of an encoder's output, the layout of the tokens left and the length of its input.
         masks: the masks that `generate` builds for its first step on a static cache.
     """
 
@@ -46,6 +47,7 @@ class Generating:
     prompt: tuple[Mapping[str, Any], Any] | None = None
     prompt_given: Any = None
     embedded: Any = None
+    kept: Any = None
     masks: Any = None
 
     def chosen(self, given: Mapping[str, Any], made: Any) -> Any:

@@ -9,18 +9,18 @@ the user.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from vtc.core.errors import ArgumentError
-from vtc.core.images import Modality
 from vtc.core.prefill import Stopwatch
-from vtc.models.blip import Blip2
+from vtc.models.blip import Blip2, Blip2Seq2Seq
 from vtc.runtime.forward import Forward
 from vtc.runtime.hf.arguments import by_name
 from vtc.runtime.hf.cache import cache_in, ledger_of
+from vtc.runtime.hf.encoder import EncoderEngine
 from vtc.runtime.hf.engine import Engine
 from vtc.runtime.hf.generation import Request
 from vtc.runtime.hf.guards import UNHANDLED, refuse_hidden_answers
@@ -88,16 +88,7 @@ class NestedEngine(Engine):
         call.prompt_given = None
         embeds = kwargs["inputs_embeds"]
         clock.stop(started, embeds.device)
-        mask = self.adapter.embedded(given, kwargs.get("input_ids")).to(embeds.device)
-        per_image = self.adapter.queries()
-        if self.adapter.encodes == "video":
-            per_image *= given["pixel_values"].shape[1]
-        if int(mask.sum()) % per_image:
-            raise RuntimeError(
-                f"{int(mask.sum())} vision tokens in the prompt, which are no whole number of "
-                f"images of {per_image}: vtc cannot tell which image a token belongs to"
-            )
-        features = embeds[mask].view(-1, per_image, embeds.shape[-1])
+        mask, features = merged(self.adapter, given, kwargs.get("input_ids"), embeds)
         self.calls.seen.clocks = clock, Stopwatch()
         call.embedded = mask, features
         return original(*args, **kwargs)
@@ -144,11 +135,7 @@ class NestedEngine(Engine):
             return
         if step is None or step.embedded is None:
             if given.get("input_ids") is None and ledger_of(cache) is None:
-                raise ArgumentError(
-                    "inputs_embeds",
-                    "the language model of a patched model cannot tell vision tokens from text in "
-                    "embeddings; call the whole model with pixel_values, or unpatch",
-                )
+                raise ArgumentError("inputs_embeds", _HIDDEN)
             return
         embeds = given.get("inputs_embeds")
         if embeds is None:
@@ -160,15 +147,9 @@ class NestedEngine(Engine):
         mask, features = step.embedded
         repeats = embeds.shape[0] // mask.shape[0]  # beams
         forward.images_seen = True
-        self._show(forward, mask.repeat_interleave(repeats, dim=0), embeds, features.shape[1])
-
-    def _show(self, forward: Forward, mask: Tensor, embeds: Tensor, per_image: int) -> None:
-        modality: Modality = self.adapter.encodes
-        features = embeds[mask].view(-1, per_image, embeds.shape[-1])
-        maps = self.adapter.image_maps(modality, {}, features)
-        signals = [[ImageSignals(found) for found in of_one] for of_one in maps]
-        self.vision.images.remember(self.calls.seen.recent, modality, features, signals)
-        forward.features[modality], forward.vision[modality] = features, mask
+        mask = mask.repeat_interleave(repeats, dim=0)
+        features = embeds[mask].view(-1, *features.shape[1:])
+        show(self, self.adapter, forward, mask, features)
 
     def _enter_decoder(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -182,3 +163,95 @@ class NestedEngine(Engine):
     @property
     def _slices_logits(self) -> bool:
         return True  # every language model of transformers does
+
+
+class NestedEncoderEngine(EncoderEngine):
+    """The same where the language model has an encoder, which the vision tokens enter.
+
+    Args:
+        adapter: bound to the model.
+        method: what to run.
+
+    Raises:
+        ArgumentError: the method acts in a stage other than the sequence stage.
+        UnsupportedModelError: the method reads what vtc cannot capture in this model.
+    """
+
+    adapter: Blip2Seq2Seq
+
+    def _install(self) -> None:
+        super()._install()
+        self.overrides.append(Override(self.adapter.generator, "generate", self._generate_text))
+
+    def _generate_text(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`generate` of the language model: as part of the model's own, or called by the user."""
+        call = self.calls.generating
+        forward = None if call is None else call.embedded
+        if forward is None:
+            with self.calls.generate(images=False):
+                return original(*args, **kwargs)
+        if not forward.vision:  # otherwise the model has asked where they are
+            embeds = kwargs["inputs_embeds"]
+            ids = forward.given.get("input_ids")
+            mask, features = merged(self.adapter, forward.given, ids, embeds)
+            show(self, self.adapter, forward, mask, features)
+        return original(*args, **kwargs)
+
+    def _enter_decoder(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self.forward is None and kwargs.get("inputs_embeds") is not None:
+            raise ArgumentError("inputs_embeds", _HIDDEN)
+        return super()._enter_decoder(module, args, kwargs)
+
+
+_HIDDEN = (
+    "the language model of a patched model cannot tell vision tokens from text in embeddings; call "
+    "the whole model with pixel_values, or unpatch"
+)
+
+
+def merged(
+    adapter: Blip2, given: Mapping[str, Any], ids: Tensor | None, embeds: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Where the images are in the embeddings that a model made for its language model.
+
+    Args:
+        adapter: bound to the model.
+        given: the arguments of the model's `generate`.
+        ids: (b, s) the prompt, or `None`.
+        embeds: (b, s, d) its embeddings.
+
+    Returns:
+        (b, s) bool, True at vision tokens, and their (images, n, d) contents.
+
+    Raises:
+        RuntimeError: they are no whole number of images.
+    """
+    mask = adapter.embedded(given, ids, embeds).to(embeds.device)
+    per_image = adapter.queries()
+    if adapter.encodes == "video":
+        per_image *= given["pixel_values"].shape[1]
+    if int(mask.sum()) % per_image:
+        raise RuntimeError(
+            f"{int(mask.sum())} vision tokens in the prompt, which are no whole number of images "
+            f"of {per_image}: vtc cannot tell which image a token belongs to"
+        )
+    return mask, embeds[mask].view(-1, per_image, embeds.shape[-1])
+
+
+def show(engine: Engine, adapter: Blip2, forward: Forward, mask: Tensor, features: Tensor) -> None:
+    """Tell a forward of the images that were merged into its embeddings.
+
+    Args:
+        engine: whose forward it is.
+        adapter: bound to the model.
+        forward: the forward.
+        mask: (b, s) bool, True at vision tokens.
+        features: (images, n, d) their contents.
+    """
+    modality = adapter.encodes
+    maps = adapter.image_maps(modality, {}, features)
+    signals = [[ImageSignals(found) for found in of_one] for of_one in maps]
+    engine.vision.images.remember(engine.calls.seen.recent, modality, features, signals)
+    forward.features[modality], forward.vision[modality] = features, mask
