@@ -111,12 +111,15 @@ COUNTED = (
 NOT_KNOWN = {
     # Of vision, projector and language model, what there is a formula for.
     "blip_2": (False, False, True),
+    "chameleon": (False, False, True),
     "deepseek_vl_hybrid": (False, False, True),
+    "emu3": (False, False, True),
     "fast_vlm": (False, False, True),
     "gemma3n": (False, False, False),
     "got_ocr2": (False, False, True),
     "idefics2": (False, False, True),
     "instructblip": (False, False, True),
+    "janus": (False, False, True),
     "perception_lm": (False, False, True),
     "qwen3_5": (True, True, False),
 }

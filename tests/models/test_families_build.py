@@ -14,10 +14,13 @@ from torch import Tensor
 
 import vtc
 from tests.reference.families import FAMILIES, LAYOUTS, Row, TinyFamily, Unsupported
+from tests.reference.masked import MERGES_IN_DECODER
 
 NAMES = list(FAMILIES)
 KINDS = list(LAYOUTS)
 TOLERANCE = 1e-4
+CODED = {"chameleon", "emu3"}
+"""Their tokens are words of the vocabulary, of which one may occur twice."""
 
 
 @cache
@@ -48,7 +51,18 @@ def language_model(model: Any) -> Any:
 @contextmanager
 def embeds(model: Any, change: Any) -> Iterator[None]:
     """Have `change` replace or see what the language model is called with."""
-    handle = language_model(model).register_forward_pre_hook(change, with_kwargs=True)
+
+    def enter_layers(module: Any, args: Any, kwargs: Any) -> Any:
+        found = change(module, (), {**kwargs, "inputs_embeds": args[0]})
+        if found is None:
+            return None
+        return (found[1].pop("inputs_embeds"),), found[1]
+
+    if model.config.model_type in MERGES_IN_DECODER:
+        first = model.model.layers[0]
+        handle = first.register_forward_pre_hook(enter_layers, with_kwargs=True)
+    else:
+        handle = language_model(model).register_forward_pre_hook(change, with_kwargs=True)
     try:
         yield
     finally:
@@ -130,7 +144,10 @@ def test_truth(name: str, kind: str) -> None:
         places = [i for truth in row.images for i in truth.index]
         features = seen[0][0, places]
         apart = torch.cdist(features, features) + torch.eye(len(places))
-        assert apart.min() > 1e-3
+        if family.model_type in CODED:
+            assert len({tuple(own) for own in features.tolist()}) > len(places) // 4
+        else:
+            assert apart.min() > 1e-3
 
         def zero(module: Any, args: Any, kwargs: Any, places: list[int] = places) -> Any:
             changed = kwargs["inputs_embeds"].clone()

@@ -425,4 +425,5 @@ from tests.reference import (  # noqa: E402, F401
     families_own,
     families_recent,
     families_rest,
+    families_shapes,
 )

@@ -336,11 +336,10 @@ class Blip2(OneGrid):
     name = "blip_2"
     model_type = "blip-2"
     model_class = "Blip2ForConditionalGeneration"
-    max_images = 1
-    layouts: ClassVar = {"mixed": (), "text": ()}
+    layouts: ClassVar = {"text": ()}
     notes = (
-        "every row has an image; 16 queries have no places, grid counts them as columns; generate "
-        "is its own and calls the language model's"
+        "its forward takes no batch without images; 16 queries have no places, grid counts them "
+        "as columns; generate is its own and calls the language model's"
     )
 
     def settings(self) -> dict[str, Any]:
@@ -375,6 +374,11 @@ class Blip2(OneGrid):
         )
         return hf.Blip2Config(text_config=text.to_dict(), **self.settings())
 
+    def collate(self, rows: Sequence[Row], side: str = "left") -> dict[str, Tensor]:
+        batch = super().collate(rows, side)
+        batch.setdefault("pixel_values", torch.zeros(1, 3, 28, 28))  # it must be given
+        return batch
+
     def image(self, which: int, generator: torch.Generator, count: int) -> Piece:
         return Piece(cells(1, 16), {"pixel_values": pixels(generator, 1, 3, 28, 28)})
 
@@ -382,8 +386,10 @@ class Blip2(OneGrid):
 class InstructBlip(Blip2):
     name = model_type = "instructblip"
     model_class = "InstructBlipForConditionalGeneration"
+    max_images = 1
+    layouts: ClassVar = {"mixed": (), "text": ()}
     per_row = ("qformer_input_ids", "qformer_attention_mask")
-    notes = Blip2.notes + "; the Q-Former reads the question too"
+    notes = Blip2.notes + "; every row has an image: the Q-Former reads the question too"
 
     def config(self) -> Any:
         text = hf.LlamaConfig(**text_settings())

@@ -40,8 +40,13 @@ TILES_ARE_IMAGES = {
 FRAMES_ARE_IMAGES = {"internvl", "smolvlm", "kimi_k25"}
 PREFIX = {"paligemma"}
 """The whole prompt is seen in both directions."""
-NO_PLACES = {"idefics2", "aria", "deepseek_ocr2"}
+NO_PLACES = {
+    *("idefics2", "aria", "deepseek_ocr2"),
+    *("blip-2", "instructblip", "instructblipvideo"),
+}
 """Their tokens come from a resampler."""
+MERGES_IN_DECODER = {"chameleon"}
+"""Their decoder takes ids and pixels."""
 UNUSED_AXES = {"exaone4_5"}
 """Their models inherit `rope_deltas` and use none."""
 BOTH_WAYS = {"gemma3", "gemma4", "gemma4_unified", "shieldgemma2"}
@@ -50,9 +55,11 @@ BOTH_WAYS = {"gemma3", "gemma4", "gemma4_unified", "shieldgemma2"}
 
 def decoder_of(model: Any) -> Any:
     base = model.model if hasattr(model, "model") else model
+    if model.config.model_type in MERGES_IN_DECODER:
+        return base
     found = getattr(base, "language_model", None) or base.text_model
     while not hasattr(found, "layers"):
-        found = found.model
+        found = getattr(found, "model", None) or found.decoder
     return found
 
 
@@ -234,7 +241,8 @@ class Masked:
             after = [i for i in image.index if i > place]
             frame = image.grid[image.index.index(after[0])][0]
             return [i for i, (f, _, _) in zip(image.index, image.grid, strict=True) if f == frame]
-        if kind == "hunyuan_vl" and place not in (image.separators[0], image.separators[-1]):
+        ends = (image.separators[0], image.separators[-1])
+        if kind == "emu3" or (kind == "hunyuan_vl" and place not in ends):
             before = max(i for i in image.index if i < place)
             row = image.grid[image.index.index(before)][1]
             return [i for i, (_, r, _) in zip(image.index, image.grid, strict=True) if r == row]
@@ -397,6 +405,12 @@ class Masked:
 
     def _enter(self, total: int) -> Callable[..., Any]:
         def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            if self.family.model_type in MERGES_IN_DECODER:
+                ids, pixels = kwargs.pop("input_ids"), kwargs.pop("pixel_values")
+                kwargs["inputs_embeds"] = module.embed_tokens(ids)
+                if pixels is not None:
+                    fed = module.get_image_features(pixels).pooler_output.flatten(0, 1)
+                    kwargs["inputs_embeds"][0, ids[0] == self.image_id] = fed
             embeds = kwargs["inputs_embeds"].clone()
             injected = kwargs.get("deepstack_features")
             if injected is not None:  # vision tokens enter as zeros, and methods see the first
@@ -485,7 +499,7 @@ class Masked:
                 changed = {**given, "attention_mask": mask}
                 moved = bool((step.closed != self.steps[-1].closed).any())
                 turns = hasattr(self.decoder.layers[i], "self_attn")
-                if turns and moved and given["position_embeddings"] is not None:
+                if turns and moved and given.get("position_embeddings") is not None:
                     changed["position_embeddings"] = self._rotary(i, hidden, self._moved(step))
                 return changed
 

@@ -136,10 +136,13 @@ COUNT_PADDING = {"exaone4_5", "hyperclovax_vision_v2"}
 """In `generate` their models number all tokens, padding included."""
 AXES = {"hunyuan_vl": 4}
 """Axes of positions, where there are not three."""
-PLAIN = {"exaone4_5"}
+PLAIN = {"exaone4_5", "blip-2"}
 """Families of which not all can be read between layers; what cannot is refused."""
-REFUSED = {"mllama", "blip-2", "blip_2", "instructblip"}
-"""Not here: mllama has tests/runtime/test_mllama.py, the others are refused."""
+REFUSED = {"mllama"}
+"""Not here: mllama has tests/runtime/test_mllama.py."""
+NESTED = {"blip-2", "instructblip", "instructblipvideo"}
+"""Their forward and their `generate` need pixels; further turns are those of their language model
+(`test_nested.py`)."""
 OLD = Version(transformers.__version__) < Version("5.21")
 NOW = 9
 """One in so many cells runs unmarked."""
@@ -267,6 +270,8 @@ def skip_reason(name: str, kind: str, attention: str, mode: str) -> str | None:
         family.rows(kind)
     except Unsupported as error:
         return str(error)
+    if family.model_type in NESTED and mode.startswith("second"):
+        return f"{name} takes no further turn without pixels"
     if kind in family.unstable:
         return f"{name}: a row of {kind} has other logits in a batch, unpatched"
     if OLD and (family.model_type[:7], mode) == ("qwen3_5", "beam"):
@@ -551,8 +556,9 @@ def test_every_pair_of_the_matrix_occurs() -> None:
 
 
 def test_every_supported_model_type_is_in_the_matrix() -> None:
-    """The families of this file and of test_exactness.py are all that is called tested."""
-    here = {family.model_type for family in FAMILIES.values()} | {"llava"}
+    """The families of this file, test_exactness.py and test_seq2seq.py are all that is called
+    tested."""
+    here = {family.model_type for family in FAMILIES.values()} | {"llava", "florence2"}
     supported = {
         kind
         for cls in families()

@@ -80,11 +80,10 @@ def test_a_static_cache_where_nothing_is_compressed(name: str) -> None:
     """`generate` makes the masks then, by a function that is static in some models."""
     family = FAMILIES[name]
     model = shared(name, family.attentions[-1])
+    kinds = ("one",) if family.layouts.get("text") == () else ("text", "one")
     try:
         for _ in range(2):  # the first run of a process may round differently, patched or not
-            plain = {
-                kind: masked_by_generate(model, batch_of(name, kind)) for kind in ("text", "one")
-            }
+            plain = {kind: masked_by_generate(model, batch_of(name, kind)) for kind in kinds}
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
         pytest.skip(f"transformers has no static cache for it: {type(error).__name__}: {error}")
     cases: list[tuple[Method, str]] = [
@@ -92,6 +91,6 @@ def test_a_static_cache_where_nothing_is_compressed(name: str) -> None:
         (vtc.Full(), "one"),
         (vtc.Random(keep=1.0), "one"),
     ]
-    for method, kind in cases:
+    for method, kind in cases[-len(kinds) - 1 :]:
         with vtc.patch(model, method), torch.no_grad():
             assert_bitwise(masked_by_generate(model, batch_of(name, kind)), plain[kind])

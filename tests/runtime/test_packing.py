@@ -40,6 +40,8 @@ def logits_of(model: Any, batch: dict[str, Tensor], **more: Any) -> Tensor:
 @pytest.mark.parametrize("name", EVERY)
 def test_documents_in_one_row(name: str) -> None:
     family = FAMILIES[name]
+    if family.model_type == "instructblipvideo":
+        pytest.skip("transformers hands the positions of the prompt to its Q-Former as well")
     model, batch = shared(name, family.attentions[-1]), packed(name)
     plain = logits_of(model, batch)
     keep_all: Any = vtc.Random(keep=1.0)

@@ -10,10 +10,11 @@ from typing import Any
 from vtc.cost.configs import Unknown, get, of_layer, size, text_of
 
 GATED = frozenset({
-    "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text",
-    "gemma4_text", "glm", "glm4", "glm4v_text", "granite", "helium", "llama", "ministral",
-    "ministral3", "mistral", "mllama_text_model", "olmo", "olmo2", "olmo3", "phi3", "qwen2",
-    "qwen2_5_vl_text", "qwen2_vl_text", "qwen3", "qwen3_vl_text", "seed_oss", "smollm3", "stablelm",
+    "chameleon", "cohere", "cohere2", "emu3_text_model", "ernie4_5", "exaone4", "gemma", "gemma2",
+    "gemma3_text", "gemma4_text", "glm", "glm4", "glm4v_text", "granite", "helium", "llama",
+    "ministral", "ministral3", "mistral", "mllama_text_model", "olmo", "olmo2", "olmo3", "phi3",
+    "qwen2", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3", "qwen3_vl_text", "seed_oss", "smollm3",
+    "stablelm",
 })  # fmt: skip
 """Types with query, key, value and output matrices and a feed-forward of three."""
 UNGATED = frozenset({"arcee", "nemotron", "opt", "phi", "starcoder2"})

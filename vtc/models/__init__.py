@@ -13,17 +13,20 @@ from vtc.core.images import ImageMap, Modality
 
 from .aria import Aria
 from .base import CACHE, Adapter, UnsupportedModelError
+from .blip import Blip2, InstructBlipVideo
 from .cohere import CohereVision
 from .cohere_compass import CohereCompass
 from .convolutional import FastVLM, GotOcr2
 from .cosmos3 import Cosmos3Edge, Cosmos3Omni
 from .deepseek_ocr2 import DeepseekOcr2
 from .deepseek_vl import DeepseekVL
+from .discrete import Chameleon, Emu3
 from .gemma import Gemma3, Gemma3n, Gemma4, Gemma4Unified, PaliGemma, ShieldGemma2
 from .granite_docling import GraniteDocling
 from .hunyuan import HunYuanVL
 from .idefics import Idefics2, Idefics3, SmolVLM
 from .internvl import InternVL, QianfanOCR
+from .janus import Janus
 from .kimi import KimiK25
 from .lfm2_vl import Lfm2VL, Lfm3VL
 from .llama4 import Llama4
@@ -39,21 +42,26 @@ from .perception import PerceptionLM
 from .qwen import GlmV, Qwen3_5, QwenOmni, QwenVL
 from .qwen_like import Ernie45VL, OneAxis, PaddleOCRVL, VideoLlama3
 from .registry import FamilyInfo, families, find, models
+from .seq2seq import Florence2
 from .step import Step3p7
 
 __all__ = [
     "CACHE",
     "Adapter",
     "Aria",
+    "Blip2",
+    "Chameleon",
     "CohereCompass",
     "CohereVision",
     "Cosmos3Edge",
     "Cosmos3Omni",
     "DeepseekOcr2",
     "DeepseekVL",
+    "Emu3",
     "Ernie45VL",
     "FamilyInfo",
     "FastVLM",
+    "Florence2",
     "Gemma3",
     "Gemma3n",
     "Gemma4",
@@ -66,7 +74,9 @@ __all__ = [
     "Idefics2",
     "Idefics3",
     "ImageMap",
+    "InstructBlipVideo",
     "InternVL",
+    "Janus",
     "KimiK25",
     "Lfm2VL",
     "Lfm3VL",

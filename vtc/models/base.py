@@ -95,6 +95,10 @@ class Adapter(MergingPart, DecoderPart):
             nothing else of the tower can.
         clips_as_images: the base model encodes clips with `get_image_features`.
         places: its vision tokens have places in the picture.
+        own_generate: its model has a `generate` of its own that vtc knows.
+        nested: its language model is a model of its own, whose `generate` it calls.
+        seq2seq: vision tokens enter an encoder, which `decoder` is.
+        merges_in_decoder: the base model is the decoder, and merges features in with `merged`.
         encoder_parts: the norm, the attention, the second norm and the feed-forward of a tower
             layer, by name.
         since: by model type, the first transformers version with what vtc hooks, if newer than the
@@ -117,6 +121,10 @@ class Adapter(MergingPart, DecoderPart):
     frames: ClassVar[bool] = False
     clips_as_images: ClassVar[bool] = False
     places: ClassVar[bool] = True
+    own_generate: ClassVar[bool] = False
+    nested: ClassVar[bool] = False
+    seq2seq: ClassVar[bool] = False
+    merges_in_decoder: ClassVar[bool] = False
 
     model: Any
     base: Any
@@ -171,6 +179,11 @@ class Adapter(MergingPart, DecoderPart):
         towers = (getattr(base, name, None) for name in ("vision_tower", "vision_model", "visual"))
         return cls(model, base, decoder, next((t for t in towers if t is not None), None))
 
+    @property
+    def generator(self) -> Any:
+        """The model whose `generate` decodes."""
+        return self.model
+
     def check(self) -> None:
         """Refuse a model that this family does not support.
 
@@ -180,7 +193,7 @@ class Adapter(MergingPart, DecoderPart):
         """
         kind = type(self.model).__name__
         own = getattr(type(self.model), "generate", GenerationMixin.generate)
-        if own is not GenerationMixin.generate:
+        if own is not GenerationMixin.generate and not self.own_generate:
             raise UnsupportedModelError(
                 f"model: {kind} has a generate of its own, which needs a family of its own"
             )
@@ -271,6 +284,17 @@ class Adapter(MergingPart, DecoderPart):
             for name, mask in zip(names, masks, strict=False)
             if mask is not None
         }
+
+    def merged(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Merge features in, where `merges_in_decoder`.
+
+        Args:
+            given: the arguments of the base model's forward.
+
+        Returns:
+            The same with the prompt as `inputs_embeds`, without images.
+        """
+        raise NotImplementedError
 
     def image_maps(
         self, modality: Modality, given: Mapping[str, Any], features: Any

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from transformers.masking_utils import (
     create_causal_mask,
@@ -45,6 +46,25 @@ class DecoderPart:
     def layers(self) -> nn.ModuleList:
         """The decoder's layers."""
         return self.decoder.layers
+
+    @property
+    def learned(self) -> bool:
+        """Whether positions are learned and added to what enters the decoder."""
+        return False
+
+    def numbered(self, mask: Tensor | None, past: int, count: int, device: Any) -> Tensor:
+        """The positions that the decoder gives tokens without `position_ids`.
+
+        Args:
+            mask: (b, past + count) the user's mask, or `None`.
+            past: number of cached tokens.
+            count: number of new tokens.
+            device: of the result.
+
+        Returns:
+            (b or 1, count).
+        """
+        return torch.arange(past, past + count, device=device)[None]
 
     def rotary(self, layer: int, hidden: Tensor, positions: Tensor) -> Any:
         """The position embeddings of a decoder layer.

@@ -15,10 +15,6 @@ OTHERS: dict[str, str] = {
         "BlipForConditionalGeneration lacks get_placeholder_mask, get_image_features, "
         "language_model"
     ),
-    "blip-2": (
-        "Blip2ForConditionalGeneration has a generate of its own, which needs a family of its own"
-    ),
-    "chameleon": "ChameleonForConditionalGeneration lacks language_model",
     "diffusion_gemma": (
         "DiffusionGemmaForBlockDiffusion lacks get_placeholder_mask, get_image_features, "
         "language_model"
@@ -27,9 +23,7 @@ OTHERS: dict[str, str] = {
         "Dots3NoteTextModel has layers of kind indexed_attention; supported are full and "
         "sliding attention"
     ),
-    "emu3": "Emu3ForConditionalGeneration (emu3) has no vision encoder",
     "evolla": "EvollaForProteinText2Text (evolla) has no vision encoder",
-    "florence2": "Florence2ForConditionalGeneration lacks language_model",
     "fuyu": "FuyuForCausalLM (fuyu) has no vision encoder",
     "git": ("GitForCausalLM lacks get_placeholder_mask, get_image_features, language_model"),
     "glm5_next": (
@@ -54,14 +48,6 @@ OTHERS: dict[str, str] = {
     "inkling_mm_model": (
         "InklingTextModel has layers of kind hybrid, hybrid_sliding; supported are full and "
         "sliding attention"
-    ),
-    "instructblip": (
-        "InstructBlipForConditionalGeneration has a generate of its own, which needs a family"
-        " of its own"
-    ),
-    "instructblipvideo": ("InstructBlipVideoForConditionalGeneration lacks get_image_features"),
-    "janus": (
-        "JanusForConditionalGeneration has a generate of its own, which needs a family of its own"
     ),
     "kosmos-2": (
         "Kosmos2ForConditionalGeneration lacks get_placeholder_mask, get_image_features, "

@@ -104,12 +104,13 @@ def find(model: nn.Module) -> Adapter:
             f"supported are {supported}, and others of the same shape"
         )
     kind = getattr(config, "model_type", None)
-    if not hasattr(config, "vision_config") and not hasattr(model, "get_image_features"):
+    family = next((cls for cls in families() if kind in cls.model_types), Adapter)
+    sees = hasattr(config, "vision_config") or hasattr(model, "get_image_features")
+    if family is Adapter and not sees:
         raise UnsupportedModelError(
             f"model: {type(model).__name__} ({kind}) has no vision encoder. Supported are "
             f"{supported}, and other vision-language models of the same shape"
         )
-    family = next((cls for cls in families() if kind in cls.model_types), Adapter)
     needed = family.since.get(str(kind))
     if needed is not None and Version(transformers.__version__) < Version(needed):
         raise UnsupportedModelError(

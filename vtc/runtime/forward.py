@@ -67,6 +67,7 @@ class Forward:
         features: what is scattered into the sequence, by modality: a list of (n, d), one per image,
             or (images, n, d).
         vision: (b, s) bool by modality, True at the placeholders of the features.
+        reached: the language model's own forward runs, where it is hooked as well.
         phase: "plain" leaves the model alone; "prefill" compresses; "decode" continues a
             compressed cache.
         choices: the selections.
@@ -93,6 +94,7 @@ class Forward:
     images_seen: bool = False
     features: dict[Modality, Any] = field(default_factory=dict)
     vision: dict[Modality, Tensor] = field(default_factory=dict)
+    reached: bool = False
     phase: str = "plain"
     choices: Choices = field(default_factory=Choices)
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -258,10 +258,24 @@ class Engine(Hooked):
             if self.adapter.masks_in_base and ledger_of(cache_in(given)) is not None:
                 # The base model's own masks would not fit; `forward.given` keeps this one.
                 args, kwargs = (), {**given, "attention_mask": None}
-            out = original(*args, **kwargs)
+            if self.adapter.merges_in_decoder:
+                out = self._run_merged(original, given)
+            else:
+                out = original(*args, **kwargs)
         if forward.images_seen and forward.phase != "prefill":
             raise RuntimeError(UNHANDLED.format(model=type(self.adapter.model).__name__))
         return out
+
+    def _run_merged(self, original: Callable[..., Any], given: Mapping[str, Any]) -> Any:
+        """Run a base model that is the decoder: merge images in, as it would, and then enter it."""
+        wanted = given.get("return_dict")
+        if wanted is None:
+            wanted = getattr(self.adapter.base.config, "return_dict", True)
+        kwargs = {**self.adapter.merged(given), "return_dict": True}
+        self._enter_decoder(self.adapter.decoder, (), kwargs)
+        out = original(**kwargs)
+        self._leave_decoder(self.adapter.decoder, (), out)
+        return out if wanted else out.to_tuple()
 
     @contextmanager
     def _in_forward(self, forward: Forward) -> Iterator[None]:
@@ -337,7 +351,8 @@ class Engine(Hooked):
         self.groups.check(forward.ledger)
         positions = kwargs.get("position_ids")
         if positions is None:
-            positions = torch.arange(past, past + length, device=embeds.device)[None]
+            mask = self.groups.padding(forward, kwargs)
+            positions = self.adapter.numbered(mask, past, length, embeds.device)
         positions = positions.expand(*positions.shape[:-2], rows, -1)
         axis = positions if positions.dim() == 2 else positions[0]
         first = axis.gather(1, valid.long().argmax(1, keepdim=True))
@@ -410,7 +425,8 @@ class Engine(Hooked):
             valid = None
         positions = kwargs.get("position_ids")
         if positions is None:
-            positions = torch.arange(past, past + count, device=embeds.device)[None]
+            mask = self.groups.padding(forward, kwargs)
+            positions = self.adapter.numbered(mask, past, count, embeds.device)
         positions = positions.expand(*positions.shape[:-2], rows, -1)
         forward.places = Places(positions, positions.new_empty(0), positions.new_empty(0), [])
         for group in ledger.groups:

@@ -10,12 +10,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vtc.core import Method
-from vtc.models import families, find
+from vtc.models import Adapter, families, find
 from vtc.runtime.executors import Executor
 from vtc.runtime.fitting import fit
 from vtc.runtime.hf.cross import CrossEngine
+from vtc.runtime.hf.encoder import EncoderEngine
 from vtc.runtime.hf.engine import Engine
 from vtc.runtime.hf.hooked import Hooked
+from vtc.runtime.hf.nested import NestedEncoderEngine, NestedEngine
 from vtc.runtime.hf.stages import RUNNERS
 
 
@@ -54,7 +56,7 @@ class Transformers(Executor):
         """Bind a method; see `Executor.bind`."""
         adapter = find(_unwrapped(model))
         fitted = method
-        if not adapter.crosses and "layers" in method.stages:
+        if "layers" in {*method.stages} & {*adapter.stages} and not adapter.crosses:
             fitted = fit(method, [adapter.attends(layer) for layer in range(len(adapter.layers))])
         if fitted != method:
             warnings.warn(
@@ -64,9 +66,18 @@ class Transformers(Executor):
                 stacklevel=3,
             )
         # All checks precede the engine.
-        engine: Any = CrossEngine if adapter.crosses else Engine
+        engine = _engine(adapter)
         made: Hooked = engine(adapter, fitted)
         return made
+
+
+def _engine(adapter: Adapter) -> type[Hooked]:
+    """The engine for models of this shape."""
+    if adapter.crosses:
+        return CrossEngine
+    if adapter.seq2seq:
+        return NestedEncoderEngine if adapter.nested else EncoderEngine
+    return NestedEngine if adapter.nested else Engine
 
 
 def _unwrapped(model: Any) -> Any:

@@ -119,8 +119,8 @@ class LayerGroups:
         if (number, kind) not in forward.memo:
             forward.memo[number, kind] = self.of_layer(forward, number, layer, hidden, cache)
         kwargs["attention_mask"] = forward.memo[number, kind]
-        if kind in RECURRENT:  # it has no positions
-            return
+        if kind in RECURRENT or self.adapter.learned:
+            return  # it has no positions, or they were added to what entered
         kind = self.adapter.rotary_kind(layer)
         if (number, kind, "rotary") not in forward.memo:
             positions = forward.rotary_positions(number).to(hidden.device)

@@ -150,13 +150,14 @@ class Hooked(Bound):
         if hasattr(b.model, "generate"):
             self.overrides += [
                 Override(b.model, "generate", self._generate),
-                Override(b.model, "prepare_inputs_for_generation", self._prepare_step),
-                Override(b.model, "create_masks_for_generate", self._create_masks),
+                Override(b.generator, "prepare_inputs_for_generation", self._prepare_step),
+                Override(b.generator, "create_masks_for_generate", self._create_masks),
             ]
-        self.handles += [
-            b.decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True),
-            b.decoder.register_forward_hook(self._leave_decoder),
-        ]
+        if not b.merges_in_decoder:
+            self.handles += [
+                b.decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True),
+                b.decoder.register_forward_hook(self._leave_decoder),
+            ]
         self.layers = list(b.layers)
 
     def uninstall(self) -> None:

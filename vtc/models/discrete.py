@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chameleon and Emu3: an image is a row of codes of a VQ-VAE, which are words of the vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+from torch import Tensor, nn
+
+from vtc.core.images import ImageMap, Modality, grid_positions
+from vtc.models.base import Adapter, UnsupportedModelError
+
+_CODES = "its tokens are codes of a VQ-VAE, whose convolutions mix places"
+
+
+class Chameleon(Adapter):
+    """Tokens are codes of a VQ-VAE: their contents are rows of the embedding table. The decoder
+    itself merges them in."""
+
+    name: ClassVar[str] = "chameleon"
+    model_types: ClassVar[tuple[str, ...]] = ("chameleon",)
+    projects_patches: ClassVar[bool] = False
+    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
+    unread: ClassVar[str] = _CODES
+    merges_in_decoder: ClassVar[bool] = True
+
+    @classmethod
+    def bind(cls, model: nn.Module) -> Self:
+        """As in `Adapter`; the base model is the decoder.
+
+        Args:
+            model: the model, without wrappers.
+
+        Returns:
+            The adapter, bound to the model.
+
+        Raises:
+            UnsupportedModelError: the model lacks a module that vtc hooks; the message names it.
+        """
+        base: Any = model if hasattr(model, cls.merger) else getattr(model, "model", None)
+        parts = (cls.merger, "get_image_features", "layers", "vqmodel")
+        if missing := [name for name in parts if not hasattr(base, name)]:
+            raise UnsupportedModelError(f"model: {type(model).__name__} lacks {', '.join(missing)}")
+        return cls(model, base, base, base.vqmodel)
+
+    def attention_input(self, layer: int, hidden: Tensor) -> Tensor:
+        # With swin_norm, the norms stand behind attention and feed-forward.
+        swin = getattr(self.decoder.config, "swin_norm", False)
+        return hidden if swin else super().attention_input(layer, hidden)
+
+    def merged(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        found = dict(given)
+        names = ("input_ids", "inputs_embeds", "pixel_values", "mm_encoder_outputs")
+        ids, embeds, pixels, encoded = (found.pop(name, None) for name in names)
+        encoded = (encoded or {}).get("image")
+        if (ids is None) == (embeds is None) or (pixels is not None and encoded is not None):
+            return dict(given)  # the model raises its own error
+        if embeds is None:
+            embeds = self.base.embed_tokens(ids)
+        if pixels is not None:
+            encoded = self.base.get_image_features(pixels, return_dict=True)
+        if encoded is not None:
+            features = self.features(encoded)
+            mask = self.base.get_placeholder_mask(
+                ids, inputs_embeds=embeds, image_features=features
+            )
+            embeds = embeds.masked_scatter(mask, features)
+        return {**found, "inputs_embeds": embeds}
+
+    def image_maps(
+        self, modality: Modality, given: Mapping[str, Any], features: Any
+    ) -> list[list[ImageMap]]:
+        return [[ImageMap(self.grid(len(own), None))] for own in features]
+
+
+class Emu3(Adapter):
+    """Tokens are codes of a VQ-VAE: their contents are rows of the embedding table. A further code
+    ends each row, and goes with the row's last token."""
+
+    name: ClassVar[str] = "emu3"
+    model_types: ClassVar[tuple[str, ...]] = ("emu3",)
+    projects_patches: ClassVar[bool] = False
+    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
+    unread: ClassVar[str] = _CODES
+
+    def image_maps(
+        self, modality: Modality, given: Mapping[str, Any], features: Any
+    ) -> list[list[ImageMap]]:
+        by = self.base.vqmodel.vision_spatial_factor
+        maps = []
+        for height, width in given["image_sizes"].tolist():
+            columns = width // by
+            grid: Tensor = grid_positions(height // by, columns + 1)
+            maps.append([ImageMap(grid, separator=grid[:, 2] == columns)])
+        return maps
