@@ -33,6 +33,7 @@ class Generating:
         handled: a method has received the images.
         prompt: the arguments of the first step without a cache, and its selections.
         masks: the masks that `generate` builds for its first step on a static cache.
+        prepared: the cache for which a step was prepared last, or `None`.
     """
 
     images: bool = False
@@ -41,6 +42,7 @@ class Generating:
     handled: bool = False
     prompt: tuple[Mapping[str, Any], Any] | None = None
     masks: Any = None
+    prepared: Any = None
 
     def chosen(self, given: Mapping[str, Any], made: Any) -> Any:
         """The selections of the first step, for `generate` without a cache, which feeds the prompt
