@@ -89,6 +89,8 @@ class Engine(Hooked):
         starts = sorted({layer for runner in self.runners for layer in runner.starts})
         self.groups = LayerGroups(adapter, method, tuple(starts))
         self.told = False
+        # Beside `forward`, since torch cannot compile the look-up of a thread's.
+        self.running = False
 
     def _current(self) -> Forward | None:
         return self.forward
@@ -104,7 +106,8 @@ class Engine(Hooked):
         super()._install()
         b = self.adapter
         self.flash = self._flash()
-        self.overrides.append(Override(b.base, b.merger, self._merge_features))
+        idle = self._is_idle  # some models ask for placeholders at every step
+        self.overrides.append(Override(b.base, b.merger, self._merge_features, idle))
         for modality in ("image", "video"):
             if hasattr(b.base, name := f"get_{modality}_features"):
                 encode = functools.partial(self._encode, modality)
@@ -179,6 +182,9 @@ class Engine(Hooked):
 
     def _passes(self, given: Mapping[str, Any]) -> bool:
         return steps.pending(given) is not None
+
+    def _is_idle(self, given: Mapping[str, Any]) -> bool:
+        return not self.running
 
     def _create_masks(self, original: Callable[..., Any] | None, **kwargs: Any) -> Any:
         """For static caches transformers builds 4-D masks before the forward, sized for the full
@@ -283,9 +289,11 @@ class Engine(Hooked):
         with self.lock, self.calls.run(forward), ExitStack() as outer:
             for runner in self.runners:
                 outer.enter_context(runner.suspended())
+            before, self.running = self.running, True
             try:
                 yield
             finally:  # also after an error or an interrupt
+                self.running = before
                 if forward.ledger is not None:
                     forward.ledger.may_write = False
 

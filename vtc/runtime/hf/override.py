@@ -118,10 +118,10 @@ class Override:
 
     # Not excluded itself; otherwise `fullgraph=True` would only report that nothing was compiled.
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.passes is not None and not args and not self.removed and self.passes(kwargs):
+        if self.passes is not None and not self.removed and self.passes(kwargs):
             if self.previous is not None:
-                return self.previous(**kwargs)
-            return getattr(type(self.target), self.name)(self.target, **kwargs)
+                return self.previous(*args, **kwargs)
+            return getattr(type(self.target), self.name)(self.target, *args, **kwargs)
         return _run(self, args, kwargs)
 
     def run(self, instance: Any, /, *args: Any, **kwargs: Any) -> Any:
