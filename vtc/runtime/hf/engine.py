@@ -136,7 +136,10 @@ class Engine(Hooked):
         if images:
             request.refuse_pieces()
             request.refuse_drafts()
-        if (reason := self._uncompiled) is not None:
+        reason = self._uncompiled
+        if reason is None and request.setting("prefill_chunk_size") is not None:
+            reason = "a prompt in pieces runs as it is"
+        if reason is not None:
             request.refuse_fullgraph(reason)
             if request.setting("compile_config") is not None:
                 self._warn_of_compiling()
@@ -513,8 +516,9 @@ class Engine(Hooked):
         if not self.told:
             self.told = True
             warnings.warn(
-                "torch.compile: of a patched model only the decoder can be compiled, the rest runs "
-                "as it is; use model.model.language_model = torch.compile(...)",
+                "torch.compile: of a patched model two things can be compiled, the rest runs as it "
+                "is: steps of generate(cache_implementation='static'), and the decoder by itself, "
+                "with model.model.language_model = torch.compile(...)",
                 stacklevel=2,
             )
 

@@ -73,7 +73,9 @@ class Override:
         passes: Callable[[Mapping[str, Any]], bool] | None = None,
     ) -> None:
         self.target, self.name, self.replacement = target, name, replacement
-        self.passes = passes
+        # To torch a static method is another thing; no model of transformers has one here.
+        own = inspect.getattr_static(type(target), name, None)
+        self.passes = passes if inspect.isfunction(own) else None
         self.removed = False
         self.key = next(_KEYS)
         with _LOCK:
