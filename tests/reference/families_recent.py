@@ -233,8 +233,8 @@ class Molmo2(TinyFamily):
     per_token = ("mm_token_type_ids",)
     layouts: ClassVar = {"video": ((2, "video0", 7), (4, "video1", 3), (1, "video0", 4))}
     notes = (
-        "a thumbnail and a plane of tiles of 5x5 patches, of which 2x2 become a token, at the edge "
-        "fewer; an id starts and ends each and ends each row; all these see one another; not images "
+        "a thumbnail and a plane of tiles of 5x5 patches, of which 2x2 become a token, fewer at the "
+        "edge; an id starts and ends each and ends each row; all these see one another; not images "
         "and clips in one batch; some layers rotate by other angles"
     )
     side = 5
@@ -354,8 +354,8 @@ class Step3p7(TinyFamily):
     def __init__(self, name: str, window: int) -> None:
         self.name, self.window = name, window
         self.notes = (
-            "tiles of 2x2 tokens between ids, then the picture of 3x3; a mixture of experts; layers "
-            f"with a window of {window} have more heads and rotate by other angles"
+            "tiles of 2x2 tokens between ids, then the picture of 3x3; a mixture of experts; "
+            f"layers with a window of {window} have more heads and rotate by other angles"
         )
 
     def config(self) -> Any:

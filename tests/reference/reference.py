@@ -25,6 +25,11 @@ from tests.reference.models import IMAGE, Sample
 from vtc.core import SIGNALS, EncoderState, LayerState, Method, Selection, VisionTokens
 
 
+def _wide(scores: Tensor) -> Tensor:
+    """At least fp32."""
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+
 # ---- the vision side ----------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Encoded:
@@ -75,7 +80,7 @@ def encode(
     queries = attention.q_proj(normed).view(tokens, heads, -1)
     keys = attention.k_proj(normed)
     scores = torch.einsum("ihd,jhd->hij", queries, keys.view(tokens, heads, -1))
-    probabilities = (scores.float() * queries.shape[-1] ** -0.5).softmax(-1).mean(0)
+    probabilities = (_wide(scores) * queries.shape[-1] ** -0.5).softmax(-1).mean(0)
     has_cls = hasattr(base.vision_tower.embeddings, "class_embedding")
     states, query, own_key, cls = through[model.config.vision_feature_layer][0], None, None, None
     if has_cls:
@@ -117,7 +122,7 @@ def encode_merging(
                 layer.self_attn.v_proj,
             )
         )
-        scores = torch.einsum("ihd,jhd->hij", queries, keys).float() * queries.shape[-1] ** -0.5
+        scores = _wide(torch.einsum("ihd,jhd->hij", queries, keys)) * queries.shape[-1] ** -0.5
         if method.weighs_sizes:
             scores = scores + torch.tensor([1.0] * prefix + [len(g) for g in groups]).log()
         probabilities = scores.softmax(-1)
@@ -192,7 +197,7 @@ def _layer(
     plain_keys, entering = keys, hidden
     keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
     scores = queries @ keys.transpose(2, 3) * attention.head_dim**-0.5
-    scores = scores.float().masked_fill(~visible, torch.finfo(torch.float32).min)
+    scores = _wide(scores).masked_fill(~visible, torch.finfo(torch.float32).min)
     probabilities = scores.softmax(-1)
     mixed = probabilities.to(values.dtype) @ values
     attended = attention.o_proj(mixed.transpose(1, 2).reshape(b, s, -1))

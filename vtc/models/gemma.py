@@ -329,7 +329,7 @@ class ShieldGemma2(Gemma3):
 
     @classmethod
     def bind(cls, model: Any) -> Self:
-        inner = getattr(model, "model", None)
+        inner: Any = getattr(model, "model", None)
         if not hasattr(inner, "lm_head"):
             return super().bind(model)
         return replace(super().bind(inner), model=model)

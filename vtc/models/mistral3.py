@@ -34,7 +34,7 @@ class Mistral3(Adapter):
 
     def check(self) -> None:
         super().check()
-        attention = type(getattr(self.layers[0], "self_attn", None))
+        attention: Any = type(self.any_attention)
         scales = "position_ids" in inspect.signature(attention.forward).parameters
         if scales and "flash" in (self.decoder.config._attn_implementation or ""):
             raise UnsupportedModelError(

@@ -77,6 +77,15 @@ class Ledger:
     may_write: bool = False
     rows: dict[str, Tensor] = field(default_factory=dict)
 
+    def shrink(self, count: int) -> None:
+        """Forget the last `count` tokens."""
+        for group in self.groups:
+            group.length -= count
+            if group.valid is not None:
+                group.valid = group.valid[:, : group.length]
+        self.logical -= count
+        self.croppable -= count
+
     def map_rows(self, index: Tensor) -> None:
         """Take the rows `index` (b',) of everything."""
         for group in self.groups:

@@ -111,12 +111,7 @@ class CompressedCache:
                 "cannot be put back",
             )
         super().crop(tokens_to_remove)  # type: ignore[misc]
-        for group in ledger.groups:
-            group.length -= count
-            if group.valid is not None:
-                group.valid = group.valid[:, : group.length]
-        ledger.logical -= count
-        ledger.croppable -= count
+        ledger.shrink(count)
 
     def reset(self) -> None:
         """Empty the cache, which becomes an instance of its plain class again."""

@@ -38,6 +38,7 @@ class Generating:
             embeddings there.
         kept: of an encoder's output, the layout of the tokens left and the length of its input.
         masks: the masks that `generate` builds for its first step on a static cache.
+        prepared: the cache for which a step was prepared last, or `None`.
     """
 
     images: bool = False
@@ -49,6 +50,7 @@ class Generating:
     embedded: Any = None
     kept: Any = None
     masks: Any = None
+    prepared: Any = None
 
     def chosen(self, given: Mapping[str, Any], made: Any) -> Any:
         """The selections of the first step, for `generate` without a cache, which feeds the prompt

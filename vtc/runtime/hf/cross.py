@@ -151,7 +151,7 @@ class CrossEngine(Hooked):
     # ---- the model ----------------------------------------------------------------------------
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         request = Request(self.adapter.model, original, args, kwargs)
-        request.refuse_fullgraph()
+        request.refuse_fullgraph("its cross layers run as they are under a patch")
         if request.given.get("pixel_values") is not None:
             request.refuse_pieces()
             request.refuse_guesses(
@@ -403,7 +403,9 @@ class CrossEngine(Hooked):
             seen = some[:, None, :, None].to(dtype)
             kwargs[full] = seen if kwargs.get(full) is None else kwargs[full] * seen
 
-    def _leave_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _leave_decoder(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         call = self.call
         if call is None:
             return

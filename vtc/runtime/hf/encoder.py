@@ -97,6 +97,10 @@ class EncoderEngine(Engine):
             self.overrides.append(Override(biased, "compute_bias", self._bias))
 
     # ---- generate -----------------------------------------------------------------------------
+    @property
+    def _uncompiled(self) -> str:
+        return "the answer is decoded from what an encoder leaves"
+
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._check_in_place()
         request = Request(self.adapter.generator, original, args, kwargs)
@@ -107,7 +111,7 @@ class EncoderEngine(Engine):
         if images:
             request.refuse_pieces()
             request.refuse_guesses("the encoder's output is shorter than its input")
-        request.refuse_fullgraph()
+        request.refuse_fullgraph(self._uncompiled)
         with self.calls.generate(images) as call:
             if images:
                 call.embedded = Forward(given=given, generating=call, choices=self._choices())
@@ -173,7 +177,9 @@ class EncoderEngine(Engine):
         kwargs["inputs_embeds"] = found
 
     @torch.compiler.disable
-    def _leave_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _leave_decoder(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         forward = self.forward
         if forward is None or forward.phase != "prefill":
             return

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 
 from vtc.core import STAGES, Method, stage_of
@@ -34,6 +35,7 @@ from vtc.core.images import Modality
 from vtc.core.prefill import Prefill
 from vtc.models import Adapter
 from vtc.runtime.forward import Forward, Places
+from vtc.runtime.hf import steps
 from vtc.runtime.hf.arguments import by_name, is_per_token, keep_all_states, ones, split_mask, take
 from vtc.runtime.hf.cache import attach, cache_in, ledger_of
 from vtc.runtime.hf.calls import PIXELS
@@ -87,6 +89,8 @@ class Engine(Hooked):
         starts = sorted({layer for runner in self.runners for layer in runner.starts})
         self.groups = LayerGroups(adapter, method, tuple(starts))
         self.told = False
+        # Beside `forward`, since torch cannot compile the look-up of a thread's.
+        self.running = False
 
     def _current(self) -> Forward | None:
         return self.forward
@@ -102,7 +106,8 @@ class Engine(Hooked):
         super()._install()
         b = self.adapter
         self.flash = self._flash()
-        self.overrides.append(Override(b.base, b.merger, self._merge_features))
+        idle = self._is_idle  # some models ask for placeholders at every step
+        self.overrides.append(Override(b.base, b.merger, self._merge_features, idle))
         for modality in ("image", "video"):
             if hasattr(b.base, name := f"get_{modality}_features"):
                 encode = functools.partial(self._encode, modality)
@@ -132,14 +137,60 @@ class Engine(Hooked):
         if images:
             request.refuse_pieces()
             request.refuse_drafts()
-        request.refuse_fullgraph()
-        if request.setting("compile_config") is not None:
-            self._warn_of_compiling()
+        reason = self._uncompiled
+        if reason is None and request.setting("prefill_chunk_size") is not None:
+            reason = "a prompt in pieces runs as it is"
+        if reason is not None:
+            request.refuse_fullgraph(reason)
+            if request.setting("compile_config") is not None:
+                self._warn_of_compiling()
         with self.calls.generate(images, request.prompt_width if request.guesses else None) as call:
-            out = original(*args, **kwargs)
+            try:
+                out = original(*args, **kwargs)
+            finally:  # also after an error or an interrupt
+                steps.discard(call.prepared)
         if images and not call.handled:
             raise RuntimeError(UNHANDLED.format(model=type(self.adapter.model).__name__))
         return out
+
+    def _prepare_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        out = super()._prepare_step(original, *args, **kwargs)
+        call, cache = self.calls.generating, cache_in(out)
+        if (
+            call is not None
+            and getattr(cache, "is_compileable", False)
+            and isinstance(cache, Cache)
+            and self._is_step(out)
+            and self._uncompiled is None
+        ):
+            self._check_in_place()
+            steps.prepare(self.groups, out)
+            call.prepared, call.asked = cache, False
+        return out
+
+    def _is_step(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether `generate` feeds one more token after a prompt, and nothing else."""
+        ids, cache = inputs.get("input_ids"), cache_in(inputs)
+        shown = any(inputs.get(name) is not None for name in (*PIXELS, "mm_encoder_outputs"))
+        single = ids is not None and ids.shape[1] == 1 and inputs.get("position_ids") is not None
+        return single and not shown and int(cache.get_seq_length()) > 0
+
+    @property
+    def _uncompiled(self) -> str | None:
+        """Why steps of decoding run as they are, or `None` if torch may compile them."""
+        if self.adapter.merges_in_decoder:
+            return "its base model is its decoder"
+        if self.flash:
+            return "flash attention builds no masks of a fixed shape"
+        if any(type(runner).leave is not Runner.leave for runner in self.runners):
+            return f"{self.method} changes the cache after each step"
+        return None
+
+    def _passes(self, given: Mapping[str, Any]) -> bool:
+        return steps.pending(given) is not None
+
+    def _is_idle(self, given: Mapping[str, Any]) -> bool:
+        return not self.running
 
     def _create_masks(self, original: Callable[..., Any] | None, **kwargs: Any) -> Any:
         """For static caches transformers builds 4-D masks before the forward, sized for the full
@@ -213,6 +264,7 @@ class Engine(Hooked):
         """(b, s, d) `embeds` with zeros for the vision tokens that get their features later."""
         if not forward.injected:
             return embeds
+        assert forward.deepstack is not None
         forward.injected = {**forward.injected, min(forward.injected): embeds[forward.deepstack]}
         return embeds.masked_fill(forward.deepstack[..., None], 0)
 
@@ -274,7 +326,7 @@ class Engine(Hooked):
         kwargs = {**self.adapter.merged(given), "return_dict": True}
         self._enter_decoder(self.adapter.decoder, (), kwargs)
         out = original(**kwargs)
-        self._leave_decoder(self.adapter.decoder, (), out)
+        self._leave_decoder(self.adapter.decoder, (), kwargs, out)
         return out if wanted else out.to_tuple()
 
     @contextmanager
@@ -283,9 +335,11 @@ class Engine(Hooked):
         with self.lock, self.calls.run(forward), ExitStack() as outer:
             for runner in self.runners:
                 outer.enter_context(runner.suspended())
+            before, self.running = self.running, True
             try:
                 yield
             finally:  # also after an error or an interrupt
+                self.running = before
                 if forward.ledger is not None:
                     forward.ledger.may_write = False
 
@@ -309,9 +363,18 @@ class Engine(Hooked):
                 forward.features[name] = self.adapter.features(encoded[name])
 
     # ---- decoder ------------------------------------------------------------------------------
-    @torch.compiler.disable
     def _enter_decoder(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if (step := steps.pending(kwargs)) is not None:
+            if step.positions is not None:
+                kwargs["position_ids"] = step.positions
+            return args, kwargs
+        return self._begin(args, kwargs)
+
+    @torch.compiler.disable
+    def _begin(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         forward = self.forward
         if forward is None or kwargs.get("inputs_embeds") is None:
@@ -442,8 +505,16 @@ class Engine(Hooked):
         kwargs["attention_mask"] = None if first.valid is None else first.valid.long()
         kwargs["position_ids"] = forward.rotary_positions(0)
 
+    def _leave_decoder(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        if steps.pending(kwargs) is not None:
+            steps.take(cache_in(kwargs))
+        else:
+            self._end(output)
+
     @torch.compiler.disable
-    def _leave_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _end(self, output: Any) -> None:
         forward = self.forward
         if forward is None or forward.phase == "plain":
             return
@@ -492,14 +563,30 @@ class Engine(Hooked):
         if not self.told:
             self.told = True
             warnings.warn(
-                "torch.compile: of a patched model only the decoder can be compiled, the rest runs "
-                "as it is; use model.model.language_model = torch.compile(...)",
+                "torch.compile: of a patched model two things can be compiled, the rest runs as it "
+                "is: steps of generate(cache_implementation='static'), and the decoder by itself, "
+                "with model.model.language_model = torch.compile(...)",
                 stacklevel=2,
             )
 
     # ---- decoder layers -----------------------------------------------------------------------
-    @torch.compiler.disable
     def _enter_layer(
+        self,
+        layer: int,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if (step := steps.pending(kwargs)) is not None:
+            if step.masks[layer] is not None:
+                kwargs["attention_mask"] = step.masks[layer]
+            if step.rotations[layer] is not None:
+                kwargs["position_embeddings"] = step.rotations[layer]
+            return args, kwargs
+        return self._adapt_layer(layer, module, args, kwargs)
+
+    @torch.compiler.disable
+    def _adapt_layer(
         self,
         layer: int,
         module: nn.Module,

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vtc.core.errors import ArgumentError
-from vtc.runtime.hf.override import WHOLE
 
 
 class Request:
@@ -84,8 +83,11 @@ class Request:
                 f"{chunk}; give None, or unpatch",
             )
 
-    def refuse_fullgraph(self) -> None:
+    def refuse_fullgraph(self, why: str) -> None:
         """Refuse to compile decoding as one graph.
+
+        Args:
+            why: the reason, for the error.
 
         Raises:
             ArgumentError: `compile_config` has `fullgraph=True` and compiling is not disabled.
@@ -93,7 +95,7 @@ class Request:
         config = self.setting("compile_config")
         if getattr(config, "fullgraph", False) and not self.setting("disable_compile"):
             raise ArgumentError(
-                "compile_config", f"expected fullgraph=False, got {config}; {WHOLE}"
+                "compile_config", f"expected fullgraph=False, got {config}: {why}; or unpatch"
             )
 
     def refuse_drafts(self) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vtc.core import Method
@@ -141,9 +141,9 @@ class Hooked(Bound):
     def _install(self) -> None:
         b = self.adapter
         # Not hooks: torch skips forward hooks when the forward is interrupted.
-        self.overrides.append(Override(b.base, "forward", self._run_base))
+        self.overrides.append(Override(b.base, "forward", self._run_base, self._passes))
         if b.model is not b.base:
-            self.overrides.append(Override(b.model, "forward", self._run_model))
+            self.overrides.append(Override(b.model, "forward", self._run_model, self._passes))
         for part in {id(b.base): b.base, id(b.model): b.model}.values():
             refuse = Override(part, "_replicate_for_data_parallel", self._refuse_replicas)
             self.overrides.append(refuse)
@@ -156,7 +156,7 @@ class Hooked(Bound):
         if not b.merges_in_decoder:
             self.handles += [
                 b.decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True),
-                b.decoder.register_forward_hook(self._leave_decoder),
+                b.decoder.register_forward_hook(self._leave_decoder, with_kwargs=True),
             ]
         self.layers = list(b.layers)
 
@@ -196,8 +196,12 @@ class Hooked(Bound):
     def _enter_decoder(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         raise NotImplementedError
 
-    def _leave_decoder(self, module: Any, args: Any, output: Any) -> None:
+    def _leave_decoder(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         raise NotImplementedError
+
+    def _passes(self, given: Mapping[str, Any]) -> bool:
+        """Whether the model's own forward takes these arguments, and torch may compile it."""
+        return False
 
     def _prepare_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Mark the next call of the model as a step of `generate`, which prepares its inputs."""

@@ -61,12 +61,16 @@ class NestedEngine(Engine):
         return super()._no_gaps()
 
     # ---- generate -----------------------------------------------------------------------------
+    @property
+    def _uncompiled(self) -> str:
+        return "its language model is a model of its own"
+
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._check_in_place()
         request = Request(self.adapter.generator, original, args, kwargs)
         request.refuse_pieces()
         request.refuse_guesses("its prompt reaches the language model as embeddings")
-        request.refuse_fullgraph()
+        request.refuse_fullgraph(self._uncompiled)
         if request.setting("compile_config") is not None:
             self._warn_of_compiling()
         clock = Stopwatch()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -61,10 +61,21 @@ class Override:
         target: the instance.
         name: of its method.
         replacement: called with the original, then the arguments of the call.
+        passes: told the keyword arguments of a call, whether it goes to the original at once. torch
+            compiles such calls; all others run as they are.
     """
 
-    def __init__(self, target: Any, name: str, replacement: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        target: Any,
+        name: str,
+        replacement: Callable[..., Any],
+        passes: Callable[[Mapping[str, Any]], bool] | None = None,
+    ) -> None:
         self.target, self.name, self.replacement = target, name, replacement
+        # To torch a static method is another thing; no model of transformers has one here.
+        own = inspect.getattr_static(type(target), name, None)
+        self.passes = passes if inspect.isfunction(own) else None
         self.removed = False
         self.key = next(_KEYS)
         with _LOCK:
@@ -109,6 +120,10 @@ class Override:
 
     # Not excluded itself; otherwise `fullgraph=True` would only report that nothing was compiled.
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.passes is not None and not self.removed and self.passes(kwargs):
+            if self.previous is not None:
+                return self.previous(*args, **kwargs)
+            return getattr(type(self.target), self.name)(self.target, *args, **kwargs)
         return _run(self, args, kwargs)
 
     def run(self, instance: Any, /, *args: Any, **kwargs: Any) -> Any:

@@ -36,6 +36,8 @@ class LayerReader:
         self.taps: dict[int, taps.Tap] = {}
         self.handles: list[Any] = []
         self.parts: list[tuple[int, str, Any]] = []
+        # Asked first: torch compiles steps of decoding, and cannot look up a thread's forward.
+        self.running = False
 
     def install(self) -> None:
         """Install the taps and hooks of the plan."""
@@ -83,16 +85,20 @@ class LayerReader:
         self.handles, self.taps, self.parts = [], {}, []
 
     # ---- records ------------------------------------------------------------------------------
-    @torch.compiler.disable
     def _entering(
         self, layer: int, name: Record, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        self._note(layer, name, args[0] if args else kwargs["hidden_states"])
+        if self.running:
+            self._note(layer, name, args[0] if args else kwargs["hidden_states"])
 
-    @torch.compiler.disable
     def _leaving(
         self, layer: int, name: Record, module: Any, args: tuple[Any, ...], output: Any
     ) -> None:
+        if self.running:
+            self._note_output(layer, name, args, output)
+
+    @torch.compiler.disable
+    def _note_output(self, layer: int, name: Record, args: tuple[Any, ...], output: Any) -> None:
         value = output[0] if isinstance(output, tuple) else output
         if args and value.numel() == args[0].numel():
             value = value.view(args[0].shape)  # experts return the tokens of all samples in one row
@@ -102,6 +108,7 @@ class LayerReader:
                 value = self.adapter.normed(value)
         self._note(layer, name, value)
 
+    @torch.compiler.disable
     def _note(self, layer: int, name: Record, value: Tensor) -> None:
         forward = self._listening()
         if forward is not None:

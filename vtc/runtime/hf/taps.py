@@ -126,10 +126,12 @@ class Tap:
 
 @dataclass
 class _Taps:
-    """All taps on one module, its own config, and the private one that leads to them."""
+    """All taps on one module, its own config, the private one that leads to them, and its eager
+    attention."""
 
     config: Any
     private: Any
+    eager: Callable[..., Any] | None
     taps: list[Tap] = field(default_factory=list)
 
 
@@ -146,7 +148,7 @@ def install(module: Any) -> Tap:
         if not hasattr(module, "_vtc_taps"):
             private = copy.copy(module.config)
             private._attn_implementation_internal = TAP
-            module._vtc_taps = _Taps(module.config, private)
+            module._vtc_taps = _Taps(module.config, private, _eager_attention(module))
             module.config = private
         tap = Tap(module)
         module._vtc_taps.taps.append(tap)
@@ -224,8 +226,9 @@ def _eager_attention(module: nn.Module) -> Callable[..., Any] | None:
     return None
 
 
-def _default_attention(module: nn.Module) -> Callable[..., Any]:
-    found = _eager_attention(module)
+def _default_attention(module: Any) -> Callable[..., Any]:
+    shared: _Taps | None = getattr(module, "_vtc_taps", None)
+    found = _eager_attention(module) if shared is None else shared.eager
     if found is None:
         raise TypeError(f"{type(module).__name__}: its file defines no eager_attention_forward")
     return found
@@ -250,8 +253,8 @@ def _tapped_attention(
             attention_mask = attention_mask if other is None else other
     if silent is not None:
         raise _Left(silent)
-    default = _default_attention(module)
     own = module.config if shared is None else shared.config
+    default = _default_attention(module)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(own._attn_implementation, default)
     return attend(module, query, key, value, attention_mask, **kwargs)
 

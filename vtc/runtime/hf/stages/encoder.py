@@ -472,7 +472,8 @@ def _means(rows: Tensor, members: Tensor, group: Tensor, weights: Tensor, size: 
         return means
     within = several[group]
     number = several.cumsum(0)[group[within]] - 1
-    contents = rows[members[within]].float() * weights[within, None]
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    contents = rows[members[within]].to(wide) * weights[within, None]
     sums = contents.new_zeros(int(several.sum()), rows.shape[1]).index_add(0, number, contents)
     means[several] = (sums / size[several, None]).to(rows.dtype)
     return means

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -45,9 +45,15 @@ class LayersRunner(Runner):
         """See `Runner.check_in_place`."""
         self.reader.check_in_place()
 
-    def suspended(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
         """See `Runner.suspended`."""
-        return taps.suspended(self.reader.taps.values())
+        with taps.suspended(self.reader.taps.values()):
+            before, self.reader.running = self.reader.running, True
+            try:
+                yield
+            finally:
+                self.reader.running = before
 
     def before_layer(self, forward: Forward, layer: int, hidden: Tensor, cache: Any) -> Tensor:
         """Drop tokens; see `Runner.before_layer`."""
