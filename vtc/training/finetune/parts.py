@@ -94,7 +94,7 @@ def with_adapters(adapter: Adapter, config: Config) -> Any:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return get_peft_model(model, settings)
+        return get_peft_model(model, settings).train(model.training)
 
 
 def save(model: Any, tuned: dict[str, nn.Parameter], out: Path, record: dict[str, Any]) -> None:

@@ -85,6 +85,7 @@ def finetune(
             f"what is tuned has dtype {', '.join(small)}, in which small updates are lost; load "
             "the model in float32, or use precision='bf16'",
         )
+    asked = [(p, p.requires_grad) for p in model.parameters()]
     outer = with_adapters(adapter, config) if lora else model
     if lora:
         tuned = {name: p for name, p in outer.named_parameters() if "lora_" in name}
@@ -105,7 +106,8 @@ def finetune(
     except BaseException:
         if lora:
             outer.unload()
-            del model.peft_config  # type: ignore[union-attr]
+            for parameter, wanted in asked:
+                parameter.requires_grad_(wanted)
         raise
     finally:
         for name, parameter in tuned.items():
