@@ -233,8 +233,8 @@ class Molmo2(TinyFamily):
     per_token = ("mm_token_type_ids",)
     layouts: ClassVar = {"video": ((2, "video0", 7), (4, "video1", 3), (1, "video0", 4))}
     notes = (
-        "a thumbnail and a plane of tiles of 5x5 patches, of which 2x2 become a token, fewer at the "
-        "edge; an id starts and ends each and ends each row; all these see one another; not images "
+        "a thumbnail and a plane of tiles of 5x5 patches, of which 2x2 become a token, fewer at "
+        "the edge; an id starts and ends each and ends each row; all these see one another; not images "
         "and clips in one batch; some layers rotate by other angles"
     )
     side = 5

@@ -29,8 +29,9 @@ images, rows without images and, if supported, clips (`tests/runtime/test_famili
 masked (`tests/runtime/test_encoder_towers.py`). In recurrent layers, which no mask keeps from
 reading a token, "masked" means left out: a token that is dropped between layers stays in the states
 of the layers before. "Tower states" are those that methods can read: attention and keys (for ToDRE,
-token correlation, HoloV, ...), also patch states (VisionZip, VisPruner, SCOPE, PruMerge). Methods that need others raise an error with the reason given here.
-Frames of a clip have separate [CLS] tokens, so methods receive no [CLS] for clips.
+token correlation, HoloV, ...), also patch states (VisionZip, VisPruner, SCOPE, PruMerge). Methods
+that need others raise an error with the reason given here. Frames of a clip have separate [CLS]
+tokens, so methods receive no [CLS] for clips.
 
 """
 

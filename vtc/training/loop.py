@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -39,24 +40,34 @@ class Loop:
     Attributes:
         out: folder for `log.jsonl`, for `checkpoint.pt`, which only resuming needs, and for what
             `Trained.save` writes.
-        steps: number of updates.
+        steps: number of updates; `None` for as many as the minutes allow.
         clip: maximum gradient norm.
         precision: of `accelerate.Accelerator`: "no" or "bf16"; there is no loss scaling for fp16.
         save_every: steps between checkpoints.
         made_with: settings that a checkpoint must match to be resumed.
+        minutes: ends the run by the clock, which a resumed run continues; `None` for no limit.
+        accumulate: batches per update; `Trained.weight` says what each counts.
     """
 
     out: Path
-    steps: int
+    steps: int | None
     clip: float
     precision: str
     save_every: int
     made_with: Mapping[str, Any]
+    minutes: float | None = None
+    accumulate: int = 1
+
+    def progress(self, step: int, seconds: float) -> float:
+        """How much of the run is done, from 0; 1 at its end."""
+        by_steps = 0.0 if self.steps is None else step / self.steps
+        by_clock = 0.0 if self.minutes is None else seconds / (60 * self.minutes)
+        return max(by_steps, by_clock)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters and their learning rate, with warm-up over the first 5 % of the steps and cosine
+    """Parameters and their learning rate, with warm-up over the first 5 % of the run and cosine
     decay to a tenth.
 
     Attributes:
@@ -117,7 +128,8 @@ class Trained(ABC):
 
     @abstractmethod
     def loss(self, batch: Batch, step: int) -> Loss:
-        """The loss of a batch, with gradients; called once per step, in order.
+        """The loss of a batch, with gradients; called in order, once per step or, with
+        `Loop.accumulate`, once for each of its batches.
 
         Args:
             batch: the inputs and labels, on the device.
@@ -127,9 +139,18 @@ class Trained(ABC):
             The loss, and figures for the log.
         """
 
+    def weight(self, batch: Batch) -> float:
+        """What a batch counts among those of its step: the number of things that its loss is the
+        mean of.
+
+        Args:
+            batch: the inputs and labels, on the device.
+        """
+        return 1.0
+
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds besides "config", "optimizer", "step" and "log"."""
+        """What a checkpoint holds besides "config", "optimizer", "step", "seconds" and "log"."""
 
     @abstractmethod
     def restore(self, state: dict[str, Any]) -> None:
@@ -231,13 +252,13 @@ class _Run:
             lr=groups[0].rate,
             weight_decay=0.0,
         )
-        self.step, self.log = 0, list[dict[str, float]]()
+        self.step, self.seconds, self.log = 0, 0.0, list[dict[str, float]]()
 
     def whole(self) -> Path:
         """Run the remaining steps."""
         out, main = self.loop.out, self.accelerator.is_main_process
         self._resume()
-        if self.step >= self.loop.steps and self.trained.saved(out):
+        if self._progress() >= 1 and self.trained.saved(out):
             return out
         with self.trained.active():
             if self.step == 0 and not self.log:
@@ -245,8 +266,10 @@ class _Run:
             bar = tqdm(
                 total=self.loop.steps, initial=self.step, desc=self.trained.name, disable=not main
             )
-            while self.step < self.loop.steps:
+            while self._progress() < 1:
+                since = time.monotonic()
                 line = self._advance()
+                self.seconds += time.monotonic() - since
                 shown = {name: f"{value:.4g}" for name, value in line.items() if name != "step"}
                 bar.set_postfix(shown, refresh=False)
                 bar.update()
@@ -274,15 +297,31 @@ class _Run:
         self.trained.restore(state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.log = state["step"], state["log"]
+        self.seconds = state.get("seconds", 0.0)
+
+    def _progress(self) -> float:
+        seconds = self.seconds
+        if self.loop.minutes is not None:  # one clock for all processes, so that they end together
+            clock = torch.tensor(seconds, device=self.accelerator.device)
+            seconds = float(self.accelerator.reduce(clock, "mean"))
+        return self.loop.progress(self.step, seconds)
 
     def _advance(self) -> dict[str, float]:
         """One step; returns its line of the log."""
+        progress, count = self._progress(), self.loop.accumulate
         for group in self.optimizer.param_groups:
-            group["lr"] = group["scale"] * _schedule(self.step / self.loop.steps)
-        loss = self.trained.loss(self.feed(self.step), self.step)
-        if not bool(torch.isfinite(loss.value)):
-            raise FloatingPointError(f"loss: {float(loss.value)} at step {self.step}")
-        self.accelerator.backward(loss.value)
+            group["lr"] = group["scale"] * _schedule(progress)
+        batches = [self.feed(self.step * count + i) for i in range(count)]
+        weights = [self.trained.weight(batch) for batch in batches]
+        figures: dict[str, float] = {}
+        for batch, weight in zip(batches, weights, strict=True):
+            share = weight / sum(weights)
+            loss = self.trained.loss(batch, self.step)
+            if not bool(torch.isfinite(loss.value)):
+                raise FloatingPointError(f"loss: {float(loss.value)} at step {self.step}")
+            self.accelerator.backward(loss.value if count == 1 else share * loss.value)
+            for name, value in loss.figures.items():
+                figures[name] = figures.get(name, 0.0) + share * value
         for parameter in self.parameters:
             if self.accelerator.num_processes > 1 and parameter.grad is not None:
                 parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
@@ -290,7 +329,7 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        line = {"step": self.step, **loss.figures, "norm": float(norm)}
+        line = {"step": self.step, **figures, "norm": float(norm)}
         self.log.append({name: round(value, 5) for name, value in line.items()})
         return line
 
@@ -304,6 +343,7 @@ class _Run:
             **self.trained.state(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
+            "seconds": self.seconds,
             "log": self.log,
         }
         out.mkdir(parents=True, exist_ok=True)
