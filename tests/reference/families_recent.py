@@ -234,8 +234,8 @@ class Molmo2(TinyFamily):
     layouts: ClassVar = {"video": ((2, "video0", 7), (4, "video1", 3), (1, "video0", 4))}
     notes = (
         "a thumbnail and a plane of tiles of 5x5 patches, of which 2x2 become a token, fewer at "
-        "the edge; an id starts and ends each and ends each row; all these see one another; not images "
-        "and clips in one batch; some layers rotate by other angles"
+        "the edge; an id starts and ends each and ends each row; all these see one another; not "
+        "images and clips in one batch; some layers rotate by other angles"
     )
     side = 5
     planes = ((1, 2), (2, 1), (1, 1))
