@@ -69,7 +69,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "transprune": {
         "schedule": "high", "keep": 1.0, "alpha": 0.5, "direction": "abs",
-        "softmax_scope": "image", "positions": "contiguous", "year": 2026,
+        "softmax_scope": "image", "layers": None, "positions": "contiguous", "year": 2026,
     },
     "v2drop": {
         "keep": 0.28, "then": (0.25, 0.0), "layers": None, "one_stays": False,
@@ -172,6 +172,7 @@ ACCEPTED: dict[str, dict[str, tuple[list[Any], list[Any], list[Any]]]] = {
         "alpha": ([0, 1, 0.5], SHARES, [-0.01, 1.01]),
         "direction": (["signed"], [], ["up"]),
         "softmax_scope": (["sequence"], [], ["batch"]),
+        "layers": ([None, (1, 2, 3)], [3], [(0, 2, 3), (1, 2)]),
         "schedule": ([(1, 1, 0.1), [0.5, 0.5, 0.5], "low"], [0.5, None],
                      ["mid", (0.5, 0.4), (0.5, 0.6, 0.1), (0.5, 0.4, 0.0), (1.1, 0.5, 0.1),
                       (0.5, 0.1, 0.2), (1, True, 0.5), (1, "x", 0.5)]),

@@ -17,6 +17,29 @@ if TYPE_CHECKING:
 __all__ = ["skeleton", "table"]
 
 _REPAIRS: dict[str, dict[str, Any]] = {
+    "chameleon": {"vocabulary_map": {"<image>": 8711}},
+    "cohere_compass": {
+        "text_config": {
+            "rope_parameters": {
+                "sliding_attention": {
+                    "rope_type": "default",
+                    "rope_theta": 50_000.0,
+                    "mrope_section": [24, 20, 20],
+                },
+                "full_attention": None,
+            }
+        }
+    },
+    "deepseek_ocr2": {
+        "text_config": {"num_hidden_layers": 12, "mlp_layer_types": ["dense"] + ["sparse"] * 11}
+    },
+    "emu3": {"vocabulary_map": {"<image>": 151851}},
+    "granite4_vision": {
+        "deepstack_layer_map": [[-19, 9], [-13, 6], [-7, 3], [-1, 0]],
+        "spatial_target_layers": [12, 15, 18, 21],
+        "downsample_rate": "4/8",
+    },
+    "hunyuan_vl": {"text_config": {"head_dim": 128}},
     "gemma4": {"vision_config": {}},
     "lfm2_vl": {
         "text_config": {
