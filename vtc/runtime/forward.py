@@ -148,6 +148,8 @@ class Forward:
         """
         every, index = self.deepstack, self.layout.index
         assert every is not None
+        if self.whole:  # those that the user masked are there too
+            return every, features
         left = every.gather(1, index) & self.layout.valid
         row = (every.flatten().cumsum(0) - 1).view_as(every).gather(1, index)[left]
         return left, features[row.to(features.device)]

@@ -15,7 +15,7 @@ held by the call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -122,6 +122,9 @@ class EncoderEngine(Engine):
         if images and not call.handled:
             raise RuntimeError(UNHANDLED.format(model=type(self.adapter.model).__name__))
         return out
+
+    def _is_idle(self, given: Mapping[str, Any]) -> bool:
+        return False  # in `generate` images are merged in outside of a forward
 
     def _create_masks(self, original: Callable[..., Any] | None, **kwargs: Any) -> Any:
         """The decoder's own masks do not change."""

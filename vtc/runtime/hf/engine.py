@@ -245,8 +245,6 @@ class Engine(Hooked):
         forward = self.forward
         if forward is None or forward.phase != "prefill" or forward.deepstack is None:
             return original(hidden_states, visual_pos_masks, visual_embeds)
-        if forward.whole:
-            return original(hidden_states, visual_pos_masks, visual_embeds)
         return original(hidden_states, *forward.deepstack_left(visual_embeds))
 
     def _take_injected(self, forward: Forward, kwargs: dict[str, Any]) -> Tensor:

@@ -313,10 +313,11 @@ class MergingTower:
         self, projector: Any, original: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         """Run what makes tokens of patches or groups only for those that are left."""
-        given = dict(by_name(projector, args, kwargs))
-        states: Tensor = given.pop(_first_name(projector.__class__))
+        name = _first_name(projector.__class__)
+        states: Tensor = args[0] if args else kwargs[name]
         if not self.current() or not self.tiles or not states.is_floating_point():
             return original(*args, **kwargs)  # numbers of words look up no states
+        more, given = args[1:], {key: value for key, value in kwargs.items() if key != name}
         rows = states if states.dim() == 3 else states[None]
         # Its input holds patches, with or without [CLS], or the patches of a unit as one row.
         patches = [tile.units.numel() for tile in self.tiles]
@@ -343,7 +344,7 @@ class MergingTower:
                 taken = tile.units[source].flatten() + (spare - int(self.has_cls))
                 taken = torch.cat([cls, taken])
             row = i // per_row
-            found = original(_like(rows[row, taken], states), **given)
+            found = original(_like(rows[row, taken], states), *more, **given)
             found = found if found.dim() == 2 else found[0]
             if len(found) != len(source) + spare:
                 raise RuntimeError(
