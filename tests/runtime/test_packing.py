@@ -22,8 +22,8 @@ def packed(name: str) -> dict[str, Tensor]:
     batches = [family.collate([row]) for row in family.rows("ragged")[:2]]
     along = {"input_ids", *family.per_token}
     batch = {}
-    for key in batches[0].keys() - {"attention_mask"}:
-        parts = [batch[key] for batch in batches]
+    for key in {key for each in batches for key in each} - {"attention_mask"}:
+        parts = [each[key] for each in batches if key in each]
         batch[key] = (
             torch.cat(parts, dim=1) if key in along else join(parts, family.dims.get(key, 0))
         )
