@@ -111,7 +111,7 @@ class EncoderEngine(Engine):
         if images:
             request.refuse_pieces()
             request.refuse_guesses("the encoder's output is shorter than its input")
-        request.refuse_fullgraph(self._uncompiled)
+        request.refuse_compiling(self._uncompiled)
         with self.calls.generate(images) as call:
             if images:
                 call.embedded = Forward(given=given, generating=call, choices=self._choices())

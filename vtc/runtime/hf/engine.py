@@ -142,9 +142,7 @@ class Engine(Hooked):
         if reason is None and request.setting("prefill_chunk_size") is not None:
             reason = "a prompt in pieces runs as it is"
         if reason is not None:
-            request.refuse_fullgraph(reason)
-            if request.setting("compile_config") is not None:
-                self._warn_of_compiling()
+            request.refuse_compiling(reason)
         with self.calls.generate(images, request.prompt_width if request.guesses else None) as call:
             try:
                 out = original(*args, **kwargs)
@@ -184,7 +182,7 @@ class Engine(Hooked):
         if self.flash:
             return "flash attention builds no masks of a fixed shape"
         if any(type(runner).leave is not Runner.leave for runner in self.runners):
-            return f"{self.method} changes the cache after each step"
+            return f"{self.method} may change the cache after each step"
         return None
 
     def _passes(self, given: Mapping[str, Any]) -> bool:
