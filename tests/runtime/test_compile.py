@@ -409,8 +409,7 @@ def refused(patch: Any, batch: dict[str, Tensor], reason: str, **more: Any) -> N
         compiled(model, batch, **more)
     assert patch.report.prefills == []
     with pytest.warns(UserWarning, match=f"compile_config: what cannot be compiled.*{reason}"):
-        out, graphs = compiled(model, batch, compile_config=settings(fullgraph=False), **more)
-    assert max(graphs) == (1 if "prefill_chunk_size" in more else 0)  # its steps are compiled
+        out, _ = compiled(model, batch, compile_config=settings(fullgraph=False), **more)
     running = generate(model, batch, cache_implementation="static", **more)
     assert difference(steps_of(out), steps_of(running)) < ROUNDING
 

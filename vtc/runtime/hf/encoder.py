@@ -15,7 +15,7 @@ held by the call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -148,6 +148,9 @@ class EncoderEngine(Engine):
 
     def _enter_layer(self, layer: int, module: Any, args: Any, kwargs: Any) -> None:
         return None
+
+    def _is_idle(self, given: Mapping[str, Any]) -> bool:
+        return False  # `generate` merges images in before it calls the encoder, in no forward
 
     # ---- encoder ------------------------------------------------------------------------------
     def _compress(self, forward: Forward, kwargs: dict[str, Any]) -> None:
