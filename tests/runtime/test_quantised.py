@@ -33,6 +33,7 @@ from transformers import (
 from vtc.eval.embedded.vlm import embedded_path
 
 import vtc
+from tests.conftest import Recorder
 from tests.reference.families import FAMILIES
 from tests.reference.masked import Masked
 from tests.reference.models import (
@@ -46,7 +47,7 @@ from tests.reference.models import (
 )
 from tests.reference.reference import Truth
 from tests.runtime import test_families as families
-from tests.runtime.test_compile import compiled, off
+from tests.runtime.test_compile import compiled, forget, off
 from tests.runtime.test_exactness import (
     CONTROL,
     METHODS,
@@ -274,8 +275,11 @@ def largest(name: str, method: str, kind: str, folder: Path) -> tuple[float, flo
 @pytest.mark.parametrize(
     ("method", "name", "kind"), some_now(7, CHOSEN, [*WEIGHTS, *BY_TOKEN], ("one", "ragged"))
 )
-def test_held_to_the_masked_reference(method: str, name: str, kind: str, folder: Path) -> None:
+def test_held_to_the_masked_reference(
+    method: str, name: str, kind: str, folder: Path, recorder: Recorder
+) -> None:
     found, control = largest(name, method, kind, folder)
+    recorder.note(f"{name} {method} {kind}", found, control)
     assert control > CONTROL
     # `generate` returns logits in fp32.
     assert found < (1e-6 if name in BY_TOKEN else TOLERANCE)
@@ -417,8 +421,10 @@ def test_compiled_steps(name: str, folder: Path) -> None:
     model, rows = loaded(name, folder), samples("ragged", "clip")
     batch = collate(rows)
     expected = [Truth(loaded(name, folder, 1), METHODS["fastv"](), row) for row in rows]
+    forget()
     with vtc.patch(model, METHODS["fastv"]()):
         out, graphs = compiled(model, batch)
+    forget()
     assert graphs == [0, 1, 1, 1]
     assert off(out, batch, expected) < TOLERANCE
 
@@ -430,7 +436,7 @@ QUANTISED = ("qwen2_vl", "qwen2_5_vl", "internvl", "gemma3", "llava_onevision", 
 @pytest.mark.parametrize(
     ("name", "probe"), some_now(5, QUANTISED, ("divprune", "fastv", "ragged|layers"))
 )
-def test_families(name: str, probe: str) -> None:
+def test_families(name: str, probe: str, recorder: Recorder) -> None:
     """Their linear layers, those of towers and heads included."""
     if importlib.util.find_spec("torchao") is None:
         pytest.skip("needs torchao: pip install 'vision-token-compression[quantised]'")
@@ -443,12 +449,14 @@ def test_families(name: str, probe: str) -> None:
     expected = [Masked(family, pristine, method, row) for row in rows]
     plain = [Masked(family, pristine, None, row) for row in rows]
     pairs = zip(expected, plain, strict=True)
-    assert max(difference(a.logits()[0, -1], b.logits()[0, -1]) for a, b in pairs) > CONTROL
+    control = max(difference(a.logits()[0, -1], b.logits()[0, -1]) for a, b in pairs)
     with vtc.patch(model, method):
         found = (
             families.run_forward(family, model, rows, expected),
             families.run_generate(family, model, rows, expected),
         )
+    recorder.note(f"torchao int8 {name} {probe}", max(found), control)
+    assert control > CONTROL
     assert max(found) < TOLERANCE
 
 
