@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from tests.reference.families import FAMILIES
 from tests.reference.models import build_model, collate, make_sample
 from tests.runtime.test_families import shared
 from vtc.core import Method
+from vtc.runtime.forward import Forward
+from vtc.runtime.hf.stages import RUNNERS, Runner
 
 METHODS: list[Method] = [vtc.Full(), vtc.FastV(keep=0.3)]
 REMEDY = r"vtc\.unpatch\(model\).*model\.model\.language_model"
@@ -141,16 +144,66 @@ def asked_by(model: Any, given: dict[str, Tensor], where: str, **more: Any) -> A
         model.generation_config = own
 
 
+@dataclass(frozen=True)
+class Evicts(Method):
+    """Lets go of one more vision token after each forward."""
+
+    def evict(self, seen: Tensor) -> int:
+        """The place of the first of those that are seen, (n,) bool."""
+        return int(seen.long().argmax())
+
+
+Evicts.name = "evicts"
+
+
+class Evictor(Runner):
+    """Hides what is evicted from the first group."""
+
+    stage: ClassVar[str] = "cache"
+
+    def leave(self, forward: Forward, cache: Any) -> None:
+        (group,), ((_, method),) = forward.ledger.groups, self.parts
+        group.diverged = True
+        if forward.phase == "prefill":
+            group.valid = forward.layout.valid.clone()
+            forward.ledger.rows["vision"] = forward.prompt.image >= 0
+        for valid, seen in zip(group.valid, forward.ledger.rows["vision"], strict=True):
+            place = method.evict(seen)
+            valid[place] = seen[place] = False
+
+
 @pytest.mark.parametrize("where", ["argument", "position", "own"])
-def test_generate_in_one_graph_is_refused_where_steps_leave_it(model: Any, where: str) -> None:
+def test_generate_in_one_graph_is_refused_where_steps_leave_it(
+    model: Any, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Such as those after which a method changes the cache; see `test_compile` for all others."""
+    monkeypatch.setitem(RUNNERS, "cache", Evictor)
     with vtc.patch(model, Evicts()) as patch:
-        with pytest.raises(ValueError, match=r"compile_config: .*fullgraph=False.*changes the"):
+        with pytest.raises(ValueError, match=r"(?s)compile_config: .*fullgraph=False.*may change"):
             asked_by(model, batch(), where, compile_config=settings(fullgraph=True))
         assert patch.report.prefills == []
         off = {"compile_config": settings(fullgraph=True), "disable_compile": True}
         if where != "own":  # nothing is compiled then
             asked_by(model, batch(), where, **off)
+
+
+def test_steps_after_which_a_method_changes_the_cache(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They run as they are, on a static cache as on any other."""
+    monkeypatch.setitem(RUNNERS, "cache", Evictor)
+    more: Any = {"max_new_tokens": 5, "return_dict_in_generate": True, "output_logits": True}
+    found = []
+    with vtc.patch(model, Evicts()):
+        for kind in (None, "static"):
+            out = model.generate(**batch(), cache_implementation=kind, **more)
+            hidden = ~out.past_key_values.vtc_ledger.groups[0].valid
+            assert int(hidden.sum()) == 5  # after the prompt, and after each of four steps
+            found.append(torch.stack(out.logits))
+    plain = torch.stack(model.generate(**batch(), **more).logits)
+    assert (found[0] - found[1]).abs().max() < 1e-4
+    assert torch.allclose(found[0][0], plain[0], atol=1e-4)
+    assert (found[0][1] - plain[1]).abs().max() > 1e-2
 
 
 def test_generate_of_mllama_in_one_graph_is_refused() -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,9 @@ from transformers import (
 from vtc.eval.embedded.vlm import embedded_path
 
 import vtc
+from tests.conftest import Recorder
+from tests.reference.families import FAMILIES
+from tests.reference.masked import Masked
 from tests.reference.models import (
     IMAGE,
     LAYERS,
@@ -42,6 +46,8 @@ from tests.reference.models import (
     samples,
 )
 from tests.reference.reference import Truth
+from tests.runtime import test_families as families
+from tests.runtime.test_compile import compiled, forget, off
 from tests.runtime.test_exactness import (
     CONTROL,
     METHODS,
@@ -51,6 +57,7 @@ from tests.runtime.test_exactness import (
     run_generate,
     some_now,
 )
+from tests.runtime.test_families import PROBES
 from tests.runtime.test_pixels import small_picture_logits
 
 WIDTH, HEADS = 64, 4
@@ -268,8 +275,11 @@ def largest(name: str, method: str, kind: str, folder: Path) -> tuple[float, flo
 @pytest.mark.parametrize(
     ("method", "name", "kind"), some_now(7, CHOSEN, [*WEIGHTS, *BY_TOKEN], ("one", "ragged"))
 )
-def test_held_to_the_masked_reference(method: str, name: str, kind: str, folder: Path) -> None:
+def test_held_to_the_masked_reference(
+    method: str, name: str, kind: str, folder: Path, recorder: Recorder
+) -> None:
     found, control = largest(name, method, kind, folder)
+    recorder.note(f"{name} {method} {kind}", found, control)
     assert control > CONTROL
     # `generate` returns logits in fp32.
     assert found < (1e-6 if name in BY_TOKEN else TOLERANCE)
@@ -374,6 +384,80 @@ def test_what_holds_where_scales_are_shared(method: str, name: str, folder: Path
             input_ids=word, position_ids=last, past_key_values=own.past_key_values
         ).last_hidden_state
         assert difference(step, model.lm_head(next_state)) < TOLERANCE
+
+
+# ---- beside quantised layers --------------------------------------------------------------------
+@pytest.mark.parametrize("what", ["embeddings", "lora"])
+def test_quantised_embeddings_and_adapters(what: str, folder: Path) -> None:
+    """On a static cache, too, whose steps read the type of the embeddings."""
+    model, pristine = (copy.deepcopy(loaded("torchao int8", folder)) for _ in range(2))
+    for one in (model, pristine):
+        if what == "lora":
+            torch.manual_seed(0)
+            config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+            peft.inject_adapter_in_model(config, one.model.language_model)
+        else:
+            _quantise(one, nn.Embedding)
+    rows = samples("ragged", "clip")
+    expected = [Truth(pristine, METHODS["fastv"](), row) for row in rows]
+    plain = Truth(loaded("torchao int8", folder, 1), METHODS["fastv"](), rows[0])
+    assert difference(expected[0].logits()[0, -1], plain.logits()[0, -1]) > 1e-3
+    with vtc.patch(model, METHODS["fastv"]()):
+        assert run_padded(model, rows, expected) < TOLERANCE
+        assert run_generate(model, rows, expected, cache_implementation="static") < TOLERANCE
+
+
+def _quantise(model: nn.Module, kind: type[nn.Module]) -> None:
+    """Quantise the weights of all modules of a kind to int8, in place."""
+    import torchao.quantization as package
+
+    config = package.IntxWeightOnlyConfig(weight_dtype=torch.int8)
+    package.quantize_(model, config, filter_fn=lambda module, name: isinstance(module, kind))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["torchao int8", "torchao int4", "gguf Q8_0"])
+def test_compiled_steps(name: str, folder: Path) -> None:
+    model, rows = loaded(name, folder), samples("ragged", "clip")
+    batch = collate(rows)
+    expected = [Truth(loaded(name, folder, 1), METHODS["fastv"](), row) for row in rows]
+    forget()
+    with vtc.patch(model, METHODS["fastv"]()):
+        out, graphs = compiled(model, batch)
+    forget()
+    assert graphs == [0, 1, 1, 1]
+    assert off(out, batch, expected) < TOLERANCE
+
+
+# ---- families -----------------------------------------------------------------------------------
+QUANTISED = ("qwen2_vl", "qwen2_5_vl", "internvl", "gemma3", "llava_onevision", "qwen3_5")
+
+
+@pytest.mark.parametrize(
+    ("name", "probe"), some_now(5, QUANTISED, ("divprune", "fastv", "ragged|layers"))
+)
+def test_families(name: str, probe: str, recorder: Recorder) -> None:
+    """Their linear layers, those of towers and heads included."""
+    if importlib.util.find_spec("torchao") is None:
+        pytest.skip("needs torchao: pip install 'vision-token-compression[quantised]'")
+    family, rows = FAMILIES[name], FAMILIES[name].rows("ragged")
+    model, pristine = family.build("sdpa"), family.build("eager")
+    for one in (model, pristine):
+        _quantise(one, nn.Linear)
+    assert quantised(model)
+    method = PROBES[probe](family)
+    expected = [Masked(family, pristine, method, row) for row in rows]
+    plain = [Masked(family, pristine, None, row) for row in rows]
+    pairs = zip(expected, plain, strict=True)
+    control = max(difference(a.logits()[0, -1], b.logits()[0, -1]) for a, b in pairs)
+    with vtc.patch(model, method):
+        found = (
+            families.run_forward(family, model, rows, expected),
+            families.run_generate(family, model, rows, expected),
+        )
+    recorder.note(f"torchao int8 {name} {probe}", max(found), control)
+    assert control > CONTROL
+    assert max(found) < TOLERANCE
 
 
 # ---- the embedded model -------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, CompileConfig, pipeline
+from transformers import AttentionInterface, pipeline
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 from vtc.eval.embedded.score import prompt_of
 from vtc.eval.embedded.vlm import load
@@ -370,19 +370,6 @@ def decoder_logits(model: Any, batch: dict[str, Tensor], how: str) -> Tensor:
     if how == "model.compile":
         model._compiled_call_impl = None
     return model(**batch).logits
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_generate_that_compiles_by_itself(method: str, dynamo: None) -> None:
-    """On a GPU, every static cache has `generate` compile the model's call for decoding."""
-    name = "llava_onevision"
-    batch, model = batch_of(name, "one"), FAMILIES[name].build()
-    settings: Any = CompileConfig(backend="eager", mode=None)  # type: ignore[arg-type]
-    settings._compile_all_devices = True
-    with vtc.patch(model, METHODS[method]()):
-        expected = generate(model, batch, cache_implementation="static")
-        found = generate(model, batch, cache_implementation="static", compile_config=settings)
-    assert difference(steps_of(found), steps_of(expected)) < TOLERANCE
 
 
 # ---- decoding that is refused -------------------------------------------------------------------

@@ -151,7 +151,7 @@ class CrossEngine(Hooked):
     # ---- the model ----------------------------------------------------------------------------
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         request = Request(self.adapter.model, original, args, kwargs)
-        request.refuse_fullgraph("its cross layers run as they are under a patch")
+        request.refuse_compiling("its cross layers run as they are under a patch")
         if request.given.get("pixel_values") is not None:
             request.refuse_pieces()
             request.refuse_guesses(

@@ -111,7 +111,7 @@ class EncoderEngine(Engine):
         if images:
             request.refuse_pieces()
             request.refuse_guesses("the encoder's output is shorter than its input")
-        request.refuse_fullgraph(self._uncompiled)
+        request.refuse_compiling(self._uncompiled)
         with self.calls.generate(images) as call:
             if images:
                 call.embedded = Forward(given=given, generating=call, choices=self._choices())
@@ -151,6 +151,9 @@ class EncoderEngine(Engine):
 
     def _enter_layer(self, layer: int, module: Any, args: Any, kwargs: Any) -> None:
         return None
+
+    def _is_idle(self, given: Mapping[str, Any]) -> bool:
+        return False  # `generate` merges images in before it calls the encoder, in no forward
 
     # ---- encoder ------------------------------------------------------------------------------
     def _compress(self, forward: Forward, kwargs: dict[str, Any]) -> None:

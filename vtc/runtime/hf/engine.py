@@ -120,6 +120,7 @@ class Engine(Hooked):
             if self.flash or watched or self.groups.group_of[i] > 0:
                 hook = functools.partial(self._enter_layer, i)
                 self.handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        self.takes = tuple(inspect.signature(type(self.layers[0]).forward).parameters)[1:]
         for runner in self.runners:
             runner.install()
 
@@ -141,9 +142,7 @@ class Engine(Hooked):
         if reason is None and request.setting("prefill_chunk_size") is not None:
             reason = "a prompt in pieces runs as it is"
         if reason is not None:
-            request.refuse_fullgraph(reason)
-            if request.setting("compile_config") is not None:
-                self._warn_of_compiling()
+            request.refuse_compiling(reason)
         with self.calls.generate(images, request.prompt_width if request.guesses else None) as call:
             try:
                 out = original(*args, **kwargs)
@@ -183,7 +182,7 @@ class Engine(Hooked):
         if self.flash:
             return "flash attention builds no masks of a fixed shape"
         if any(type(runner).leave is not Runner.leave for runner in self.runners):
-            return f"{self.method} changes the cache after each step"
+            return f"{self.method} may change the cache after each step"
         return None
 
     def _passes(self, given: Mapping[str, Any]) -> bool:
@@ -576,10 +575,18 @@ class Engine(Hooked):
         kwargs: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if (step := steps.pending(kwargs)) is not None:
-            if step.masks[layer] is not None:
-                kwargs["attention_mask"] = step.masks[layer]
-            if step.rotations[layer] is not None:
-                kwargs["position_embeddings"] = step.rotations[layer]
+            given = (
+                ("attention_mask", step.masks[layer]),
+                ("position_embeddings", step.rotations[layer]),
+            )
+            for name, value in given:
+                if value is None:
+                    continue
+                if name in self.takes[: len(args)]:  # Gemma 3n
+                    place = self.takes.index(name)
+                    args = (*args[:place], value, *args[place + 1 :])
+                else:
+                    kwargs[name] = value
             return args, kwargs
         return self._adapt_layer(layer, module, args, kwargs)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -83,20 +84,23 @@ class Request:
                 f"{chunk}; give None, or unpatch",
             )
 
-    def refuse_fullgraph(self, why: str) -> None:
-        """Refuse to compile decoding as one graph.
+    def refuse_compiling(self, why: str) -> None:
+        """Refuse to compile decoding as one graph, and warn that otherwise it runs as it is.
 
         Args:
-            why: the reason, for the error.
+            why: the reason.
 
         Raises:
             ArgumentError: `compile_config` has `fullgraph=True` and compiling is not disabled.
         """
         config = self.setting("compile_config")
-        if getattr(config, "fullgraph", False) and not self.setting("disable_compile"):
+        if config is None or self.setting("disable_compile"):
+            return
+        if getattr(config, "fullgraph", False):
             raise ArgumentError(
                 "compile_config", f"expected fullgraph=False, got {config}: {why}; or unpatch"
             )
+        warnings.warn(f"compile_config: what cannot be compiled runs as it is: {why}", stacklevel=2)
 
     def refuse_drafts(self) -> None:
         """Refuse assisted decoding that drafts from the patched model's own layers, states or keys.

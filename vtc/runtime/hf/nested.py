@@ -70,9 +70,7 @@ class NestedEngine(Engine):
         request = Request(self.adapter.generator, original, args, kwargs)
         request.refuse_pieces()
         request.refuse_guesses("its prompt reaches the language model as embeddings")
-        request.refuse_fullgraph(self._uncompiled)
-        if request.setting("compile_config") is not None:
-            self._warn_of_compiling()
+        request.refuse_compiling(self._uncompiled)
         clock = Stopwatch()
         with self.calls.generate(images=True) as call:
             device = self.adapter.base.query_tokens.device

@@ -74,7 +74,8 @@ def prepare(groups: LayerGroups, inputs: dict[str, Any]) -> None:
     )
     # Of the embeddings only rows, type and device are read.
     words = adapter.model.get_input_embeddings().weight
-    hidden = torch.empty(*ids.shape, 0, dtype=words.dtype, device=ids.device)
+    kind = words.dtype if words.is_floating_point() else adapter.model.dtype  # quantised to bytes
+    hidden = torch.empty(*ids.shape, 0, dtype=kind, device=ids.device)
     masks: list[Any] = []
     rotations: list[Any] = []
     for layer in range(groups.num_layers):
