@@ -793,7 +793,7 @@ def test_keeping_all_is_the_plain_model_bit_for_bit(name: str) -> None:
 def test_towers_whose_patches_cannot_be_merged_are_refused(name: str, why: str) -> None:
     if name not in FAMILIES:
         pytest.skip("this transformers is too old for it")
-    model = FAMILIES[name].build()
+    model = FAMILIES[name].build(FAMILIES[name].attentions[-1])
     for method in (vtc.ToMe(), vtc.FlowCut()):
         with pytest.raises(ArgumentError, match=f"'encoder'.*: .*{why}"):
             vtc.patch(model, method)
