@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
 
 import vtc
 from tests.reference.families import FAMILIES
 from tests.reference.probes import Probe
 from tests.runtime.test_families import rows_of, shared, skip_reason
-from tests.runtime.test_tower_states import HERE, LAST, uses_by_gradient
+from tests.runtime.test_tower_states import HERE, LAST, RESAMPLED, uses_by_gradient
 from vtc.core import Selection, VisionTokens
 from vtc.core.prefill import Stopwatch
 from vtc.models import find
@@ -49,6 +50,13 @@ class Asks(Probe):
 
 
 SHOWN: list[VisionTokens] = []
+
+
+@dataclass(frozen=True)
+class AsksStates(Asks):
+    """The same of what the projector receives."""
+
+    needs = frozenset({"encoder"})
 
 
 @dataclass
@@ -124,7 +132,7 @@ def joined_by_gradient(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["one", "images", "video"])
-@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("name", [name for name in HERE if name not in RESAMPLED])
 def test_what_a_token_is_shown(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     family = FAMILIES[name]
     if (reason := skip_reason(name, kind, "eager", "forward")) is not None:
@@ -176,6 +184,122 @@ def test_what_a_token_is_shown(name: str, kind: str, monkeypatch: pytest.MonkeyP
             )
             assert (queries - tokens.cls_query).abs().max(1).values.min() < 1e-5
             assert (of_cls - tokens.cls_key).abs().max(1).values.min() < 1e-5
+
+
+ATTENTION: dict[str, Callable[[Any], list[Any]]] = {
+    **dict.fromkeys(
+        ("blip_2", "instructblip", "instructblipvideo"),
+        lambda base: [layer.attention.attention for layer in base.qformer.encoder.layer],
+    ),
+    "idefics2": lambda base: [
+        layer.self_attn for layer in base.connector.perceiver_resampler.layers
+    ],
+    "deepseek_ocr2": lambda base: [
+        layer.self_attn for layer in base.vision_tower.vision_encoder.layers
+    ],
+}
+"""Of resamplers, the modules in which queries attend to one another."""
+
+
+def shown_in(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """(tokens, 2 + d) low attention, attention and keys of all tokens, as a method is shown them."""
+    SHOWN.clear()
+    with vtc.patch(model, Asks()), torch.no_grad():
+        model(**batch)
+    assert all(tokens.cls_query is None and tokens.cls_key is None for tokens in SHOWN)
+    parts = [torch.stack([t.low_attention, t.cls_attention], dim=1) for t in SHOWN]
+    return torch.cat([torch.cat(parts), torch.cat([t.keys for t in SHOWN])], dim=1)
+
+
+@pytest.mark.parametrize("kind", ["one", "images", "ragged", "video"])
+@pytest.mark.parametrize("name", [name for name in RESAMPLED if name in HERE])
+def test_what_a_token_of_a_resampler_is_shown(
+    name: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its row is found by gradients; what it receives is added up query by query."""
+    if (reason := skip_reason(name, kind, "eager", "forward")) is not None:
+        pytest.skip(reason)
+    model, batch = shared(name, "eager"), FAMILIES[name].collate(rows_of(name, kind))
+    found = shown_in(model, batch)
+    tower = ATTENTION[name](model.model if hasattr(model, "model") else model)
+    own = watched(tower, monkeypatch)
+    used = torch.stack(uses_by_gradient(name, model, batch))
+    assert bool((used.sum(1) == 1).all())  # each token has one row
+    # The batches of the resampler follow one another; a row may hold text or patches as well.
+    places, first = {}, 0
+    for b, weights in enumerate(own.weights[id(tower[-1])]):
+        for row in range(weights.shape[1]):
+            places[first + row] = b, row
+        first += weights.shape[1]
+    assert first == used.shape[1]
+    rows = [places[at] for at in used.int().argmax(1).tolist()]
+    expected = []
+    for b, row in rows:
+        signals = []
+        for module in (tower[0], tower[-1]):
+            weights = own.weights[id(module)][b].double().mean(0)
+            column = row + weights.shape[1] - weights.shape[0]
+            paid = [float(weights[r, column]) for other, r in rows if other == b]
+            signals.append(sum(paid) / sum(one > 0 for one in paid))
+        keys = own.keys[id(tower[-1])][b][:, column].flatten()
+        expected.append(torch.cat([torch.tensor(signals), keys]))
+    assert found.shape == (len(rows), len(expected[0]))
+    away = (found - torch.stack(expected)).abs()
+    assert away[:, :2].max() < 1e-6
+    assert away.max() < 1e-5
+
+
+@pytest.mark.skipif("granite4_vision" not in FAMILIES, reason="this transformers is too old for it")
+@pytest.mark.parametrize("kind", ["one", "ragged"])
+def test_a_token_of_a_windowed_resampler_is_shown_the_patches_at_its_place(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a Q-Former that returns its queries, a token depends on these patches only."""
+    name = "granite4_vision"
+    model, batch = shared(name, "eager"), FAMILIES[name].collate(rows_of(name, kind))
+    found = shown_in(model, batch)
+    SHOWN.clear()
+    with vtc.patch(model, AsksStates()), torch.no_grad():
+        model(**batch)
+    states = torch.cat([tokens.encoder for tokens in SHOWN])
+    first = model.model.layerwise_projectors[1]  # features of this one enter layer 0
+    given: list[Tensor] = []
+    made: list[Any] = []
+    handles = [first.register_forward_pre_hook(lambda m, args: given.append(args[0]))]
+    encode = model.model.get_image_features
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        out = encode(*args, **kwargs)
+        made.append(dict(out.deepstack_features)[0])
+        return out
+
+    tower = [layer.self_attn for layer in model.model.vision_tower.encoder.layers]
+    own = watched(tower, monkeypatch)
+    monkeypatch.setattr(model.model, "get_image_features", noting, raising=False)
+    monkeypatch.setattr(
+        type(first.qformer),
+        "forward",
+        lambda self, query_embeds, **kwargs: BaseModelOutput(last_hidden_state=query_embeds),
+    )
+    model(**batch)
+    for handle in handles:
+        handle.remove()
+    (patches,), (features,) = given, made
+    used = []
+    for token in torch.cat(list(features)):
+        grad = torch.autograd.grad(token.sum(), patches, retain_graph=True, allow_unused=True)[0]
+        if grad is not None and bool(grad.any()):
+            used.append(grad.flatten(0, 1).abs().sum(1) > 0)
+    assert {int(at.sum()) for at in used} == {4}
+    assert len(used) == len(found)
+    low, high = (own.received(module, None) for module in (tower[0], tower[-1]))
+    keys = torch.cat([k.transpose(0, 1).flatten(1) for k in own.keys[id(tower[-1])]])
+    every = torch.cat([low[:, None], high[:, None], keys], dim=1)
+    expected = torch.stack([every[at].mean(0) for at in used])
+    assert (found - expected).abs().max() < 1e-5
+    of_patches = patches.detach().flatten(0, 1)
+    truth = torch.stack([of_patches[at].mean(0) for at in used])
+    assert (states - truth).abs().max() < 1e-5
 
 
 def test_images_packed_for_flash_attention_are_apart() -> None:

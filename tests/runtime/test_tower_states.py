@@ -68,8 +68,15 @@ LAST: dict[str, Callable[[Any], Any]] = {
     "cosmos3_omni": lambda base: base.visual.blocks[-1],
     "cosmos3_edge": lambda base: base.visual.post_layernorm,
     "molmo2": lambda base: base.vision_tower.layers[-1],
+    "blip_2": lambda base: base.qformer.encoder.layer[-1],
+    "instructblip": lambda base: base.qformer.encoder.layer[-1],
+    "instructblipvideo": lambda base: base.qformer.encoder.layer[-1],
+    "idefics2": lambda base: base.connector.perceiver_resampler,
+    "deepseek_ocr2": lambda base: base.vision_tower.vision_encoder.norm,
 }
-"""The module whose output are the last states in which patches stand apart."""
+"""The module whose output are the last states in which patches, or queries of a resampler, stand
+apart."""
+RESAMPLED = ("blip_2", "instructblip", "instructblipvideo", "idefics2", "deepseek_ocr2")
 
 HERE = [name for name in LAST if name in FAMILIES and name not in REFUSED]
 

@@ -18,7 +18,10 @@ class Aria(Adapter):
     model_types: ClassVar[tuple[str, ...]] = ("aria",)
     projects_patches: ClassVar[bool] = False
     stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
-    unread: ClassVar[str] = "each token mixes all patches of its image (a resampler)"
+    unread: ClassVar[str] = (
+        "each token mixes all patches of its image (a resampler), whose queries do not attend to "
+        "one another"
+    )
     places: ClassVar[bool] = False
 
     def image_maps(

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from vtc.core.images import ImageMap, Modality
-from vtc.models.base import Adapter, UnsupportedModelError
+from vtc.models.base import UnsupportedModelError
+from vtc.models.resampled import Resampled
 from vtc.models.seq2seq import Seq2Seq
 
 
-class Blip2(Adapter):
+class Blip2(Resampled):
     """A Q-Former makes a fixed number of tokens of each image or frame, which have no places. The
     language model, such as OPT or Vicuna, is a model of its own. The positions of OPT are learned
     and added to what enters, so that gaps cannot close between layers. Of T5, which has an encoder
@@ -23,10 +24,7 @@ class Blip2(Adapter):
 
     name: ClassVar[str] = "blip-2, instructblip"
     model_types: ClassVar[tuple[str, ...]] = ("blip-2", "instructblip")
-    projects_patches: ClassVar[bool] = False
-    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
-    unread: ClassVar[str] = "each token mixes all patches of its image (a Q-Former)"
-    places: ClassVar[bool] = False
+    unmerged: ClassVar[str] = "each token mixes all patches of its image (a Q-Former)"
     own_generate: ClassVar[bool] = True
     nested: ClassVar[bool] = True
     encodes: ClassVar[Modality] = "image"
@@ -99,6 +97,16 @@ class Blip2(Adapter):
         found: Any = self.layers[layer]
         return found.self_attn_layer_norm(hidden) if found.do_layer_norm_before else hidden
 
+    # ---- the Q-Former ---------------------------------------------------------------------------
+    def resampler_attention(self) -> list[nn.Module]:
+        return [layer.attention.attention for layer in self.base.qformer.encoder.layer]
+
+    def tokens_in(self, length: int) -> slice:
+        return slice(0, self.queries())  # the text of InstructBLIP follows
+
+    def projector(self) -> Any:
+        return self.base.language_projection
+
     # ---- features and placeholders --------------------------------------------------------------
     def queries(self) -> int:
         """The number of tokens of an image or a frame."""
@@ -132,7 +140,8 @@ class Blip2(Adapter):
     def image_maps(
         self, modality: Modality, given: Mapping[str, Any], features: Any
     ) -> list[list[ImageMap]]:
-        return [[ImageMap(None, count=len(own))] for own in features]
+        n = len(features[0])  # the same for all
+        return [[self.of_queries(n, i * n)] for i in range(len(features))]
 
 
 class InstructBlipVideo(Blip2):

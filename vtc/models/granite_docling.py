@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from vtc.core.images import ImageMap, Modality, merged_patches
@@ -20,7 +21,7 @@ class GraniteDocling(Adapter):
     name: ClassVar[str] = "granite_docling"
     model_types: ClassVar[tuple[str, ...]] = ("granite_docling",)
     since: ClassVar[Mapping[str, str]] = {"granite_docling": "5.21"}
-    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
+    stages: ClassVar[tuple[str, ...]] = ("encoder", "sequence", "layers")
     projects_patches: ClassVar[bool] = False
 
     def projector(self) -> Any:
@@ -32,12 +33,26 @@ class GraniteDocling(Adapter):
     def patch_states(self, given: Tensor, output: Any) -> Tensor:
         return output
 
+    def encoder_tiles(
+        self, modality: Modality, given: Mapping[str, Any], rows: int, length: int
+    ) -> list[tuple[int, Tensor, Tensor]]:
+        by, side = self._sides(given)
+        none, units = torch.empty(0, dtype=torch.long), merged_patches(side, side, by)
+        return [(row, none, units) for row in range(rows)]
+
+    def encoder_projectors(self) -> list[Any]:
+        return []  # the connector joins patches on the grid
+
+    def _sides(self, given: Mapping[str, Any]) -> tuple[int, int]:
+        """Patches along the side of a token's square, and of a tile."""
+        config = self.tower.config
+        by = config.scale_factor // (1 if given.get("tile_fine_mask") is None else 2)
+        return by, config.image_size // config.patch_size
+
     def image_maps(
         self, modality: Modality, given: Mapping[str, Any], features: Any
     ) -> list[list[ImageMap]]:
-        config, first, maps = self.tower.config, 0, []
-        by = config.scale_factor // (1 if given.get("tile_fine_mask") is None else 2)
-        side = config.image_size // config.patch_size
+        (by, side), first, maps = self._sides(given), 0, []
         for own in features:  # one element holds all tiles of a sample
             of_one = []
             for _ in range(len(own) // (side // by) ** 2):

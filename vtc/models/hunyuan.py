@@ -23,8 +23,9 @@ class HunYuanVL(QwenVL):
     name: ClassVar[str] = "hunyuan_vl"
     model_types: ClassVar[tuple[str, ...]] = ("hunyuan_vl",)
     since: ClassVar[Mapping[str, str]] = {"hunyuan_vl": "5.21"}
-    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
+    stages: ClassVar[tuple[str, ...]] = ("encoder", "sequence", "layers")
     video: ClassVar[bool] = False
+    encoder_parts: ClassVar[tuple[str, str, str, str]] = Adapter.encoder_parts
 
     def projector(self) -> Any:
         return self.tower.patch_merger
@@ -35,13 +36,35 @@ class HunYuanVL(QwenVL):
     def patch_states(self, given: Tensor, output: Any) -> Tensor:
         return output
 
+    def encoder_layers(self) -> list[Any]:
+        return self._with_parts(list(self.tower.layers))
+
+    def encoder_attend(self, layer: Any, hidden: Tensor, given: Mapping[str, Any]) -> Tensor:
+        return Adapter.encoder_attend(self, layer, hidden, given)
+
+    def encoder_tiles(
+        self, modality: Modality, given: Mapping[str, Any], rows: int, length: int
+    ) -> list[tuple[int, Tensor, Tensor]]:
+        none, by, tiles, first = torch.empty(0, dtype=torch.long), self._side(), [], 0
+        for _, height, width in self.grids(modality, given):
+            tiles.append((0, none, merged_patches(height, width, by, first)))
+            first += height * width
+        return tiles
+
+    def encoder_projectors(self) -> list[Any]:
+        return []  # the merger convolves the grid, square by square
+
+    def _side(self) -> int:
+        """Patches along the side of a token's square."""
+        return int(self.tower.config.spatial_merge_size)
+
     def rotary(self, layer: int, hidden: Tensor, positions: Tensor) -> Any:
         return Adapter.rotary(self, layer, hidden, positions)
 
     def image_maps(
         self, modality: Modality, given: Mapping[str, Any], features: Any
     ) -> list[list[ImageMap]]:
-        by, maps, first = self.tower.config.spatial_merge_size, [], 0
+        by, maps, first = self._side(), [], 0
         for _, rows, columns in given["image_grid_thw"].tolist():
             r, c = rows // by, columns // by
             whole = torch.tensor([[0, -2, 0]])

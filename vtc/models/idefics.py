@@ -7,22 +7,36 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtc.core.images import ImageMap, Modality, merged_patches
 from vtc.models.base import Adapter, UnsupportedModelError
+from vtc.models.resampled import Resampled
 from vtc.models.shuffled import Shuffled
 
 
-class Idefics2(Adapter):
+class Idefics2(Resampled):
     """A perceiver resamples each image to a fixed number of tokens, which have no places."""
 
     name: ClassVar[str] = "idefics2"
     model_types: ClassVar[tuple[str, ...]] = ("idefics2",)
-    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
-    unread: ClassVar[str] = "each token mixes all patches of its image (a resampler)"
-    places: ClassVar[bool] = False
     merger: ClassVar[str] = "inputs_merger"
+
+    def resampler_attention(self) -> list[nn.Module]:
+        return [layer.self_attn for layer in self.projector().layers]
+
+    def tokens_in(self, length: int) -> slice:
+        return slice(length - self.queries(), length)  # as keys, behind the patches
+
+    def queries(self) -> int:
+        """The number of tokens of an image."""
+        return int(self.model.config.perceiver_config.resampler_n_latents)
+
+    def projector(self) -> Any:
+        return self.base.connector.perceiver_resampler
+
+    def patch_states(self, given: Tensor, output: Any) -> Tensor:
+        return output
 
     def placeholders(self, output: Any, given: Mapping[str, Any]) -> dict[Modality, Tensor]:
         return placeholder_ids(self, given)
@@ -30,8 +44,12 @@ class Idefics2(Adapter):
     def image_maps(
         self, modality: Modality, given: Mapping[str, Any], features: Any
     ) -> list[list[ImageMap]]:
-        n = self.model.config.perceiver_config.resampler_n_latents
-        return [[ImageMap(None, count=n)] * (own.shape[:-1].numel() // n) for own in features]
+        n, first, maps = self.queries(), 0, []
+        for own in features:
+            count = len(own) // n  # one element holds all images of a sample
+            maps.append([self.of_queries(n, (first + i) * n) for i in range(count)])
+            first += count
+        return maps
 
 
 class Idefics3(Shuffled):

@@ -255,12 +255,17 @@ class LlavaOnevision(LlavaNext):
 
 class Granite4Vision(LlavaNext):
     """As LLaVA-NeXT, with a resampler for each of several decoder layers: vision tokens enter as
-    zeros, and features are added before these layers. Methods see the first of them."""
+    zeros, and features are added before these layers. Methods see the first of them. A token's query
+    reads a window of patches and begins as a mean of those at its place, which count as its patches;
+    their states are those that the first of the resamplers receives."""
 
     name: ClassVar[str] = "granite4_vision"
     model_types: ClassVar[tuple[str, ...]] = ("granite4_vision",)
     stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
-    unread: ClassVar[str] = "each token mixes all patches of its window (a resampler)"
+    unmerged: ClassVar[str] = (
+        "each token mixes all patches of its window (a resampler), so that no group of patches "
+        "becomes one token"
+    )
     projects_patches: ClassVar[bool] = False
     video: ClassVar[bool] = False
 
@@ -279,7 +284,24 @@ class Granite4Vision(LlavaNext):
         self, modality: Modality, given: Mapping[str, Any], features: Any
     ) -> list[list[ImageMap]]:
         every = super().image_maps(modality, given, features)
-        return [[replace(found, patches=None) for found in maps] for maps in every]
+        return [[replace(found, patches=self._at(found.patches)) for found in m] for m in every]
+
+    def _at(self, tokens: Tensor | None) -> Tensor | None:
+        """(n, m) the patches at the places of tokens (n, 1), numbered likewise, -1 at separators;
+        `None` if patches lie at the places of two tokens."""
+        side, whole = self.side(), super().side()
+        if tokens is None or whole % side:
+            return None
+        tile, place = tokens[:, 0] // side**2, tokens[:, 0] % side**2
+        own = merged_patches(whole, whole, whole // side)[place] + (tile * whole**2)[:, None]
+        return torch.where(tokens < 0, -1, own)
+
+    def projector(self) -> Any:
+        config, base = self.model.config, self.base
+        deep = [layer for _, layer in config.deepstack_layer_map]
+        found = [*zip(deep, base.layerwise_projectors, strict=True)]
+        found += zip(config.spatial_target_layers, base.spatial_projectors, strict=False)
+        return min(found, key=lambda pair: pair[0])[1]
 
     def injects(self) -> tuple[int, ...]:
         config = self.model.config

@@ -24,6 +24,10 @@ class Molmo2(Adapter):
     masks_in_base: ClassVar[bool] = True
     attention: ClassVar[str] = "both directions, over all images"
     projects_patches: ClassVar[bool] = False
+    unmerged: ClassVar[str] = (
+        "a token pools a square of patches, of which those at the edges are incomplete, and groups "
+        "of unequal size have no mean patch by patch"
+    )
     video: ClassVar[bool] = True
 
     def blocks(self, given: Mapping[str, Any]) -> Tensor | None:

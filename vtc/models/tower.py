@@ -22,6 +22,7 @@ class TowerPart:
     base: Any
     tower: Any
     unread: ClassVar[str] = ""
+    unmerged: ClassVar[str] = ""
     shows_states: ClassVar[bool] = False
 
     def tower_attention(self) -> list[nn.Module]:
@@ -88,6 +89,15 @@ class TowerPart:
         """
         full = setting(self, given, "vision_feature_select_strategy", "default") == "full"
         return int(self.has_cls() and not full)
+
+    def tokens_in(self, length: int) -> slice:
+        """The rows of one image in the tower's attention that stand for its patches or tokens. Rows
+        and columns of others, as of what a resampler reads, are left out of all signals.
+
+        Args:
+            length: number of rows, of the attention's queries or of its keys.
+        """
+        return slice(0, length)
 
     def suffix(self) -> int:
         """The number of tower tokens after an image's patches that yield no vision token."""

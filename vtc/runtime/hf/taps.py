@@ -458,7 +458,9 @@ def _rows_at(mask: Tensor, places: Tensor) -> Tensor:
     return mask.expand(len(places), -1, -1, -1).gather(2, at)
 
 
-def listen_tower(tap: Tap, cls: int | None, clock: Stopwatch) -> None:
+def listen_tower(
+    tap: Tap, cls: int | None, clock: Stopwatch, tokens: Callable[[int], slice] = slice
+) -> None:
     """Arm a tap in a vision tower; `tap.captured` receives one `TowerSignals` per batch row.
 
     The attention is the [CLS] row if the tower has one. Otherwise it is what each token receives,
@@ -468,6 +470,7 @@ def listen_tower(tap: Tap, cls: int | None, clock: Stopwatch) -> None:
         tap: on an attention module of the tower.
         cls: the place of [CLS] in the tower's sequence, negative from the end; `None` without.
         clock: measures the capture.
+        tokens: `Adapter.tokens_in`, the rows of some number that count; by default all.
     """
 
     def capture(
@@ -483,9 +486,10 @@ def listen_tower(tap: Tap, cls: int | None, clock: Stopwatch) -> None:
     def hear(query: Tensor, key: Tensor, mask: Any, options: Mapping[str, Any]) -> None:
         bias = options.get("position_bias")
         with clock.measure(query.device):
-            keys = key.detach().transpose(1, 2).flatten(2)
+            columns = tokens(key.shape[2])
+            keys = key.detach()[:, :, columns].transpose(1, 2).flatten(2)
             size = query.shape[2]
-            at = slice(0, size) if cls is None else slice(cls % size, cls % size + 1)
+            at = tokens(size) if cls is None else slice(cls % size, cls % size + 1)
             for i in range(query.shape[0]):
                 rows = query[i : i + 1, :, at]
                 seen, added = _visible(mask, i, at)
@@ -493,11 +497,12 @@ def listen_tower(tap: Tap, cls: int | None, clock: Stopwatch) -> None:
                     of_row = bias[i % len(bias)][None, :, at]
                     added = of_row if added is None else added + of_row
                 found = mean_attention(rows, key[i : i + 1], seen, added, Options.of(options))
-                received = found[0, 0]
+                received = found[0, 0, :, columns]
                 if cls is not None or seen is None:
                     received = received.mean(0)
                 else:
-                    see = seen[0, 0] & seen[0, 0].diagonal()[:, None]
+                    see = seen[0, 0, :, columns]
+                    see = see & see.diagonal()[:, None]
                     received = (received * see).sum(0) / see.sum(0).clamp_min(1)
                 tap.captured.append(
                     TowerSignals(

@@ -280,7 +280,7 @@ class Encoding:
                 module = self.adapter.tower_attention()[layer]
                 tap = taps.install_in_tower(module, self.adapter.watch_attention)
                 self.taps[layer] = tap
-                taps.listen_tower(tap, cls, self.heard)
+                taps.listen_tower(tap, cls, self.heard, self.adapter.tokens_in)
             if self.reads_encoder:
                 if self.adapter.projects_patches:
                     handles.append(projector.register_forward_hook(self._leave_projector))
@@ -326,7 +326,9 @@ class Encoding:
     def _pass_states(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         if self.current:
             states = self.adapter.patch_states((*args, *kwargs.values())[0], output)
-            self.encoder_states = states.detach().reshape(1, -1, states.shape[-1])
+            states = states.detach().reshape(1, -1, states.shape[-1])
+            before = self.encoder_states  # of the whole picture, where tiles are encoded apart
+            self.encoder_states = states if before is None else torch.cat([before, states], dim=1)
 
     def _fewer(self, out: Any, shortened: list[Shortened]) -> list[list[ImageSignals]]:
         """Signals of a run on fewer tokens; spreads its features over the full grid."""
