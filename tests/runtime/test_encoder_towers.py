@@ -780,7 +780,13 @@ def test_keeping_all_is_the_plain_model_bit_for_bit(name: str) -> None:
 
 
 # ---- refusals -----------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["aria", "idefics2", "fast_vlm", "got_ocr2", "gemma3n"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("aria", "idefics2", "fast_vlm", "got_ocr2", "pp_chart2table", "step3p7", "lfm3_vl"),
+        "gemma3n",
+    ],
+)
 def test_towers_whose_tokens_have_no_patches_of_their_own_are_refused(name: str) -> None:
     model = FAMILIES[name].build()
     for method in (vtc.ToMe(), vtc.FlowCut()):

@@ -91,6 +91,7 @@ class Adapter(MergingPart, DecoderPart):
             patches, and merged tokens are averages of what comes out of it.
         joins_frames: the frames of an image's map attend to one another, as one tile.
         unread: why nothing of the vision tower can be read; empty if it can.
+        unmerged: why patches of a tower that is read cannot be merged in it; empty if they can.
         shows_states: for each token the projector receives a state that can be read, though
             nothing else of the tower can.
         clips_as_images: the base model encodes clips with `get_image_features`.

@@ -22,6 +22,7 @@ class TowerPart:
     base: Any
     tower: Any
     unread: ClassVar[str] = ""
+    unmerged: ClassVar[str] = ""
     shows_states: ClassVar[bool] = False
 
     def tower_attention(self) -> list[nn.Module]:

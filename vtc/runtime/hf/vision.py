@@ -326,7 +326,9 @@ class Encoding:
     def _pass_states(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         if self.current:
             states = self.adapter.patch_states((*args, *kwargs.values())[0], output)
-            self.encoder_states = states.detach().reshape(1, -1, states.shape[-1])
+            rows, before = states.detach().reshape(1, -1, states.shape[-1]), self.encoder_states
+            # Some towers run on pictures, then on their tiles.
+            self.encoder_states = rows if before is None else torch.cat([before, rows], dim=1)
 
     def _fewer(self, out: Any, shortened: list[Shortened]) -> list[list[ImageSignals]]:
         """Signals of a run on fewer tokens; spreads its features over the full grid."""
