@@ -4,7 +4,8 @@
 The reference runs the family's own code with nothing removed: an attention function masks the keys
 of patches that are gone, all patches of a merged group take its mean before the feed-forward, and
 at the end patches without a token become NaN, so that the family's own code shows which tokens
-they make. It shares no code with the runner; methods decide on what the reference shows them.
+they make. Where convolutions join patches, these are zeros, and tokens are marked. It shares no
+code with the runner; methods decide on what the reference shows them.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ UNITS: dict[str, int] = {
     **dict.fromkeys(("gemma4", "gemma4_device", "perception_lm"), 2),
     "cohere_compass": 2,
     **dict.fromkeys(("cosmos3_omni", "cosmos3_edge"), 2),
+    "step3p7": 4,
 }
 """Patches along the side of a token."""
 PIXTRAL = ("mistral3", "lighton_ocr")
@@ -79,6 +81,7 @@ UNKNOWN_COST = (
     "llama4",  # of which transformers runs all experts
     "cohere_compass",
     *("cosmos3_omni", "cosmos3_edge"),
+    "step3p7",
 )
 """Families of which a part has no formula."""
 HERE = [name for name in UNITS if name in FAMILIES]
@@ -291,6 +294,9 @@ class Reference:
                 if i == self.used - 1 and hasattr(tower, "pooler"):
                     hook = tower.pooler.register_forward_hook(self.mark_cells)
                     self.handles.append(hook)
+                elif i == self.used - 1 and self.name == "step3p7":
+                    self.handles.append(layer.register_forward_hook(self.clear, prepend=True))
+                    self.handles.append(tower.register_forward_hook(self.mark_tokens))
                 elif i == self.used - 1:
                     hook = layer.register_forward_hook(self.mark, prepend=True)
                     self.handles.append(hook)
@@ -530,6 +536,22 @@ class Reference:
             left = {group.first for group in tile.groups}
             pooled[tile.row, [u for u in range(len(tile.units)) if u not in left]] = math.nan
         return pooled, real
+
+    def clear(self, module: Any, args: Any, output: Tensor) -> Tensor:
+        """Zeros for the patches that are gone, which convolutions read for other tokens too."""
+        states = output.clone()
+        for tile in self.tiles:
+            left = {group.first for group in tile.groups}
+            gone = [at for u, unit in enumerate(tile.units) if u not in left for at in unit]
+            states[tile.row, gone] = 0.0
+        return states
+
+    def mark_tokens(self, module: Any, args: Any, output: Any) -> None:
+        """NaN for the tokens of units that are gone, after convolutions."""
+        for tile in self.tiles:
+            left = {group.first for group in tile.groups}
+            gone = [u for u in range(len(tile.units)) if u not in left]
+            output.last_hidden_state[tile.row, gone] = math.nan
 
     def mark(self, module: Any, args: Any, output: Any) -> Any:
         states = output[0] if isinstance(output, tuple) else output
@@ -782,13 +804,10 @@ def test_keeping_all_is_the_plain_model_bit_for_bit(name: str) -> None:
 # ---- refusals -----------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "name",
-    [
-        *("aria", "idefics2", "fast_vlm", "got_ocr2", "pp_chart2table", "step3p7", "lfm3_vl"),
-        "gemma3n",
-    ],
+    ["aria", "idefics2", "fast_vlm", "got_ocr2", "pp_chart2table", "lfm3_vl", "gemma3n"],
 )
 def test_towers_whose_tokens_have_no_patches_of_their_own_are_refused(name: str) -> None:
-    model = FAMILIES[name].build()
+    model = FAMILIES[name].build(FAMILIES[name].attentions[-1])
     for method in (vtc.ToMe(), vtc.FlowCut()):
         with pytest.raises(ArgumentError, match=r"'encoder'.*: .*(resampler|convolutions)"):
             vtc.patch(model, method)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vtc.core.images import ImageMap, Modality, grid_positions, merged_patches
-from vtc.models.base import Adapter
+from vtc.models.base import Adapter, UnsupportedModelError
 
 
 class Step3p7(Adapter):
@@ -18,13 +18,17 @@ class Step3p7(Adapter):
     the whole picture.
 
     Two convolutions halve the map of the tower: a token's patches are the 4 x 4 that their strides
-    map to it. They are 3 x 3, and also read patches around these, which do not count.
+    map to it. They are 3 x 3, and also read patches around these, which do not count. Of patches
+    that were merged away or dropped they read zeros, as beyond the edge of the picture.
     """
 
     name: ClassVar[str] = "step3p7"
     model_types: ClassVar[tuple[str, ...]] = ("step3p7",)
-    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
-    unmerged: ClassVar[str] = "convolutions read the places of patches that would be gone"
+    stages: ClassVar[tuple[str, ...]] = ("encoder", "sequence", "layers")
+    encoder_parts: ClassVar[tuple[str, str, str, str]] = (
+        *("layernorm_before", "self_attn"),
+        *("layernorm_after", "mlp"),
+    )
     projects_patches: ClassVar[bool] = False
     by: ClassVar[int] = 4
 
@@ -71,3 +75,48 @@ class Step3p7(Adapter):
 
     def patch_states(self, given: Tensor, output: Any) -> Tensor:
         return output
+
+    def encoder_layers(self) -> list[Any]:
+        return self._with_parts(list(self.tower.layers))
+
+    def check_encoder(self, modality: Modality, given: Mapping[str, Any]) -> None:
+        for name, plane in self._planes(given).items():
+            if any(size % self.by for size in plane):
+                raise UnsupportedModelError(
+                    f"{name}: convolutions make tokens of less than {self.by} x {self.by} of its "
+                    f"{plane[0]} x {plane[1]} patches, which cannot be merged with others; use "
+                    f"sizes that are multiples of {self.by} patches"
+                )
+        planes = {*self._planes(given).values()}
+        if len({rows * columns for rows, columns in planes}) < len(planes):
+            raise UnsupportedModelError(
+                "pixel_values_local: its tiles have as many patches as the whole picture, in "
+                "another shape, by which vtc cannot tell them apart to merge patches"
+            )
+
+    def encoder_tiles(
+        self, modality: Modality, given: Mapping[str, Any], rows: int, length: int
+    ) -> list[tuple[int, Tensor, Tensor]]:
+        # The tower runs on all whole pictures, then on all tiles.
+        none, planes = torch.empty(0, dtype=torch.long), self._planes(given).values()
+        plane = next(plane for plane in planes if plane[0] * plane[1] == length)
+        return [(row, none, merged_patches(*plane, self.by)) for row in range(rows)]
+
+    def encoder_given(self, given: Mapping[str, Any], row: int, places: Tensor) -> dict[str, Any]:
+        rotation = tuple(part[places] for part in given["position_embeddings"])
+        return {**super().encoder_given(given, row, places), "position_embeddings": rotation}
+
+    def encoder_attend(self, layer: Any, hidden: Tensor, given: Mapping[str, Any]) -> Tensor:
+        attended, _ = layer.self_attn(layer.layernorm_before(hidden), **given)
+        return layer.lambda_1 * attended + hidden
+
+    def encoder_feed(self, layer: Any, hidden: Tensor) -> Tensor:
+        return layer.lambda_2 * layer.mlp(layer.layernorm_after(hidden)) + hidden
+
+    def encoder_projectors(self) -> list[Any]:
+        return []  # convolutions join the grid before it
+
+    def _planes(self, given: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+        """Rows and columns of patches of whole pictures and tiles, by the name of their pixels."""
+        names = ("pixel_values", "pixel_values_local")
+        return {name: self._plane(given[name]) for name in names if given.get(name) is not None}

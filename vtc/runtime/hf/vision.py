@@ -378,10 +378,10 @@ class Encoding:
                     separator = torch.zeros(len(of_image), dtype=torch.bool)
                 patches = of_image.patches[~separator]
                 made = alive[patches].all(1)
-                # Tiles follow one another; of some, unpadding leaves no token.
-                first, last = int(tile[patches].min()), int(tile[patches].max())
+                tiles = tile[patches].unique().tolist()
                 count = 1 if self.adapter.joins_frames else of_image.tiles
-                tiles = range(first, max(last + 1, first + count))
+                if len(tiles) < count:  # unpadding leaves no token of some, which follow others
+                    tiles = range(tiles[0], max(tiles[-1] + 1, tiles[0] + count))
                 every = separator.clone()
                 every[~separator] = made
                 there.append(every)
