@@ -279,7 +279,7 @@ class Lfm3VL(HyperClovaX):
     model_class = "Lfm3VlForConditionalGeneration"
     notes = (
         "layers 0, 1, 3 and 4 of the language model are short convolutions, layer 2 has a window; "
-        "positions count tokens; one convolution over the grid and one attention layer in the tower"
+        "positions count tokens; convolutions over the grid and attention take turns in the tower"
     )
     window = 400
 
@@ -289,11 +289,11 @@ class Lfm3VL(HyperClovaX):
             vision_config={
                 "hidden_size": 32,
                 "intermediate_size": 48,
-                "num_hidden_layers": 2,
+                "num_hidden_layers": 4,
                 "num_attention_heads": 4,
                 "num_key_value_heads": 2,
                 "patch_size": self.patch,
-                "layer_types": ["conv", "full_attention"],
+                "layer_types": ["conv", "full_attention"] * 2,
             },
             text_config=hf.Lfm3Config(
                 **text_settings(head_dim=8, sliding_window=self.window, layer_types=kinds)

@@ -103,14 +103,17 @@ class GotOcr2(OneGrid):
     before, after = (START,), (END,)
     side_pixels = 128
     attentions = ("eager",)
-    notes = "a SAM tower, its map shrunk by 4 by the convolutions of the projector"
+    notes = (
+        "a SAM tower, whose windows do not divide its map, shrunk by 4 by the convolutions of the "
+        "projector"
+    )
 
     def config(self) -> Any:
         vision = vision_settings(128, patch_size=8)
         del vision["intermediate_size"]
         return hf.GotOcr2Config(
             vision_config=vision
-            | {"output_channels": 8, "mlp_dim": 48, "window_size": 4, "global_attn_indexes": [1]},
+            | {"output_channels": 8, "mlp_dim": 48, "window_size": 5, "global_attn_indexes": [1]},
             text_config=hf.Qwen2Config(**text_settings()),
             image_token_index=IMAGE,
             image_seq_length=16,
@@ -210,7 +213,7 @@ class FastVLM(OneGrid):
                 "do_pooling": True,
                 "hidden_size": 64,
                 "model_args": {
-                    "layers": [1, 1, 1, 1, 1],
+                    "layers": [1, 1, 1, 1, 2],
                     "embed_dims": [8, 8, 16, 32, 32],
                     "inference_mode": True,
                 },

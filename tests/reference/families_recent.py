@@ -361,7 +361,7 @@ class Step3p7(TinyFamily):
     def config(self) -> Any:
         kinds = ["full_attention", "sliding_attention", "sliding_attention"] * 2
         return hf.Step3p7Config(
-            vision_config=vision_settings(40, 4, mlp_ratio=1.5),
+            vision_config=vision_settings(48, 4, mlp_ratio=1.5),
             text_config=text_settings(
                 head_dim=8,
                 layer_types=kinds,
@@ -394,11 +394,11 @@ class Step3p7(TinyFamily):
         tokens += [*marks(START, kind="text"), *cells(3, 3, crop=0 if tiles else None)]
         tokens += marks(END, kind="text")
         extras = {
-            "pixel_values": pixels(generator, 1, 3, 40, 40),
+            "pixel_values": pixels(generator, 1, 3, 48, 48),
             "num_local_patches": torch.tensor([tiles]),
         }
         if tiles:
-            extras["pixel_values_local"] = pixels(generator, tiles, 3, 28, 28)
+            extras["pixel_values_local"] = pixels(generator, tiles, 3, 32, 32)
         return Piece(tokens, extras)
 
 

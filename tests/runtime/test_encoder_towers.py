@@ -4,7 +4,8 @@
 The reference runs the family's own code with nothing removed: an attention function masks the keys
 of patches that are gone, all patches of a merged group take its mean before the feed-forward, and
 at the end patches without a token become NaN, so that the family's own code shows which tokens
-they make. It shares no code with the runner; methods decide on what the reference shows them.
+they make. Where convolutions join patches, these are zeros, and tokens are marked. It shares no
+code with the runner; methods decide on what the reference shows them.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ UNITS: dict[str, int] = {
     **dict.fromkeys(("cohere_compass", "hunyuan_vl", "granite_docling"), 2),
     "granite_docling_fine": 1,
     **dict.fromkeys(("cosmos3_omni", "cosmos3_edge"), 2),
+    "step3p7": 4,
 }
 """Patches along the side of a token."""
 PIXTRAL = ("mistral3", "lighton_ocr")
@@ -80,6 +82,7 @@ UNKNOWN_COST = (
     "llama4",  # of which transformers runs all experts
     *("cohere_compass", "hunyuan_vl", "granite_docling", "granite_docling_fine"),
     *("cosmos3_omni", "cosmos3_edge"),
+    "step3p7",
 )
 """Families of which a part has no formula."""
 HERE = [name for name in UNITS if name in FAMILIES]
@@ -292,6 +295,9 @@ class Reference:
                 if i == self.used - 1 and hasattr(tower, "pooler"):
                     hook = tower.pooler.register_forward_hook(self.mark_cells)
                     self.handles.append(hook)
+                elif i == self.used - 1 and self.name == "step3p7":
+                    self.handles.append(layer.register_forward_hook(self.clear, prepend=True))
+                    self.handles.append(tower.register_forward_hook(self.mark_tokens))
                 elif i == self.used - 1:
                     hook = layer.register_forward_hook(self.mark, prepend=True)
                     self.handles.append(hook)
@@ -531,6 +537,22 @@ class Reference:
             left = {group.first for group in tile.groups}
             pooled[tile.row, [u for u in range(len(tile.units)) if u not in left]] = math.nan
         return pooled, real
+
+    def clear(self, module: Any, args: Any, output: Tensor) -> Tensor:
+        """Zeros for the patches that are gone, which convolutions read for other tokens too."""
+        states = output.clone()
+        for tile in self.tiles:
+            left = {group.first for group in tile.groups}
+            gone = [at for u, unit in enumerate(tile.units) if u not in left for at in unit]
+            states[tile.row, gone] = 0.0
+        return states
+
+    def mark_tokens(self, module: Any, args: Any, output: Any) -> None:
+        """NaN for the tokens of units that are gone, after convolutions."""
+        for tile in self.tiles:
+            left = {group.first for group in tile.groups}
+            gone = [u for u in range(len(tile.units)) if u not in left]
+            output.last_hidden_state[tile.row, gone] = math.nan
 
     def mark(self, module: Any, args: Any, output: Any) -> Any:
         states = output[0] if isinstance(output, tuple) else output
@@ -786,7 +808,10 @@ def test_keeping_all_is_the_plain_model_bit_for_bit(name: str) -> None:
     [
         *((name, "resampler") for name in ("aria", "idefics2", "deepseek_ocr2", "granite4_vision")),
         *((name, "Q-Former") for name in ("blip_2", "instructblip", "instructblipvideo")),
-        *((name, "convolutions") for name in ("fast_vlm", "got_ocr2", "gemma3n")),
+        *(
+            (name, "convolutions")
+            for name in ("fast_vlm", "got_ocr2", "pp_chart2table", "lfm3_vl", "gemma3n")
+        ),
         ("molmo2", "groups of unequal size"),
     ],
 )

@@ -6,6 +6,7 @@ Which patches a token joins is found by gradients through the model's own code.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,11 +30,14 @@ from vtc.runtime.hf import taps
 CLS = {"llama4": -1, "internvl": 0, "qianfan_ocr": 0, "perception_lm": 0}
 """The place of [CLS], in towers that have one."""
 
-INSIDE: dict[str, Callable[[Any], Any]] = dict.fromkeys(
-    ("muse_glimmer", "muse_spark"), lambda base: base.vision_tower.layers[-1]
-)
+INSIDE: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("muse_glimmer", "muse_spark"), lambda base: base.vision_tower.layers[-1]),
+    "fast_vlm": lambda base: base.multi_modal_projector.linear_1,  # a place of the map is a token
+}
 """The module whose output are the last states in the order in which attention sees them, where that
 of `LAST` are in another."""
+
+SAM = ("got_ocr2", "pp_chart2table")
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,52 @@ def watched(tower: list[Any], monkeypatch: pytest.MonkeyPatch) -> Own:
     return own
 
 
+@dataclass
+class OfSam(Own):
+    """As `Own`, on the whole map, of layers that may attend in padded windows.
+
+    Attributes:
+        paid: by module, (images * places,) the mean over the real places that attend.
+    """
+
+    paid: dict[int, Tensor] = field(default_factory=dict)
+
+    def received(self, module: Any, cls: int | None) -> Tensor:
+        return self.paid[id(module)]
+
+
+def watched_in_sam(model: Any) -> OfSam:
+    """Note what the layers compute, put back on the map by the model's own code."""
+    own, tower = OfSam(), model.model.vision_tower
+    side = tower.config.image_size // tower.config.patch_size
+
+    def note(layer: Any, module: Any, kwargs: Any, output: Any) -> None:
+        hidden, heads, size = kwargs["hidden_states"], module.num_attention_heads, layer.window_size
+        rows, height, width, channels = hidden.shape
+        n = height * width
+        weights = output[1].view(rows, heads, n, n).mean(1)
+        keys = module.qkv(hidden)[..., channels : 2 * channels]
+        whole = torch.ones(rows if not size else rows // (-(-side // size)) ** 2, side, side, 1)
+        real, padded = layer.window_partition(whole, size) if size else (whole, (side, side))
+        attends = real.view(rows, n, 1)
+        paid = ((weights * attends).sum(1) / attends.sum(1)).view(rows, height, width, 1)
+        if size:
+            keys, paid = (
+                layer.window_unpartition(states, size, padded, (side, side))
+                for states in (keys, paid)
+            )
+        own.paid[id(module)] = paid.detach().flatten()
+        parts = keys.detach().view(len(keys), side * side, heads, -1)
+        own.keys[id(module)] = list(parts.transpose(1, 2))
+
+    for layer in tower.layers:
+        layer.attn.register_forward_hook(
+            lambda module, args, kwargs, output, layer=layer: note(layer, module, kwargs, output),
+            with_kwargs=True,
+        )
+    return own
+
+
 def joined_by_gradient(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """(joined patches, patches) bool: of which patches the tower of MiniCPM-V makes each of those
     that its later layers have."""
@@ -132,7 +182,7 @@ def joined_by_gradient(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["one", "images", "video"])
-@pytest.mark.parametrize("name", [name for name in HERE if name not in RESAMPLED])
+@pytest.mark.parametrize("name", [*(name for name in HERE if name not in RESAMPLED), "fast_vlm"])
 def test_what_a_token_is_shown(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     family = FAMILIES[name]
     if (reason := skip_reason(name, kind, "eager", "forward")) is not None:
@@ -143,7 +193,11 @@ def test_what_a_token_is_shown(name: str, kind: str, monkeypatch: pytest.MonkeyP
         model(**batch)
     tower = find(model).tower_attention()
     first, last = tower[0], tower[-1]
-    own = watched(tower, monkeypatch)
+    if name in SAM:
+        model = copy.deepcopy(model)
+        tower = find(model).tower_attention()
+        first, last = tower[0], tower[-1]
+    own = watched_in_sam(model) if name in SAM else watched(tower, monkeypatch)
     if name in INSIDE:
         monkeypatch.setitem(LAST, name, INSIDE[name])
     used = uses_by_gradient(name, model, batch)

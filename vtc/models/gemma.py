@@ -20,7 +20,6 @@ from transformers.masking_utils import (
 
 from vtc.core.images import ImageMap, Modality, grid_positions, merged_patches
 from vtc.models.base import CACHE, Adapter, UnsupportedModelError
-from vtc.models.convolutional import feature_maps
 
 
 class PaliGemma(Adapter):
@@ -160,11 +159,6 @@ class Gemma3n(SharedKeys):
 
     def placeholders(self, output: Any, given: Mapping[str, Any]) -> dict[Modality, Tensor]:
         return super().placeholders(output[0], given)  # the other output is for audio
-
-    def image_maps(
-        self, modality: Modality, given: Mapping[str, Any], features: Any
-    ) -> list[list[ImageMap]]:
-        return feature_maps(self, features)
 
     def join_streams(self, hidden: Tensor) -> Tensor:
         return hidden if hidden.dim() == 3 else torch.cat(hidden.unbind(0), dim=-1)

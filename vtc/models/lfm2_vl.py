@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vtc.core.images import ImageMap, Modality, grid_positions, merged_patches
-from vtc.models.base import Adapter
+from vtc.models.base import Adapter, UnsupportedModelError
 from vtc.models.qwen_like import OneAxis
 
 
@@ -65,13 +65,22 @@ class Lfm2VL(Adapter):
 
 class Lfm3VL(OneAxis):
     """Images and clips of any size. Most layers are convolutions, as in LFM2-VL; others have full
-    attention or a window."""
+    attention or a window. So it is in the tower: its layers are counted without convolutions, and
+    the last is the last that attends."""
 
     name: ClassVar[str] = "lfm3_vl"
     model_types: ClassVar[tuple[str, ...]] = ("lfm3_vl",)
     stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
     decoder_parts: ClassVar[tuple[str, str, str]] = Lfm2VL.decoder_parts
-    unread: ClassVar[str] = "most of its layers are convolutions over the grid"
+    unmerged: ClassVar[str] = "convolutions between its layers read the whole grid"
 
     def projector(self) -> Any:
         return self.base.multi_modal_projector
+
+    def tower_attention(self) -> list[Any]:
+        found = [layer.self_attn for layer in self.tower.layers if layer.is_attention_layer]
+        if not found:
+            raise UnsupportedModelError(
+                "model: all layers of its vision tower are convolutions, without attention and keys"
+            )
+        return found

@@ -123,9 +123,6 @@ class EncoderEngine(Engine):
             raise RuntimeError(UNHANDLED.format(model=type(self.adapter.model).__name__))
         return out
 
-    def _is_idle(self, given: Mapping[str, Any]) -> bool:
-        return False  # in `generate` images are merged in outside of a forward
-
     def _create_masks(self, original: Callable[..., Any] | None, **kwargs: Any) -> Any:
         """The decoder's own masks do not change."""
         return (original or create_masks_for_generate)(**kwargs)

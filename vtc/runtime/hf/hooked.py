@@ -85,8 +85,8 @@ class Hooked(Bound):
     def _lacks(self, stage: str) -> str:
         """Why a method that acts in `stage` is refused."""
         # What keeps the patches of a token from being told apart keeps them from being merged.
-        why = self.adapter.unread or self.adapter.unmerged
-        why = f": {why}" if stage == "encoder" and why else ""
+        reason = self.adapter.unread or self.adapter.unmerged
+        why = f": {reason}" if stage == "encoder" and reason else ""
         return (
             f"{self.method} acts in the stage {stage!r}, which the family {self.adapter.name} does "
             f"not support{why}; supported are {', '.join(self.adapter.stages)}"

@@ -326,9 +326,9 @@ class Encoding:
     def _pass_states(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         if self.current:
             states = self.adapter.patch_states((*args, *kwargs.values())[0], output)
-            states = states.detach().reshape(1, -1, states.shape[-1])
-            before = self.encoder_states  # of the whole picture, where tiles are encoded apart
-            self.encoder_states = states if before is None else torch.cat([before, states], dim=1)
+            rows, before = states.detach().reshape(1, -1, states.shape[-1]), self.encoder_states
+            # Some towers run on pictures, then on their tiles.
+            self.encoder_states = rows if before is None else torch.cat([before, rows], dim=1)
 
     def _fewer(self, out: Any, shortened: list[Shortened]) -> list[list[ImageSignals]]:
         """Signals of a run on fewer tokens; spreads its features over the full grid."""
@@ -378,10 +378,10 @@ class Encoding:
                     separator = torch.zeros(len(of_image), dtype=torch.bool)
                 patches = of_image.patches[~separator]
                 made = alive[patches].all(1)
-                # Tiles follow one another; of some, unpadding leaves no token.
-                first, last = int(tile[patches].min()), int(tile[patches].max())
+                tiles = tile[patches].unique().tolist()
                 count = 1 if self.adapter.joins_frames else of_image.tiles
-                tiles = range(first, max(last + 1, first + count))
+                if len(tiles) < count:  # unpadding leaves no token of some, which follow others
+                    tiles = range(tiles[0], max(tiles[-1] + 1, tiles[0] + count))
                 every = separator.clone()
                 every[~separator] = made
                 there.append(every)

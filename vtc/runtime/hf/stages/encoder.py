@@ -161,6 +161,7 @@ class MergingTower:
         self.taps: list[taps.Tap] = []
         self.tiles: list[Tile] = []
         self.shape = (0, 0)
+        self.before: list[Merged] = []
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -183,7 +184,19 @@ class MergingTower:
                 tap.remove()
 
     def merged(self) -> Merged:
-        """What was merged, after the call."""
+        """What was merged, after the call; of a tower that ran several times, all in order."""
+        runs, offset, tiles = [*self.before, self._run_merged()], 0, []
+        for run in runs:
+            tiles.append(run.tile + offset)
+            offset += len(run.passed)
+        return Merged(
+            torch.cat([run.alive for run in runs]),
+            torch.cat(tiles),
+            tuple(counts for run in runs for counts in run.passed),
+        )
+
+    def _run_merged(self) -> Merged:
+        """What was merged in the last run of the tower."""
         rows, length = self.shape
         alive = torch.zeros(rows, length, dtype=torch.bool)
         number = torch.zeros(rows, length, dtype=torch.long)
@@ -201,6 +214,8 @@ class MergingTower:
         )
 
     def _begin(self, rows: int, length: int, device: torch.device) -> None:
+        if self.tiles:
+            self.before.append(self._run_merged())
         self.shape = rows, length
         found = self.adapter.encoder_tiles(self.modality, self.given, rows, length)
         self.tiles = [
