@@ -32,7 +32,7 @@ class NemotronOmni(TinyFamily):
     model_class = "NemotronH_Omni_Reasoning_V3"
     has_video = True
     patch = 7
-    grids: ClassVar = ((3, 4), (2, 5), (4, 3))
+    grids: ClassVar = ((4, 5), (3, 6), (4, 4))
     layouts: ClassVar = {
         # Clips have the placeholders of images; all of a batch have one size and length.
         "video": ((2, "video0", 7), (4, "video1", 3), (1, "video0", 4, "video1", 3))
@@ -99,7 +99,7 @@ class NemotronOmni(TinyFamily):
         return Piece(tokens, {"pixel_values": patches, "image_grid_hw": grid})
 
     def video(self, which: int, generator: torch.Generator) -> Piece:
-        frames, rows, columns = 2, 2, 3
+        frames, rows, columns = 2, 3, 4
         tokens: list[Any] = []
         for f in range(frames):
             tokens += marks(TAG + 1 + f, START, kind="text")
