@@ -68,6 +68,7 @@ LAST: dict[str, Callable[[Any], Any]] = {
     "cosmos3_omni": lambda base: base.visual.blocks[-1],
     "cosmos3_edge": lambda base: base.visual.post_layernorm,
     "molmo2": lambda base: base.vision_tower.layers[-1],
+    "nemotron_h_omni": lambda base: base.vision_model.encoder.layer[-1],
 }
 """The module whose output are the last states in which patches stand apart."""
 
