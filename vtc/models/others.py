@@ -68,10 +68,6 @@ OTHERS: dict[str, str] = {
         "MistralLarge4TextModel has layers of kind indexed_attention; supported are full and "
         "sliding attention"
     ),
-    "nemotron_h_omni": (
-        "NemotronHModel has layers of kind linear_attention, mlp, moe; supported are full and"
-        " sliding attention"
-    ),
     "pi0": "PI0ForConditionalGeneration (pi0) has no vision encoder",
     "pix2struct": (
         "Pix2StructForConditionalGeneration lacks get_placeholder_mask, get_image_features, "
