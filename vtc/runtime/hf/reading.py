@@ -42,9 +42,7 @@ class LayerReader:
     def install(self) -> None:
         """Install the taps and hooks of the plan."""
         for layer in self.plan.tapped:
-            self.taps[layer] = taps.install(
-                self._part(layer, self.adapter.attention_name(layer))
-            )
+            self.taps[layer] = taps.install(self._part(layer, self.adapter.attention_name(layer)))
         for layer, names in self.plan.recorded.items():
             for name in sorted(names - {"input", "keys", "rotary"}):
                 self.handles.append(self._hook(layer, name))
