@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import vtc
-from tests.reference.families import FAMILIES, LAYOUTS, Row, TinyFamily, Unsupported
+from tests.reference.families import FAMILIES, LAYOUTS, Row, TinyFamily, Unsupported, head_of
 from tests.reference.masked import MERGES_IN_DECODER
 
 NAMES = list(FAMILIES)
@@ -82,7 +82,7 @@ def test_model(name: str) -> None:
     assert model.config.model_type == family.model_type
     assert not model.training
     assert model.generation_config.eos_token_id is None
-    assert not model.get_output_embeddings().weight[list(family.never)].any()
+    assert not head_of(model).weight[list(family.never)].any()
     row = family.rows("one")
     variants = [logits(built(name, attention), family, row) for attention in family.attentions]
     for other in variants[1:]:

@@ -148,8 +148,12 @@ def draw_weights(model: Any, seed: int, never: Iterable[int]) -> None:
             fan_in = parameter.shape[-1] if "experts" in name else parameter[0].numel()
             peaked = any(w in name for w in ("q_proj", "k_proj", "q_norm", "k_norm"))
             normal(parameter, (1.3 if peaked else 1.0) / fan_in**0.5)
-    head = model.get_output_embeddings().weight
-    head[list(never)] = 0.0
+    head_of(model).weight[list(never)] = 0.0
+
+
+def head_of(model: Any) -> Any:
+    """The output embedding, of a model or of the language model in it."""
+    return model.get_output_embeddings() or model.language_model.get_output_embeddings()
 
 
 # ---- families -----------------------------------------------------------------------------------
@@ -422,6 +426,7 @@ def register(*families: TinyFamily) -> None:
 from tests.reference import (  # noqa: E402, F401
     families_later,
     families_more,
+    families_nemotron,
     families_own,
     families_recent,
     families_rest,

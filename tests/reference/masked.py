@@ -63,6 +63,27 @@ def decoder_of(model: Any) -> Any:
     return found
 
 
+def _attention_in(layer: Any) -> Any:
+    """The attention of a decoder layer, or `None`."""
+    if getattr(layer, "block_type", "full_attention") != "full_attention":
+        return None
+    return getattr(layer, "self_attn", None) or getattr(layer, "mixer", None)
+
+
+def _recurrence_in(layer: Any) -> Any:
+    """What stands for attention in a recurrent layer, or `None`."""
+    if getattr(layer, "block_type", "") == "linear_attention":
+        return layer.mixer
+    return getattr(layer, "linear_attn", None) or getattr(layer, "conv", None)
+
+
+def _feed_forward_in(layer: Any) -> Any:
+    """The feed-forward of a decoder layer, or `None`."""
+    if getattr(layer, "block_type", "") in ("mlp", "moe"):
+        return layer.mixer
+    return getattr(layer, "mlp", None) or getattr(layer, "feed_forward", None)
+
+
 def images_of(family: TinyFamily, row: Row) -> list[ImageTruth]:
     """The row's images as methods are to see them."""
     found: list[ImageTruth] = []
@@ -391,7 +412,7 @@ class Masked:
                 batch[name] = torch.cat([batch[name], filling], dim=1)
         handles = [self.decoder.register_forward_pre_hook(self._enter(total), with_kwargs=True)]
         for i, layer in enumerate(self.decoder.layers):
-            if mixer := self._mixer(layer):
+            if mixer := _recurrence_in(layer):
                 handles += self._without_dropped(i, mixer, total)
             hook = self._layer(i, total)
             handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
@@ -439,11 +460,6 @@ class Masked:
 
         return hook
 
-    @staticmethod
-    def _mixer(layer: Any) -> Any:
-        """What stands for attention in a recurrent layer, or `None`."""
-        return getattr(layer, "linear_attn", None) or getattr(layer, "conv", None)
-
     def _without_dropped(self, i: int, mixer: Any, total: int) -> list[Any]:
         """Hooks that leave dropped tokens out of what a recurrent layer reads."""
 
@@ -451,14 +467,13 @@ class Masked:
             return torch.cat([self.steps[i].alive, torch.ones(total - self.length).bool()])
 
         def enter(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-            assert not args
             if not self.parts:
                 return None
-            self.mixed = kwargs["hidden_states"]
+            self.mixed = args[0] if args else kwargs["hidden_states"]
             if not self.decided:
                 self.notes[i]["attention_in"] = self.mixed[0]
-            left = self.mixed[:, kept()]
-            return args, {**kwargs, "hidden_states": left, "attention_mask": None}
+            left, given = self.mixed[:, kept()], {**kwargs, "attention_mask": None}
+            return ((left,), given) if args else (args, {**given, "hidden_states": left})
 
         def leave(module: Any, args: Any, output: Tensor) -> Any:
             if not self.parts:
@@ -498,7 +513,7 @@ class Masked:
                 mask = hidden.new_zeros(total, total).masked_fill(~seen, low)[None, None]
                 changed = {**given, "attention_mask": mask}
                 moved = bool((step.closed != self.steps[-1].closed).any())
-                turns = hasattr(self.decoder.layers[i], "self_attn")
+                turns = _attention_in(module) is not None
                 if turns and moved and given.get("position_embeddings") is not None:
                     changed["position_embeddings"] = self._rotary(i, hidden, self._moved(step))
                 return changed
@@ -507,7 +522,7 @@ class Masked:
                 step = _Step(self.alive, self.closed)
                 given = prepared({k: v for k, v in kwargs.items() if k != "hidden_states"}, step)
                 found: list[Tensor] = []
-                handle = module.self_attn.register_forward_hook(
+                handle = _attention_in(module).register_forward_hook(
                     lambda module, args, output: found.append(output[1][0])
                 )
                 decided, self.decided = self.decided, True  # what runs now is not the run
@@ -567,6 +582,7 @@ class Masked:
             value = value[0] if value.dim() == 4 else value  # the stream that layers act on
             norm = getattr(self.decoder, "norm", None)
             norm = norm or getattr(self.decoder, "embedding_norm", None)
+            norm = norm or getattr(self.decoder, "norm_f", None)
             if norm is not None:
                 note("normed", norm(value))
 
@@ -576,8 +592,7 @@ class Masked:
             value = output[0] if isinstance(output, tuple) else output
             note("mlp_out", value.reshape(1, -1, value.shape[-1]))
 
-        mlp = getattr(layer, "mlp", None) or getattr(layer, "feed_forward", None)
-        if mlp is not None:
+        if (mlp := _feed_forward_in(layer)) is not None:
             handles += [
                 mlp.register_forward_pre_hook(lambda m, args: note("mlp_in", args[0])),
                 mlp.register_forward_hook(leave_mlp),
@@ -588,10 +603,10 @@ class Masked:
                     lambda m, args: note("mlp_out", args[0])
                 )
             )
-        if hasattr(layer, "self_attn"):
+        if (attention := _attention_in(layer)) is not None:
             handles += [
-                layer.self_attn.register_forward_hook(leave_attention),
-                layer.self_attn.register_forward_pre_hook(enter_attention, with_kwargs=True),
+                attention.register_forward_hook(leave_attention),
+                attention.register_forward_pre_hook(enter_attention, with_kwargs=True),
             ]
         return handles
 

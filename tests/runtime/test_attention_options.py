@@ -98,7 +98,7 @@ def test_rows_of_decoders(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = family.collate(family.rows("ragged"))
     valid = batch["attention_mask"].bool()
     places = torch.arange(valid.shape[1]).expand_as(valid)
-    modules = [getattr(layer, "self_attn", None) for layer in adapter.layers]
+    modules = [adapter.attention_of(layer) for layer in range(len(adapter.layers))]
     tapped = [taps.install(m) for m in modules if m is not None and hasattr(m, "config")]
     for tap in tapped:
         assert not taps.foreign_options(tap.module)
@@ -194,7 +194,7 @@ def test_an_option_that_is_not_known_is_refused(monkeypatch: pytest.MonkeyPatch)
 
     model = FAMILIES["internvl"].build("eager")
     adapter = find(model)
-    attention: Any = adapter.layers[0].self_attn
+    attention = adapter.attention_of(0)
     tower: Any = adapter.tower_attention()[0]
     monkeypatch.setattr(f"{type(attention).__module__}.eager_attention_forward", eager)
     with pytest.raises(vtc.UnsupportedModelError, match=r"Qwen2Attention attends with indices"):

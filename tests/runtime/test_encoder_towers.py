@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -57,7 +58,7 @@ UNITS: dict[str, int] = {
     **dict.fromkeys(("gemma4", "gemma4_device", "perception_lm"), 2),
     **dict.fromkeys(("cohere_compass", "hunyuan_vl", "granite_docling"), 2),
     "granite_docling_fine": 1,
-    **dict.fromkeys(("cosmos3_omni", "cosmos3_edge"), 2),
+    **dict.fromkeys(("cosmos3_omni", "cosmos3_edge", "nemotron_h_omni"), 2),
     "step3p7": 4,
 }
 """Patches along the side of a token."""
@@ -71,6 +72,7 @@ PACKED = (
     "minicpmv4_6",
     *("cohere_compass", "hunyuan_vl"),
     *("cosmos3_omni", "cosmos3_edge"),
+    "nemotron_h_omni",
 )
 """Families whose towers take all images in one sequence, divided by `cu_seqlens`."""
 UNKNOWN_COST = (
@@ -83,6 +85,7 @@ UNKNOWN_COST = (
     *("cohere_compass", "hunyuan_vl", "granite_docling", "granite_docling_fine"),
     *("cosmos3_omni", "cosmos3_edge"),
     "step3p7",
+    "nemotron_h_omni",
 )
 """Families of which a part has no formula."""
 HERE = [name for name in UNITS if name in FAMILIES]
@@ -401,6 +404,13 @@ class Reference:
             for row, places in enumerate(self.given[f"{self.kind_of}_position_ids"]):
                 columns, height = (int(most) + 1 for most in places.max(0).values)
                 self.tiles.append(TileTruth(row, None, [], self.raster(height, columns, 0)[0], []))
+        elif self.name == "nemotron_h_omni":  # registers before each image
+            starts = [divmod(first, length) for first in self.starts()]
+            extra = self.model.config.vision_config.num_summary_tokens
+            for (row, first), (height, width) in zip(starts, self.planes(), strict=True):
+                units, _ = self.raster(height, width, first + extra)
+                loose = [*range(first, first + extra)]
+                self.tiles.append(TileTruth(row, None, loose, units, []))
         elif self.name in PACKED:
             for units in self.packed():
                 self.tiles.append(TileTruth(0, None, [], units, []))
@@ -417,6 +427,18 @@ class Reference:
             tile.groups = [Group([u]) for u in range(len(tile.units))]
         self.counts = [[] for _ in self.tiles]
 
+    def planes(self) -> list[tuple[int, int]]:
+        """(rows, columns) of patches of each image or frame of Nemotron 3."""
+        if self.kind_of == "image":
+            return [(h, w) for h, w in self.given["image_grid_hw"].tolist()]
+        pixels, patch = self.given["pixel_values_videos"], FAMILIES[self.name].patch
+        h, w = (side // patch for side in pixels.shape[-2:])
+        return [(h, w)] * (pixels.shape[0] * pixels.shape[1])
+
+    def starts(self) -> list[int]:
+        extra = self.model.config.vision_config.num_summary_tokens
+        return [0, *accumulate(h * w + extra for h, w in self.planes())][:-1]
+
     @property
     def kind_of(self) -> str:
         return "video" if "pixel_values_videos" in self.given else "image"
@@ -427,7 +449,9 @@ class Reference:
     ) -> Tensor:
         i = self.at[id(module)]
         # Packed towers call this once for each frame, or for each window of a frame, in order.
-        chunked = self.name in PACKED
+        chunked = self.name in PACKED and not (
+            self.name == "nemotron_h_omni" and self.kind_of == "video"
+        )
         total = self.given_length(i) if chunked else q.shape[2]
         first = self.place
         self.place = (first + q.shape[2]) % total if chunked else 0
@@ -469,6 +493,9 @@ class Reference:
     def given_length(self, layer: int) -> int:
         if self.name == "minicpmv4_6":
             return int(self.given["target_sizes"].prod(1).sum()) // (4 if layer > JOIN else 1)
+        if self.name == "nemotron_h_omni":
+            extra = self.model.config.vision_config.num_summary_tokens
+            return sum(h * w + extra for h, w in self.planes())
         return int(self.given[f"{self.kind_of}_grid_thw"].prod(1).sum())
 
     def decide(self, i: int, tile: TileTruth) -> None:

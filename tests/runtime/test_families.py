@@ -105,7 +105,7 @@ class Steps(Probe):
             return {}
         return {
             0: frozenset({"input", "attention_in", "attention_out"}),
-            self.first - 1: frozenset({"mlp_in", "mlp_out"}),
+            min(self.first - 1, 1): frozenset({"mlp_in", "mlp_out"}),
             self.second - 1: frozenset({"output", "normed"}),
         }
 
@@ -129,7 +129,7 @@ class Steps(Probe):
 
 RECURRENT = {
     *("qwen3_5", "qwen3_5_moe", "minicpmv4_6", "minicpmv4_7", "minicpm_ocr"),
-    *("lfm2_vl", "lfm3_vl"),
+    *("lfm2_vl", "lfm3_vl", "nemotron_h_omni"),
 }
 """Families of which only layers 2 and 5 attend."""
 COUNT_PADDING = {"exaone4_5", "hyperclovax_vision_v2"}
@@ -278,7 +278,7 @@ def skip_reason(name: str, kind: str, attention: str, mode: str) -> str | None:
         return "transformers 5.20 itself leaves this model's recurrent states with other beams"
     if mode == "beam" and (
         family.model_type == "llama4"
-        or (name in GLM and kind in ("video", "images"))
+        or (name in (*GLM, "nemotron_h_omni") and kind in ("video", "images"))
         or (name, kind) == ("granite4_vision", "images")
     ):
         return f"transformers itself cannot expand the features of {name} for beams"

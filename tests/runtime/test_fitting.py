@@ -87,5 +87,5 @@ def test_a_patch_says_what_moved_and_runs_it() -> None:
 
 
 def test_layers_that_are_set_and_cannot_be_read_are_refused() -> None:
-    with pytest.raises(vtc.UnsupportedModelError, match=r"layer 0 .* no self_attn .*layers 2, 5"):
+    with pytest.raises(vtc.UnsupportedModelError, match=r"layer 0 .* no attention .*layers 2, 5"):
         vtc.patch(shared("qwen3_5", "sdpa"), "fastv", keep=0.5, layer=1)

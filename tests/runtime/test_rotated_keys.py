@@ -73,7 +73,7 @@ def test_keys_are_turned_as_the_model_turns_them(
     adapter, batch = find(model), family.collate(family.rows("one"))
     (state,) = shown(name, batch)
     for layer in {layer for layer, _ in state.recorded}:
-        attention: Any = adapter.layers[layer].self_attn
+        attention = adapter.attention_of(layer)
         before: list[torch.Tensor] = []
         last = getattr(attention, "k_norm", attention.k_proj)
         handle = last.register_forward_hook(lambda m, a, output, s=before: s.append(output))

@@ -598,6 +598,7 @@ TOWERS: dict[str, tuple[str, ...]] = {
     "lighton_ocr": ("model.vision_encoder", "transformer.layers", "attention"),
     "qianfan_ocr": ("model.vision_tower", "layers", "attention"),
     "glmga": ("model.visual", "blocks", "attn"),
+    "nemotron_h_omni": ("vision_model", "encoder.layer", "attention"),
 }
 """Where the towers are that can be read: the tower, its layers, the attention of a layer."""
 HAS_CLS = (

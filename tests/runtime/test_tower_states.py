@@ -79,6 +79,7 @@ LAST: dict[str, Callable[[Any], Any]] = {
     "pp_chart2table": lambda base: base.vision_tower.layers[-1],
     "step3p7": lambda base: base.vision_model.layers[-1],
     "lfm3_vl": lambda base: base.vision_tower.layers[-1],
+    "nemotron_h_omni": lambda base: base.vision_model.encoder.layer[-1],
 }
 """The module whose output are the last states in which patches, or queries of a resampler, stand
 apart."""

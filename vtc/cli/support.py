@@ -51,6 +51,12 @@ _REPAIRS: dict[str, dict[str, Any]] = {
     "aya_vision": {
         "vision_config": {"model_type": "siglip_vision_model", "num_attention_heads": 16}
     },
+    "nemotron_h_omni": {
+        "text_config": {
+            "model_type": "nemotron_h",
+            "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+        }
+    },
     "perception_lm": {
         "vision_config": {
             "architecture": "vit_pe_core_large_patch14_336",

@@ -37,6 +37,7 @@ from .mistral3 import LightOnOcr, Mistral3
 from .mllama import Mllama
 from .molmo2 import Molmo2
 from .muse import MuseGlimmer
+from .nemotron import NemotronOmni
 from .ovis2 import Ovis2
 from .perception import PerceptionLM
 from .qwen import GlmV, Qwen3_5, QwenOmni, QwenVL
@@ -91,6 +92,7 @@ __all__ = [
     "Modality",
     "Molmo2",
     "MuseGlimmer",
+    "NemotronOmni",
     "OneAxis",
     "Ovis2",
     "PaddleOCRVL",

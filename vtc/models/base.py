@@ -23,13 +23,15 @@ _OWN = {
     "_deepstack_process": "features of earlier tower layers are added between decoder layers",
 }
 """Features outside the common shape, by the attribute that reveals them."""
-_BY_PLACE = {
-    "minimax_m3_sparse": (
-        "; they choose blocks of adjacent keys by their place in the cache, and a dropped token "
-        "moves all later keys to other blocks, so that no mask gives the same result"
-    ),
-}
-"""Why tokens cannot be dropped from layers of a kind."""
+_BY_PLACE = (
+    "; they choose blocks of adjacent keys by their place in the cache, and a dropped token moves "
+    "all later keys to other blocks, so that no mask gives the same result"
+)
+_BY_INDEX = (
+    "; an index chooses their keys among those that are visible, so that dropping tokens would be "
+    "the same as masking them, but vtc does not read attention under an index, nor move the "
+    "choices that some layers hand on, which needs a family of its own"
+)
 
 
 __all__ = ["ADAPTERS", "CACHE", "Adapter", "UnsupportedModelError"]
@@ -203,10 +205,17 @@ class Adapter(MergingPart, DecoderPart):
         kinds = set(getattr(self.decoder.config, "layer_types", None) or ())
         foreign = kinds - {"full_attention", "sliding_attention"}
         if foreign:
+            pooled = (
+                getattr(self.decoder.config, "index_kpool", 1) > 1
+            )  # of GLM-5 Next: into blocks
+            why = ""
+            if "minimax_m3_sparse" in foreign or ("indexed_attention" in foreign and pooled):
+                why = _BY_PLACE
+            elif "indexed_attention" in foreign:
+                why = _BY_INDEX
             raise UnsupportedModelError(
                 f"model: {type(self.decoder).__name__} has layers of kind "
-                f"{', '.join(sorted(foreign))}; supported are full and sliding attention"
-                f"{''.join(_BY_PLACE.get(kind, '') for kind in sorted(foreign))}"
+                f"{', '.join(sorted(foreign))}; supported are full and sliding attention{why}"
             )
         rotary = getattr(self.decoder, "rotary_emb", None)
         if rotary is None or "layer_type" in inspect.signature(rotary.forward).parameters:

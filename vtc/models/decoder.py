@@ -28,6 +28,8 @@ CACHE = (
 RECURRENT = {"linear_attention": "linear_attn", "conv": "conv"}
 """The kinds of layers that read tokens one after the other and hold a state instead of keys, and
 the name of what stands there for attention."""
+POINTWISE = ("mlp", "moe")
+"""The kinds of layers that read each token by itself, and hold nothing."""
 
 
 class DecoderPart:
@@ -51,6 +53,19 @@ class DecoderPart:
     def learned(self) -> bool:
         """Whether positions are learned and added to what enters the decoder."""
         return False
+
+    @property
+    def takes_rotation(self) -> bool:
+        """Whether decoder layers take position embeddings."""
+        return not self.learned
+
+    def attention_name(self, layer: int) -> str:
+        """The attribute under which a decoder layer has its attention, if it has one."""
+        return "self_attn"
+
+    def attention_of(self, layer: int) -> Any:
+        """The attention of a decoder layer, or `None` if it has none."""
+        return getattr(self.layers[layer], self.attention_name(layer), None)
 
     def numbered(self, mask: Tensor | None, past: int, count: int, device: Any) -> Tensor:
         """The positions that the decoder gives tokens without `position_ids`.
@@ -88,7 +103,7 @@ class DecoderPart:
 
     def rotates(self, layer: int) -> bool:
         """Whether decoder layer `layer` rotates queries and keys by position."""
-        attention: Any = self.layers[layer].self_attn
+        attention: Any = self.attention_of(layer)
         if type(attention).__name__.startswith("Cohere2"):
             # Only its sliding-window layers use RoPE.
             return attention.sliding_window is not None or getattr(attention, "force_rope", False)
@@ -106,12 +121,12 @@ class DecoderPart:
             The layer's attribute, "" for the layer, and whether it is the module's input.
         """
         part, _, end = name.partition("_")
-        mixer = RECURRENT.get(self.layer_type(layer), "self_attn")
+        mixer = RECURRENT.get(self.layer_type(layer), self.attention_name(layer))
         return {"attention": mixer, "mlp": self.decoder_parts[1]}.get(part, ""), end == "in"
 
     def attends(self, layer: int) -> bool:
         """Whether decoder layer `layer` has attention weights that can be read."""
-        return hasattr(getattr(self.layers[layer], "self_attn", None), "config")
+        return hasattr(self.attention_of(layer), "config")
 
     def can_peek(self, layer: int) -> bool:
         """Whether `attention_input` knows what the attention of decoder layer `layer` receives."""
@@ -120,7 +135,7 @@ class DecoderPart:
     @property
     def any_attention(self) -> Any:
         """The attention of the first decoder layer that has one."""
-        found: Iterator[Any] = (getattr(layer, "self_attn", None) for layer in self.layers)
+        found: Iterator[Any] = map(self.attention_of, range(len(self.layers)))
         return next(attention for attention in found if attention is not None)
 
     def attention_input(self, layer: int, hidden: Tensor) -> Tensor:
@@ -191,12 +206,13 @@ class DecoderPart:
         Returns:
             (b, h, k, d).
         """
-        attention = self.layers[layer].self_attn
+        attention = self.attention_of(layer)
         apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
         return apply(states, states, *rotation)[1]
 
     def layer_type(self, layer: int) -> str:
-        """ "full_attention", "sliding_attention", "chunked_attention", or one of `RECURRENT`."""
+        """ "full_attention", "sliding_attention", "chunked_attention", or one of `RECURRENT` or
+        `POINTWISE`."""
         config = self.decoder.config
         kinds: list[str] | None = getattr(config, "layer_types", None)
         if kinds:
@@ -266,6 +282,8 @@ class DecoderPart:
             The mask in the form that the layer's attention takes.
         """
         kind = self.layer_type(layer)
+        if kind in POINTWISE:
+            return None
         if kind in RECURRENT:
             return create_recurrent_attention_mask(self.decoder.config, embeds, valid)
         build = {

@@ -113,7 +113,7 @@ class SharedKeys(Adapter):
 
     def attention_arguments(self, layer: int) -> dict[str, Any]:
         # A layer before which tokens can be dropped reuses no keys; what it stores is lost here.
-        attention: Any = self.layers[layer].self_attn
+        attention = self.attention_of(layer)
         names = inspect.signature(attention.forward).parameters
         return {"shared_kv_states": {}} if "shared_kv_states" in names else {}
 
@@ -121,7 +121,7 @@ class SharedKeys(Adapter):
         pass
 
     def rotate(self, layer: int, states: Tensor, rotation: Any) -> Tensor:
-        module = sys.modules[type(self.layers[layer].self_attn).__module__]
+        module = sys.modules[type(self.attention_of(layer)).__module__]
         return module.apply_rotary_pos_emb(states, *rotation)
 
     def check_layers(self, layers: Sequence[int]) -> None:

@@ -21,18 +21,25 @@ OTHERS: dict[str, str] = {
     ),
     "dots3_note": (
         "Dots3NoteTextModel has layers of kind indexed_attention; supported are full and "
-        "sliding attention"
+        "sliding attention; an index chooses their keys among those that are visible, so that "
+        "dropping tokens would be the same as masking them, but vtc does not read attention "
+        "under an index, nor move the choices that some layers hand on, which needs a family of "
+        "its own"
     ),
     "evolla": "EvollaForProteinText2Text (evolla) has no vision encoder",
     "fuyu": "FuyuForCausalLM (fuyu) has no vision encoder",
     "git": ("GitForCausalLM lacks get_placeholder_mask, get_image_features, language_model"),
     "glm5_next": (
         "Glm5NextTextModel has layers of kind indexed_attention, linear_attention; supported "
-        "are full and sliding attention"
+        "are full and sliding attention; they choose blocks of adjacent keys by their place in "
+        "the cache, and a dropped token moves all later keys to other blocks, so that no mask "
+        "gives the same result"
     ),
     "hy_v4_vl": (
-        "HYV4VLTextModel has layers of kind indexed_attention; supported are full and sliding"
-        " attention"
+        "HYV4VLTextModel has layers of kind indexed_attention; supported are full and sliding "
+        "attention; an index chooses their keys among those that are visible, so that dropping "
+        "tokens would be the same as masking them, but vtc does not read attention under an "
+        "index, nor move the choices that some layers hand on, which needs a family of its own"
     ),
     "idefics": (
         "IdeficsForVisionText2Text lacks get_placeholder_mask, get_image_features, language_model"
@@ -66,11 +73,10 @@ OTHERS: dict[str, str] = {
     "mistral4": "Mistral4ForCausalLM (mistral4) has no vision encoder",
     "mistral_large4": (
         "MistralLarge4TextModel has layers of kind indexed_attention; supported are full and "
-        "sliding attention"
-    ),
-    "nemotron_h_omni": (
-        "NemotronHModel has layers of kind linear_attention, mlp, moe; supported are full and"
-        " sliding attention"
+        "sliding attention; an index chooses their keys among those that are visible, so that "
+        "dropping tokens would be the same as masking them, but vtc does not read attention "
+        "under an index, nor move the choices that some layers hand on, which needs a family of "
+        "its own"
     ),
     "pi0": "PI0ForConditionalGeneration (pi0) has no vision encoder",
     "pix2struct": (
@@ -83,7 +89,10 @@ OTHERS: dict[str, str] = {
     ),
     "qwen4_exp": (
         "Qwen4ExpTextModel has layers of kind indexed_attention, linear_attention; supported "
-        "are full and sliding attention"
+        "are full and sliding attention; an index chooses their keys among those that are "
+        "visible, so that dropping tokens would be the same as masking them, but vtc does not "
+        "read attention under an index, nor move the choices that some layers hand on, which "
+        "needs a family of its own"
     ),
     "t5gemma2": (
         "T5Gemma2ForConditionalGeneration lacks get_placeholder_mask, get_image_features, "

@@ -38,7 +38,7 @@ class OneAxis(QwenVL):
         return super().attention_input(layer, hidden)
 
     def rotates(self, layer: int) -> bool:
-        attention: Any = self.layers[layer].self_attn
+        attention = self.attention_of(layer)
         if not hasattr(attention, "is_sliding"):
             return super().rotates(layer)
         # EXAONE 4 with windows rotates in layers with a window only.

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from vtc.core import Method
 from vtc.models import Adapter, families, find
-from vtc.models.decoder import RECURRENT
+from vtc.models.decoder import POINTWISE, RECURRENT
 from vtc.runtime.executors import Executor
 from vtc.runtime.fitting import fit
 from vtc.runtime.hf.cross import CrossEngine
@@ -59,7 +59,7 @@ class Transformers(Executor):
         fitted = method
         if "layers" in {*method.stages} & {*adapter.stages} and not adapter.crosses:
             kinds = [adapter.layer_type(layer) for layer in range(len(adapter.layers))]
-            fitted = fit(method, [kind not in RECURRENT for kind in kinds])
+            fitted = fit(method, [kind not in (*RECURRENT, *POINTWISE) for kind in kinds])
         if fitted != method:
             warnings.warn(
                 f"{method} reads attention of decoder layers that have none in "

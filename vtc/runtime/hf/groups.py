@@ -10,7 +10,7 @@ from torch import Tensor
 from vtc.core import Method
 from vtc.core.errors import ArgumentError
 from vtc.models import Adapter
-from vtc.models.decoder import RECURRENT
+from vtc.models.decoder import POINTWISE, RECURRENT
 from vtc.runtime.forward import Forward
 from vtc.runtime.hf.arguments import ones
 from vtc.runtime.hf.cache import cache_in
@@ -119,7 +119,7 @@ class LayerGroups:
         if (number, kind) not in forward.memo:
             forward.memo[number, kind] = self.of_layer(forward, number, layer, hidden, cache)
         kwargs["attention_mask"] = forward.memo[number, kind]
-        if kind in RECURRENT or self.adapter.learned:
+        if kind in (*RECURRENT, *POINTWISE) or not self.adapter.takes_rotation:
             return  # it has no positions, or they were added to what entered
         kind = self.adapter.rotary_kind(layer)
         if (number, kind, "rotary") not in forward.memo:
@@ -145,7 +145,7 @@ class LayerGroups:
         if valid is None or not group.length:
             return
         kinds = {self.adapter.layer_type(i) for i in range(self.num_layers)}
-        if kinds - {"full_attention"}:  # even inside the window: decoding may leave it
+        if kinds - {"full_attention", *POINTWISE}:  # even inside the window: decoding may leave it
             raise ArgumentError(
                 "past_key_values",
                 "ragged continuation is not supported on this cache: a sliding "

@@ -94,6 +94,8 @@ class Hooked(Bound):
 
     def _no_gaps(self) -> str | None:
         """Why gaps in the positions cannot close, or `None` if they can."""
+        if self.adapter.positions == "none":
+            return "which has no positions"
         if not self.adapter.axial:
             return None
         return "whose positions are places in the picture; tokens keep theirs"

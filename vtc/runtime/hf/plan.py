@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, get_args
+from typing import get_args
 
 from vtc.core import Method, Record, Rows
 from vtc.core.errors import ArgumentError
@@ -120,14 +120,14 @@ class Plan:
                 f"{method.name} requests unknown rows {rows!r} in {where}; accepted are "
                 f"{', '.join(get_args(Rows))}",
             )
-        attention: Any = getattr(self.adapter.layers[layer], "self_attn", None)
+        attention = self.adapter.attention_of(layer)
         hidden = where == "peeks" and not self.adapter.can_peek(layer)
         if hidden or not self.adapter.attends(layer):
             there = [i for i in range(self.num_layers) if self.adapter.attends(i)]
             has = f"; layers {', '.join(map(str, there))} have one" if there else ""
             raise UnsupportedModelError(
                 f"model: decoder layer {layer} of {type(self.adapter.model).__name__} has no "
-                f"self_attn that {method.name} could read{has}"
+                f"attention that {method.name} could read{has}"
             )
         if foreign := foreign_options(attention):
             raise UnsupportedModelError(

@@ -42,7 +42,7 @@ class LayerReader:
     def install(self) -> None:
         """Install the taps and hooks of the plan."""
         for layer in self.plan.tapped:
-            self.taps[layer] = taps.install(self._part(layer, "self_attn"))
+            self.taps[layer] = taps.install(self._part(layer, self.adapter.attention_name(layer)))
         for layer, names in self.plan.recorded.items():
             for name in sorted(names - {"input", "keys", "rotary"}):
                 self.handles.append(self._hook(layer, name))
@@ -74,7 +74,8 @@ class LayerReader:
                 check_same(f"{name} of decoder layer {layer}", module, now)
         for layer, tap in self.taps.items():
             if not tap.in_place:
-                raise RuntimeError(REPLACED.format(f"config of self_attn of decoder layer {layer}"))
+                name = self.adapter.attention_name(layer)
+                raise RuntimeError(REPLACED.format(f"config of {name} of decoder layer {layer}"))
 
     def uninstall(self) -> None:
         """Remove all taps and hooks."""
@@ -186,7 +187,7 @@ class LayerReader:
     def _turned_ones(self, forward: Forward, layer: int, hidden: Tensor) -> Tensor:
         """(b, k, d_head) fp32 ones, rotated to each token's position in its sample."""
         positions = forward.rotary_positions(forward.ledger.group_of(layer)) - forward.places.offset
-        attention: Any = self.adapter.layers[layer].self_attn
+        attention = self.adapter.attention_of(layer)
         ones = torch.ones(*hidden.shape[:2], attention.head_dim, device=hidden.device)
         return self._rotate(layer, ones[:, None], positions.to(hidden.device))[:, 0]
 
@@ -238,15 +239,15 @@ class LayerReader:
                 chunk=self.adapter.chunk(layer),
             )
             positions = forward.rotary_positions(forward.ledger.group_of(layer)).to(hidden.device)
-            decoder: Any = self.adapter.layers[layer]
+            attention = self.adapter.attention_of(layer)
             own = self.adapter.attention_arguments(layer)
-            if "position_ids" in inspect.signature(decoder.self_attn.forward).parameters:
+            if "position_ids" in inspect.signature(attention.forward).parameters:
                 own["position_ids"] = positions
             # The look-ahead is not part of the forward, so its inputs are not recorded.
             forward.captured.paused = True
             try:
                 with tap.alone(), torch.no_grad():
-                    decoder.self_attn(
+                    attention(
                         hidden_states=self.adapter.attention_input(layer, hidden),
                         position_embeddings=self.adapter.rotary(layer, hidden, positions),
                         attention_mask=None,

@@ -112,7 +112,7 @@ class SoftPruning:
     def __enter__(self) -> SoftPruning:
         try:
             for layer in self.cuts:
-                self._taps[layer - 1] = taps.install(self.adapter.layers[layer - 1].self_attn)
+                self._taps[layer - 1] = taps.install(self.adapter.attention_of(layer - 1))
             for index in range(self.cuts[0] - 1, self.num_layers):
                 hook = functools.partial(self._before, index)
                 layer_module = self.adapter.layers[index]
