@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -116,8 +117,8 @@ def tables(out: Path) -> str:
         f"All tokens, untuned: {_percent(full)} [{100 * low:.1f}, {100 * high:.1f}] of "
         f"{len(full)} questions.",
         "",
-        "| scored under | trained under, what | right, % | 95 % | points regained | 95 % | p |",
-        "|---|---|---|---|---|---|---|",
+        "| scored under | trained under, what | right, % (SE) | points regained (SE) | 95 % | p |",
+        "|---|---|---|---|---|---|",
     ]
     compared = {
         (method, name): paired(right, none["right"][method])
@@ -126,15 +127,15 @@ def tables(out: Path) -> str:
     }
     corrected = dict(zip(compared, holm([one.p for one in compared.values()]), strict=True))
     for method, name, right in rows:
-        low, high = interval(right)
-        line = f"| {method} | {name} | {_percent(right)} | {100 * low:.1f} to {100 * high:.1f} |"
+        line = f"| {method} | {name} | {_percent(right)} ({_error(right):.1f}) |"
         if (found := compared.get((method, name))) is None:
             lines.append(line + " - | - | - |")
             continue
+        change = [a - b for a, b in zip(right, none["right"][method], strict=True)]
         a, b = found.interval
         lines.append(
-            f"{line} {100 * found.difference:+.1f} | {100 * a:+.1f} to {100 * b:+.1f} | "
-            f"{corrected[method, name]:.2g} |"
+            f"{line} {100 * found.difference:+.1f} ({_error(change):.1f}) | {100 * a:+.1f} to "
+            f"{100 * b:+.1f} | {corrected[method, name]:.2g} |"
         )
     lines += [
         "",
@@ -170,6 +171,11 @@ def tables(out: Path) -> str:
 
 def _percent(right: Sequence[int]) -> str:
     return f"{100 * sum(right) / len(right):.1f}"
+
+
+def _error(scores: Sequence[int]) -> float:
+    """The standard error of the mean, in points."""
+    return 100 * statistics.stdev(scores) / len(scores) ** 0.5
 
 
 def _losses(out: Path, cells: dict[str, Any]) -> list[str]:
