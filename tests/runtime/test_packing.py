@@ -22,8 +22,9 @@ def packed(name: str) -> dict[str, Tensor]:
     batches = [family.collate([row]) for row in family.rows("ragged")[:2]]
     along = {"input_ids", *family.per_token}
     batch = {}
-    for key in batches[0].keys() - {"attention_mask"}:
-        parts = [batch[key] for batch in batches]
+    for key in {name for own in batches for name in own} - {"attention_mask"}:
+        # Some inputs, such as tiles, only some documents have.
+        parts = [own[key] for own in batches if key in own]
         batch[key] = (
             torch.cat(parts, dim=1) if key in along else join(parts, family.dims.get(key, 0))
         )
