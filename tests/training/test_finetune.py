@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
+from vtc.eval.embedded.training import finetune as recipe
 from vtc.eval.embedded.vlm import embedded_path
 from vtc.eval.embedded.vlm import load as embedded
 
@@ -598,3 +599,29 @@ def test_the_command(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         with pytest.raises(SystemExit):
             main([*common, *wrong])
         assert match in capsys.readouterr().err
+
+
+def test_the_page_of_a_recipe_gives_the_points_regained(tmp_path: Path) -> None:
+    def cell(name: str, right: dict[str, list[int]], **more: Any) -> None:
+        (tmp_path / name).mkdir()
+        text = json.dumps({"keep": 0.1, "steps": 2, "size": 4, "seconds": 90,
+                           "types": ["count", "digits"] * 50, "right": right, **more})  # fmt: skip
+        (tmp_path / name / "scores.json").write_text(text)
+        lines = [{"step": step, "loss": 1.0 / step} for step in (1, 2)]
+        (tmp_path / name / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    half, most = [1, 0] * 50, [1, 0] * 40 + [1] * 20
+    cell("none", {"full": most, "divprune": half, "visionzip": half}, steps=0)
+    cell("divprune-lora", {"divprune": most})
+    page = recipe.page(tmp_path)
+    assert "All tokens, untuned: 60.0 [" in page
+    # Ten of a hundred answers turned right: the standard error is sqrt(0.1 x 0.9 / 99).
+    assert "| divprune | divprune-lora | 60.0 (4.9) | +10.0 (3.0) |" in page
+    assert "| divprune | divprune-lora | 100.0 | 20.0 |" in page  # by type
+    assert "--steps 2 \\\n    --batch 4 --questions 100 --cells none divprune-lora" in page
+    assert "over plain" not in page  # it was not run
+    cell("plain-lora", {"divprune": half, "visionzip": half})
+    assert "| divprune | lora | +10.0 |" in recipe.page(tmp_path)
+    cell("visionzip-lora", {"visionzip": most}, steps=3)
+    with pytest.raises(ValueError, match=r"out: .*different settings"):
+        recipe.page(tmp_path)

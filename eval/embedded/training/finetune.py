@@ -2,7 +2,7 @@
 """Fine-tunes the embedded model under compression, and scores what that regains.
 
     python -m vtc.eval.embedded.training.finetune --out runs --cells divprune-lora plain-lora
-    python -m vtc.eval.embedded.training.finetune --out runs --table
+    python -m vtc.eval.embedded.training.finetune --out runs --table > eval/embedded/FINETUNE.md
 
 A cell is what compresses during training (`plain`: nothing) and what is tuned; `none` tunes
 nothing. All cells see the same scenes of the train split in the same order. Those that are trained
@@ -98,6 +98,46 @@ def run(
     (folder / "scores.json").write_text(json.dumps(found) + "\n", "utf-8")
 
 
+PAGE = """# Fine-tuning under compression on the embedded model
+
+Written by `python -m vtc.eval.embedded.training.finetune`:
+
+    python -m vtc.eval.embedded.training.finetune --out runs --keep {keep} --steps {steps} \\
+    --batch {size} --questions {questions} --cells {cells}
+    python -m vtc.eval.embedded.training.finetune --out runs --table > eval/embedded/FINETUNE.md
+
+A cell is what compresses during training (`plain`: nothing; the control) and what is tuned:
+`projector` (learning rate {projector[rate]:g}; with VisionZip its tuned variant) or `lora`
+(adapters of rank {lora[lora_rank]} on the linear layers of the decoder, learning rate
+{lora[rate]:g}). All else is frozen. AdamW in float32, seed 0, one run a cell: {steps} updates of
+{size} scenes with a question each, the same for all cells ({scenes} scenes of the train split,
+from number {first}). `none` is the model as it is. Scored are {questions} questions of
+`vtc_scenes` (test split, seed 0), greedy, exact match. *Points regained* are against `none` under
+the same method, on the same questions: standard error (SE) and 95 % interval (Agresti and Min)
+are of the paired difference over questions, not over training runs; p is McNemar's, with Holm's
+correction.
+
+Two CPU cores, one thread a process, beside other work: minutes are wall-clock time, and say little
+about cost.
+
+"""
+
+
+def page(out: Path) -> str:
+    """`FINETUNE.md`, from the cells that are done, `none` among them."""
+    done = [name for name in CELLS if (out / name / "scores.json").is_file()]
+    found = {name: json.loads((out / name / "scores.json").read_text("utf-8")) for name in done}
+    made = {(cell["keep"], cell["size"], len(cell["types"])) for cell in found.values()}
+    steps = {cell["steps"] for name, cell in found.items() if name != "none"}
+    if len(made) != 1 or len(steps) != 1:
+        raise ValueError(f"out: the cells in {out} were made with different settings")
+    (keep, size, questions), count = made.pop(), steps.pop()
+    return PAGE.format(
+        keep=keep, steps=count, size=size, questions=questions, cells=" ".join(done),
+        scenes=count * size, first=FIRST_SCENE, **PARTS,
+    ) + tables(out)  # fmt: skip
+
+
 def tables(out: Path) -> str:
     """The tables of `FINETUNE.md`, from the cells that are done."""
     cells = {
@@ -137,11 +177,6 @@ def tables(out: Path) -> str:
             f"{line} {100 * found.difference:+.1f} ({_error(change):.1f}) | {100 * a:+.1f} to "
             f"{100 * b:+.1f} | {corrected[method, name]:.2g} |"
         )
-    lines += [
-        "",
-        "| scored under | part | points of training under compression over plain | 95 % | p |",
-        "|---|---|---|---|---|",
-    ]
     controls = {
         (method, part): paired(
             cells[f"{method}-{part}"]["right"][method], cells[f"plain-{part}"]["right"][method]
@@ -150,6 +185,12 @@ def tables(out: Path) -> str:
         for part in PARTS
         if f"{method}-{part}" in cells and f"plain-{part}" in cells
     }
+    if controls:
+        lines += [
+            "",
+            "| scored under | part | points of training under compression over plain | 95 % | p |",
+            "|---|---|---|---|---|",
+        ]
     ps = holm([one.p for one in controls.values()])
     for ((method, part), found), p in zip(controls.items(), ps, strict=True):
         a, b = found.interval
@@ -208,7 +249,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the tables of finished cells")
     args = parser.parse_args()
     if args.table:
-        print(tables(args.out))
+        print(page(args.out), end="")
         return
     torch.set_num_threads(args.threads)
     samples = list(task_questions("vtc_scenes", args.questions))
