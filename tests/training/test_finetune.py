@@ -25,6 +25,7 @@ from vtc.eval.embedded.vlm import embedded_path
 from vtc.eval.embedded.vlm import load as embedded
 
 import vtc
+from tests.imports import ROOT
 from tests.reference import reference
 from tests.reference.models import build_model, collate, samples
 from tests.reference.reference import Truth
@@ -418,7 +419,7 @@ def test_trainer_and_a_plain_loop_learn_what_finetune_learns(
 
 
 def test_the_guide_runs(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (Path(vtc.__file__).parent / "training" / "README.md").read_text("utf-8")
+    text = (ROOT / "vtc/training/README.md").read_text("utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(blocks) == 4
     names = {"llava-hf/llava-1.5-7b-hf": str(embedded_path()), "steps=500": "steps=1",

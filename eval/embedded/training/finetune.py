@@ -2,7 +2,7 @@
 """Fine-tunes the embedded model under compression, and scores what that regains.
 
     python -m vtc.eval.embedded.training.finetune --out runs --cells divprune-lora plain-lora
-    python -m vtc.eval.embedded.training.finetune --out runs --table > eval/embedded/FINETUNE.md
+    python -m vtc.eval.embedded.training.finetune --out runs --table > FINETUNE.md
 
 A cell is what compresses during training (`plain`: nothing) and what is tuned; `none` tunes
 nothing. All cells see the same scenes of the train split in the same order. Those that are trained
