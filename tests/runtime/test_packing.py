@@ -22,8 +22,9 @@ def packed(name: str) -> dict[str, Tensor]:
     batches = [family.collate([row]) for row in family.rows("ragged")[:2]]
     along = {"input_ids", *family.per_token}
     batch = {}
-    for key in {key for each in batches for key in each} - {"attention_mask"}:
-        parts = [each[key] for each in batches if key in each]
+    for key in {name for own in batches for name in own} - {"attention_mask"}:
+        # Some inputs, such as tiles, only some documents have.
+        parts = [own[key] for own in batches if key in own]
         batch[key] = (
             torch.cat(parts, dim=1) if key in along else join(parts, family.dims.get(key, 0))
         )

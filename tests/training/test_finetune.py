@@ -15,13 +15,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch import Tensor
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
+from vtc.eval.embedded.training import finetune as recipe
 from vtc.eval.embedded.vlm import embedded_path
 from vtc.eval.embedded.vlm import load as embedded
 
 import vtc
+from tests.imports import ROOT
 from tests.reference import reference
 from tests.reference.models import build_model, collate, samples
 from tests.reference.reference import Truth
@@ -342,6 +346,95 @@ def test_without_compression(tmp_path: Path) -> None:
     assert compressed.log[0]["loss"] != pytest.approx(expected, abs=1e-3)
 
 
+# ---- by other means -----------------------------------------------------------------------------
+STEPS, RATE = 3, 1e-3
+
+
+def tuned_by(loop: str, tune: str, folder: Path, **more: Any) -> tuple[list[float], Any]:
+    """The losses and gradient norms of some steps on one batch, and the model."""
+    model, method = build_model(), METHODS["divprune"]()
+    if loop == "finetune":
+        config = config_of(folder, tune=tune, steps=1, lora_rank=4, **more)
+        made = finetune(model, method, lambda step: batch_of(), config)
+        return [made.log[0]["loss"], made.log[0]["norm"]], made.model
+    if tune == "lora":
+        leaves = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
+        torch.manual_seed(0)
+        model = get_peft_model(
+            model,
+            LoraConfig(r=4, lora_alpha=16, target_modules=rf".*language_model.*\.({leaves})"),
+        )
+    vtc.patch(model, method)
+    if loop == "trainer":
+        arguments = TrainingArguments(
+            output_dir=str(folder), use_cpu=True, report_to=[], max_steps=STEPS, save_strategy="no",
+            learning_rate=RATE, lr_scheduler_type="constant", logging_steps=1, disable_tqdm=True,
+            remove_unused_columns=False, **more,
+        )  # fmt: skip
+        trainer = Trainer(
+            model, arguments, train_dataset=[{}] * 8, data_collator=lambda rows: batch_of()
+        )
+        trainer.train()
+        lines = [line for line in trainer.state.log_history if "grad_norm" in line]
+        return [line[name] for line in lines for name in ("loss", "grad_norm")], model
+    found = []
+    model.train()
+    learnt = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learnt, lr=RATE, weight_decay=0.0)
+    for _ in range(STEPS):
+        loss = model(**batch_of()).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(learnt, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        found += [float(loss), float(norm)]
+    return found, model
+
+
+@pytest.mark.parametrize(
+    ("tune", "more"),
+    [("full", {}), ("full", {"gradient_checkpointing": True}), ("lora", {})],
+    ids=["full", "checkpointed", "lora"],
+)
+def test_trainer_and_a_plain_loop_learn_what_finetune_learns(
+    tune: str, more: dict[str, Any], tmp_path: Path
+) -> None:
+    plain, by_hand = tuned_by("plain", tune, tmp_path)
+    theirs, by_trainer = tuned_by("trainer", tune, tmp_path / "trainer", **more)
+    ours, _ = tuned_by("finetune", tune, tmp_path / "finetune", **more)
+    assert len(plain) == 2 * STEPS
+    assert plain[-2] < plain[0]
+    assert theirs == pytest.approx(plain, rel=1e-3)  # the Trainer's log is rounded
+    assert ours == pytest.approx(plain[:2], rel=1e-4)
+    before = copied(build_model())
+    with torch.no_grad():
+        expected = by_hand(**batch_of()).logits
+        torch.testing.assert_close(by_trainer(**batch_of()).logits, expected, atol=1e-3, rtol=1e-3)
+        assert (logits_of(build_model(), METHODS["divprune"]()) - expected).abs().max() > 1e-2
+    if tune == "lora":  # the weights below the adapters stay
+        left = {n.replace("base_model.model.", "").replace("base_layer.", ""): t
+                for n, t in by_trainer.state_dict().items() if "lora_" not in n}  # fmt: skip
+        assert left.keys() == before.keys()
+        assert all(torch.equal(t, before[n]) for n, t in left.items())
+
+
+def test_the_guide_runs(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "vtc/training/README.md").read_text("utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 4
+    names = {"llava-hf/llava-1.5-7b-hf": str(embedded_path()), "steps=500": "steps=1",
+             "range(500)": "range(1)", "max_steps=500": "max_steps=1, use_cpu=True",
+             "size=8": "size=1", "size=4": "size=1"}  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    done: dict[str, Any] = {}
+    for block in blocks:
+        for name, value in names.items():
+            block = block.replace(name, value)
+        exec(compile(block, "vtc/training/README.md", "exec"), done)
+    assert done["tuned"].log[0]["step"] == 1
+    assert done["trainer"].state.global_step == 1
+
+
 # ---- what is refused ----------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("match", "method", "more"),
@@ -507,3 +600,29 @@ def test_the_command(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         with pytest.raises(SystemExit):
             main([*common, *wrong])
         assert match in capsys.readouterr().err
+
+
+def test_the_page_of_a_recipe_gives_the_points_regained(tmp_path: Path) -> None:
+    def cell(name: str, right: dict[str, list[int]], **more: Any) -> None:
+        (tmp_path / name).mkdir()
+        text = json.dumps({"keep": 0.1, "steps": 2, "size": 4, "seconds": 90,
+                           "types": ["count", "digits"] * 50, "right": right, **more})  # fmt: skip
+        (tmp_path / name / "scores.json").write_text(text)
+        lines = [{"step": step, "loss": 1.0 / step} for step in (1, 2)]
+        (tmp_path / name / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    half, most = [1, 0] * 50, [1, 0] * 40 + [1] * 20
+    cell("none", {"full": most, "divprune": half, "visionzip": half}, steps=0)
+    cell("divprune-lora", {"divprune": most})
+    page = recipe.page(tmp_path)
+    assert "All tokens, untuned: 60.0 [" in page
+    # Ten of a hundred answers turned right: the standard error is sqrt(0.1 x 0.9 / 99).
+    assert "| divprune | divprune-lora | 60.0 (4.9) | +10.0 (3.0) |" in page
+    assert "| divprune | divprune-lora | 100.0 | 20.0 |" in page  # by type
+    assert "--steps 2 \\\n    --batch 4 --questions 100 --cells none divprune-lora" in page
+    assert "over plain" not in page  # it was not run
+    cell("plain-lora", {"divprune": half, "visionzip": half})
+    assert "| divprune | lora | +10.0 |" in recipe.page(tmp_path)
+    cell("visionzip-lora", {"visionzip": most}, steps=3)
+    with pytest.raises(ValueError, match=r"out: .*different settings"):
+        recipe.page(tmp_path)

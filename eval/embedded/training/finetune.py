@@ -2,7 +2,7 @@
 """Fine-tunes the embedded model under compression, and scores what that regains.
 
     python -m vtc.eval.embedded.training.finetune --out runs --cells divprune-lora plain-lora
-    python -m vtc.eval.embedded.training.finetune --out runs --table
+    python -m vtc.eval.embedded.training.finetune --out runs --table > FINETUNE.md
 
 A cell is what compresses during training (`plain`: nothing) and what is tuned; `none` tunes
 nothing. All cells see the same scenes of the train split in the same order. Those that are trained
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -97,6 +98,46 @@ def run(
     (folder / "scores.json").write_text(json.dumps(found) + "\n", "utf-8")
 
 
+PAGE = """# Fine-tuning under compression on the embedded model
+
+Written by `python -m vtc.eval.embedded.training.finetune`:
+
+    python -m vtc.eval.embedded.training.finetune --out runs --keep {keep} --steps {steps} \\
+    --batch {size} --questions {questions} --cells {cells}
+    python -m vtc.eval.embedded.training.finetune --out runs --table > eval/embedded/FINETUNE.md
+
+A cell is what compresses during training (`plain`: nothing; the control) and what is tuned:
+`projector` (learning rate {projector[rate]:g}; with VisionZip its tuned variant) or `lora`
+(adapters of rank {lora[lora_rank]} on the linear layers of the decoder, learning rate
+{lora[rate]:g}). All else is frozen. AdamW in float32, seed 0, one run a cell: {steps} updates of
+{size} scenes with a question each, the same for all cells ({scenes} scenes of the train split,
+from number {first}). `none` is the model as it is. Scored are {questions} questions of
+`vtc_scenes` (test split, seed 0), greedy, exact match. *Points regained* are against `none` under
+the same method, on the same questions: standard error (SE) and 95 % interval (Agresti and Min)
+are of the paired difference over questions, not over training runs; p is McNemar's, with Holm's
+correction.
+
+Two CPU cores, one thread a process, beside other work: minutes are wall-clock time, and say little
+about cost.
+
+"""
+
+
+def page(out: Path) -> str:
+    """`FINETUNE.md`, from the cells that are done, `none` among them."""
+    done = [name for name in CELLS if (out / name / "scores.json").is_file()]
+    found = {name: json.loads((out / name / "scores.json").read_text("utf-8")) for name in done}
+    made = {(cell["keep"], cell["size"], len(cell["types"])) for cell in found.values()}
+    steps = {cell["steps"] for name, cell in found.items() if name != "none"}
+    if len(made) != 1 or len(steps) != 1:
+        raise ValueError(f"out: the cells in {out} were made with different settings")
+    (keep, size, questions), count = made.pop(), steps.pop()
+    return PAGE.format(
+        keep=keep, steps=count, size=size, questions=questions, cells=" ".join(done),
+        scenes=count * size, first=FIRST_SCENE, **PARTS,
+    ) + tables(out)  # fmt: skip
+
+
 def tables(out: Path) -> str:
     """The tables of `FINETUNE.md`, from the cells that are done."""
     cells = {
@@ -116,8 +157,8 @@ def tables(out: Path) -> str:
         f"All tokens, untuned: {_percent(full)} [{100 * low:.1f}, {100 * high:.1f}] of "
         f"{len(full)} questions.",
         "",
-        "| scored under | trained under, what | right, % | 95 % | points regained | 95 % | p |",
-        "|---|---|---|---|---|---|---|",
+        "| scored under | trained under, what | right, % (SE) | points regained (SE) | 95 % | p |",
+        "|---|---|---|---|---|---|",
     ]
     compared = {
         (method, name): paired(right, none["right"][method])
@@ -126,21 +167,16 @@ def tables(out: Path) -> str:
     }
     corrected = dict(zip(compared, holm([one.p for one in compared.values()]), strict=True))
     for method, name, right in rows:
-        low, high = interval(right)
-        line = f"| {method} | {name} | {_percent(right)} | {100 * low:.1f} to {100 * high:.1f} |"
+        line = f"| {method} | {name} | {_percent(right)} ({_error(right):.1f}) |"
         if (found := compared.get((method, name))) is None:
             lines.append(line + " - | - | - |")
             continue
+        change = [a - b for a, b in zip(right, none["right"][method], strict=True)]
         a, b = found.interval
         lines.append(
-            f"{line} {100 * found.difference:+.1f} | {100 * a:+.1f} to {100 * b:+.1f} | "
-            f"{corrected[method, name]:.2g} |"
+            f"{line} {100 * found.difference:+.1f} ({_error(change):.1f}) | {100 * a:+.1f} to "
+            f"{100 * b:+.1f} | {corrected[method, name]:.2g} |"
         )
-    lines += [
-        "",
-        "| scored under | part | points of training under compression over plain | 95 % | p |",
-        "|---|---|---|---|---|",
-    ]
     controls = {
         (method, part): paired(
             cells[f"{method}-{part}"]["right"][method], cells[f"plain-{part}"]["right"][method]
@@ -149,6 +185,12 @@ def tables(out: Path) -> str:
         for part in PARTS
         if f"{method}-{part}" in cells and f"plain-{part}" in cells
     }
+    if controls:
+        lines += [
+            "",
+            "| scored under | part | points of training under compression over plain | 95 % | p |",
+            "|---|---|---|---|---|",
+        ]
     ps = holm([one.p for one in controls.values()])
     for ((method, part), found), p in zip(controls.items(), ps, strict=True):
         a, b = found.interval
@@ -170,6 +212,11 @@ def tables(out: Path) -> str:
 
 def _percent(right: Sequence[int]) -> str:
     return f"{100 * sum(right) / len(right):.1f}"
+
+
+def _error(scores: Sequence[int]) -> float:
+    """The standard error of the mean, in points."""
+    return 100 * statistics.stdev(scores) / len(scores) ** 0.5
 
 
 def _losses(out: Path, cells: dict[str, Any]) -> list[str]:
@@ -202,7 +249,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the tables of finished cells")
     args = parser.parse_args()
     if args.table:
-        print(tables(args.out))
+        print(page(args.out), end="")
         return
     torch.set_num_threads(args.threads)
     samples = list(task_questions("vtc_scenes", args.questions))

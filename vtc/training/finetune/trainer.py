@@ -86,7 +86,7 @@ def finetune(
             "the model in float32, or use precision='bf16'",
         )
     asked = [(p, p.requires_grad) for p in model.parameters()]
-    outer = with_adapters(adapter, config) if lora else model
+    outer: Any = with_adapters(adapter, config) if lora else model
     if lora:
         tuned = {name: p for name, p in outer.named_parameters() if "lora_" in name}
     dtypes = {name: p.dtype for name, p in tuned.items()}
