@@ -28,8 +28,8 @@ class GotOcr2(Adapter):
     projects_patches: ClassVar[bool] = False
     stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
     unmerged: ClassVar[str] = (
-        "its layers take the whole grid, whose windows and relative positions count rows and "
-        "columns, and convolutions read the places of patches that would be gone"
+        "its layers take whole grids, and the norm before its convolutions gives places without a "
+        "patch a state all the same"
     )
     by: ClassVar[int] = 4
 

@@ -72,7 +72,9 @@ class Lfm3VL(OneAxis):
     model_types: ClassVar[tuple[str, ...]] = ("lfm3_vl",)
     stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
     decoder_parts: ClassVar[tuple[str, str, str]] = Lfm2VL.decoder_parts
-    unmerged: ClassVar[str] = "convolutions between its layers read the whole grid"
+    unmerged: ClassVar[str] = (
+        "convolutions between its layers of attention read the neighbours of each patch"
+    )
 
     def projector(self) -> Any:
         return self.base.multi_modal_projector
