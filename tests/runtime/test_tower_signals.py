@@ -202,7 +202,7 @@ ATTENTION: dict[str, Callable[[Any], list[Any]]] = {
 
 
 def shown_in(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """(tokens, 2 + d) low attention, attention and keys of all tokens, as a method is shown them."""
+    """(tokens, 2 + d) low attention, attention and keys of all tokens, as methods see them."""
     SHOWN.clear()
     with vtc.patch(model, Asks()), torch.no_grad():
         model(**batch)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vtc.core.images import ImageMap, Modality
 from vtc.models.resampled import Resampled

@@ -255,9 +255,9 @@ class LlavaOnevision(LlavaNext):
 
 class Granite4Vision(LlavaNext):
     """As LLaVA-NeXT, with a resampler for each of several decoder layers: vision tokens enter as
-    zeros, and features are added before these layers. Methods see the first of them. A token's query
-    reads a window of patches and begins as a mean of those at its place, which count as its patches;
-    their states are those that the first of the resamplers receives."""
+    zeros, and features are added before these layers. Methods see the first of them. A token's
+    query reads a window of patches and stands at the place of some, which count as its patches: its
+    signals are means over these, and states those that the first of the resamplers receives."""
 
     name: ClassVar[str] = "granite4_vision"
     model_types: ClassVar[tuple[str, ...]] = ("granite4_vision",)
