@@ -121,12 +121,6 @@ def test_gaps_cannot_close_where_positions_were_added() -> None:
     vtc.patch(shared("blip_2", "sdpa"), vtc.DivPrune(positions="contiguous")).unpatch()
 
 
-@pytest.mark.parametrize("name", [*NAMES, "instructblipvideo"])
-def test_a_q_former_is_not_read(name: str) -> None:
-    with pytest.raises(vtc.UnsupportedModelError, match="Q-Former"):
-        vtc.patch(shared(name, "sdpa"), "visionzip")
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_a_selection_does_not_depend_on_the_batch(name: str) -> None:
     family, model, rows = FAMILIES[name], shared(name, "sdpa"), rows_of(name, "ragged")

@@ -39,8 +39,10 @@ SETTINGS: dict[str, dict[str, Any]] = {"tome": {"keep": 0.6}, "correlation": {"k
 """A tower of two layers cannot merge more, and its random keys are not redundant."""
 TIES: dict[tuple[str, str], dict[str, Any]] = {
     ("qwen3_omni_moe_thinker", "cdpruner"): {"keep": 0.3},
+    ("deepseek_ocr2", "todre"): {"positions": "original"},
 }
-"""At the default, two experts of a token are 4e-7 apart for the router, and rounding decides."""
+"""At the default, two experts of a token are up to 4e-7 apart for the router, and rounding
+decides."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ tokens of a whole language model, whose own `generate` runs."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
@@ -106,6 +107,12 @@ class Blip2(Resampled):
 
     def projector(self) -> Any:
         return self.base.language_projection
+
+    @property
+    def encodes_apart(self) -> bool:
+        """Whether `generate` runs the tower and the Q-Former itself, without `get_*_features`."""
+        code = inspect.unwrap(type(self.model).generate).__code__
+        return f"get_{self.encodes}_features" not in code.co_names
 
     # ---- features and placeholders --------------------------------------------------------------
     def queries(self) -> int:

@@ -9,7 +9,8 @@ the user.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,7 +25,9 @@ from vtc.runtime.hf.encoder import EncoderEngine
 from vtc.runtime.hf.engine import Engine
 from vtc.runtime.hf.generation import Request
 from vtc.runtime.hf.guards import UNHANDLED, refuse_hidden_answers
+from vtc.runtime.hf.images import Ends
 from vtc.runtime.hf.override import Override
+from vtc.runtime.hf.vision import Encoding
 from vtc.runtime.signals import ImageSignals
 
 
@@ -74,8 +77,10 @@ class NestedEngine(Engine):
         clock = Stopwatch()
         with self.calls.generate(images=True) as call:
             device = self.adapter.base.query_tokens.device
-            call.prompt_given = request.given, clock, clock.start(device)
-            out = original(*args, **kwargs)
+            before = self.calls.seen.recent.get(self.adapter.encodes)
+            call.prompt_given = request.given, clock, clock.start(device), before
+            with encoding(self, self.adapter, request.given):
+                out = original(*args, **kwargs)
         if not call.handled:
             raise RuntimeError(UNHANDLED.format(model=type(self.adapter.model).__name__))
         return out
@@ -86,14 +91,16 @@ class NestedEngine(Engine):
         if call is None or call.prompt_given is None:
             with self.calls.generate(images=False):
                 return original(*args, **kwargs)
-        given, clock, started = call.prompt_given
+        given, clock, started, before = call.prompt_given
         call.prompt_given = None
         embeds = kwargs["inputs_embeds"]
         clock.stop(started, embeds.device)
         mask, features = merged(self.adapter, given, kwargs.get("input_ids"), embeds)
-        self.calls.seen.clocks = clock, Stopwatch()
-        call.embedded = mask, features
-        return original(*args, **kwargs)
+        heard = Stopwatch() if self.calls.encoding is None else self.calls.encoding.heard
+        self.calls.seen.clocks = clock, heard
+        call.embedded = mask, features, signals_of(self, self.adapter, features, before)
+        with self.calls.encode(None):
+            return original(*args, **kwargs)
 
     # ---- forward ------------------------------------------------------------------------------
     def _run_base(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -146,12 +153,15 @@ class NestedEngine(Engine):
                 "without a cache, transformers feeds the prompt again without its images; leave it "
                 "out, or unpatch",
             )
-        mask, features = step.embedded
+        mask, features, signals = step.embedded
         repeats = embeds.shape[0] // mask.shape[0]  # beams
         forward.images_seen = True
+        of_rows = iter(signals)
+        of_row = [[next(of_rows) for _ in range(n)] for n in _counts(mask, features)]
+        signals = [found for own in of_row for _ in range(repeats) for found in own]
         mask = mask.repeat_interleave(repeats, dim=0)
         features = embeds[mask].view(-1, *features.shape[1:])
-        show(self, self.adapter, forward, mask, features)
+        show(self, self.adapter, forward, mask, features, signals)
 
     def _enter_decoder(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -185,6 +195,13 @@ class NestedEncoderEngine(EncoderEngine):
         super()._install()
         self.overrides.append(Override(self.adapter.generator, "generate", self._generate_text))
 
+    def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with encoding(self, self.adapter, kwargs):
+                return original(*args, **kwargs)
+
+        return super()._generate(run, *args, **kwargs)
+
     def _generate_text(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`generate` of the language model: as part of the model's own, or called by the user."""
         call = self.calls.generating
@@ -196,8 +213,10 @@ class NestedEncoderEngine(EncoderEngine):
             embeds = kwargs["inputs_embeds"]
             ids = forward.given.get("input_ids")
             mask, features = merged(self.adapter, forward.given, ids, embeds)
-            show(self, self.adapter, forward, mask, features)
-        return original(*args, **kwargs)
+            signals = signals_of(self, self.adapter, features, None)
+            show(self, self.adapter, forward, mask, features, signals)
+        with self.calls.encode(None):
+            return original(*args, **kwargs)
 
     def _enter_decoder(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -242,7 +261,61 @@ def merged(
     return mask, embeds[mask].view(-1, per_image, embeds.shape[-1])
 
 
-def show(engine: Engine, adapter: Blip2, forward: Forward, mask: Tensor, features: Tensor) -> None:
+def _counts(mask: Tensor, features: Tensor) -> list[int]:
+    """The number of images (images, n, d) in each row of (b, s)."""
+    return [int(count) // features.shape[1] for count in mask.sum(1)]
+
+
+@contextmanager
+def encoding(engine: Engine, adapter: Blip2, given: Mapping[str, Any]) -> Iterator[None]:
+    """Context of a model's `generate`, which may run the tower and the Q-Former itself.
+
+    Args:
+        engine: hears what the method reads of them.
+        adapter: bound to the model.
+        given: the arguments of `generate`.
+    """
+    vision = engine.vision
+    if not adapter.encodes_apart or not (vision.tower_layers or vision.reads_encoder):
+        yield
+        return
+    bound = adapter.bind(adapter.model)
+    with Encoding(vision, engine.calls, bound, adapter.encodes, given).listening():
+        yield
+
+
+def signals_of(
+    engine: Engine, adapter: Blip2, features: Tensor, before: list[Ends] | None
+) -> list[list[ImageSignals]]:
+    """The signals of images that the model's `generate` has encoded.
+
+    Args:
+        engine: in its context `encoding`.
+        adapter: bound to the model.
+        features: (images, n, d) of the images.
+        before: the latest features before `generate` began, if any.
+
+    Returns:
+        One list for each image.
+    """
+    if engine.calls.encoding is not None:
+        found: list[list[ImageSignals]] = engine.calls.encoding.heard_of(features)
+        return found
+    recent = engine.calls.seen.recent.get(adapter.encodes)
+    if recent is not None and recent is not before and len(recent) == len(features):
+        return [of_one for _, _, of_one in recent]
+    maps = adapter.image_maps(adapter.encodes, {}, features)
+    return [[ImageSignals(found) for found in of_one] for of_one in maps]
+
+
+def show(
+    engine: Engine,
+    adapter: Blip2,
+    forward: Forward,
+    mask: Tensor,
+    features: Tensor,
+    signals: list[list[ImageSignals]],
+) -> None:
     """Tell a forward of the images that were merged into its embeddings.
 
     Args:
@@ -251,9 +324,8 @@ def show(engine: Engine, adapter: Blip2, forward: Forward, mask: Tensor, feature
         forward: the forward.
         mask: (b, s) bool, True at vision tokens.
         features: (images, n, d) their contents.
+        signals: one list for each image.
     """
     modality = adapter.encodes
-    maps = adapter.image_maps(modality, {}, features)
-    signals = [[ImageSignals(found) for found in of_one] for of_one in maps]
     engine.vision.images.remember(engine.calls.seen.recent, modality, features, signals)
     forward.features[modality], forward.vision[modality] = features, mask

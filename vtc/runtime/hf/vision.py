@@ -250,7 +250,7 @@ class Encoding:
         device = next(self.adapter.base.parameters()).device
         started = self.clock.start(device)
         shortened: list[Shortened] | Merged = []
-        with self.calls.encode(self), self._tapped():
+        with self.listening():
             if (runner := self.vision.shortener) is not None:
                 out, shortened = runner.encode(self, original, kwargs)
             else:
@@ -264,7 +264,13 @@ class Encoding:
         features = self.adapter.features(out)
         # The vision clock includes capturing, which the report subtracts.
         with self.clock.measure(device), self.heard.measure(device):
-            return out, self._all(features)
+            return out, self.heard_of(features)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Context in which what runs of the tower and the projector in this thread is heard."""
+        with self.calls.encode(self), self._tapped():
+            yield
 
     @contextmanager
     def _tapped(self) -> Iterator[None]:
@@ -411,8 +417,18 @@ class Encoding:
                 )
         return maps
 
-    def _all(self, features: Any) -> list[list[ImageSignals]]:
-        """Signals of all images of a call, by element of `features`."""
+    def heard_of(self, features: Any) -> list[list[ImageSignals]]:
+        """Signals of all images of a call, after it.
+
+        Args:
+            features: (images, n, d), or a list of (n, d), that the call made.
+
+        Returns:
+            A list for each element of `features`.
+
+        Raises:
+            UnsupportedModelError, RuntimeError: as `Vision.encode`.
+        """
         maps = self._maps(features)
         if self.taps and type(self.adapter).image_maps is Adapter.image_maps:
             rows = next(iter(self.taps.values())).captured
