@@ -72,7 +72,7 @@ def _attention_in(layer: Any) -> Any:
 
 def _recurrence_in(layer: Any) -> Any:
     """What stands for attention in a recurrent layer, or `None`."""
-    if getattr(layer, "block_type", "") == "linear_attention":
+    if getattr(layer, "block_type", "") == "linear_attention" and hasattr(layer, "mixer"):
         return layer.mixer
     return getattr(layer, "linear_attn", None) or getattr(layer, "conv", None)
 
