@@ -427,6 +427,7 @@ from tests.reference import (  # noqa: E402, F401
     families_later,
     families_more,
     families_nemotron,
+    families_phi4,
     families_own,
     families_recent,
     families_rest,

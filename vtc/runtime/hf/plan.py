@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, get_args
+from typing import get_args
 
 from vtc.core import Method, Record, Rows
 from vtc.core.errors import ArgumentError
