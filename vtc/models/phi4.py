@@ -40,7 +40,9 @@ class Phi4Multimodal(Adapter):
         Raises:
             UnsupportedModelError: the model lacks a module that vtc hooks; the message names it.
         """
-        base: Any = model if hasattr(model, "embed_tokens_extend") else getattr(model, "model", None)
+        base: Any = (
+            model if hasattr(model, "embed_tokens_extend") else getattr(model, "model", None)
+        )
         parts = ("embed_tokens", "embed_tokens_extend", "layers")
         if missing := [name for name in parts if not hasattr(base, name)]:
             raise UnsupportedModelError(f"model: {type(model).__name__} lacks {', '.join(missing)}")
