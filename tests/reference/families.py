@@ -428,6 +428,7 @@ from tests.reference import (  # noqa: E402, F401
     families_more,
     families_nemotron,
     families_own,
+    families_phi4,
     families_recent,
     families_rest,
     families_shapes,

@@ -45,7 +45,7 @@ NO_PLACES = {
     *("blip-2", "instructblip", "instructblipvideo"),
 }
 """Their tokens come from a resampler."""
-MERGES_IN_DECODER = {"chameleon"}
+MERGES_IN_DECODER = {"chameleon", "phi4_multimodal"}
 """Their decoder takes ids and pixels."""
 UNUSED_AXES = {"exaone4_5"}
 """Their models inherit `rope_deltas` and use none."""
@@ -262,6 +262,15 @@ class Masked:
             after = [i for i in image.index if i > place]
             frame = image.grid[image.index.index(after[0])][0]
             return [i for i, (f, _, _) in zip(image.index, image.grid, strict=True) if f == frame]
+        if kind == "phi4_multimodal":
+            if place - 1 in image.separators:  # between the tiles and the thumbnail
+                return list(image.index)
+            before = max(i for i in image.index if i < place)
+            at = image.index.index(before)
+            assert image.crop is not None
+            mine = (image.grid[at][1], image.crop[at] == 0)
+            rows = zip(image.index, image.grid, image.crop, strict=True)
+            return [i for i, (_, r, _), crop in rows if (r, crop == 0) == mine]
         ends = (image.separators[0], image.separators[-1])
         if kind == "emu3" or (kind == "hunyuan_vl" and place not in ends):
             before = max(i for i in image.index if i < place)
@@ -426,7 +435,12 @@ class Masked:
 
     def _enter(self, total: int) -> Callable[..., Any]:
         def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-            if self.family.model_type in MERGES_IN_DECODER:
+            if self.family.model_type == "phi4_multimodal":
+                ids, names = kwargs.pop("input_ids"), ("pixel_values", "sizes", "attention_mask")
+                images = {f"image_{name}": kwargs.pop(f"image_{name}", None) for name in names}
+                words = module.embed_tokens(ids)
+                kwargs["inputs_embeds"] = module.embed_tokens_extend(ids, words, **images)
+            elif self.family.model_type in MERGES_IN_DECODER:
                 ids, pixels = kwargs.pop("input_ids"), kwargs.pop("pixel_values")
                 kwargs["inputs_embeds"] = module.embed_tokens(ids)
                 if pixels is not None:

@@ -279,7 +279,8 @@ def skip_reason(name: str, kind: str, attention: str, mode: str) -> str | None:
     if mode == "beam" and (
         family.model_type == "llama4"
         or (name in (*GLM, "nemotron_h_omni") and kind in ("video", "images"))
-        or (name, kind) == ("granite4_vision", "images")
+        or (family.model_type, kind)
+        in (("granite4_vision", "images"), ("phi4_multimodal", "images"))
     ):
         return f"transformers itself cannot expand the features of {name} for beams"
     if OLD and (family.model_type, kind) in (("gemma4", "video"), ("kimi_k25", "video")):

@@ -87,7 +87,12 @@ def skeleton(model: str) -> Any:
         ValueError: not a vision-language model, or a configuration that makes none.
     """
     import torch
-    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText
+    from transformers import (
+        CONFIG_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
 
     if model in CONFIG_MAPPING and not Path(model).exists():
         config = AutoConfig.for_model(model, **_REPAIRS.get(model, {}))
@@ -95,7 +100,9 @@ def skeleton(model: str) -> Any:
         config = AutoConfig.from_pretrained(Path(model).expanduser() if "~" in model else model)
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
-        return AutoModelForImageTextToText.from_config(config)
+        # Phi-4 multimodal is registered as a language model only.
+        seen = type(config) in AutoModelForImageTextToText._model_mapping
+        return (AutoModelForImageTextToText if seen else AutoModelForCausalLM).from_config(config)
 
 
 def table() -> str:

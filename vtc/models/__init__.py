@@ -40,6 +40,7 @@ from .muse import MuseGlimmer
 from .nemotron import NemotronOmni
 from .ovis2 import Ovis2
 from .perception import PerceptionLM
+from .phi4 import Phi4Multimodal
 from .qwen import GlmV, Qwen3_5, QwenOmni, QwenVL
 from .qwen_like import Ernie45VL, OneAxis, PaddleOCRVL, VideoLlama3
 from .registry import FamilyInfo, families, find, models
@@ -98,6 +99,7 @@ __all__ = [
     "PaddleOCRVL",
     "PaliGemma",
     "PerceptionLM",
+    "Phi4Multimodal",
     "QianfanOCR",
     "Qwen3_5",
     "QwenOmni",

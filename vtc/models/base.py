@@ -187,6 +187,11 @@ class Adapter(MergingPart, DecoderPart):
         """The model whose `generate` decodes."""
         return self.model
 
+    @property
+    def holder(self) -> Any:
+        """The object whose `merger`, `get_image_features` and `get_video_features` are called."""
+        return self.base
+
     def check(self) -> None:
         """Refuse a model that this family does not support.
 
@@ -305,6 +310,14 @@ class Adapter(MergingPart, DecoderPart):
             The same with the prompt as `inputs_embeds`, without images.
         """
         raise NotImplementedError
+
+    def ignores_images(self, given: Mapping[str, Any]) -> bool:
+        """Whether the model makes nothing of the images among its arguments.
+
+        Args:
+            given: the arguments of the base model's forward.
+        """
+        return False
 
     def image_maps(
         self, modality: Modality, given: Mapping[str, Any], features: Any

@@ -18,7 +18,7 @@ from vtc.runtime.hf.cache import cache_in
 from vtc.runtime.hf.images import Recent
 
 _ENCODED = "mm_encoder_outputs"
-PIXELS = ("pixel_values", "pixel_values_videos", "pixel_values_images")
+PIXELS = ("pixel_values", "pixel_values_videos", "pixel_values_images", "image_pixel_values")
 
 
 @dataclass

@@ -107,11 +107,11 @@ class Engine(Hooked):
         b = self.adapter
         self.flash = self._flash()
         idle = self._is_idle  # some models ask for placeholders at every step
-        self.overrides.append(Override(b.base, b.merger, self._merge_features, idle))
+        self.overrides.append(Override(b.holder, b.merger, self._merge_features, idle))
         for modality in ("image", "video"):
-            if hasattr(b.base, name := f"get_{modality}_features"):
+            if hasattr(b.holder, name := f"get_{modality}_features"):
                 encode = functools.partial(self._encode, modality)
-                self.overrides.append(Override(b.base, name, encode))
+                self.overrides.append(Override(b.holder, name, encode))
         if hasattr(b.decoder, "_deepstack_process"):
             self.overrides.append(Override(b.decoder, "_deepstack_process", self._deepstack))
         for i, layer in enumerate(self.layers):
@@ -226,7 +226,7 @@ class Engine(Hooked):
     def _merge_features(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         out = original(*args, **kwargs)
         if self.forward is not None:
-            given = by_name(self.adapter.base, args, kwargs, self.adapter.merger)
+            given = by_name(self.adapter.holder, args, kwargs, self.adapter.merger)
             found = self.adapter.placeholders(out, given)
             for modality, mask in found.items():
                 seen = self.forward.vision.get(modality)
@@ -347,6 +347,7 @@ class Engine(Hooked):
         shown = [encoded.get(name) for name in names]
         shown += [given.get(name) for name in PIXELS]
         images = any(value is not None for value in shown)
+        images = images and not self.adapter.ignores_images(given)
         cache, ids = cache_in(given), given.get("input_ids")
         if ids is None and not images and (cache is None or int(cache.get_seq_length()) == 0):
             raise ArgumentError(

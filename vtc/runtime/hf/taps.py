@@ -193,7 +193,7 @@ def suspended(found: Iterable[Tap]) -> Iterator[None]:
 
 
 _OPTIONS = {
-    *("module", "query", "key", "value", "attention_mask", "dropout", "kwargs", "scaling"),
+    *("attention_mask", "dropout", "kwargs", "scaling"),
     *("softcap", "s_aux", "position_bias", "sliding_window", "is_causal", "output_attentions"),
 }
 """Arguments of attention functions that `row_attention` supports, or that change no probability."""
@@ -210,7 +210,10 @@ def foreign_options(module: nn.Module) -> list[str]:
         Their names, sorted; empty if the module's file defines no eager attention.
     """
     eager = _eager_attention(module)
-    return [] if eager is None else sorted(set(inspect.signature(eager).parameters) - _OPTIONS)
+    if eager is None:
+        return []
+    _, _, _, _, *names = inspect.signature(eager).parameters  # module, query, key and value
+    return sorted(set(names) - _OPTIONS)
 
 
 def _eager_attention(module: nn.Module) -> Callable[..., Any] | None:
@@ -477,6 +480,11 @@ def listen_tower(
         query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Mapping[str, Any]
     ) -> None:
         ends = options.get("cu_seq_lens_q")
+        causal = options.get("is_causal", getattr(tap.module, "is_causal", False))
+        if mask is None and causal and tap.config._attn_implementation != "eager":
+            # What is causal only without a mask, and not in eager attention: Phi-4 multimodal.
+            mask = torch.ones(query.shape[2], query.shape[2], device=query.device).bool().tril()
+            mask = mask[None, None]
         if ends is None:
             hear(query, key, mask, options)
             return
