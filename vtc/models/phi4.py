@@ -110,7 +110,7 @@ class Phi4Multimodal(Adapter):
         if count % 2:
             index = torch.cat([index, index[:, -2:-1]], dim=1)
             index = torch.cat([index, index[-2:-1]], dim=0)
-        return index.flatten()[merged_patches(*index.shape, 2)]
+        return index.flatten()[merged_patches(index.shape[0], index.shape[1], 2)]
 
     # ---- the tower ----------------------------------------------------------------------------
     def projector(self) -> Any:
@@ -217,7 +217,8 @@ class _Images:
             image_sizes=image_sizes,
             image_attention_mask=image_attention_mask,
         )
-        return BaseModelOutputWithPooling(pooler_output=list(made[0].split(counts)))
+        features: Any = list(made[0].split(counts))
+        return BaseModelOutputWithPooling(pooler_output=features)
 
     def get_placeholder_mask(self, input_ids: Tensor) -> Tensor:
         """(b, s) bool, True at placeholders."""
