@@ -27,7 +27,7 @@ from vtc.eval.embedded.vlm import load as embedded
 import vtc
 from tests.imports import ROOT
 from tests.reference import reference
-from tests.reference.models import build_model, collate, samples
+from tests.reference.models import IMAGE, build_model, collate, samples
 from tests.reference.reference import Truth
 from vtc.core import Method
 from vtc.training.finetune import Config, Conversations, finetune, load
@@ -444,8 +444,6 @@ def test_the_guide_runs(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (r"tune: '\(' is not a regular expression", None, {"tune": "("}),
         ("gradient_checkpointing: fastv.*'layers'.*cannot replay", vtc.FastV(keep=0.5),
          {"gradient_checkpointing": True}),
-        ("gradient_checkpointing: .*'encoder'", vtc.ToMe(keep=0.5),
-         {"gradient_checkpointing": True}),
         ("layer: ", vtc.FastV(keep=0.5, layer=99), {}),
     ],
 )  # fmt: skip
@@ -502,16 +500,22 @@ def test_batches_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         batch["pixel_values"] = torch.cat([first["pixel_values"], second["pixel_values"]])
         return batch
 
+    def text(step: int) -> dict[str, Any]:
+        batch = stream(step)
+        words = batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE, 5)
+        return {"input_ids": words, "labels": words.clone()}
+
     for batches, match in (
         (without, "batches: expected labels .*got none"),
         (empty, "batches: expected labels .*got only -100"),
         (on_all, "batches: expected labels on text only"),
         (packed, "position_ids: .*several documents"),
+        (text, "batches: expected inputs on which what is tuned"),
     ):
         model = build_model()
         before = state_of(model)
         with pytest.raises(ValueError, match=match):
-            finetune(model, "divprune", batches, config_of(tmp_path))
+            finetune(model, "divprune", batches, config_of(tmp_path, tune="projector"))
         assert state_of(model) == before
 
 

@@ -26,8 +26,8 @@ OTHERS: dict[str, str] = {
         "under an index, nor move the choices that some layers hand on, which needs a family of "
         "its own"
     ),
-    "evolla": "EvollaForProteinText2Text (evolla) has no vision encoder",
-    "fuyu": "FuyuForCausalLM (fuyu) has no vision encoder",
+    "evolla": "EvollaForProteinText2Text (evolla), in which vtc finds no vision encoder",
+    "fuyu": "FuyuForCausalLM (fuyu), in which vtc finds no vision encoder",
     "git": ("GitForCausalLM lacks get_placeholder_mask, get_image_features, language_model"),
     "glm5_next": (
         "Glm5NextTextModel has layers of kind indexed_attention, linear_attention; supported "
@@ -70,7 +70,7 @@ OTHERS: dict[str, str] = {
         "a dropped token moves all later keys to other blocks, so that no mask gives the same "
         "result"
     ),
-    "mistral4": "Mistral4ForCausalLM (mistral4) has no vision encoder",
+    "mistral4": "Mistral4ForCausalLM (mistral4), in which vtc finds no vision encoder",
     "mistral_large4": (
         "MistralLarge4TextModel has layers of kind indexed_attention; supported are full and "
         "sliding attention; an index chooses their keys among those that are visible, so that "
@@ -78,7 +78,7 @@ OTHERS: dict[str, str] = {
         "under an index, nor move the choices that some layers hand on, which needs a family of "
         "its own"
     ),
-    "pi0": "PI0ForConditionalGeneration (pi0) has no vision encoder",
+    "pi0": "PI0ForConditionalGeneration (pi0), in which vtc finds no vision encoder",
     "pix2struct": (
         "Pix2StructForConditionalGeneration lacks get_placeholder_mask, get_image_features, "
         "language_model"
@@ -98,12 +98,12 @@ OTHERS: dict[str, str] = {
         "T5Gemma2ForConditionalGeneration lacks get_placeholder_mask, get_image_features, "
         "language_model"
     ),
-    "udop": "UdopForConditionalGeneration (udop) has no vision encoder",
+    "udop": "UdopForConditionalGeneration (udop), in which vtc finds no vision encoder",
     "unlimited_ocr": (
         "UnlimitedOcrTextModel has layers of kind reference_sliding_attention; supported are "
         "full and sliding attention"
     ),
     "vision-encoder-decoder": (
-        "VisionEncoderDecoderModel (vision-encoder-decoder) has no vision encoder"
+        "VisionEncoderDecoderModel (vision-encoder-decoder), in which vtc finds no vision encoder"
     ),
 }

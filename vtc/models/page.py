@@ -43,7 +43,8 @@ checks what `vtc.patch` says of each; it runs none of them).
 
 Taken by the generic family, with a warning, and compared with no reference: {taken}.
 
-Refused:
+Refused. "Lacks" and "supported are" say what a family of its own would have to bring; other reasons
+say why dropping tokens would not be exact:
 
 | model type | reason |
 | --- | --- |

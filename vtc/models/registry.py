@@ -108,7 +108,7 @@ def find(model: nn.Module) -> Adapter:
     sees = hasattr(config, "vision_config") or hasattr(model, "get_image_features")
     if family is Adapter and not sees:
         raise UnsupportedModelError(
-            f"model: {type(model).__name__} ({kind}) has no vision encoder. Supported are "
+            f"model: {type(model).__name__} ({kind}), in which vtc finds no vision encoder. Supported are "
             f"{supported}, and other vision-language models of the same shape"
         )
     needed = family.since.get(str(kind))

@@ -323,8 +323,9 @@ class _Run:
             for name, value in loss.figures.items():
                 figures[name] = figures.get(name, 0.0) + share * value
         for parameter in self.parameters:
-            if self.accelerator.num_processes > 1 and parameter.grad is not None:
-                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+            if self.accelerator.num_processes > 1:  # each waits for all, so none may stay away
+                own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.accelerator.reduce(own, "mean")
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.loop.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

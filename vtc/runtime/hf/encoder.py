@@ -34,7 +34,7 @@ from vtc.runtime.hf.arguments import ones, split_mask
 from vtc.runtime.hf.calls import PIXELS
 from vtc.runtime.hf.engine import Engine
 from vtc.runtime.hf.generation import Request
-from vtc.runtime.hf.guards import UNHANDLED
+from vtc.runtime.hf.guards import UNHANDLED, refuse_checkpoint
 from vtc.runtime.hf.override import Override
 from vtc.runtime.layout import Layout
 from vtc.runtime.prompt import Prompt
@@ -218,6 +218,7 @@ class EncoderEngine(Engine):
         places = self._places
         if places is None:
             return original(*args, **kwargs)
+        refuse_checkpoint(self.layers[0], "biases are those between the tokens that are left")
         module = self.adapter.distances()
         bucket = module._relative_position_bucket(
             places[:, None] - places[:, :, None],

@@ -41,7 +41,7 @@ from vtc.runtime.hf.cache import attach, cache_in, ledger_of
 from vtc.runtime.hf.calls import PIXELS
 from vtc.runtime.hf.generation import Request
 from vtc.runtime.hf.groups import LayerGroups
-from vtc.runtime.hf.guards import UNHANDLED, refuse_packed
+from vtc.runtime.hf.guards import HOOKS_INSIDE, UNHANDLED, refuse_checkpoint, refuse_packed
 from vtc.runtime.hf.hooked import Hooked
 from vtc.runtime.hf.override import Override
 from vtc.runtime.hf.stages import RUNNERS, Runner
@@ -89,6 +89,9 @@ class Engine(Hooked):
         starts = sorted({layer for runner in self.runners for layer in runner.starts})
         self.groups = LayerGroups(adapter, method, tuple(starts))
         self.told = False
+
+    def _forget(self) -> None:
+        super()._forget()
         # Beside `forward`, since torch cannot compile the look-up of a thread's.
         self.running = False
 
@@ -269,9 +272,11 @@ class Engine(Hooked):
         """Add the features of a layer to the vision tokens that are left, as the decoder would."""
         if layer not in forward.injected:
             return hidden
+        if HOOKS_INSIDE:
+            refuse_checkpoint(self.layers[layer], "features enter between layers")
         features = forward.injected[layer].to(hidden)
         left, features = forward.deepstack_left(features)
-        hidden = hidden.clone()
+        left, hidden = left.to(hidden.device), hidden.clone()
         hidden[left] = hidden[left] + features
         return hidden
 
@@ -606,12 +611,8 @@ class Engine(Hooked):
             named = by_name(module, args, kwargs)
             args, kwargs = (args[0],), {k: v for k, v in named.items() if v is not args[0]}
         hidden = self.adapter.join_streams(args[0] if args else kwargs["hidden_states"])
-        checkpointed = module.training and getattr(module, "gradient_checkpointing", False)
-        if checkpointed and self.groups.group_of[layer] > 0:
-            raise RuntimeError(
-                f"gradient_checkpointing: {self.method} changes lengths between layers, which a "
-                "checkpoint cannot replay; switch it off for training under this patch"
-            )
+        if self.groups.group_of[layer] > 0:
+            refuse_checkpoint(module, f"{self.method} changes lengths between layers")
         if forward.phase == "prefill":
             hidden = self._inject(forward, layer, hidden)
             if layer in self.groups.first_layers[1:]:
@@ -629,6 +630,8 @@ class Engine(Hooked):
                 for name in set(kwargs) - _ADAPTED:
                     kwargs[name] = self._cut(forward, kwargs[name])
             if self.flash:
+                if HOOKS_INSIDE:
+                    refuse_checkpoint(module, "flash attention is kept from reading gaps")
                 # Flash attention takes gaps in the positions for packed sequences. The rotation
                 # is computed already, so the layer does not need them.
                 kwargs["position_ids"] = None

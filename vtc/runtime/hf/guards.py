@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 
 from vtc.core import Method
@@ -18,6 +20,28 @@ UNHANDLED = (
     "{model} was given images, but none of its vision tokens reached vtc: this way of calling it "
     "is not covered, and its result would have been that of the uncompressed model"
 )
+
+
+HOOKS_INSIDE = Version(transformers.__version__) < Version("5.23")
+"""Whether a checkpointed layer of transformers replays its hooks, when the forward is long over."""
+
+
+def refuse_checkpoint(layer: nn.Module, what: str) -> None:
+    """Refuse gradient checkpointing of a layer whose replay would go without what vtc changes.
+
+    Args:
+        layer: the layer that runs.
+        what: what a checkpoint cannot replay, for the error.
+
+    Raises:
+        RuntimeError: the layer is checkpointed.
+    """
+    # Whether gradients are on does not tell: a reentrant checkpoint runs its layer without.
+    if layer.training and getattr(layer, "gradient_checkpointing", False):
+        raise RuntimeError(
+            f"gradient_checkpointing: {what}, which a checkpoint cannot replay; switch it off for "
+            "training under this patch"
+        )
 
 
 def refuse_hidden_answers(model: nn.Module, method: Method, given: Mapping[str, Any]) -> None:

@@ -121,13 +121,11 @@ def _check_checkpointing(method: Method | None, config: Config) -> None:
     layers it does not replay."""
     if not config.gradient_checkpointing or method is None:
         return
-    between = [stage for stage in method.stages if stage in ("encoder", "layers")]
-    if between:
+    if "layers" in method.stages:
         raise ArgumentError(
             "gradient_checkpointing",
-            f"{method} acts in the stage {', '.join(map(repr, between))} and changes lengths "
-            "between layers, which a checkpoint cannot replay; switch it off, or use a method of "
-            "the sequence stage",
+            f"{method} acts in the stage 'layers' and changes lengths between layers, which a "
+            "checkpoint cannot replay; switch it off, or use a method of the sequence stage",
         )
 
 
@@ -208,6 +206,12 @@ class Tuned(Trained):
         wanted = labels[:, 1:].to(logits.device)
         learnt = wanted != -100
         chosen, target = logits[learnt].float(), wanted[learnt]
+        if not chosen.requires_grad:
+            raise ArgumentError(
+                "batches",
+                "expected inputs on which what is tuned has an effect, got a batch in which none "
+                "of it takes part, such as one without images for the projector",
+            )
         plain = F.cross_entropy(chosen, target)
         figures = {"loss": float(plain.detach())}
         if not self.config.label_smoothing:

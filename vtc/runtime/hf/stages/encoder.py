@@ -20,6 +20,7 @@ from vtc.runtime.choices import no_autocast
 from vtc.runtime.forward import Forward
 from vtc.runtime.hf import taps
 from vtc.runtime.hf.arguments import by_name
+from vtc.runtime.hf.guards import HOOKS_INSIDE, refuse_checkpoint
 from vtc.runtime.hf.override import Override
 from vtc.runtime.hf.stages.base import Merged, Runner, Shortened
 
@@ -241,6 +242,8 @@ class MergingTower:
     def _layer(self, i: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self.current():  # of a nested call, or another thread
             return original(*args, **kwargs)
+        if HOOKS_INSIDE:
+            refuse_checkpoint(self.layers[i], "patches are merged between the tower's layers")
         given = dict(by_name(self.layers[i], args, kwargs))
         hidden_states: Tensor = given.pop(_first_name(self.layers[i].__class__))
         rows = hidden_states if hidden_states.dim() == 3 else hidden_states[None]
