@@ -19,7 +19,7 @@ from tests.reference.masked import MERGES_IN_DECODER
 NAMES = list(FAMILIES)
 KINDS = list(LAYOUTS)
 TOLERANCE = 1e-4
-CODED = {"chameleon", "emu3"}
+CODED = {"chameleon", "emu3", "apertus1p5"}
 """Their tokens are words of the vocabulary, of which one may occur twice."""
 
 

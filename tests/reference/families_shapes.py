@@ -140,6 +140,54 @@ class Emu3(TinyFamily):
         return Piece(tokens, extras)
 
 
+class Apertus15(Emu3):
+    name = model_type = "apertus1p5"
+    model_class = "Apertus1p5ForConditionalGeneration"
+    sizes: ClassVar = ((4, 5), (3, 6), (2, 4))
+    attentions = ("eager",)
+    notes = "images of any size are codes of a tokenizer, as words are"
+
+    def config(self) -> Any:
+        return hf.Apertus1p5Config(
+            vision_config={
+                "codebook_size": len(CODES),
+                "embed_dim": 4,
+                "latent_channels": 4,
+                "base_channels": 32,
+                "channel_multiplier": [1, 1, 1],
+                "num_res_blocks": 1,
+                "attn_resolutions": [2],
+                "resolution": 8,
+            },
+            audio_config={
+                "model_type": "wavtokenizer_encoder",
+                "num_filters": 4,
+                "num_lstm_layers": 1,
+                "hidden_size": 8,
+                "codebook_size": 16,
+                "codebook_dim": 8,
+            },
+            text_config=text_settings(vocab_size=CODES.stop + 16),
+            image_token_id=IMAGE,
+            audio_token_id=TAG,
+            image_token_offset=CODES.start,
+            audio_token_offset=CODES.stop,
+        )
+
+    def build(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = TinyFamily.build(self, *args, **kwargs)
+        model.model.vision_tokenizer.quantize.embedding.weight.data *= 0.1
+        return model
+
+    def image(self, which: int, generator: torch.Generator, count: int) -> Piece:
+        rows, columns = self.sizes[which]
+        extras = {
+            "pixel_values": pixels(generator, 1, 3, 24, 24),
+            "image_sizes": long(4 * rows, 4 * columns),
+        }
+        return Piece([*marks(START, kind="text"), *cells(rows, columns)], extras)
+
+
 class InstructBlipVideo(InstructBlip):
     name = model_type = "instructblipvideo"
     model_class = "InstructBlipVideoForConditionalGeneration"
@@ -170,4 +218,5 @@ register(
     Chameleon("chameleon", False),
     Chameleon("chameleon_swin", True),
     Emu3(),
+    Apertus15(),
 )

@@ -20,7 +20,7 @@ from .convolutional import FastVLM, GotOcr2
 from .cosmos3 import Cosmos3Edge, Cosmos3Omni
 from .deepseek_ocr2 import DeepseekOcr2
 from .deepseek_vl import DeepseekVL
-from .discrete import Chameleon, Emu3
+from .discrete import Apertus15, Chameleon, Emu3
 from .gemma import Gemma3, Gemma3n, Gemma4, Gemma4Unified, PaliGemma, ShieldGemma2
 from .granite_docling import GraniteDocling
 from .hunyuan import HunYuanVL
@@ -50,6 +50,7 @@ from .step import Step3p7
 __all__ = [
     "CACHE",
     "Adapter",
+    "Apertus15",
     "Aria",
     "Blip2",
     "Chameleon",

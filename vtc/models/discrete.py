@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chameleon and Emu3: an image is a row of codes of a VQ-VAE, which are words of the vocabulary."""
+"""Chameleon, Emu3 and Apertus 1.5: an image is a row of codes of a VQ-VAE, which are words of the vocabulary."""
 
 from __future__ import annotations
 
@@ -94,3 +94,25 @@ class Emu3(Adapter):
             grid: Tensor = grid_positions(height // by, columns + 1)
             maps.append([ImageMap(grid, separator=grid[:, 2] == columns)])
         return maps
+
+
+class Apertus15(Adapter):
+    """Tokens are codes of a tokenizer, as words are: their contents are rows of the embedding
+    table. Images have any size. Tested without audio."""
+
+    name: ClassVar[str] = "apertus1p5"
+    decoder_parts: ClassVar[tuple[str, str, str]] = ("attention_layernorm", "mlp", "norm")
+    model_types: ClassVar[tuple[str, ...]] = ("apertus1p5",)
+    projects_patches: ClassVar[bool] = False
+    stages: ClassVar[tuple[str, ...]] = ("sequence", "layers")
+    unread: ClassVar[str] = _CODES
+
+    def placeholders(self, output: Any, given: Mapping[str, Any]) -> dict[Modality, Tensor]:
+        return super().placeholders(output[0], given)  # the other output is for audio
+
+    def image_maps(
+        self, modality: Modality, given: Mapping[str, Any], features: Any
+    ) -> list[list[ImageMap]]:
+        by = 2 ** (len(self.model.config.vision_config.channel_multiplier) - 1)
+        sizes = (given["image_sizes"] // by).tolist()
+        return [[ImageMap(grid_positions(rows, columns))] for rows, columns in sizes]

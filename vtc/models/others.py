@@ -10,7 +10,6 @@ ACCEPTED = "accepted"
 """Of a model that the generic family takes, with a warning."""
 
 OTHERS: dict[str, str] = {
-    "apertus1p5": ACCEPTED,
     "blip": (
         "BlipForConditionalGeneration lacks get_placeholder_mask, get_image_features, "
         "language_model"
