@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chameleon, Emu3 and Apertus 1.5: an image is a row of codes of a VQ-VAE, which are words of the vocabulary."""
+"""Chameleon, Emu3 and Apertus 1.5: an image is a row of codes of a VQ-VAE, which are words of the
+vocabulary."""
 
 from __future__ import annotations
 

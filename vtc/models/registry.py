@@ -108,8 +108,8 @@ def find(model: nn.Module) -> Adapter:
     sees = hasattr(config, "vision_config") or hasattr(model, "get_image_features")
     if family is Adapter and not sees:
         raise UnsupportedModelError(
-            f"model: {type(model).__name__} ({kind}), in which vtc finds no vision encoder. Supported "
-            f"are {supported}, and other vision-language models of the same shape"
+            f"model: {type(model).__name__} ({kind}), in which vtc finds no vision encoder. "
+            f"Supported are {supported}, and other vision-language models of the same shape"
         )
     needed = family.since.get(str(kind))
     if needed is not None and Version(transformers.__version__) < Version(needed):
