@@ -613,7 +613,7 @@ def test_shapes_that_need_a_family_are_refused_before_anything_changed(
     model.config.model_type = "unknown"  # a family of its own knows what to do
     with pytest.raises(vtc.UnsupportedModelError, match=says) as caught:
         vtc.patch(model, FASTV)
-    assert "Supported are aria, aya_vision" in str(caught.value)
+    assert "Supported are apertus1p5, aria, aya_vision" in str(caught.value)
     assert not any(isinstance(v, Override) for m in model.modules() for v in vars(m).values())
 
 

@@ -444,11 +444,31 @@ def test_what_is_refused(name: str) -> None:
     model = shared(name, "sdpa")
     with pytest.raises(ArgumentError, match="before the encoder"):
         vtc.patch(model, "fastv")
-    with pytest.raises(vtc.UnsupportedModelError, match=r"windows|Q-Former"):
-        vtc.patch(model, "visionzip")
+    with pytest.raises(ArgumentError, match="before the encoder"):
+        vtc.patch(model, "tome")
+    if name == "florence2":
+        with pytest.raises(vtc.UnsupportedModelError, match="windows"):
+            vtc.patch(model, "visionzip")
     batch = collate(name, rows_of(name, "one"))
     with vtc.patch(model, Ragged()), pytest.raises(ArgumentError, match="prompt_lookup"):
         model.generate(**batch, prompt_lookup_num_tokens=2)
+
+
+@pytest.mark.parametrize("method", ["visionzip", "scope", "mmtok"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "florence2"])
+def test_generate_reads_the_tower_as_a_forward_does(name: str, method: str) -> None:
+    model, batch = shared(name, "sdpa"), collate(name, rows_of(name, "ragged"))
+    start = torch.full(
+        (len(batch["input_ids"]), 1), model.config.text_config.decoder_start_token_id
+    )
+    with torch.no_grad():
+        plain = model(**batch, decoder_input_ids=start).logits[:, -1]
+        with vtc.patch(model, method, keep=0.5) as patch:
+            expected = model(**batch, decoder_input_ids=start).logits[:, -1]
+            out = generate(model, batch, output_scores=True)
+        assert len(patch.report.prefills) == 2
+    assert difference(out.scores[0], expected) < TOLERANCE
+    assert difference(expected, plain) > CONTROL
 
 
 def test_text_is_as_without_a_patch() -> None:
