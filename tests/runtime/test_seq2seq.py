@@ -467,6 +467,7 @@ def test_generate_reads_the_tower_as_a_forward_does(name: str, method: str) -> N
             expected = model(**batch, decoder_input_ids=start).logits[:, -1]
             out = generate(model, batch, output_scores=True)
         assert len(patch.report.prefills) == 2
+        assert all(prefill.vision_ms > 0 for prefill in patch.report.prefills)
     assert difference(out.scores[0], expected) < TOLERANCE
     assert difference(expected, plain) > CONTROL
 

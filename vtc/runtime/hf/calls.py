@@ -32,8 +32,8 @@ class Generating:
             processor or a stopping criterion makes; `None` before `generate` prepares inputs.
         handled: a method has received the images.
         prompt: the arguments of the first step without a cache, and its selections.
-        prompt_given: where the language model is a model of its own, the arguments of the whole
-            model's `generate`, and the clock of its encoding, until the language model's begins.
+        prompt_given: where the language model is a model of its own, what the whole model's
+            `generate` was given and when it began, until the language model's begins.
         embedded: the placeholders (b, s) bool and the features (images, n, d) that entered as
             embeddings there.
         kept: of an encoder's output, the layout of the tokens left and the length of its input.

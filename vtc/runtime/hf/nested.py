@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -74,11 +75,8 @@ class NestedEngine(Engine):
         request.refuse_pieces()
         request.refuse_guesses("its prompt reaches the language model as embeddings")
         request.refuse_compiling(self._uncompiled)
-        clock = Stopwatch()
         with self.calls.generate(images=True) as call:
-            device = self.adapter.base.query_tokens.device
-            before = self.calls.seen.recent.get(self.adapter.encodes)
-            call.prompt_given = request.given, clock, clock.start(device), before
+            call.prompt_given = begin(self, self.adapter, request.given)
             with encoding(self, self.adapter, request.given):
                 out = original(*args, **kwargs)
         if not call.handled:
@@ -91,14 +89,11 @@ class NestedEngine(Engine):
         if call is None or call.prompt_given is None:
             with self.calls.generate(images=False):
                 return original(*args, **kwargs)
-        given, clock, started, before = call.prompt_given
-        call.prompt_given = None
+        begun, call.prompt_given = call.prompt_given, None
         embeds = kwargs["inputs_embeds"]
-        clock.stop(started, embeds.device)
-        mask, features = merged(self.adapter, given, kwargs.get("input_ids"), embeds)
-        heard = Stopwatch() if self.calls.encoding is None else self.calls.encoding.heard
-        self.calls.seen.clocks = clock, heard
-        call.embedded = mask, features, signals_of(self, self.adapter, features, before)
+        begun.stop(self, embeds.device)
+        mask, features = merged(self.adapter, begun.given, kwargs.get("input_ids"), embeds)
+        call.embedded = mask, features, signals_of(self, self.adapter, features, begun.before)
         with self.calls.encode(None):
             return original(*args, **kwargs)
 
@@ -197,6 +192,9 @@ class NestedEncoderEngine(EncoderEngine):
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
+            call = self.calls.generating
+            if call is not None and call.images:
+                call.prompt_given = begin(self, self.adapter, kwargs)
             with encoding(self, self.adapter, kwargs):
                 return original(*args, **kwargs)
 
@@ -211,6 +209,7 @@ class NestedEncoderEngine(EncoderEngine):
                 return original(*args, **kwargs)
         if not forward.vision:  # otherwise the model has asked where they are
             embeds = kwargs["inputs_embeds"]
+            call.prompt_given.stop(self, embeds.device)
             ids = forward.given.get("input_ids")
             mask, features = merged(self.adapter, forward.given, ids, embeds)
             signals = signals_of(self, self.adapter, features, None)
@@ -264,6 +263,47 @@ def merged(
 def _counts(mask: Tensor, features: Tensor) -> list[int]:
     """The number of images (images, n, d) in each row of (b, s)."""
     return [int(count) // features.shape[1] for count in mask.sum(1)]
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A model's `generate` until its language model's begins.
+
+    Attributes:
+        given: its arguments.
+        clock: runs meanwhile.
+        started: what the clock returned.
+        before: the latest features before, if any.
+    """
+
+    given: Mapping[str, Any]
+    clock: Stopwatch
+    started: Any
+    before: list[Ends] | None
+
+    def stop(self, engine: Engine, device: Any) -> None:
+        """Report what has run as the encoding of the images.
+
+        Args:
+            engine: of the model.
+            device: on which it ran.
+        """
+        self.clock.stop(self.started, device)
+        encoding = engine.calls.encoding
+        engine.calls.seen.clocks = self.clock, Stopwatch() if encoding is None else encoding.heard
+
+
+def begin(engine: Engine, adapter: Blip2, given: Mapping[str, Any]) -> Begun:
+    """Start the clock of a model's `generate`.
+
+    Args:
+        engine: of the model.
+        adapter: bound to the model.
+        given: the arguments of `generate`.
+    """
+    clock = Stopwatch()
+    started = clock.start(adapter.base.query_tokens.device)
+    return Begun(given, clock, started, engine.calls.seen.recent.get(adapter.encodes))
 
 
 @contextmanager
