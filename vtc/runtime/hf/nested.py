@@ -203,10 +203,10 @@ class NestedEncoderEngine(EncoderEngine):
     def _generate_text(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`generate` of the language model: as part of the model's own, or called by the user."""
         call = self.calls.generating
-        forward = None if call is None else call.embedded
-        if forward is None:
+        if call is None or call.embedded is None:
             with self.calls.generate(images=False):
                 return original(*args, **kwargs)
+        forward = call.embedded
         if not forward.vision:  # otherwise the model has asked where they are
             embeds = kwargs["inputs_embeds"]
             call.prompt_given.stop(self, embeds.device)
