@@ -172,13 +172,7 @@ class Adapter(MergingPart, DecoderPart):
             raise UnsupportedModelError(
                 f"model: {type(model).__name__} lacks {', '.join(missing) or 'a base model'}"
             )
-        decoder = language_model
-        while not hasattr(decoder, "layers"):
-            decoder = getattr(decoder, "model", None) or getattr(decoder, "decoder", None)
-            if decoder is None:
-                raise UnsupportedModelError(
-                    f"model: found no decoder layers in {type(language_model).__name__}"
-                )
+        decoder = decoder_in(language_model)
         towers = (getattr(base, name, None) for name in ("vision_tower", "vision_model", "visual"))
         return cls(model, base, decoder, next((t for t in towers if t is not None), None))
 
@@ -477,3 +471,37 @@ class Adapter(MergingPart, DecoderPart):
             kwargs = {**kwargs, "interpolate_pos_encoding": True}
         out = encode(pixel_values=pixel_values, **kwargs)
         return out, [((rows, columns), (r, c))] * pixel_values.shape[0]
+
+
+def require(model: nn.Module, part: Any, names: Sequence[str]) -> None:
+    """Refuse a model of which a part lacks something.
+
+    Args:
+        model: named in the error.
+        part: of the model.
+        names: attributes that it must have.
+
+    Raises:
+        UnsupportedModelError: it lacks some; the message names them.
+    """
+    if missing := [name for name in names if not hasattr(part, name)]:
+        raise UnsupportedModelError(f"model: {type(model).__name__} lacks {', '.join(missing)}")
+
+
+def decoder_in(language_model: Any) -> Any:
+    """The module in a language model that has its decoder layers.
+
+    Args:
+        language_model: with or without a head.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    found = language_model
+    while not hasattr(found, "layers"):
+        found = getattr(found, "model", None) or getattr(found, "decoder", None)
+        if found is None:
+            raise UnsupportedModelError(
+                f"model: found no decoder layers in {type(language_model).__name__}"
+            )
+    return found

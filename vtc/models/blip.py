@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vtc.core.images import ImageMap, Modality
-from vtc.models.base import UnsupportedModelError
+from vtc.models.base import UnsupportedModelError, decoder_in, require
 from vtc.models.resampled import Resampled
 from vtc.models.seq2seq import Seq2Seq
 
@@ -32,33 +32,14 @@ class Blip2(Resampled):
 
     @classmethod
     def bind(cls, model: nn.Module) -> Self:
-        """As in `Adapter`, for a model that has its language model's `generate`.
-
-        Args:
-            model: the model, without wrappers.
-
-        Returns:
-            The adapter, bound to the model.
-
-        Raises:
-            UnsupportedModelError: the model lacks a module that vtc hooks; the message names it.
-        """
         parts = (cls.merger, f"get_{cls.encodes}_features", "language_model", "generate")
-        if missing := [name for name in parts if not hasattr(model, name)]:
-            raise UnsupportedModelError(f"model: {type(model).__name__} lacks {', '.join(missing)}")
+        require(model, model, parts)
         base: Any = model
         if base.language_model.config.is_encoder_decoder:
             both: Any = Blip2Seq2Seq if cls.encodes == "image" else InstructBlipVideoSeq2Seq
             found: Self = both(model, base, base.language_model.encoder, base.vision_model)
             return found
-        decoder = base.language_model
-        while not hasattr(decoder, "layers"):
-            decoder = getattr(decoder, "model", None) or getattr(decoder, "decoder", None)
-            if decoder is None:
-                raise UnsupportedModelError(
-                    f"model: found no decoder layers in {type(base.language_model).__name__}"
-                )
-        return cls(model, base, decoder, base.vision_model)
+        return cls(model, base, decoder_in(base.language_model), base.vision_model)
 
     def check(self) -> None:
         super().check()

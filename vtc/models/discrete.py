@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 
 from vtc.core.images import ImageMap, Modality, grid_positions
-from vtc.models.base import Adapter, UnsupportedModelError
+from vtc.models.base import Adapter, require
 
 _CODES = "its tokens are codes of a VQ-VAE, whose convolutions mix places"
 
@@ -28,21 +28,8 @@ class Chameleon(Adapter):
 
     @classmethod
     def bind(cls, model: nn.Module) -> Self:
-        """As in `Adapter`; the base model is the decoder.
-
-        Args:
-            model: the model, without wrappers.
-
-        Returns:
-            The adapter, bound to the model.
-
-        Raises:
-            UnsupportedModelError: the model lacks a module that vtc hooks; the message names it.
-        """
         base: Any = model if hasattr(model, cls.merger) else getattr(model, "model", None)
-        parts = (cls.merger, "get_image_features", "layers", "vqmodel")
-        if missing := [name for name in parts if not hasattr(base, name)]:
-            raise UnsupportedModelError(f"model: {type(model).__name__} lacks {', '.join(missing)}")
+        require(model, base, (cls.merger, "get_image_features", "layers", "vqmodel"))
         return cls(model, base, base, base.vqmodel)
 
     def attention_input(self, layer: int, hidden: Tensor) -> Tensor:

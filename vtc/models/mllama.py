@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vtc.core.errors import ArgumentError
 from vtc.core.images import grid_positions
-from vtc.models.base import Adapter, UnsupportedModelError
+from vtc.models.base import Adapter, UnsupportedModelError, decoder_in, require
 
 
 @dataclass(frozen=True)
@@ -48,28 +48,9 @@ class Mllama(Adapter):
 
     @classmethod
     def bind(cls, model: nn.Module) -> Self:
-        """As in `Adapter`, but without a `merger`.
-
-        Args:
-            model: the model, without wrappers.
-
-        Returns:
-            The adapter, bound to the model.
-
-        Raises:
-            UnsupportedModelError: the model lacks a module that vtc hooks; the message names it.
-        """
-        parts = ("language_model", "vision_model", "multi_modal_projector")
         base: Any = getattr(model, "model", model)
-        missing = [name for name in parts if not hasattr(base, name)]
-        if missing:
-            raise UnsupportedModelError(f"model: {type(model).__name__} lacks {', '.join(missing)}")
-        decoder = base.language_model
-        if not hasattr(decoder, "layers"):
-            raise UnsupportedModelError(
-                f"model: found no decoder layers in {type(decoder).__name__}"
-            )
-        return cls(model, base, decoder, base.vision_model)
+        require(model, base, ("language_model", "vision_model", "multi_modal_projector"))
+        return cls(model, base, decoder_in(base.language_model), base.vision_model)
 
     def check(self) -> None:
         """Refuse flash attention, which does not take a cross-attention mask.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vtc.core.images import ImageMap, Modality, grid_positions, merged_patches
-from vtc.models.base import Adapter, UnsupportedModelError
+from vtc.models.base import Adapter, require
 
 
 class Phi4Multimodal(Adapter):
@@ -29,23 +29,10 @@ class Phi4Multimodal(Adapter):
 
     @classmethod
     def bind(cls, model: nn.Module) -> Self:
-        """As in `Adapter`; the base model is the decoder.
-
-        Args:
-            model: the model, without wrappers.
-
-        Returns:
-            The adapter, bound to the model.
-
-        Raises:
-            UnsupportedModelError: the model lacks a module that vtc hooks; the message names it.
-        """
         base: Any = (
             model if hasattr(model, "embed_tokens_extend") else getattr(model, "model", None)
         )
-        parts = ("embed_tokens", "embed_tokens_extend", "layers")
-        if missing := [name for name in parts if not hasattr(base, name)]:
-            raise UnsupportedModelError(f"model: {type(model).__name__} lacks {', '.join(missing)}")
+        require(model, base, ("embed_tokens", "embed_tokens_extend", "layers"))
         return cls(model, base, base, base.embed_tokens_extend.image_embed.img_processor)
 
     # ---- merging images in --------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from vtc.core.images import ImageMap, Modality, grid_positions
-from vtc.models.base import Adapter, UnsupportedModelError
+from vtc.models.base import Adapter, UnsupportedModelError, require
 
 
 class Seq2Seq(Adapter):
@@ -60,24 +60,10 @@ class Florence2(Seq2Seq):
 
     @classmethod
     def bind(cls, model: nn.Module) -> Self:
-        """As in `Adapter`, for a language model with an encoder.
-
-        Args:
-            model: the model, without wrappers.
-
-        Returns:
-            The adapter, bound to the model.
-
-        Raises:
-            UnsupportedModelError: the model lacks a module that vtc hooks; the message names it.
-        """
         base: Any = model if hasattr(model, "language_model") else getattr(model, "model", None)
-        inner = getattr(base, "language_model", None)
         parts = (cls.merger, "get_image_features", "vision_tower", "language_model")
-        missing = [name for name in parts if not hasattr(base, name)]
-        missing += [name for name in ("encoder", "decoder") if not hasattr(inner, name)]
-        if missing:
-            raise UnsupportedModelError(f"model: {type(model).__name__} lacks {', '.join(missing)}")
+        require(model, base, parts)
+        require(model, base.language_model, ("encoder", "decoder"))
         return cls(model, base, base.language_model.encoder, base.vision_tower)
 
     @property
