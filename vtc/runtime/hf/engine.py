@@ -35,7 +35,7 @@ from vtc.core.images import Modality
 from vtc.core.prefill import Prefill
 from vtc.models import Adapter
 from vtc.runtime.forward import Forward, Places
-from vtc.runtime.hf import steps
+from vtc.runtime.hf import injected, steps
 from vtc.runtime.hf.arguments import by_name, is_per_token, keep_all_states, ones, split_mask, take
 from vtc.runtime.hf.cache import attach, cache_in, ledger_of
 from vtc.runtime.hf.calls import PIXELS
@@ -249,37 +249,6 @@ class Engine(Hooked):
             return original(hidden_states, visual_pos_masks, visual_embeds)
         return original(hidden_states, *forward.deepstack_left(visual_embeds))
 
-    def _take_injected(self, forward: Forward, kwargs: dict[str, Any]) -> Tensor:
-        """(b, s, d) what enters the decoder, with the first features of vision tokens that enter as
-        zeros. Layers get the others, and what methods make of the first, in `_inject`."""
-        embeds: Tensor = kwargs["inputs_embeds"]
-        found = self.adapter.take_injected(kwargs)
-        if found is None:
-            return embeds
-        forward.deepstack, forward.injected = found
-        first = forward.injected[min(forward.injected)].to(embeds)
-        return embeds.masked_scatter(forward.deepstack[..., None], first)
-
-    def _put_injected(self, forward: Forward, embeds: Tensor) -> Tensor:
-        """(b, s, d) `embeds` with zeros for the vision tokens that get their features later."""
-        if not forward.injected:
-            return embeds
-        assert forward.deepstack is not None
-        forward.injected = {**forward.injected, min(forward.injected): embeds[forward.deepstack]}
-        return embeds.masked_fill(forward.deepstack[..., None], 0)
-
-    def _inject(self, forward: Forward, layer: int, hidden: Tensor) -> Tensor:
-        """Add the features of a layer to the vision tokens that are left, as the decoder would."""
-        if layer not in forward.injected:
-            return hidden
-        if HOOKS_INSIDE:
-            refuse_checkpoint(self.layers[layer], "features enter between layers")
-        features = forward.injected[layer].to(hidden)
-        left, features = forward.deepstack_left(features)
-        left, hidden = left.to(hidden.device), hidden.clone()
-        hidden[left] = hidden[left] + features
-        return hidden
-
     def _run_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.adapter.model._compiled_call_impl is not None:
             self._warn_of_compiling()
@@ -401,7 +370,7 @@ class Engine(Hooked):
     def _compress(self, forward: Forward, kwargs: dict[str, Any]) -> None:
         """Prefill with images: run the sequence stage and pass on the tokens that are kept."""
         forward.deepstack = kwargs.get("visual_pos_masks")
-        embeds, cache = self._take_injected(forward, kwargs), cache_in(kwargs)
+        embeds, cache = injected.take(self.adapter, forward, kwargs), cache_in(kwargs)
         rows, length = embeds.shape[:2]
         forward.entering = dict(kwargs)
         ledger = ledger_of(cache)
@@ -449,7 +418,7 @@ class Engine(Hooked):
             dropped = not torch.equal(keep, valid)
             if dropped or new_embeds is not embeds:
                 refuse_packed(forward.given, forward.entering, self.flash)
-            new_embeds = self._put_injected(forward, new_embeds)
+            new_embeds = injected.put(forward, new_embeds)
             if dropped:
                 new_embeds, place = forward.drop(keep, new_embeds)
                 for name, value in kwargs.items():
@@ -614,7 +583,7 @@ class Engine(Hooked):
         if self.groups.group_of[layer] > 0:
             refuse_checkpoint(module, f"{self.method} changes lengths between layers")
         if forward.phase == "prefill":
-            hidden = self._inject(forward, layer, hidden)
+            hidden = injected.add(forward, layer, module, hidden)
             if layer in self.groups.first_layers[1:]:
                 hidden = self._drop(forward, layer, hidden, cache_in(kwargs))
             if args:
